@@ -1,0 +1,1 @@
+"""The server: one Export, its guests, the host watcher, the doors."""

@@ -1,0 +1,159 @@
+"""Closing the arming gap: what happens between inotify_add_watch(2) in the guest and the host watch.
+
+Before the guest's kernel can hold a mark, its path was looked up through us. So the server watches
+a directory that was just looked up, keeps what happens there for a moment, and has the agent read
+the marks of the process that asked. When the mark arrives, what happened since the last scan that
+did *not* show it is told (DESIGN 4.6).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from protocol.handles import NodeKey
+
+from .events import Event
+from .guests import FIRST, Guest
+from .inodes import Inode
+from .replayer import ReplayGuest
+
+if TYPE_CHECKING:
+    from .export import Export
+
+KEEP = 3.0
+"""Seconds that a looked-up directory stays watched: the agent has scanned many times by then."""
+HISTORY_LIMIT = 4096
+"""Events kept for one directory, so that a storm costs bounded memory; then the oldest go."""
+
+
+@dataclass(slots=True)
+class _Provisional:
+    expires: float
+    hint: int
+    since: float  # time.monotonic() of the last scan that showed no mark
+    history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
+
+
+@dataclass(slots=True)
+class _Scan:
+    begun: float
+    updates: list[tuple[NodeKey, int]] = field(default_factory=list)
+
+
+class Arming:
+    """Provisional watches and scans of one export."""
+
+    def __init__(self, export: Export) -> None:
+        self._export = export
+        self._nodes: dict[Inode, _Provisional] = {}
+        self._scans: dict[Guest, _Scan] = {}
+        self.deadline = math.inf
+
+    def __contains__(self, inode: Inode) -> bool:
+        return inode in self._nodes
+
+    def looked_up(self, guest: ReplayGuest, directory: Inode, pid: int) -> None:
+        """Process ``pid`` of the guest may be about to watch a directory or something in it."""
+        hint = guest.hint(pid)
+        now = time.monotonic()
+        node = self._nodes.get(directory)
+        if node is None:
+            self._nodes[directory] = _Provisional(now + KEEP, hint, now)
+            self._export.set_watch(directory)
+            self.deadline = min(self.deadline, now + KEEP)
+            self._export.watcher.on_arrival()
+        else:
+            node.expires, node.hint = now + KEEP, hint
+
+    def expire(self, now: float) -> None:
+        """Drop watches that nobody came for."""
+        if now < self.deadline:
+            return
+        old = [inode for inode, node in self._nodes.items() if node.expires <= now]
+        for inode in old:
+            del self._nodes[inode]
+            self._export.set_watch(inode)
+        self.deadline = min((node.expires for node in self._nodes.values()), default=math.inf)
+
+    def remember(self, event: Event) -> None:
+        """Keep an event of a looked-up directory."""
+        for inode in {event.node, event.node2}:
+            if inode in self._nodes:
+                self._nodes[inode].history.append(event)
+
+    # Scans
+
+    def scan_begin(self, guest: ReplayGuest) -> None:
+        """The agent reads marks from now on; what is queued until here came before."""
+        guest.scan_begun()
+        self._export.watcher.drain()
+        self._scans[guest] = _Scan(time.monotonic())
+
+    def scanning(self, guest: Guest) -> bool:
+        """Whether updates belong to a scan."""
+        return guest in self._scans
+
+    def scan_update(self, guest: Guest, key: NodeKey, bits: int) -> None:
+        """A mark found by the scan; applied at its end."""
+        self._scans[guest].updates.append((key, bits))
+
+    def scan_abort(self, guest: Guest) -> None:
+        """The agent is gone in the middle of a scan."""
+        self._scans.pop(guest, None)
+
+    def scan_end(
+        self, guest: ReplayGuest, hint: int, *, full: bool
+    ) -> list[tuple[NodeKey, Exception]]:
+        """Apply the marks, tell what happened since they were set; returns those that failed."""
+        export = self._export
+        scan = self._scans.pop(guest, None)
+        if scan is None:
+            return []
+        while export.watcher.backlog:
+            export.process(1024)
+            if export.next_deadline:  # the rest waits for something
+                break
+        candidates = self._untold(guest)
+        failed: list[tuple[NodeKey, Exception]] = []
+        if full:
+            published = {key for key, bits in scan.updates if bits}
+            for inode in list(export.interest.marks(guest)):
+                key = inode.key if inode is not None else NodeKey(0, 0)
+                if key not in published:
+                    scan.updates.append((key, 0))
+        for key, bits in scan.updates:
+            try:
+                export.update(guest, key, bits)
+            except (OSError, ValueError) as error:
+                failed.append((key, error))
+        for event in candidates:
+            self._tell(guest, event)
+        for node in self._nodes.values():
+            if node.hint <= hint:
+                node.since = scan.begun
+                node.history.clear()
+        return failed
+
+    def _untold(self, guest: ReplayGuest) -> list[Event]:
+        """Kept events that the guest had not asked for so far, in order."""
+        events: dict[Event, None] = {}
+        for node in self._nodes.values():
+            for event in node.history:
+                told = self._export.wanted_halves(guest, event) or event.origin is guest
+                if event.stamp > node.since and not told:
+                    events[event] = None
+        return sorted(events, key=lambda event: event.stamp)
+
+    def _tell(self, guest: ReplayGuest, event: Event) -> None:
+        halves = self._export.wanted_halves(guest, event)
+        if halves:
+            guest.offer(event, halves)
+        elif event.child is not None and event.name:
+            mask = int(self._export.interest.of(guest, event.child))
+            if mask & event.kind:  # the mark is on the file itself
+                own = Event(event.child, event.mask, b"", 0, event.origin, event.stamp, event.child)
+                guest.offer(own, FIRST)

@@ -1,0 +1,42 @@
+"""Attributes as the doors hand them to a kernel, real or made up for what is gone."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import NamedTuple, Union
+
+from .inodes import Inode
+
+
+class Attr(NamedTuple):
+    """The fields of os.stat_result that a FUSE reply needs."""
+
+    st_mode: int
+    st_ino: int
+    st_dev: int
+    st_nlink: int
+    st_uid: int
+    st_gid: int
+    st_rdev: int
+    st_size: int
+    st_blksize: int
+    st_blocks: int
+    st_atime_ns: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+
+
+StatLike = Union[os.stat_result, Attr]
+
+
+def placeholder_attr(inode: Inode, nlink: int = 1) -> Attr:
+    """Attributes of an object that is gone: its type, and nothing that could be mistaken."""
+    mode = inode.kind | (0o755 if stat.S_ISDIR(inode.kind) else 0o644)
+    return Attr(mode, inode.nodeid, 0, nlink, 0, 0, 0, 0, 4096, 0, 0, 0, 0)
+
+
+def with_nlink(status: StatLike, nlink: int) -> Attr:
+    """The same attributes with the link count of another moment."""
+    values = {field: getattr(status, field) for field in Attr._fields}
+    return Attr(**{**values, "st_nlink": nlink})

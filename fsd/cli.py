@@ -1,0 +1,163 @@
+"""The fsd command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import structlog
+
+from .daemon import Daemon
+from .mount import Mounted, Options, StartError, check, reductions
+from .status import mounts, render
+
+
+def main() -> None:
+    """Entry point: one line on stderr and status 1 for what fails, 2 for wrong usage."""
+    try:
+        cli(standalone_mode=False)
+    except click.UsageError as error:
+        hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
+        print(f"fsd: {error.format_message()}{hint}", file=sys.stderr)
+        sys.exit(2)
+    except click.ClickException as error:
+        print(f"fsd: {error.format_message()}", file=sys.stderr)
+        sys.exit(1)
+    except click.Abort:
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fsd", prog_name="fsd")
+def cli() -> None:
+    """Shared directories whose guests' inotify works."""
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("mountpoint")
+@click.option("--daemon", is_flag=True, help="Return when the mount is usable; go on behind.")
+@click.option("--no-agent", is_flag=True, help="Start no agent: host changes are not announced.")
+@click.option("--socket", "socket_path", help="Listen there for guests without a mount.")
+@click.option("--max-queued-events", type=click.IntRange(min=1), help="Queue of host inotify.")
+@click.option("--max-watches", type=click.IntRange(min=1), help="Host watches to use at most.")
+@click.option(
+    "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
+)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning"
+)
+def mount(
+    source: str,
+    mountpoint: str,
+    daemon: bool,
+    no_agent: bool,
+    socket_path: str | None,
+    max_queued_events: int | None,
+    max_watches: int | None,
+    allow_other: bool | None,
+    log_level: str,
+) -> None:
+    """Share SOURCE at MOUNTPOINT; inotify there sees what changes in SOURCE."""
+    _log_to_stderr(log_level)
+    options = Options(
+        source=os.path.abspath(source),
+        mountpoint=os.path.abspath(mountpoint),
+        agent=not no_agent,
+        socket=os.path.abspath(socket_path) if socket_path else None,
+        allow_other=allow_other,
+        max_queued_events=max_queued_events,
+        watch_limit=max_watches,
+    )
+    behind = Daemon() if daemon else None
+    try:
+        check(options)
+        if behind is not None:
+            behind.detach()
+        if reduced := reductions():
+            print(f"fsd: {reduced}", file=sys.stderr)
+        _run(options, f"fsd: ready: {source} on {mountpoint}", behind)
+    except StartError as error:
+        if behind is not None:
+            behind.failed(str(error))
+        raise click.ClickException(str(error)) from None
+
+
+def _run(options: Options, line: str, behind: Daemon | None) -> None:
+    import trio
+
+    def ready() -> None:
+        print(line, flush=True)
+        _notify_systemd(b"READY=1")
+        if behind is not None:
+            behind.ready()
+
+    try:
+        trio.run(Mounted(options, ready).run, strict_exception_groups=True)
+    except* StartError as errors:
+        raise _first(errors) from None
+
+
+def _first(group: BaseExceptionGroup[StartError]) -> StartError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, StartError)
+    return error
+
+
+def _notify_systemd(state: bytes) -> None:
+    """sd_notify(3): tell the service manager, where it asked for it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect("\0" + address[1:] if address[0] == "@" else address)
+        notify.sendall(state)
+
+
+def _log_to_stderr(level: str) -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+@cli.command()
+@click.argument("mountpoint", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(mountpoint: str | None, as_json: bool) -> None:
+    """Show the state of one mount, or of all."""
+    paths = [os.path.abspath(mountpoint)] if mountpoint else mounts()
+    states: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            states[path] = json.loads(Path(path, ".fsd", "status").read_text())
+        except OSError as error:
+            known = isinstance(error, FileNotFoundError | NotADirectoryError)
+            reason = "no mount of fsd (or of another user)" if known else error.strerror
+            if mountpoint:
+                raise click.ClickException(f"{path}: {reason}") from None
+    if as_json:
+        print(json.dumps(states[paths[0]] if mountpoint else states))
+    elif not states:
+        print("fsd: nothing is mounted")
+    else:
+        for path, state in states.items():
+            render(path, state)
+
+
+if __name__ == "__main__":
+    main()

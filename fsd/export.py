@@ -1,0 +1,347 @@
+"""The Export: one shared directory, its guests, and the way of an event between them.
+
+host inotify -> HostWatcher -> Resolver -> here: own echo? interest? -> each guest's outbox.
+Here too: which host watches that interest asks for, and what is told after events were lost.
+Synchronous; the doors call it, and call ``process`` when there is work (``next_deadline``).
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import time
+from collections import Counter
+from contextlib import AbstractContextManager
+
+from protocol import masks
+from protocol.handles import NodeKey
+from protocol.masks import EVENTS, STRUCTURE, Mask
+
+from . import listings
+from .arming import Arming
+from .events import RENAME, Event
+from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
+from .inodes import Inode, InodeTable
+from .interest import Interest
+from .passthrough import PassthroughFS
+from .replayer import ReplayGuest
+from .resolver import Resolver, listing
+from .resync import Changes, difference, told
+from .watcher import HOST, SERVER, HostWatcher
+
+_STRUCTURE = int(STRUCTURE)
+_LEAVES = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
+_MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
+_CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
+_OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
+COMPARE_EVERY = 2.0
+"""Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
+
+
+class Export:
+    """One shared directory. Raises OSError where ``source`` cannot be opened."""
+
+    def __init__(
+        self, source: str, *, outbox_limit: int = OUTBOX_LIMIT, watch_limit: int | None = None
+    ) -> None:
+        self.source = source
+        self.table = InodeTable(source)
+        self.fs = PassthroughFS(self.table)
+        self.watcher = HostWatcher(self.table, watch_limit=watch_limit)
+        self._resolver = Resolver(self.fs, self.watcher)
+        self.interest = Interest()
+        self.guests: list[Guest] = []
+        self.arming = Arming(self)
+        self.counts: Counter[str] = Counter()
+        self.unwatched: dict[Inode, str] = {}  # wanted, but the host gave no watch: why
+        self._care: dict[Inode, Inode] = {}  # watched object -> the directory that names it
+        self._cared_for: Counter[Inode] = Counter()
+        self._outbox_limit = outbox_limit
+        self._compare_at = math.inf
+        self.started = time.time()
+
+    def close(self) -> None:
+        """Drop watches and descriptors."""
+        self.watcher.close()
+        self.table.close()
+
+    # Guests
+
+    def add_replayer(self, name: str) -> ReplayGuest:
+        """A mount with an agent."""
+        guest = ReplayGuest(name, self.fs, self.watcher, limit=self._outbox_limit)
+        self.guests.append(guest)
+        return guest
+
+    def add_observer(self, name: str) -> Observer:
+        """A guest that reads events."""
+        guest = Observer(name, limit=self._outbox_limit)
+        self.guests.append(guest)
+        return guest
+
+    def hand_marks(self) -> HandMarks:
+        """The guest that stands for marks set by hand."""
+        for guest in self.guests:
+            if isinstance(guest, HandMarks):
+                return guest
+        guest = HandMarks("by hand")
+        self.guests.append(guest)
+        return guest
+
+    def remove_guest(self, guest: Guest) -> None:
+        """The guest has gone, and its marks with it."""
+        for inode in list(self.interest.marks(guest)):
+            self._set_interest(guest, inode, Mask(0))
+        self.guests.remove(guest)
+
+    def update(self, guest: Guest, key: NodeKey, bits: int) -> Inode | None:
+        """fsnotify_update. Raises MaskError (EINVAL), OSError ESTALE for an unknown node, ENOSPC
+        where the guest has too many marks or the host gives no watch (the mark holds all the
+        same: the directory is compared periodically).
+        """
+        mask = masks.requested(bits) & guest.events
+        inode = None if key.nodeid == 0 else self.table.find(key)
+        if mask and len(self.interest.marks(guest)) >= MARKS_LIMIT:
+            raise OSError(errno.ENOSPC, "too many marks")
+        self._set_interest(guest, inode, mask)
+        if inode in self.unwatched:
+            raise OSError(errno.ENOSPC, self.unwatched[inode])
+        return inode
+
+    def _set_interest(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:
+        had = self.interest.of(guest, inode)
+        before, after = self.interest.update(guest, inode, mask)
+        if inode is None:
+            if before != after:
+                self._cover(self.table.root, announce=False)
+                if not after:
+                    for node in self.watcher.inodes():
+                        self.set_watch(node)
+            return
+        if mask and not had:
+            self.table.pin(inode)
+        if before != after:
+            self._set_care(inode)
+            self.set_watch(inode)
+        if had and not mask:
+            self.table.unpin(inode)
+
+    # Host watches
+
+    def _wanted(self, inode: Inode) -> Mask:
+        """What the host is to be watched for: the aggregate, and what keeps names right."""
+        mask = self.interest.aggregate(inode)
+        if inode.is_dir:
+            mask |= self.interest.aggregate(None)
+            if inode in self.arming:
+                mask = EVENTS
+            if mask or inode in self._cared_for:
+                mask |= STRUCTURE
+        return mask
+
+    def set_watch(self, inode: Inode) -> None:
+        """Bring the host watch of an inode in line with what is wanted."""
+        mask = self._wanted(inode)
+        try:
+            self.watcher.set_mask(inode, mask)
+        except OSError as error:
+            if error.errno in (errno.ESTALE, errno.ENOENT):
+                return  # gone: its events say so
+            self.counts["watch_failures"] += 1
+            self.unwatched[inode] = error.strerror
+            self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
+        else:
+            self.unwatched.pop(inode, None)
+        if not mask:
+            inode.listing = None
+        elif inode.is_dir and self._is_armed(inode):
+            self._take_listing(inode)
+
+    def _is_armed(self, inode: Inode) -> bool:
+        return bool(self.interest.aggregate(inode) or self.interest.aggregate(None))
+
+    def _take_listing(self, inode: Inode) -> None:
+        """Know the names of a directory that somebody watches, to compare with later."""
+        known = listing(inode)
+        if known.complete:
+            return
+        for name, entry in self.read_directory(inode).items():
+            known.names.setdefault(name, entry)
+        known.complete = True
+
+    def read_directory(self, inode: Inode) -> dict[bytes, listings.Known]:
+        """The names of a directory now; empty where it is gone. Our own echo is no one's event."""
+        try:
+            with self.table.directory(inode) as path_fd, self._own(inode):
+                fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    return listings.read(fd)
+                finally:
+                    os.close(fd)
+        except OSError:
+            return {}
+
+    def _own(self, inode: Inode) -> AbstractContextManager[None]:
+        mask = Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE
+        return self.watcher.attributed(SERVER, (inode, b"", mask), (inode.parent, inode.name, mask))
+
+    def _set_care(self, inode: Inode) -> None:
+        """A watched object's directory is watched too, so that its removal comes with a name."""
+        parent = inode.parent if self.interest.aggregate(inode) else None
+        old = self._care.pop(inode, None)
+        if parent is not None:
+            self._care[inode] = parent
+        if old is parent:
+            return
+        for directory, step in ((parent, 1), (old, -1)):
+            if directory is None:
+                continue
+            self._cared_for[directory] += step
+            if not self._cared_for[directory]:
+                del self._cared_for[directory]
+            self.set_watch(directory)
+
+    def _cover(self, directory: Inode, *, announce: bool) -> None:
+        """Watch a tree for whole-file-system interest; announce what was in it before the watch."""
+        todo = [directory]
+        while todo:
+            node = todo.pop()
+            known = set(listing(node).names) if announce else set()
+            self.set_watch(node)
+            for name, entry in sorted(listing(node).names.items()):
+                try:
+                    child = self.fs.peek(node, name).inode
+                except OSError:
+                    continue
+                if announce and name not in known:
+                    mask = _CREATE | (_ISDIR if child.is_dir else 0)
+                    event = Event(node, mask, name, 0, HOST, time.monotonic(), child)
+                    listing(node).names[name] = listings.of_inode(child)
+                    self._route(event)
+                if child.is_dir and child.kind == entry.kind:
+                    todo.append(child)
+                else:
+                    self.table.release(child)
+
+    # Events
+
+    def process(self, budget: int) -> None:
+        """Route up to ``budget`` events, and do what is due."""
+        while budget and self.watcher.backlog:
+            budget -= 1
+            for event in self._resolver.next():
+                self._handle(event)
+            if self._resolver.waiting_until is not None:
+                break
+        now = time.monotonic()
+        for guest in self.guests:
+            if isinstance(guest, ReplayGuest) and (guest.waiting_until or math.inf) <= now:
+                guest.plan()
+        self.arming.expire(now)
+        if now >= self._compare_at:
+            self._compare_at = now + COMPARE_EVERY if self.unwatched else math.inf
+            self._resync([node for node in self.unwatched if node.is_dir])
+
+    @property
+    def next_deadline(self) -> float:
+        """time.monotonic() at which ``process`` has something to do; inf at rest."""
+        if self.watcher.backlog and self._resolver.waiting_until is None:
+            return 0.0
+        due = [self._resolver.waiting_until or math.inf, self.arming.deadline, self._compare_at]
+        due += [g.waiting_until or math.inf for g in self.guests if isinstance(g, ReplayGuest)]
+        return min(due)
+
+    def _handle(self, event: Event) -> None:
+        self.counts["in"] += 1
+        if event.mask & _OVERFLOW:
+            self.counts["overflows"] += 1
+            self._resync(self.watcher.inodes())
+            return
+        if event.mask & _IGNORED:
+            self._watch_ended(event.node)
+            return
+        self._route(event)
+        child = event.child
+        if child is not None and event.name:
+            if event.mask & (_MOVED_FROM | _MOVED_TO):
+                for moved in (child, event.replaced):
+                    if moved is not None and moved in self._care:
+                        self._set_care(moved)
+            arrived = event.mask & (_CREATE | _MOVED_TO)
+            if arrived and child.is_dir and self.interest.aggregate(None):
+                self._cover(child, announce=bool(event.mask & _CREATE))
+        for inode in (child, event.replaced):
+            if inode is not None:
+                self.table.release(inode)
+
+    def _watch_ended(self, inode: Inode) -> None:
+        """The host's kernel removed a watch: the object is gone, or its file system is."""
+        inode.listing = None
+        self.unwatched.pop(inode, None)
+
+    def _route(self, event: Event) -> None:
+        self.arming.remember(event)
+        if event.origin is SERVER:
+            self.counts["own"] += 1
+            return
+        for guest in self._candidates(event):
+            halves = self.wanted_halves(guest, event)
+            if not halves:
+                continue
+            if guest is event.origin:
+                guest.counts["echo"] += 1
+                continue
+            self.counts["forwarded"] += 1
+            guest.counts["forwarded"] += 1
+            guest.offer(event, halves)
+
+    def _candidates(self, event: Event) -> list[Guest]:
+        """Guests with a mark on anything that the event touches (a rename touches four)."""
+        guests: dict[Guest, Mask] = dict(self.interest.guests(None))
+        for inode in (event.node, event.node2, event.child, event.replaced):
+            if inode is not None:
+                guests |= self.interest.guests(inode)
+        return list(guests)
+
+    def wanted_halves(self, guest: Guest, event: Event) -> int:
+        """Which halves of an event the guest asked for; 0 = none.
+
+        A replaying guest also gets what removes, moves or replaces an object that it watches:
+        its kernel makes the object's own events of that.
+        """
+        of = self.interest.of
+        whole = int(of(guest, None))
+        kind = event.kind
+        if kind == RENAME:
+            assert event.node2 is not None
+            halves = FIRST if (int(of(guest, event.node)) | whole) & _MOVED_FROM else 0
+            if (int(of(guest, event.node2)) | whole) & _MOVED_TO:
+                halves |= SECOND
+        else:
+            halves = FIRST if (int(of(guest, event.node)) | whole) & kind else 0
+        if halves or not isinstance(guest, ReplayGuest) or not kind & _LEAVES:
+            return halves
+        watched = any(i is not None and of(guest, i) for i in (event.child, event.replaced))
+        return FIRST if watched else 0
+
+    # After lost events
+
+    def _resync(self, directories: list[Inode]) -> None:
+        """Compare directories with what was told of them, and tell everyone the difference."""
+        self.counts["resyncs"] += 1
+        changes: Changes = {}
+        for node in directories:
+            if node.is_dir and node.listing is not None and node.listing.complete:
+                changes.update(difference(self, node, node.listing))
+        for event in told(self, changes):
+            self._route(event)
+
+    def catch_up(self, guest: Guest) -> None:
+        """Tell a guest what it missed, now that its outbox is empty."""
+        changes, guest.missed, guest.missing = guest.missed, {}, False
+        guest.counts["resyncs"] += 1
+        for event in told(self, changes):
+            halves = self.wanted_halves(guest, event)
+            if halves:
+                guest.offer(event, halves)

@@ -1,0 +1,164 @@
+"""Guests: who gets events, and the bounded outbox through which they get them.
+
+A Guest that reads slowly never delays another: at its limit, events are not queued but noted by
+name, and told as a difference once the outbox has room (DESIGN 4.5).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from protocol import frames
+from protocol.masks import EVENTS, Mask
+
+from .events import Event
+from .inodes import Inode
+from .listings import Missed, of_inode
+from .watcher import Origin
+
+OUTBOX_LIMIT = 32_768
+"""Events queued for one guest: twice the kernel's default max_queued_events, some 20 MB."""
+MARKS_LIMIT = 1_048_576
+"""Marks of one guest: the kernel's own ceiling for max_user_watches."""
+
+_numbers = itertools.count(1)
+FIRST, SECOND = 1, 2
+"""Which half of a rename a guest asked for: what happened at the old, at the new place."""
+
+
+class Guest(Origin):
+    """One guest: its counters, and what it missed while its outbox was full."""
+
+    __slots__ = (
+        "counts", "events", "latencies", "limit", "max_depth", "missed", "missing", "number", "wake",
+    )  # fmt: skip
+
+    def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:
+        super().__init__(name)
+        self.number = next(_numbers)
+        self.limit = limit
+        self.events = EVENTS
+        self.counts: Counter[str] = Counter()
+        self.latencies: deque[float] = deque(maxlen=4096)  # seconds, host event to delivered
+        self.missed: dict[tuple[Inode, bytes], Missed] = {}
+        self.missing = False  # events are noted, not queued
+        self.max_depth = 0
+        self.wake: Callable[[], None] = _nothing
+
+    @property
+    def depth(self) -> int:
+        """Events queued and not yet delivered."""
+        raise NotImplementedError
+
+    def enqueue(self, event: Event, halves: int) -> None:
+        """Queue an event that the guest is interested in."""
+        raise NotImplementedError
+
+    def offer(self, event: Event, halves: int = FIRST) -> None:
+        """Queue an event, or note it as missed. Of a rename, ``halves`` are asked for."""
+        if self.missing or self.depth >= self.limit:
+            if not self.missing:
+                self.missing = True
+                self.counts["overflows"] += 1
+            self.note_missed(event)
+            return
+        self.enqueue(event, halves)
+        self.max_depth = max(self.max_depth, self.depth)
+        self.wake()
+
+    def note_missed(self, event: Event) -> None:
+        """Remember by name what could not be told; the first ``before`` of a name counts."""
+        self.counts["missed"] += 1
+        places = [(event.node, event.name, event.before)]
+        if event.node2 is not None:
+            replaced = of_inode(event.replaced) if event.replaced is not None else None
+            places.append((event.node2, event.name2, replaced))
+        for node, name, before in places:
+            old = self.missed.get((node, name))
+            if old is None:
+                self.missed[node, name] = Missed(before, event.mask)
+            else:
+                self.missed[node, name] = Missed(old.before, old.mask | event.mask)
+
+    def delivered(self, mask: int, stamp: float) -> None:
+        """Count an event as delivered."""
+        self.counts["replayed"] += 1
+        for name, bit in _NAMED_BITS:
+            if mask & bit:
+                self.counts[f"replayed.{name}"] += 1
+        self.latencies.append(time.monotonic() - stamp)
+
+
+_NAMED_BITS = [
+    (mask.name.lower(), int(mask)) for mask in Mask if mask & EVENTS and mask.name is not None
+]
+
+
+def _nothing() -> None:
+    """No one waits for this guest's outbox yet."""
+
+
+class Observer(Guest):
+    """A guest that gets events as they are: tools, tests, simulated guests."""
+
+    __slots__ = ("_outbox",)
+
+    def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:
+        super().__init__(name, limit=limit)
+        self._outbox: deque[tuple[frames.Event, float]] = deque()
+
+    @property
+    def depth(self) -> int:
+        """Events queued."""
+        return len(self._outbox)
+
+    def enqueue(self, event: Event, halves: int) -> None:
+        """Queue the event's frames: a rename has two, an exchange four."""
+        if event.node2 is None:
+            self._frame(event, event.node, event.name, event.mask, event.cookie)
+            return
+        isdir = event.mask & int(Mask.ISDIR)
+        old, new = (event.node, event.name), (event.node2, event.name2)
+        moves = [(FIRST, old, SECOND, new, event.cookie)]
+        if event.exchanged:
+            moves.append((SECOND, new, FIRST, old, event.exchanged))
+        for half_from, source, half_to, target, cookie in moves:
+            if halves & half_from:
+                self._frame(event, *source, int(Mask.MOVED_FROM) | isdir, cookie)
+            if halves & half_to:
+                self._frame(event, *target, int(Mask.MOVED_TO) | isdir, cookie)
+
+    def _frame(self, event: Event, node: Inode, name: bytes, mask: int, cookie: int) -> None:
+        frame = frames.Event(node.nodeid, node.generation, mask, cookie, name)
+        self._outbox.append((frame, event.stamp))
+
+    def take(self, limit: int) -> list[frames.Message]:
+        """The next messages to send."""
+        messages: list[frames.Message] = []
+        while self._outbox and len(messages) < limit:
+            frame, stamp = self._outbox.popleft()
+            messages.append(frame)
+            self.delivered(frame.mask, stamp)
+        return messages
+
+
+class HandMarks(Guest):
+    """Marks that people set by hand. They hold host watches; their events are only counted."""
+
+    __slots__ = ()
+
+    @property
+    def depth(self) -> int:
+        """Nothing is queued."""
+        return 0
+
+    def enqueue(self, event: Event, halves: int) -> None:
+        """Count it."""
+        self.delivered(event.mask, event.stamp)
+
+    def take(self, limit: int) -> list[frames.Message]:
+        """Nothing is sent."""
+        return []

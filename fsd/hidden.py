@@ -1,0 +1,100 @@
+"""The hidden directory `.fsd`: the agent's channel inside the mount (DESIGN 2.3).
+
+Never listed; found only by an explicit look-up by root, or by the user whose mount it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import time
+from dataclasses import dataclass
+
+from protocol import frames
+
+from .attributes import Attr, StatLike
+from .export import Export
+from .inodes import Inode
+from .passthrough import Entry, Identity
+from .replayer import ReplayGuest
+from .sessions import Session
+from .stats import snapshot
+
+_NAMES = {
+    b"control": (frames.CONTROL, stat.S_IFREG | 0o600),
+    b"session": (frames.SESSION, stat.S_IFREG | 0o600),
+    b"status": (frames.STATUS, stat.S_IFREG | 0o400),
+    b"staging": (frames.STAGING, stat.S_IFDIR | 0o700),
+    b"alias": (frames.ALIAS, stat.S_IFDIR | 0o700),
+}
+
+
+@dataclass(slots=True, eq=False)
+class HiddenHandle:
+    """An open hidden file: a channel, or a text made when it was opened."""
+
+    nodeid: int
+    session: Session | None = None
+    text: bytes = b""
+
+
+class HiddenFiles:
+    """The hidden directory of one mount."""
+
+    def __init__(self, export: Export, guest: ReplayGuest) -> None:
+        self._export = export
+        self._guest = guest
+        self._modes = {frames.FSD_DIR: stat.S_IFDIR | 0o700, **dict(_NAMES.values())}
+        self._inodes = {
+            nodeid: Inode(nodeid, 1, (-2, nodeid, b""), stat.S_IFMT(mode))
+            for nodeid, mode in self._modes.items()
+        }
+        self._born = time.time_ns()
+        self.root = self._inodes[frames.FSD_DIR]
+        self.control: HiddenHandle | None = None
+
+    @staticmethod
+    def check(who: Identity) -> None:
+        """Nobody else can even see it. Raises OSError ENOENT."""
+        if who.uid not in (0, os.geteuid()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def lookup(self, nodeid: int, name: bytes) -> Entry:
+        """LOOKUP of `.fsd` in the root, or of a name in it."""
+        if name == frames.FSD_NAME and nodeid < frames.FSD_DIR:
+            return Entry(*self.getattr(frames.FSD_DIR))
+        if nodeid == frames.FSD_DIR and name in _NAMES:
+            return Entry(*self.getattr(_NAMES[name][0]))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def getattr(self, nodeid: int) -> tuple[Inode, StatLike]:
+        """GETATTR."""
+        if nodeid not in self._modes:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        uid, gid, born = os.geteuid(), os.getegid(), self._born
+        mode = self._modes[nodeid]
+        attr = Attr(mode, nodeid, 0, 1, uid, gid, 0, 0, 4096, 0, born, born, born)
+        return self._inodes[nodeid], attr
+
+    def open(self, nodeid: int, who: Identity) -> HiddenHandle:
+        """OPEN, OPENDIR. A second agent gets EBUSY."""
+        handle = HiddenHandle(nodeid)
+        if nodeid == frames.CONTROL:
+            if self.control is not None:
+                raise OSError(errno.EBUSY, "an agent is connected")
+            handle.session = Session(self._export, "agent", who.pid, self._guest)
+            self.control = handle
+        elif nodeid == frames.SESSION:
+            handle.session = Session(self._export, f"session of process {who.pid}", who.pid)
+        elif nodeid == frames.STATUS:
+            handle.text = json.dumps(snapshot(self._export)).encode()
+        return handle
+
+    def release(self, handle: HiddenHandle) -> None:
+        """RELEASE."""
+        if handle.session is not None:
+            handle.session.close()
+        if handle is self.control:
+            self.control = None

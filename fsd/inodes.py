@@ -1,0 +1,316 @@
+"""The inode table: which host object a (nodeid, generation) stands for, and how to reach it.
+
+Identity is the host's file handle where there is one, so a reused inode number is a new node.
+nodeid is the host's st_ino wherever that is free, so that the guest's st_ino is the host's.
+
+No descriptor is kept for an object: a held one would delay the host's own IN_DELETE_SELF. Where
+handles cannot be opened (an ordinary user, a file system without export), directories alone are
+pinned by an O_PATH descriptor and files are reached through their directory, verified.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from protocol.handles import NodeKey
+
+from . import host
+
+if TYPE_CHECKING:
+    from .listings import Listing
+
+ROOT_ID = 1
+_SYNTHETIC = 1 << 62
+"""First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
+
+Identity = tuple[int, int, bytes]
+"""(st_dev, st_ino, file handle or b"")."""
+
+
+class Inode:
+    """One object of the export, as long as a guest, an event or a handle needs it."""
+
+    __slots__ = (
+        "children", "fd", "generation", "identity", "kind", "listing", "lookups", "name", "nlink",
+        "nodeid", "open_fds", "parent", "pins",
+    )  # fmt: skip
+
+    def __init__(self, nodeid: int, generation: int, identity: Identity, kind: int) -> None:
+        self.nodeid = nodeid
+        self.generation = generation
+        self.identity = identity
+        self.kind = kind  # S_IFMT bits
+        self.lookups = 0  # references of the guest's kernel (FUSE lookup count)
+        self.pins = 0  # references of the server: interest, orders, open handles
+        self.parent: Inode | None = None
+        self.name = b""
+        self.children: dict[bytes, Inode] = {}  # of a directory: names that were looked up
+        self.fd = -1  # O_PATH pin, only where handles cannot be opened
+        self.nlink = 1  # as last seen
+        self.open_fds: list[int] = []  # of open file handles: reach it after its unlink
+        self.listing: Listing | None = None  # of a watched directory
+
+    @property
+    def key(self) -> NodeKey:
+        """Identity on the wire."""
+        return NodeKey(self.nodeid, self.generation)
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether it is a directory."""
+        return self.kind == stat.S_IFDIR
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether it stands for an object that was gone before the server could look."""
+        return self.identity[0] < 0
+
+    def __repr__(self) -> str:
+        return f"<Inode {self.nodeid}.{self.generation} {self.path()!r}>"
+
+    def path(self) -> bytes:
+        """Path below the root as last known, for people and for agents that go by path."""
+        parts: list[bytes] = []
+        node: Inode | None = self
+        while node is not None and node.name:
+            parts.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(parts))
+
+
+class LookupCountError(AssertionError):
+    """A guest forgot more than it had looked up: a bug of ours, loud in tests."""
+
+
+class InodeTable:
+    """All inodes of one export. Raises OSError(ESTALE) for nodeids that it does not hold."""
+
+    def __init__(self, root: str) -> None:
+        self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._synthetic = itertools.count(_SYNTHETIC)
+        self.by_handle = True
+        try:
+            handle = host.file_handle(self.root_fd)
+            os.close(host.open_by_handle(self.root_fd, handle, os.O_PATH))
+        except OSError:
+            self.by_handle = False
+        self.device = os.fstat(self.root_fd).st_dev
+        identity, status = self.identify(self.root_fd)
+        self.root = Inode(ROOT_ID, 0, identity, stat.S_IFDIR)
+        self.root.fd = self.root_fd
+        self.root.nlink = status.st_nlink
+        self.root.pins = 1
+        self._by_node = {ROOT_ID: self.root}
+        self._by_identity = {identity: self.root}
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for inode in self._by_node.values():
+            if inode.fd >= 0:
+                fd, inode.fd = inode.fd, -1
+                os.close(fd)
+
+    def __len__(self) -> int:
+        return len(self._by_node)
+
+    def get(self, nodeid: int) -> Inode:
+        """The inode of a request's nodeid."""
+        try:
+            return self._by_node[nodeid]
+        except KeyError:
+            raise OSError(errno.ESTALE, f"unknown nodeid {nodeid}") from None
+
+    def find(self, key: NodeKey) -> Inode:
+        """The inode of (nodeid, generation)."""
+        inode = self.get(key.nodeid)
+        if inode.generation != key.generation:
+            raise OSError(errno.ESTALE, f"nodeid {key.nodeid} is of generation {inode.generation}")
+        return inode
+
+    @staticmethod
+    def identify(fd: int) -> tuple[Identity, os.stat_result]:
+        """Identity and attributes of the object behind a descriptor."""
+        status = os.fstat(fd)
+        try:
+            handle = host.file_handle(fd)
+        except OSError:
+            handle = b""
+        return (status.st_dev, status.st_ino, handle), status
+
+    def intern(self, fd: int, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
+        """The inode behind an O_PATH descriptor that was opened as parent/name."""
+        identity, status = self.identify(fd)
+        inode = self._by_identity.get(identity)
+        if inode is None:
+            inode = self._new(identity, stat.S_IFMT(status.st_mode))
+            if inode.is_dir and not self._handle_opens(identity):
+                inode.fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_DIRECTORY)
+        inode.nlink = status.st_nlink
+        self.place(inode, parent, name)
+        return inode, status
+
+    def place(self, inode: Inode, parent: Inode, name: bytes) -> None:
+        """Note that the inode is now known as parent/name."""
+        if inode is self.root:
+            return
+        old = inode.parent
+        if old is not None and (old is not parent or inode.name != name):
+            # A hard link keeps its other names; a directory or a single link has just this one.
+            if inode.nlink < 2 or inode.is_dir:
+                self.displace(old, inode.name, inode)
+        inode.parent, inode.name = parent, name
+        parent.children[name] = inode
+
+    @staticmethod
+    def displace(parent: Inode, name: bytes, inode: Inode) -> None:
+        """Note that parent/name is no longer the inode."""
+        if parent.children.get(name) is inode:
+            del parent.children[name]
+
+    def placeholder(self, kind: int, parent: Inode, name: bytes) -> Inode:
+        """An inode for an object that is gone already; it is no one else's identity."""
+        nodeid = next(self._synthetic)
+        inode = Inode(nodeid, 1, (-1, nodeid, b""), kind)
+        inode.parent, inode.name = parent, name
+        return self.revive(inode)
+
+    def revive(self, inode: Inode) -> Inode:
+        """The inode, back in the table if it was forgotten; a placeholder if its nodeid is taken.
+
+        The caller gives it a reference (lookups or pins), else it stays until close.
+        """
+        held = self._by_node.get(inode.nodeid)
+        if held is inode:
+            return inode
+        known = self._by_identity.get(inode.identity)
+        if known is not None:
+            return known
+        if held is not None:
+            assert inode.parent is not None
+            return self.placeholder(inode.kind, inode.parent, inode.name)
+        self._by_node[inode.nodeid] = inode
+        self._by_identity[inode.identity] = inode
+        return inode
+
+    def current(self, inode: Inode) -> Inode:
+        """The table's own object for the same host object, if it holds one."""
+        return self._by_identity.get(inode.identity, inode)
+
+    def _handle_opens(self, identity: Identity) -> bool:
+        return self.by_handle and identity[0] == self.device and bool(identity[2])
+
+    def _new(self, identity: Identity, kind: int) -> Inode:
+        device, ino, handle = identity
+        nodeid = ino
+        generation = zlib.crc32(handle) or 1
+        lookups = 0
+        old = self._by_node.get(nodeid)
+        if device != self.device or not ROOT_ID < ino < _SYNTHETIC or (old and old.pins):
+            nodeid = next(self._synthetic)
+        elif old is not None:
+            # The host reused the number, and nothing here needs the old object. FORGET names only
+            # the nodeid, so the counts of both generations go on together.
+            lookups = old.lookups
+            if generation == old.generation:
+                generation = (generation + 1) & 0xFFFF_FFFF or 1
+            self._drop(old)
+        inode = Inode(nodeid, generation, identity, kind)
+        inode.lookups = lookups
+        self._by_node[nodeid] = inode
+        self._by_identity[identity] = inode
+        return inode
+
+    def forget(self, nodeid: int, count: int) -> None:
+        """FUSE FORGET: the guest's kernel drops ``count`` references."""
+        inode = self._by_node.get(nodeid)
+        if inode is None:
+            return
+        inode.lookups -= count
+        if inode.lookups < 0:
+            inode.lookups = 0
+            raise LookupCountError(f"{inode!r} forgotten more often than looked up")
+        self.release(inode)
+
+    def pin(self, inode: Inode) -> None:
+        """Keep the inode for the server's own need."""
+        inode.pins += 1
+
+    def unpin(self, inode: Inode) -> None:
+        """Undo one pin."""
+        inode.pins -= 1
+        assert inode.pins >= 0, inode
+        self.release(inode)
+
+    def release(self, inode: Inode) -> None:
+        """Drop the inode from the table if nobody refers to it."""
+        if not inode.pins and not inode.lookups and self._by_node.get(inode.nodeid) is inode:
+            self._drop(inode)
+
+    def _drop(self, inode: Inode) -> None:
+        del self._by_node[inode.nodeid]
+        self._by_identity.pop(inode.identity, None)
+        if inode.parent is not None:
+            self.displace(inode.parent, inode.name, inode)
+        if inode.fd >= 0:
+            fd, inode.fd = inode.fd, -1
+            os.close(fd)
+
+    # How an inode is reached on the host
+
+    @contextmanager
+    def directory(self, inode: Inode) -> Iterator[int]:
+        """An O_PATH descriptor of a directory, for the time of the with block."""
+        if inode.fd >= 0:
+            yield inode.fd
+            return
+        if not inode.is_dir:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        fd = self._by_handle(inode, os.O_PATH | os.O_DIRECTORY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def open(self, inode: Inode) -> int:
+        """A new O_PATH descriptor of any object. Raises OSError(ESTALE) where it cannot be found.
+
+        A file is opened through the name it was last known by, so that what is done with the
+        descriptor is announced under that name on the host.
+        """
+        if inode.is_dir:
+            with self.directory(inode) as fd:
+                return os.dup(fd)
+        if inode.parent is not None and not inode.is_placeholder:
+            try:
+                with self.directory(inode.parent) as parent_fd:
+                    fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
+            except OSError:
+                pass
+            else:
+                if self.identify(fd)[0] == inode.identity:
+                    return fd
+                os.close(fd)
+        if inode.open_fds:
+            return os.open(f"/proc/self/fd/{inode.open_fds[-1]}", os.O_PATH)
+        return self._by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+
+    def _by_handle(self, inode: Inode, flags: int) -> int:
+        if not self._handle_opens(inode.identity):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return host.open_by_handle(self.root_fd, inode.identity[2], flags)
+
+    @contextmanager
+    def opened(self, inode: Inode) -> Iterator[int]:
+        """``open`` for the time of a with block."""
+        fd = self.open(inode)
+        try:
+            yield fd
+        finally:
+            os.close(fd)

@@ -1,0 +1,57 @@
+"""Interest: for each inode, which guest wants which events; their OR is what the host is watched for.
+
+The RFC's fsnotify_update. Pure bookkeeping: says what changed, places no watch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from protocol.masks import Mask
+
+from .inodes import Inode
+
+if TYPE_CHECKING:
+    from .guests import Guest
+
+
+class Interest:
+    """Aggregated masks of all guests. The key None stands for the whole file system (nodeid 0)."""
+
+    def __init__(self) -> None:
+        self._marks: dict[Inode | None, dict[Guest, Mask]] = {}
+
+    def update(self, guest: Guest, inode: Inode | None, mask: Mask) -> tuple[Mask, Mask]:
+        """Set a guest's mask of an inode; returns the aggregate before and after."""
+        before = self.aggregate(inode)
+        guests = self._marks.setdefault(inode, {})
+        if mask:
+            guests[guest] = mask
+        else:
+            guests.pop(guest, None)
+        if not guests:
+            del self._marks[inode]
+        return before, self.aggregate(inode)
+
+    def aggregate(self, inode: Inode | None) -> Mask:
+        """The OR of all guests' masks of an inode."""
+        mask = Mask(0)
+        for wanted in self._marks.get(inode, {}).values():
+            mask |= wanted
+        return mask
+
+    def of(self, guest: Guest, inode: Inode | None) -> Mask:
+        """One guest's mask of an inode, 0 where it has none."""
+        return self._marks.get(inode, {}).get(guest, Mask(0))
+
+    def guests(self, inode: Inode | None) -> dict[Guest, Mask]:
+        """The guests interested in an inode."""
+        return self._marks.get(inode, {})
+
+    def marks(self, guest: Guest) -> dict[Inode | None, Mask]:
+        """All marks of a guest."""
+        return {inode: g[guest] for inode, g in self._marks.items() if guest in g}
+
+    def inodes(self) -> list[Inode]:
+        """The inodes that anybody is interested in."""
+        return [inode for inode in self._marks if inode is not None]

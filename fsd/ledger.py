@@ -1,0 +1,171 @@
+"""The ledger: what the replayer is being asked to re-enact, and the answers that make it so.
+
+The agent makes one real system call an order; the requests that arise from it are answered from
+the order at the head, *as of the event*, and touch nothing on the host. Whatever the replayer
+asks for that is not the order's gets EACCES (the safety rule, DESIGN 2.2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import deque
+from dataclasses import dataclass
+
+from protocol import frames
+from protocol.frames import Op
+
+from .attributes import StatLike, placeholder_attr, with_nlink
+from .events import Event
+from .inodes import Inode
+from .passthrough import Entry, PassthroughFS
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """An order with what its answers need. ``event`` is None for orders of our own (a closing)."""
+
+    order: frames.Order
+    child: Inode
+    event: Event | None = None
+    target: Inode | None = None  # what a RENAME overwrites
+    nlink: int = 1  # links of the removed or overwritten object before the event
+
+
+class UnexpectedCall(OSError):
+    """The replayer asked for what no order covers."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(errno.EACCES, f"not in the ledger: {what}")
+
+
+class Ledger:
+    """Orders handed to the agent and not yet done, oldest first."""
+
+    def __init__(self, fs: PassthroughFS) -> None:
+        self._fs = fs
+        self._table = fs.table
+        self._tasks: deque[Task] = deque()
+        self.done: list[Task] = []  # taken over by the guest's counters
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def add(self, task: Task) -> None:
+        """An order goes out to the agent."""
+        self._tasks.append(task)
+
+    def finish(self) -> None:
+        """The agent asks for more: all it had is executed."""
+        while self._tasks:
+            self._pop()
+
+    def failed(self, seq: int) -> Task | None:
+        """The agent could not execute order ``seq``; those before it are done."""
+        while self._tasks and self._tasks[0].order.seq < seq:
+            self._pop()
+        if self._tasks and self._tasks[0].order.seq == seq:
+            task = self._tasks.popleft()
+            self._release(task)
+            return task
+        return None
+
+    def abandon(self) -> list[Task]:
+        """The agent is gone: orders that it had not executed."""
+        rest = list(self._tasks)
+        self._tasks.clear()
+        return rest
+
+    def _pop(self) -> None:
+        task = self._tasks.popleft()
+        self.done.append(task)
+        self._release(task)
+
+    def _release(self, task: Task) -> None:
+        self._table.unpin(task.child)
+        if task.target is not None:
+            self._table.unpin(task.target)
+
+    def _head(self, *ops: Op) -> Task | None:
+        """The order being executed. A CLOSE needs no answer, so what comes after it has begun."""
+        while self._tasks and self._tasks[0].order.op == Op.CLOSE:
+            self._pop()
+        if self._tasks and (not ops or self._tasks[0].order.op in ops):
+            return self._tasks[0]
+        return None
+
+    # Answers
+
+    def lookup(self, nodeid: int, name: bytes) -> Entry | None:
+        """LOOKUP as of the event; None where no order concerns that name."""
+        task = self._head()
+        if task is None:
+            return None
+        order = task.order
+        if order.op == Op.RENAME and (order.nodeid2, order.name2) == (nodeid, name):
+            if task.target is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return self._entry(task.target, task.nlink)
+        if (order.nodeid, order.name) != (nodeid, name):
+            return None
+        if order.op == Op.CREATE:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
+
+    def create(self, nodeid: int, name: bytes, kind: int) -> Entry:
+        """MKNOD, MKDIR, SYMLINK: the entry that the host has already made."""
+        task = self._head(Op.CREATE)
+        if task is None or (task.order.nodeid, task.order.name) != (nodeid, name):
+            raise UnexpectedCall(f"create {name!r}")
+        if stat.S_IFMT(task.order.mode) != kind:
+            raise UnexpectedCall(f"create {name!r} of another type")
+        entry = self._entry(task.child, None)
+        self._pop()
+        return entry
+
+    def remove(self, nodeid: int, name: bytes) -> None:
+        """UNLINK, RMDIR: done on the host already."""
+        task = self._head(Op.REMOVE)
+        if task is None or (task.order.nodeid, task.order.name) != (nodeid, name):
+            raise UnexpectedCall(f"remove {name!r}")
+        self._pop()
+
+    def rename(self, nodeid: int, name: bytes, nodeid2: int, name2: bytes, flags: int) -> None:
+        """RENAME: done on the host already."""
+        task = self._head(Op.RENAME)
+        expected = (nodeid, name, nodeid2, name2, flags)
+        if task is None or expected != (
+            task.order.nodeid, task.order.name, task.order.nodeid2, task.order.name2, task.order.arg
+        ):  # fmt: skip
+            raise UnexpectedCall(f"rename {name!r} to {name2!r}")
+        self._pop()
+
+    def setattr(self, nodeid: int) -> StatLike:
+        """SETATTR that makes the event; the host's attributes stay as they are."""
+        task = self._head(Op.TOUCH)
+        if task is None or task.child.nodeid != nodeid:
+            raise UnexpectedCall(f"setattr of node {nodeid}")
+        attr = self.attributes(task.child)
+        self._pop()
+        return attr
+
+    def open(self, nodeid: int) -> Inode:
+        """OPEN, OPENDIR: the caller answers with a handle that does nothing."""
+        task = self._head(Op.OPEN)
+        if task is None or task.child.nodeid != nodeid:
+            raise UnexpectedCall(f"open of node {nodeid}")
+        self._pop()
+        return task.child
+
+    def attributes(self, inode: Inode, nlink: int | None = None) -> StatLike:
+        """Attributes as they are; made up where the object is gone."""
+        attr: StatLike
+        try:
+            attr = self._fs.getattr(inode)
+        except OSError:
+            attr = placeholder_attr(inode)
+        return attr if nlink is None else with_nlink(attr, nlink)
+
+    def _entry(self, inode: Inode, nlink: int | None) -> Entry:
+        return self._fs.referenced(Entry(inode, self.attributes(inode, nlink)))

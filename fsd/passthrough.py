@@ -1,0 +1,290 @@
+"""The passthrough file system: FUSE operations on the host directory, and nothing about events.
+
+Synchronous; returns plain values; raises OSError with the errno for the guest. Every path is one
+name below a directory descriptor, so no symlink and no race leads out of the export.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from . import host
+from .attributes import StatLike
+from .inodes import Inode, InodeTable
+
+
+class Identity(NamedTuple):
+    """Who asks: what creating a file needs."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+class Entry(NamedTuple):
+    """Answer to what looks a name up or makes one; the guest's kernel then holds a reference."""
+
+    inode: Inode
+    attr: StatLike
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """An open file or directory; owner of its descriptor."""
+
+    inode: Inode
+    fd: int
+    flags: int = 0
+    names: list[bytes] = field(default_factory=list)  # of a directory: the listing being read
+
+
+class Changes(NamedTuple):
+    """What SETATTR asks for; None = leave it."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+# O_APPEND: the guest's kernel sends offsets. O_DIRECT: data comes through unaligned buffers.
+_DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW
+
+
+class PassthroughFS:
+    """Operations on one export's host directory."""
+
+    def __init__(self, table: InodeTable) -> None:
+        self.table = table
+
+    # Names
+
+    @staticmethod
+    def _check_name(name: bytes) -> None:
+        if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def peek(self, parent: Inode, name: bytes) -> Entry:
+        """The entry behind a name, without a reference for the guest's kernel."""
+        if name == b".":
+            return Entry(parent, self.getattr(parent))
+        if name == b"..":
+            above = parent.parent or self.table.root
+            return Entry(above, self.getattr(above))
+        self._check_name(name)
+        with self.table.directory(parent) as dir_fd:
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            return Entry(*self.table.intern(fd, parent, name))
+        finally:
+            os.close(fd)
+
+    def lookup(self, parent: Inode, name: bytes) -> Entry:
+        """LOOKUP."""
+        return self.referenced(self.peek(parent, name))
+
+    @staticmethod
+    def referenced(entry: Entry) -> Entry:
+        """The entry, counted as handed to the guest's kernel."""
+        entry.inode.lookups += 1
+        return entry
+
+    @contextmanager
+    def _creating(self, parent: Inode, name: bytes, who: Identity) -> Iterator[int]:
+        self._check_name(name)
+        with self.table.directory(parent) as dir_fd, host.acting_as(*who):
+            yield dir_fd
+
+    def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Identity) -> Entry:
+        """MKNOD."""
+        with self._creating(parent, name, who) as dir_fd:
+            os.mknod(name, mode, rdev, dir_fd=dir_fd)
+        return self.lookup(parent, name)
+
+    def mkdir(self, parent: Inode, name: bytes, mode: int, who: Identity) -> Entry:
+        """MKDIR."""
+        with self._creating(parent, name, who) as dir_fd:
+            os.mkdir(name, mode, dir_fd=dir_fd)
+        return self.lookup(parent, name)
+
+    def symlink(self, parent: Inode, name: bytes, target: bytes, who: Identity) -> Entry:
+        """SYMLINK."""
+        with self._creating(parent, name, who) as dir_fd:
+            os.symlink(target, name, dir_fd=dir_fd)
+        return self.lookup(parent, name)
+
+    def create(
+        self, parent: Inode, name: bytes, mode: int, flags: int, who: Identity
+    ) -> tuple[Entry, Handle]:
+        """CREATE: make (or open) a regular file."""
+        excl = flags & os.O_EXCL
+        flags = flags & ~_DROPPED_FLAGS | excl | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._creating(parent, name, who) as dir_fd:
+            fd = os.open(name, flags, mode, dir_fd=dir_fd)
+        try:
+            entry = self.referenced(Entry(*self.table.intern(fd, parent, name)))
+        except BaseException:
+            os.close(fd)
+            raise
+        return entry, self._handle(entry.inode, fd, flags)
+
+    def link(self, inode: Inode, parent: Inode, name: bytes) -> Entry:
+        """LINK."""
+        self._check_name(name)
+        with self.table.opened(inode) as fd, self.table.directory(parent) as dir_fd:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=dir_fd, follow_symlinks=True)
+        return self.lookup(parent, name)
+
+    def unlink(self, parent: Inode, name: bytes) -> None:
+        """UNLINK."""
+        self._check_name(name)
+        with self.table.directory(parent) as dir_fd:
+            os.unlink(name, dir_fd=dir_fd)
+        self._gone(parent, name)
+
+    def rmdir(self, parent: Inode, name: bytes) -> None:
+        """RMDIR."""
+        self._check_name(name)
+        with self.table.directory(parent) as dir_fd:
+            os.rmdir(name, dir_fd=dir_fd)
+        self._gone(parent, name)
+
+    def _gone(self, parent: Inode, name: bytes) -> None:
+        inode = parent.children.pop(name, None)
+        if inode is not None and inode.nlink:
+            inode.nlink -= 1
+
+    def rename(self, old: Inode, name: bytes, new: Inode, new_name: bytes, flags: int) -> None:
+        """RENAME, RENAME2."""
+        self._check_name(name)
+        self._check_name(new_name)
+        with self.table.directory(old) as old_fd, self.table.directory(new) as new_fd:
+            host.renameat2(old_fd, name, new_fd, new_name, flags)
+        moved = old.children.get(name)
+        other = new.children.get(new_name)
+        if moved is other and moved is not None:
+            return
+        if moved is not None:
+            self.table.place(moved, new, new_name)
+            self.table.displace(old, name, moved)
+        else:
+            new.children.pop(new_name, None)
+        if flags & host.RENAME_EXCHANGE and other is not None:
+            self.table.place(other, old, name)
+        elif other is not None and other.nlink:
+            other.nlink -= 1
+
+    def readlink(self, inode: Inode) -> bytes:
+        """READLINK."""
+        with self.table.opened(inode) as fd:
+            return os.readlink(b"", dir_fd=fd)
+
+    # Attributes
+
+    def getattr(self, inode: Inode) -> os.stat_result:
+        """GETATTR; of an unlinked file by one of its open handles."""
+        if inode.open_fds:
+            return os.fstat(inode.open_fds[-1])
+        if inode.is_dir:
+            with self.table.directory(inode) as fd:
+                return os.fstat(fd)
+        with self.table.opened(inode) as fd:
+            return os.fstat(fd)
+
+    def setattr(self, inode: Inode, changes: Changes, handle: Handle | None) -> os.stat_result:
+        """SETATTR, in the order chown, mode, size, times: each undoes side effects before it."""
+        if handle is not None and handle.fd >= 0:
+            return self._setattr(handle.fd, changes, handle.fd)
+        if inode.open_fds and not inode.is_dir:
+            return self._setattr(inode.open_fds[-1], changes, None)
+        with self.table.opened(inode) as fd:
+            return self._setattr(fd, changes, None)
+
+    def _setattr(self, fd: int, changes: Changes, write_fd: int | None) -> os.stat_result:
+        path = f"/proc/self/fd/{fd}"
+        mode, uid, gid, size, atime_ns, mtime_ns = changes
+        if uid is not None or gid is not None:
+            # By descriptor, as a path would follow a symlink: fchownat(AT_EMPTY_PATH) is not in os.
+            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+        if mode is not None:
+            os.chmod(path, stat.S_IMODE(mode))
+        if size is not None:
+            if write_fd is not None:
+                os.ftruncate(write_fd, size)
+            else:
+                os.truncate(path, size)
+        if atime_ns is not None or mtime_ns is not None:
+            host.set_times(path, atime_ns, mtime_ns)
+        return os.fstat(fd)
+
+    def getxattr(self, inode: Inode, name: bytes) -> bytes:
+        """GETXATTR."""
+        with self.table.opened(inode) as fd:
+            return os.getxattr(f"/proc/self/fd/{fd}", name)
+
+    def listxattr(self, inode: Inode) -> list[bytes]:
+        """LISTXATTR."""
+        with self.table.opened(inode) as fd:
+            return [os.fsencode(name) for name in os.listxattr(f"/proc/self/fd/{fd}")]
+
+    def setxattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+        """SETXATTR."""
+        with self.table.opened(inode) as fd:
+            os.setxattr(f"/proc/self/fd/{fd}", name, value, flags)
+
+    def removexattr(self, inode: Inode, name: bytes) -> None:
+        """REMOVEXATTR."""
+        with self.table.opened(inode) as fd:
+            os.removexattr(f"/proc/self/fd/{fd}", name)
+
+    def access(self, inode: Inode, mode: int) -> bool:
+        """ACCESS, as the server's own user."""
+        with self.table.opened(inode) as fd:
+            return os.access(f"/proc/self/fd/{fd}", mode)
+
+    def statfs(self) -> os.statvfs_result:
+        """STATFS."""
+        return os.fstatvfs(self.table.root_fd)
+
+    # Files
+
+    def _handle(self, inode: Inode, fd: int, flags: int) -> Handle:
+        inode.open_fds.append(fd)
+        self.table.pin(inode)
+        return Handle(inode, fd, flags)
+
+    def open(self, inode: Inode, flags: int) -> Handle:
+        """OPEN."""
+        with self.table.opened(inode) as path_fd:
+            fd = os.open(f"/proc/self/fd/{path_fd}", flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
+        return self._handle(inode, fd, flags)
+
+    def opendir(self, inode: Inode) -> Handle:
+        """OPENDIR."""
+        with self.table.directory(inode) as path_fd:
+            fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._handle(inode, fd, os.O_RDONLY)
+
+    @staticmethod
+    def list_names(handle: Handle) -> list[bytes]:
+        """READDIR: read the names afresh; positions in the list stay valid until the next call."""
+        os.lseek(handle.fd, 0, os.SEEK_SET)
+        handle.names = [os.fsencode(name) for name in os.listdir(handle.fd)]
+        return handle.names
+
+    def release(self, handle: Handle) -> None:
+        """RELEASE, RELEASEDIR. Closes the descriptor once."""
+        if handle.fd < 0:
+            return
+        fd, handle.fd = handle.fd, -1
+        handle.inode.open_fds.remove(fd)
+        os.close(fd)
+        self.table.unpin(handle.inode)

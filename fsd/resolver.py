@@ -1,0 +1,223 @@
+"""From the host queue's raw events to Events: names become inodes *as of the event*.
+
+By the time an event is read the name may be gone, or stand for something newer. The watched
+directory's listing, moved on by each event, says what the name stood for; where it does not know,
+the server looks, and believes what it sees only if no later event of that name is waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+from protocol.frames import FSD_NAME
+from protocol.masks import Mask
+
+from .events import RENAME, Event
+from .inodes import Inode
+from .listings import Known, Listing, of_inode
+from .passthrough import PassthroughFS
+from .watcher import Arrival, HostWatcher
+
+_CREATE = int(Mask.CREATE)
+_DELETE = int(Mask.DELETE)
+_MOVED_FROM = int(Mask.MOVED_FROM)
+_MOVED_TO = int(Mask.MOVED_TO)
+_ISDIR = int(Mask.ISDIR)
+_IGNORED = int(Mask.IGNORED)
+_OVERFLOW = int(Mask.Q_OVERFLOW)
+
+RENAME_WAIT = 0.005
+"""Seconds that a MOVED_FROM waits for its other half: the kernel queues both in one system call,
+microseconds apart, unless the renaming process is preempted between them."""
+_EXCHANGE_WINDOW = 8
+"""Events among which the second pair of a RENAME_EXCHANGE stands (MOVE_SELFs come between)."""
+RENAME_WINDOW = 128
+"""Events behind a MOVED_FROM after which its other half is no longer expected."""
+
+
+class Resolver:
+    """Turns arrivals into Events. Owns the meaning of listings, not the watches."""
+
+    def __init__(self, fs: PassthroughFS, watcher: HostWatcher) -> None:
+        self._fs = fs
+        self._table = fs.table
+        self._watcher = watcher
+        self.waiting_until: float | None = None
+
+    def next(self) -> Iterator[Event]:
+        """Events of the next arrival (none, one, or more). ``waiting_until`` is set, and nothing
+        returned, while a MOVED_FROM waits for its other half.
+        """
+        arrival = self._watcher.pop()
+        raw = arrival.raw
+        if raw.mask & _OVERFLOW:
+            yield Event(self._table.root, _OVERFLOW, b"", 0, arrival.origin, arrival.stamp)
+            return
+        node = self._watcher.inode_of(raw.wd)
+        if raw.mask & _IGNORED:
+            self._watcher.forget(raw.wd)
+        if node is None or (node is self._table.root and raw.name == FSD_NAME):
+            return
+        if not raw.name:
+            yield Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
+            return
+        if raw.mask & _MOVED_FROM:
+            other = self._other_half(arrival)
+            if self.waiting_until is not None:
+                self._watcher.push_back(arrival)
+                return
+            if other is not None:
+                yield from self._renamed(node, arrival, other)
+                return
+        yield self._named(node, arrival)
+
+    def _other_half(self, arrival: Arrival) -> Arrival | None:
+        self.waiting_until = None
+        cookie = arrival.raw.cookie
+        other = self._watcher.take_moved_to(cookie, RENAME_WINDOW)
+        if other is None:
+            self._watcher.drain()
+            other = self._watcher.take_moved_to(cookie, RENAME_WINDOW)
+        deadline = arrival.stamp + RENAME_WAIT
+        waiting = self._watcher.backlog < RENAME_WINDOW and time.monotonic() < deadline
+        if other is None and waiting:
+            self.waiting_until = deadline
+        return other
+
+    def _renamed(self, node: Inode, first: Arrival, second: Arrival) -> Iterator[Event]:
+        node2 = self._watcher.inode_of(second.raw.wd)
+        if node2 is None:
+            yield self._named(node, first)
+            return
+        yield self.renamed(node, node2, first, second)
+
+    def renamed(self, node: Inode, node2: Inode, first: Arrival, second: Arrival) -> Event:
+        """A rename between two watched directories; moves the listings on."""
+        name, name2 = first.raw.name, second.raw.name
+        before = listing(node).names.pop(name, None)
+        child = self._known_child(node, name, before)
+        if child is None:
+            child = self._look(node2, second)
+        elif not child.is_placeholder:
+            self._table.place(child, node2, name2)
+            self._table.displace(node, name, child)
+        event = Event(
+            node, RENAME | (first.raw.mask & _ISDIR), name, first.raw.cookie, first.origin,
+            first.stamp, child, before=before, node2=node2, name2=name2,
+        )  # fmt: skip
+        self._replace(event, node2, name2, child)
+        if event.replaced is not None:
+            event.exchanged = self._exchanged(event, event.replaced)
+            if event.exchanged:
+                listing(node).names[name] = of_inode(event.replaced)
+                self._table.place(event.replaced, node, name)
+        return event
+
+    def _exchanged(self, event: Event, replaced: Inode) -> int:
+        """Cookie of the second pair, back, that RENAME_EXCHANGE queues; 0 for a plain rename.
+
+        The same events come from a rename over and a rename back; what has the old name tells.
+        """
+        ahead = [a.raw for a in self._watcher.peek(_EXCHANGE_WINDOW) if a.raw.mask & RENAME][:2]
+        if [raw.name for raw in ahead] != [event.name2, event.name]:
+            return 0
+        back, there = ahead
+        same_nodes = (
+            self._watcher.inode_of(back.wd) is event.node2
+            and self._watcher.inode_of(there.wd) is event.node
+        )
+        if back.cookie != there.cookie or not same_nodes:
+            return 0
+        try:
+            now = self._fs.peek(event.node, event.name).inode
+        except OSError:
+            return 0
+        if now.identity != replaced.identity:
+            return 0
+        self._watcher.drop_rename(back.cookie, _EXCHANGE_WINDOW)
+        return back.cookie
+
+    def _replace(self, event: Event, node: Inode, name: bytes, child: Inode) -> None:
+        """MOVED_TO node/name: what it overwrote, and the listing after it."""
+        names = listing(node).names
+        before = names.get(name)
+        if before is not None:
+            replaced = before.inode or self._table.placeholder(before.kind, node, name)
+            event.replaced = self._table.current(replaced)
+            event.nlink = self._links_before(event.replaced)
+        if event.node2 is None:
+            event.before = before
+        names[name] = of_inode(child)
+
+    def _named(self, node: Inode, arrival: Arrival) -> Event:
+        raw = arrival.raw
+        name, mask = raw.name, raw.mask
+        event = Event(node, mask, name, raw.cookie, arrival.origin, arrival.stamp)
+        names = listing(node).names
+        before = event.before = names.get(name)
+        if mask & (_DELETE | _MOVED_FROM):
+            names.pop(name, None)
+            child = self._known_child(node, name, before)
+            if child is None:
+                child = self._gone(node, raw.name, mask)
+            event.child = child
+            if mask & _DELETE:
+                event.nlink = self._links_before(child)
+            self._table.displace(node, name, child)
+        elif mask & _MOVED_TO:
+            event.child = self._look(node, arrival)
+            self._replace(event, node, name, event.child)
+        else:
+            child = None
+            if not mask & _CREATE and before is not None and before.inode is not None:
+                child = self._table.current(before.inode)
+            event.child = child or self._look(node, arrival)
+            names[name] = of_inode(event.child)
+        return event
+
+    def _known_child(self, node: Inode, name: bytes, before: Known | None) -> Inode | None:
+        """What the name stood for, from the listing, else from what a guest looked up."""
+        if before is not None and before.inode is not None:
+            return self._table.current(before.inode)
+        child = node.children.get(name)
+        if child is not None and before is not None and child.identity[1] != before.ino:
+            return None
+        return child
+
+    def _gone(self, node: Inode, name: bytes, mask: int) -> Inode:
+        return self._table.placeholder(stat.S_IFDIR if mask & _ISDIR else stat.S_IFREG, node, name)
+
+    def _look(self, node: Inode, arrival: Arrival) -> Inode:
+        """The object behind a name now, unless a waiting event says that it is another by now."""
+        name, mask, wd = arrival.raw.name, arrival.raw.mask, arrival.raw.wd
+        if not self._watcher.is_leaving(wd, name):
+            try:
+                inode = self._fs.peek(node, name).inode
+            except OSError:
+                pass
+            else:
+                self._watcher.drain()
+                is_dir = bool(mask & _ISDIR)
+                if inode.is_dir == is_dir and not self._watcher.is_leaving(wd, name):
+                    return inode
+        return self._gone(node, name, mask)
+
+    def _links_before(self, child: Inode) -> int:
+        """Link count of a removed object just before the removal."""
+        if child.is_placeholder or child.is_dir:
+            return 1
+        try:
+            with self._table.opened(child) as fd:
+                return os.fstat(fd).st_nlink + 1
+        except OSError:
+            return 1
+
+
+def listing(node: Inode) -> Listing:
+    """The directory's listing, made when first needed."""
+    if node.listing is None:
+        node.listing = Listing()
+    return node.listing

@@ -1,0 +1,155 @@
+"""After lost events: the difference between what was told and what is, as events.
+
+One way for every loss (DESIGN 4.5): a host overflow, a directory without a watch, a guest's full
+outbox, an agent that was away. What is told: MOVED by inode, DELETE, CREATE, MODIFY with
+CLOSE_WRITE, ATTRIB; in that order, as the true one is not known any more.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from protocol.masks import Mask
+
+from .events import RENAME, Event
+from .inodes import Inode
+from .listings import Known, Listing, Missed, changed_since
+from .watcher import HOST
+
+if TYPE_CHECKING:
+    from .export import Export
+
+Changes = dict[tuple[Inode, bytes], Missed]
+"""What may have changed: directory and name -> what was known before, and the kinds of change."""
+
+_CHANGE = int(Mask.MODIFY | Mask.CLOSE_WRITE)
+_KINDS = [int(k) for k in (Mask.ACCESS, Mask.MODIFY, Mask.ATTRIB)]
+_CLOSES = [int(k) for k in (Mask.CLOSE_WRITE, Mask.CLOSE_NOWRITE)]
+
+
+def difference(export: Export, node: Inode, known: Listing) -> Changes:
+    """Compare a directory with its listing, which is brought up to date."""
+    now = export.read_directory(node)
+    changes: Changes = {}
+    for name in known.names.keys() | now.keys():
+        before, after = known.names.get(name), now.get(name)
+        if before is None or after is None or before.ino != after.ino:
+            changes[node, name] = Missed(before, _CHANGE)
+        else:
+            mask = _touched(export, node, name, before)
+            if mask:
+                changes[node, name] = Missed(before, mask)
+            now[name] = after._replace(inode=before.inode)
+    known.names = now
+    return changes
+
+
+def _touched(export: Export, node: Inode, name: bytes, before: Known) -> int:
+    try:
+        with export.table.directory(node) as dir_fd:
+            status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except OSError:
+        return 0
+    content, anything = changed_since(status, before.seen_ns)
+    if content and stat.S_ISREG(status.st_mode):
+        return _CHANGE
+    return int(Mask.ATTRIB) if anything and not stat.S_ISDIR(status.st_mode) else 0
+
+
+def told(export: Export, changes: Changes) -> Iterator[Event]:
+    """Events that lead from what was known before to what the listings know now."""
+    gone: dict[tuple[int, int], tuple[Inode, bytes, Known]] = {}
+    new: dict[tuple[Inode, bytes], Known] = {}
+    kept: list[tuple[Inode, bytes, Known, int]] = []
+    removed: list[tuple[Inode, bytes, Known]] = []
+    for (node, name), (before, mask) in changes.items():
+        if not name:
+            kept.append((node, name, Known(node.identity[1], node.kind, 0, node), mask))
+            continue
+        after = node.listing.names.get(name) if node.listing is not None else None
+        if before is not None and after is not None and before.ino == after.ino:
+            kept.append((node, name, after, mask))
+            continue
+        if before is not None:
+            key = (before.ino, before.kind)
+            if key in gone:  # another hard link: it is not known which one moved
+                removed.append((node, name, before))
+            else:
+                gone[key] = (node, name, before)
+        if after is not None:
+            new[node, name] = after
+    for (node, name), after in list(new.items()):
+        source = gone.get((after.ino, after.kind))
+        # A name that is also taken anew is told as DELETE and CREATE: no order of moves is known.
+        if source is None or source[:2] in new or changes[node, name].before is not None:
+            continue
+        del gone[after.ino, after.kind], new[node, name]
+        yield _moved(export, source[0], source[1], source[2], node, name)
+    for node, name, before in [*gone.values(), *removed]:
+        yield _event(export, node, name, before, int(Mask.DELETE))
+    for (node, name), after in new.items():
+        yield _event(export, node, name, after, int(Mask.CREATE))
+        if stat.S_ISREG(after.kind) and _size(export, node, name):
+            kept.append((node, name, after, _CHANGE))
+    for node, name, after, mask in kept:
+        for kind in _KINDS:
+            if mask & kind:
+                yield _event(export, node, name, after, kind)
+        for kind in _CLOSES:
+            if mask & kind and name:
+                yield _event(export, node, name, after, kind)
+
+
+def _size(export: Export, node: Inode, name: bytes) -> int:
+    try:
+        with export.table.directory(node) as dir_fd:
+            return os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size
+    except OSError:
+        return 0
+
+
+def _child(export: Export, node: Inode, name: bytes, known: Known) -> Inode:
+    if known.inode is not None:
+        return export.table.current(known.inode)
+    child = node.children.get(name)
+    if child is not None and child.identity[1] == known.ino:
+        return child
+    try:
+        child = export.fs.peek(node, name).inode
+    except OSError:
+        child = None
+    if child is not None and child.identity[1] == known.ino:
+        return child
+    return export.table.placeholder(known.kind, node, name)
+
+
+def _event(export: Export, node: Inode, name: bytes, known: Known, kind: int) -> Event:
+    mask = kind | (int(Mask.ISDIR) if stat.S_ISDIR(known.kind) else 0)
+    child = _child(export, node, name, known) if name else node
+    return Event(node, mask, name, 0, HOST, time.monotonic(), child)
+
+
+def _moved(
+    export: Export, node: Inode, name: bytes, known: Known, node2: Inode, name2: bytes
+) -> Event:
+    event = _event(export, node, name, known, RENAME)
+    event.node2, event.name2 = node2, name2
+    event.cookie = next(_cookies)
+    child = event.child
+    if child is not None and not child.is_placeholder:
+        export.table.place(child, node2, name2)
+    return event
+
+
+def _count() -> Iterator[int]:
+    cookie = 0x8000_0000  # apart from the kernel's, which count up from 1
+    while True:
+        cookie = cookie + 1 & 0xFFFF_FFFF | 0x8000_0000
+        yield cookie
+
+
+_cookies = _count()

@@ -1,0 +1,385 @@
+"""The operations that a door offers to one mount: passthrough, own echo, replay, hidden files.
+
+Each call comes from the mount's users, from its replayer, or concerns the hidden directory; this
+is where the three part. Synchronous, plain values; an OSError carries the errno for the guest.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from protocol.frames import FSD_DIR, FSD_NAME
+from protocol.masks import Mask
+
+from .attributes import StatLike
+from .export import Export
+from .hidden import HiddenFiles, HiddenHandle
+from .host import RENAME_EXCHANGE
+from .inodes import ROOT_ID, Inode
+from .ledger import UnexpectedCall
+from .passthrough import Changes, Entry, Handle, Identity
+from .replayer import ReplayGuest
+from .watcher import Expected
+
+Caller = Identity
+_CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
+
+
+@dataclass(slots=True, eq=False)
+class ReplayHandle:
+    """What the replayer opened: a handle that does nothing."""
+
+    inode: Inode
+
+
+AnyHandle = Handle | ReplayHandle | HiddenHandle
+
+
+class Service:
+    """Operations of one mount on an export. ``guest`` is the mount."""
+
+    def __init__(self, export: Export, guest: ReplayGuest) -> None:
+        self.export = export
+        self.guest = guest
+        self._fs = export.fs
+        self._table = export.table
+        self.hidden = HiddenFiles(export, guest)
+        self._handles: dict[int, AnyHandle] = {}
+        self._numbers = itertools.count(1)
+
+    def close(self) -> None:
+        """Release every handle."""
+        for fh in list(self._handles):
+            self.release(fh)
+
+    # Who asks
+
+    def _is_replayer(self, who: Caller) -> bool:
+        return who.pid == self.guest.pid and who.pid != 0
+
+    def _refuse_replayer(self, who: Caller, what: str) -> None:
+        """The safety rule: nothing that the replayer asks for changes the backing store."""
+        if self._is_replayer(who):
+            raise self._refused(UnexpectedCall(what))
+
+    def _refused(self, error: UnexpectedCall) -> UnexpectedCall:
+        self.guest.counts["refused"] += 1
+        return error
+
+    def _own(self, *expected: Expected) -> AbstractContextManager[None]:
+        return self.export.watcher.attributed(self.guest, *expected)
+
+    @staticmethod
+    def _about(inode: Inode, mask: Mask) -> tuple[Expected, Expected]:
+        """An event of an object: by name in its directory, and on itself."""
+        return (inode.parent, inode.name, mask), (inode, b"", mask)
+
+    def _looked_up(self, who: Caller, inode: Inode) -> None:
+        if self.guest.pid and who.pid:
+            directory = inode if inode.is_dir else inode.parent
+            if directory is not None and not directory.is_placeholder:
+                self.export.arming.looked_up(self.guest, directory, who.pid)
+
+    # Names
+
+    def lookup(self, who: Caller, nodeid: int, name: bytes) -> Entry:
+        """LOOKUP."""
+        if nodeid >= FSD_DIR or (nodeid == ROOT_ID and name == FSD_NAME):
+            return self._hidden_lookup(who, nodeid, name)
+        if self._is_replayer(who):
+            entry = self.guest.ledger.lookup(nodeid, name)
+            if entry is not None:
+                return entry
+            return self._fs.lookup(self._table.get(nodeid), name)
+        node = self._table.get(nodeid)
+        if node is not self._table.root:
+            self._looked_up(who, node)
+        else:
+            self._looked_up(who, node)
+        entry = self._fs.lookup(node, name)
+        if entry.inode.is_dir:
+            self._looked_up(who, entry.inode)
+        return entry
+
+    def _hidden_lookup(self, who: Caller, nodeid: int, name: bytes) -> Entry:
+        self.hidden.check(who)
+        if self._is_replayer(who):
+            entry = self.guest.ledger.lookup(nodeid, name)
+            if entry is not None:
+                return entry
+        return self.hidden.lookup(nodeid, name)
+
+    def forget(self, nodeid: int, count: int) -> None:
+        """FORGET."""
+        if nodeid < FSD_DIR:
+            self._table.forget(nodeid, count)
+
+    def mknod(self, who: Caller, nodeid: int, name: bytes, mode: int, rdev: int) -> Entry:
+        """MKNOD."""
+        if self._is_replayer(who):
+            return self._replay_create(nodeid, name, stat.S_IFMT(mode))
+        node = self._names(nodeid, name)
+        with self._own((node, name, Mask.CREATE)):
+            return self._fs.mknod(node, name, mode, rdev, who)
+
+    def mkdir(self, who: Caller, nodeid: int, name: bytes, mode: int) -> Entry:
+        """MKDIR."""
+        if self._is_replayer(who):
+            return self._replay_create(nodeid, name, stat.S_IFDIR)
+        node = self._names(nodeid, name)
+        with self._own((node, name, Mask.CREATE)):
+            return self._fs.mkdir(node, name, mode, who)
+
+    def symlink(self, who: Caller, nodeid: int, name: bytes, target: bytes) -> Entry:
+        """SYMLINK."""
+        if self._is_replayer(who):
+            return self._replay_create(nodeid, name, stat.S_IFLNK)
+        node = self._names(nodeid, name)
+        with self._own((node, name, Mask.CREATE)):
+            return self._fs.symlink(node, name, target, who)
+
+    def _replay_create(self, nodeid: int, name: bytes, kind: int) -> Entry:
+        try:
+            return self.guest.ledger.create(nodeid, name, kind)
+        except UnexpectedCall as error:
+            raise self._refused(error) from None
+
+    def link(self, who: Caller, nodeid: int, new_parent: int, name: bytes) -> Entry:
+        """LINK."""
+        self._refuse_replayer(who, "link")
+        inode, node = self._table.get(nodeid), self._names(new_parent, name)
+        with self._own((node, name, Mask.CREATE), (inode, b"", Mask.ATTRIB)):
+            return self._fs.link(inode, node, name)
+
+    def unlink(self, who: Caller, nodeid: int, name: bytes) -> None:
+        """UNLINK."""
+        self._remove(who, nodeid, name, is_dir=False)
+
+    def rmdir(self, who: Caller, nodeid: int, name: bytes) -> None:
+        """RMDIR."""
+        self._remove(who, nodeid, name, is_dir=True)
+
+    def _remove(self, who: Caller, nodeid: int, name: bytes, *, is_dir: bool) -> None:
+        if self._is_replayer(who):
+            try:
+                self.guest.ledger.remove(nodeid, name)
+            except UnexpectedCall as error:
+                raise self._refused(error) from None
+            return
+        node = self._names(nodeid, name)
+        child = node.children.get(name)
+        remove = self._fs.rmdir if is_dir else self._fs.unlink
+        with self._own((node, name, Mask.DELETE), (child, b"", Mask.ATTRIB | Mask.DELETE_SELF)):
+            remove(node, name)
+
+    def rename(
+        self, who: Caller, nodeid: int, name: bytes, nodeid2: int, name2: bytes, flags: int
+    ) -> None:
+        """RENAME, RENAME2."""
+        if self._is_replayer(who):
+            try:
+                self.guest.ledger.rename(nodeid, name, nodeid2, name2, flags)
+            except UnexpectedCall as error:
+                raise self._refused(error) from None
+            return
+        old, new = self._names(nodeid, name), self._names(nodeid2, name2)
+        moved = Mask.MOVED_FROM | (Mask.MOVED_TO if flags & RENAME_EXCHANGE else Mask(0))
+        arrived = Mask.MOVED_TO | (Mask.MOVED_FROM if flags & RENAME_EXCHANGE else Mask(0))
+        lost = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
+        with self._own(
+            (old, name, moved),
+            (new, name2, arrived),
+            (old.children.get(name), b"", Mask.MOVE_SELF),
+            (new.children.get(name2), b"", lost),
+        ):
+            self._fs.rename(old, name, new, name2, flags)
+
+    def _names(self, nodeid: int, name: bytes) -> Inode:
+        """A directory in which names may change: not the hidden one, nor its name."""
+        if nodeid >= FSD_DIR or (nodeid == ROOT_ID and name == FSD_NAME):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return self._table.get(nodeid)
+
+    def readlink(self, nodeid: int) -> bytes:
+        """READLINK."""
+        return self._fs.readlink(self._node(nodeid))
+
+    def _node(self, nodeid: int) -> Inode:
+        if nodeid >= FSD_DIR:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return self._table.get(nodeid)
+
+    # Attributes
+
+    def getattr(self, who: Caller, nodeid: int) -> tuple[Inode, StatLike]:
+        """GETATTR."""
+        if nodeid >= FSD_DIR:
+            return self.hidden.getattr(nodeid)
+        inode = self._table.get(nodeid)
+        if inode.is_placeholder:
+            return inode, self.guest.ledger.attributes(inode)
+        if self._is_replayer(who):
+            return inode, self.guest.ledger.attributes(inode)
+        if inode.is_dir:
+            self._looked_up(who, inode)
+        return inode, self._fs.getattr(inode)
+
+    def setattr(
+        self, who: Caller, nodeid: int, changes: Changes, fh: int | None
+    ) -> tuple[Inode, StatLike]:
+        """SETATTR."""
+        if nodeid >= FSD_DIR:
+            return self.hidden.getattr(nodeid)
+        inode = self._table.get(nodeid)
+        if self._is_replayer(who):
+            try:
+                return inode, self.guest.ledger.setattr(nodeid)
+            except UnexpectedCall as error:
+                raise self._refused(error) from None
+        handle = self._handles.get(fh) if fh is not None else None
+        own = Mask.ATTRIB | Mask.MODIFY | Mask.ACCESS
+        with self._own(*self._about(inode, own)):
+            return inode, self._fs.setattr(
+                inode, changes, handle if isinstance(handle, Handle) else None
+            )
+
+    def getxattr(self, who: Caller, nodeid: int, name: bytes) -> bytes:
+        """GETXATTR; of what the replayer touches there is nothing to kill privileges of."""
+        if nodeid >= FSD_DIR or self._is_replayer(who):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        return self._fs.getxattr(self._table.get(nodeid), name)
+
+    def listxattr(self, nodeid: int) -> list[bytes]:
+        """LISTXATTR."""
+        return [] if nodeid >= FSD_DIR else self._fs.listxattr(self._table.get(nodeid))
+
+    def setxattr(self, who: Caller, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
+        """SETXATTR."""
+        self._refuse_replayer(who, "setxattr")
+        inode = self._node(nodeid)
+        with self._own(*self._about(inode, Mask.ATTRIB)):
+            self._fs.setxattr(inode, name, value, flags)
+
+    def removexattr(self, who: Caller, nodeid: int, name: bytes) -> None:
+        """REMOVEXATTR."""
+        self._refuse_replayer(who, "removexattr")
+        inode = self._node(nodeid)
+        with self._own(*self._about(inode, Mask.ATTRIB)):
+            self._fs.removexattr(inode, name)
+
+    def access(self, nodeid: int, mode: int) -> bool:
+        """ACCESS; asked only where the kernel does not check permissions itself."""
+        return True if nodeid >= FSD_DIR else self._fs.access(self._table.get(nodeid), mode)
+
+    def statfs(self) -> os.statvfs_result:
+        """STATFS."""
+        return self._fs.statfs()
+
+    # Handles
+
+    def _new(self, handle: AnyHandle) -> int:
+        fh = next(self._numbers)
+        self._handles[fh] = handle
+        return fh
+
+    def handle(self, fh: int) -> AnyHandle:
+        """The open file of a request. Raises OSError EBADF."""
+        try:
+            return self._handles[fh]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def _file(self, fh: int) -> Handle:
+        handle = self.handle(fh)
+        if not isinstance(handle, Handle):
+            raise self._refused(UnexpectedCall("data"))
+        return handle
+
+    def create(
+        self, who: Caller, nodeid: int, name: bytes, mode: int, flags: int
+    ) -> tuple[Entry, int]:
+        """CREATE."""
+        self._refuse_replayer(who, "create")
+        node = self._names(nodeid, name)
+        made = Mask.CREATE | Mask.OPEN | Mask.MODIFY
+        child = node.children.get(name)
+        with self._own((node, name, made), (child, b"", Mask.OPEN | Mask.MODIFY)):
+            entry, handle = self._fs.create(node, name, mode, flags, who)
+        return entry, self._new(handle)
+
+    def open(self, who: Caller, nodeid: int, flags: int) -> int:
+        """OPEN."""
+        if nodeid >= FSD_DIR:
+            self.hidden.check(who)
+            return self._new(self.hidden.open(nodeid, who))
+        if self._is_replayer(who):
+            return self._replay_open(nodeid)
+        inode = self._table.get(nodeid)
+        with self._own(*self._about(inode, Mask.OPEN | Mask.MODIFY)):
+            return self._new(self._fs.open(inode, flags))
+
+    def _replay_open(self, nodeid: int) -> int:
+        try:
+            return self._new(ReplayHandle(self.guest.ledger.open(nodeid)))
+        except UnexpectedCall as error:
+            raise self._refused(error) from None
+
+    def opendir(self, who: Caller, nodeid: int) -> int:
+        """OPENDIR."""
+        if nodeid >= FSD_DIR:
+            self.hidden.check(who)
+            return self._new(self.hidden.open(nodeid, who))
+        if self._is_replayer(who):
+            return self._replay_open(nodeid)
+        inode = self._table.get(nodeid)
+        self._looked_up(who, inode)
+        with self._own(*self._about(inode, Mask.OPEN)):
+            return self._new(self._fs.opendir(inode))
+
+    def names(self, fh: int, position: int) -> tuple[Inode, list[bytes]]:
+        """READDIR: the directory and its names; read afresh at position 0."""
+        handle = self.handle(fh)
+        if not isinstance(handle, Handle):
+            return self.hidden.root, []
+        if position == 0:
+            with self._own(*self._about(handle.inode, Mask.ACCESS)):
+                self._fs.list_names(handle)
+        return handle.inode, handle.names
+
+    def entry(self, node: Inode, name: bytes) -> Entry | None:
+        """READDIRPLUS: the entry of a name, not referenced yet; None if it is gone by now."""
+        try:
+            return self._fs.peek(node, name)
+        except OSError:
+            return None
+
+    def read(self, fh: int, offset: int, size: int) -> bytes:
+        """READ."""
+        handle = self._file(fh)
+        with self._own(*self._about(handle.inode, Mask.ACCESS)):
+            return os.pread(handle.fd, size, offset)
+
+    def write(self, fh: int, offset: int, data: bytes) -> int:
+        """WRITE."""
+        handle = self._file(fh)
+        with self._own(*self._about(handle.inode, Mask.MODIFY | Mask.ATTRIB)):
+            return os.pwrite(handle.fd, data, offset)
+
+    def file_fd(self, fh: int) -> int:
+        """The descriptor to fsync; -1 where there is nothing to sync."""
+        handle = self.handle(fh)
+        return handle.fd if isinstance(handle, Handle) else -1
+
+    def release(self, fh: int) -> None:
+        """RELEASE, RELEASEDIR."""
+        handle = self._handles.pop(fh, None)
+        if isinstance(handle, Handle):
+            with self._own(*self._about(handle.inode, _CLOSE)):
+                self._fs.release(handle)
+        elif isinstance(handle, HiddenHandle):
+            self.hidden.release(handle)

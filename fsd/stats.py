@@ -1,0 +1,94 @@
+"""What `fsd status` shows: counters and latencies of an export as plain JSON values."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from protocol import masks
+
+from .guests import Guest, HandMarks, Observer
+from .replayer import ReplayGuest
+
+if TYPE_CHECKING:
+    from .export import Export
+
+
+def percentile(values: Iterable[float], share: float) -> float | None:
+    """The value below which ``share`` (0..1) of the values lie; None of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
+
+
+def snapshot(export: Export) -> dict[str, Any]:
+    """The whole state, as a JSON object."""
+    return {
+        "source": export.source,
+        "pid": os.getpid(),
+        "uptime_s": round(time.time() - export.started, 1),
+        "inodes": len(export.table),
+        "host_watches": len(export.watcher),
+        "unwatched": [
+            {"path": inode.path().decode(errors="backslashreplace"), "reason": reason}
+            for inode, reason in export.unwatched.items()
+        ],
+        "backlog": export.watcher.backlog,
+        "counts": dict(export.counts),
+        "guests": [_guest(export, guest) for guest in export.guests],
+    }
+
+
+_KINDS: dict[type[Guest], str] = {
+    ReplayGuest: "mount",
+    Observer: "observer",
+    HandMarks: "by hand",
+}
+
+
+def _guest(export: Export, guest: Guest) -> dict[str, Any]:
+    marks = export.interest.marks(guest)
+    counts = guest.counts
+    state: dict[str, Any] = {
+        "name": guest.name,
+        "kind": _KINDS[type(guest)],
+        "marks": len(marks),
+        "armed": [
+            {
+                "nodeid": inode.nodeid if inode is not None else 0,
+                "generation": inode.generation if inode is not None else 0,
+                "path": os.fsdecode(inode.path()) if inode is not None else "",
+                "mask": masks.names(mask),
+                "watched": inode is None or bool(export.watcher.mask_of(inode)),
+            }
+            for inode, mask in marks.items()
+        ],
+        "depth": guest.depth,
+        "max_depth": guest.max_depth,
+        "forwarded": counts["forwarded"],
+        "echo": counts["echo"],
+        "coalesced": counts["coalesced"],
+        "replayed": counts["replayed"],
+        "failed": counts["failed"],
+        "missed": counts["missed"],
+        "overflows": counts["overflows"],
+        "resyncs": counts["resyncs"],
+        "refused": counts["refused"],
+        "by_kind": {
+            k: n for k, n in sorted(counts.items()) if k.startswith(("replayed.", "failed."))
+        },
+        "latency_ms": {
+            "p50": _milliseconds(percentile(guest.latencies, 0.5)),
+            "p99": _milliseconds(percentile(guest.latencies, 0.99)),
+            "samples": len(guest.latencies),
+        },
+    }
+    if isinstance(guest, ReplayGuest):
+        state["agent"] = bool(guest.pid)
+        state["agent_pid"] = guest.pid
+    return state

@@ -1,0 +1,340 @@
+"""The pyfuse3 door: `pyfuse3.Operations` as a thin adapter on a Service.
+
+One boundary maps errors: an OSError becomes its errno, anything else EIO and one logged traceback.
+pyfuse3 would unmount on any exception that is not FUSEError.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import select
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import pyfuse3
+import structlog
+import trio
+
+from ..attributes import StatLike
+from ..hidden import HiddenHandle
+from ..inodes import Inode
+from ..passthrough import Changes, Entry
+from ..service import Caller, Service
+
+log = structlog.get_logger()
+_F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
+
+LONG_POLL = 1.0
+"""Seconds that a read of the channel waits. A killed agent stays in it until it is answered, so
+it is short; an agent with nothing to do waits in poll(2) instead, without end."""
+_READY = select.POLLIN | select.POLLOUT
+
+
+def _guarded(handler: _F) -> _F:
+    @functools.wraps(handler)
+    async def guarded(*args: Any) -> Any:
+        try:
+            return await handler(*args)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except (pyfuse3.FUSEError, trio.Cancelled):
+            raise
+        except Exception:
+            log.exception("request failed", request=handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return cast(_F, guarded)
+
+
+def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.pid)
+
+
+def _attributes(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
+    """The reply. Timeouts are 0: the host may change anything at any time, and the replayer's
+    look-ups must reach us.
+    """
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = inode.nodeid
+    entry.generation = inode.generation
+    entry.entry_timeout = entry.attr_timeout = 0
+    entry.st_mode = attr.st_mode
+    entry.st_nlink = attr.st_nlink
+    entry.st_uid = attr.st_uid
+    entry.st_gid = attr.st_gid
+    entry.st_rdev = attr.st_rdev
+    entry.st_size = attr.st_size
+    entry.st_blksize = attr.st_blksize
+    entry.st_blocks = attr.st_blocks
+    entry.st_atime_ns = attr.st_atime_ns
+    entry.st_mtime_ns = attr.st_mtime_ns
+    entry.st_ctime_ns = attr.st_ctime_ns
+    return entry
+
+
+def _entry(entry: Entry) -> pyfuse3.EntryAttributes:
+    return _attributes(entry.inode, entry.attr)
+
+
+class _Channel:
+    """Waiters for the frames of one open channel file."""
+
+    def __init__(self, handle: HiddenHandle) -> None:
+        assert handle.session is not None
+        self.session = handle.session
+        self._event: trio.Event | None = None
+        self._poll: pyfuse3.PollHandle | None = None
+        self.session.wake = self._wake
+
+    def _wake(self) -> None:
+        if self._event is not None:
+            self._event.set()
+        if self._poll is not None:
+            handle, self._poll = self._poll, None
+            handle.notify()
+
+    async def read(self, size: int) -> bytes:
+        """Frames, after waiting for some; b"" at the bound."""
+        if not self.session.has_outgoing and not self.session.said_bye:
+            self._event = trio.Event()
+            with trio.move_on_after(LONG_POLL):
+                await self._event.wait()
+            self._event = None
+        return self.session.outgoing(size)
+
+    def poll(self, handle: pyfuse3.PollHandle | None) -> int:
+        """poll(2): readable when there are frames."""
+        if self.session.has_outgoing or self.session.said_bye:
+            return _READY
+        self._poll = handle
+        return select.POLLOUT
+
+
+class FuseDoor(pyfuse3.Operations):
+    """One mount's requests."""
+
+    supports_dot_lookup = True
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+        self._channels: dict[int, _Channel] = {}
+
+    @_guarded
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _entry(self._service.lookup(_caller(ctx), parent_inode, name))
+
+    @_guarded
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for nodeid, count in inode_list:
+            self._service.forget(nodeid, count)
+
+    @_guarded
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._own_ino(*self._service.getattr(_caller(ctx), inode))
+
+    @staticmethod
+    def _own_ino(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
+        """GETATTR's reply carries no nodeid, so even the root shows the host's st_ino."""
+        entry = _attributes(inode, attr)
+        entry.st_ino = attr.st_ino
+        return entry
+
+    @_guarded
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        changes = Changes(
+            attr.st_mode if fields.update_mode else None,
+            attr.st_uid if fields.update_uid else None,
+            attr.st_gid if fields.update_gid else None,
+            attr.st_size if fields.update_size else None,
+            attr.st_atime_ns if fields.update_atime else None,
+            attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self._own_ino(*self._service.setattr(_caller(ctx), inode, changes, fh))
+
+    @_guarded
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._service.readlink(inode)
+
+    @_guarded
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _entry(self._service.mknod(_caller(ctx), parent_inode, name, mode, rdev))
+
+    @_guarded
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _entry(self._service.mkdir(_caller(ctx), parent_inode, name, mode))
+
+    @_guarded
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _entry(self._service.symlink(_caller(ctx), parent_inode, name, target))
+
+    @_guarded
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _entry(self._service.link(_caller(ctx), inode, new_parent_inode, new_name))
+
+    @_guarded
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._service.unlink(_caller(ctx), parent_inode, name)
+
+    @_guarded
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._service.rmdir(_caller(ctx), parent_inode, name)
+
+    @_guarded
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        self._service.rename(
+            _caller(ctx), parent_inode_old, name_old, parent_inode_new, name_new, flags
+        )
+
+    @_guarded
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        fh = self._service.open(_caller(ctx), inode, flags)
+        handle = self._service.handle(fh)
+        hidden = isinstance(handle, HiddenHandle)
+        if isinstance(handle, HiddenHandle) and handle.session is not None:
+            self._channels[fh] = _Channel(handle)
+        return pyfuse3.FileInfo(fh=fh, direct_io=hidden, keep_cache=False, nonseekable=False)
+
+    @_guarded
+    async def create(
+        self,
+        parent_inode: int,
+        name: bytes,
+        mode: int,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        entry, fh = self._service.create(_caller(ctx), parent_inode, name, mode, flags)
+        return pyfuse3.FileInfo(fh=fh, keep_cache=False), _entry(entry)
+
+    @_guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        channel = self._channels.get(fh)
+        if channel is not None:
+            return await channel.read(size)
+        handle = self._service.handle(fh)
+        if isinstance(handle, HiddenHandle):
+            return handle.text[off : off + size]
+        return self._service.read(fh, off, size)
+
+    @_guarded
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        channel = self._channels.get(fh)
+        if channel is None:
+            return self._service.write(fh, off, buf)
+        try:
+            channel.session.receive(buf)
+        except ValueError as error:  # no frame of our protocol, or nothing that it can mean
+            log.warning("bad frame from guest", error=str(error))
+            raise OSError(errno.EPROTO, str(error)) from None
+        return len(buf)
+
+    @_guarded
+    async def poll(
+        self,
+        inode: int,
+        fh: int,
+        poll_handle: pyfuse3.PollHandle | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> int:
+        channel = self._channels.get(fh)
+        return _READY if channel is None else channel.poll(poll_handle)
+
+    @_guarded
+    async def flush(self, fh: int) -> None:
+        pass
+
+    @_guarded
+    async def release(self, fh: int) -> None:
+        self._channels.pop(fh, None)
+        self._service.release(fh)
+
+    @_guarded
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        fd = self._service.file_fd(fh)
+        if fd >= 0:
+            await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
+
+    @_guarded
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return self._service.opendir(_caller(ctx), inode)
+
+    @_guarded
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        node, names = self._service.names(fh, start_id)
+        for position in range(start_id, len(names)):
+            entry = self._service.entry(node, names[position])
+            if entry is None:
+                continue
+            attr = _entry(entry)
+            if not pyfuse3.readdir_reply(token, names[position], attr, position + 1):
+                break
+            entry.inode.lookups += 1
+
+    @_guarded
+    async def releasedir(self, fh: int) -> None:
+        self._service.release(fh)
+
+    @_guarded
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self.fsync(fh, datasync)
+
+    @_guarded
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        host = self._service.statfs()
+        data = pyfuse3.StatvfsData()
+        for field in (
+            "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree",
+            "f_favail", "f_namemax",
+        ):  # fmt: skip
+            setattr(data, field, getattr(host, field))
+        return data
+
+    @_guarded
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._service.setxattr(_caller(ctx), inode, name, value, 0)
+
+    @_guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._service.getxattr(_caller(ctx), inode, name)
+
+    @_guarded
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return self._service.listxattr(inode)
+
+    @_guarded
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._service.removexattr(_caller(ctx), inode, name)
+
+    @_guarded
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return self._service.access(inode, mode)

@@ -1,0 +1,112 @@
+"""The Unix socket: guests without a mount (tools, tests, simulated guests).
+
+Mode 0600, and the peer's uid is checked: the server's own user or root.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+import structlog
+import trio
+
+from protocol.frames import ProtocolError
+
+from ..export import Export
+from ..sessions import Session
+
+log = structlog.get_logger()
+_READ = 64 * 1024
+SESSIONS_LIMIT = 1024
+"""Sessions at a time: more are refused, so that descriptors stay for files."""
+
+
+class SocketDoor:
+    """Listens at ``path``; owner of the socket file."""
+
+    def __init__(self, export: Export, path: str) -> None:
+        self._export = export
+        self.path = path
+        self._sessions = 0
+        self._listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    async def bind(self) -> None:
+        """Create the socket file. Raises OSError."""
+        _unlink_stale(self.path)
+        old = os.umask(0o177)
+        try:
+            await self._listener.bind(self.path)
+        finally:
+            os.umask(old)
+        self._listener.listen(128)
+
+    async def run(self) -> None:
+        """Serve until cancelled; then the socket file is gone."""
+        try:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    connection, _ = await self._listener.accept()
+                    nursery.start_soon(self._serve, connection)
+        finally:
+            self._listener.close()
+            os.unlink(self.path)
+
+    async def _serve(self, connection: trio.socket.SocketType) -> None:
+        pid, uid, _gid = struct.unpack(
+            "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        stream = trio.SocketStream(connection)
+        async with stream:
+            if uid not in (0, os.geteuid()) or self._sessions >= SESSIONS_LIMIT:
+                log.warning("socket session refused", pid=pid, uid=uid, sessions=self._sessions)
+                return
+            self._sessions += 1
+            session = Session(self._export, f"socket session of process {pid}", pid)
+            try:
+                async with trio.open_nursery() as nursery:
+                    wake = trio.Event()
+
+                    def on_wake() -> None:
+                        wake.set()
+
+                    async def send() -> None:
+                        nonlocal wake
+                        while True:
+                            while session.has_outgoing:
+                                await stream.send_all(session.outgoing(_READ))
+                            if session.said_bye:
+                                break
+                            wake = trio.Event()
+                            if not session.has_outgoing:
+                                await wake.wait()
+                        nursery.cancel_scope.cancel()
+
+                    session.wake = on_wake
+                    nursery.start_soon(send)
+                    async for data in stream:
+                        session.receive(data)
+                    nursery.cancel_scope.cancel()
+            except* (ProtocolError, ValueError) as errors:
+                log.warning("bad frame on socket", pid=pid, error=str(errors.exceptions[0]))
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            except* Exception:
+                log.exception("socket session failed", pid=pid)
+            finally:
+                self._sessions -= 1
+                session.close()
+
+
+def _unlink_stale(path: str) -> None:
+    """Remove a socket that nobody listens on. Raises OSError EADDRINUSE through bind otherwise."""
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:
+        pass
+    finally:
+        probe.close()

@@ -1,0 +1,258 @@
+"""The host watcher: inotify watches on inodes, and their events in queue order with an origin.
+
+pyinotify places the watches (through /proc/self/fd/N, so that a rename cannot fool them); events
+are read here in large buffers, as pyinotify's own reader is slow and fails on names that are not
+UTF-8. Origin is decided by attribution: what arrives while one of the server's own system calls
+runs, and matches it, is its caller's (docs/decisions/attribution.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pyinotify
+from protocol.inotify import RawEvent, parse_events
+from protocol.masks import Mask
+
+from .inodes import Inode, InodeTable
+
+_READ_SIZE = 256 * 1024
+_FIONREAD = 0x541B
+_LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
+logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
+
+
+class Origin:
+    """Who caused an event: the host, a guest, or the server itself."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<Origin {self.name}>"
+
+
+HOST = Origin("host")
+SERVER = Origin("server")
+
+
+class Arrival(NamedTuple):
+    """One event as it left the queue; ``stamp`` is time.monotonic()."""
+
+    raw: RawEvent
+    origin: Origin
+    stamp: float
+
+
+Expected = tuple[Inode | None, bytes, Mask]
+"""A watch (the inode's), a name in it or b"" for itself, and the events that a call makes."""
+
+
+class HostWatcher:
+    """One inotify instance. Owner of its descriptor."""
+
+    def __init__(self, table: InodeTable, *, watch_limit: int | None = None) -> None:
+        self._table = table
+        self._manager = pyinotify.WatchManager()
+        self.fd: int = self._manager.get_fd()
+        os.set_blocking(self.fd, False)
+        os.set_inheritable(self.fd, False)
+        self._by_wd: dict[int, Inode] = {}
+        self._wd_of: dict[Inode, int] = {}
+        self._mask_of: dict[Inode, Mask] = {}
+        self._limit = watch_limit
+        self._arrivals: deque[Arrival] = deque()
+        self._leaving: dict[tuple[int, bytes], int] = {}
+        self.events_in = 0
+        self.on_arrival: Callable[[], None] = _nobody
+
+    def close(self) -> None:
+        """Drop all watches."""
+        self._manager.close()
+
+    def __len__(self) -> int:
+        return len(self._mask_of)
+
+    def mask_of(self, inode: Inode) -> Mask:
+        """The host mask of an inode, 0 where it is not watched."""
+        return self._mask_of.get(inode, Mask(0))
+
+    def inodes(self) -> list[Inode]:
+        """Everything that is watched."""
+        return list(self._mask_of)
+
+    def inode_of(self, wd: int) -> Inode | None:
+        """Whose watch descriptor that is; None once the kernel has removed it."""
+        return self._by_wd.get(wd)
+
+    def set_mask(self, inode: Inode, mask: Mask) -> None:
+        """Add, modify or (mask 0) remove the host watch of an inode.
+
+        Raises OSError: ENOSPC at the watch limit, ESTALE where the object is gone.
+        """
+        if mask == self.mask_of(inode):
+            return
+        if not mask:
+            self._remove(inode)
+            return
+        if self._limit is not None and inode not in self._wd_of and len(self) >= self._limit:
+            raise OSError(errno.ENOSPC, "limit on host watches reached")
+        with self._table.opened(inode) as fd:
+            path = f"/proc/self/fd/{fd}"
+            wd: int = self._manager.add_watch(path, int(mask), quiet=True)[path]
+            if wd < 0:
+                number = ctypes.get_errno() or errno.EIO
+                raise OSError(number, os.strerror(number))
+        if self._by_wd.get(wd) is not inode:
+            self._table.pin(inode)
+        self._by_wd[wd] = inode
+        self._wd_of[inode] = wd
+        self._mask_of[inode] = mask
+
+    def _remove(self, inode: Inode) -> None:
+        del self._mask_of[inode]
+        wd = self._wd_of.pop(inode)
+        if self._by_wd.get(wd) is inode:
+            del self._by_wd[wd]
+            self._manager.rm_watch(wd, quiet=True)
+            self._table.unpin(inode)
+
+    def forget(self, wd: int) -> Inode | None:
+        """IN_IGNORED: the kernel has removed the watch by itself. Returns whose it was."""
+        self._manager.del_watch(wd)
+        inode = self._by_wd.pop(wd, None)
+        if inode is not None:
+            self._wd_of.pop(inode, None)
+            self._mask_of.pop(inode, None)
+            self._table.unpin(inode)
+        return inode
+
+    # Reading
+
+    def _read(self) -> list[RawEvent]:
+        events: list[RawEvent] = []
+        while True:
+            try:
+                buffer = os.read(self.fd, _READ_SIZE)
+            except BlockingIOError:
+                break
+            events.extend(parse_events(buffer))
+            if len(buffer) < _READ_SIZE // 2 and not self._readable():
+                break
+        self.events_in += len(events)
+        return events
+
+    def _readable(self) -> bool:
+        (size,) = struct.unpack("i", fcntl.ioctl(self.fd, _FIONREAD, b"\0\0\0\0"))
+        return bool(size)
+
+    def drain(self) -> None:
+        """Read all that is queued as the host's."""
+        if self._readable():
+            now = time.monotonic()
+            for raw in self._read():
+                self._push(Arrival(raw, HOST, now))
+            self.on_arrival()
+
+    # What was read and is not processed yet
+
+    @property
+    def backlog(self) -> int:
+        """How many events wait to be processed."""
+        return len(self._arrivals)
+
+    def _push(self, arrival: Arrival) -> None:
+        self._arrivals.append(arrival)
+        raw = arrival.raw
+        if raw.mask & _LEAVING:
+            key = (raw.wd, raw.name)
+            self._leaving[key] = self._leaving.get(key, 0) + 1
+
+    def pop(self) -> Arrival:
+        """The next event in queue order."""
+        arrival = self._arrivals.popleft()
+        self._popped(arrival.raw)
+        return arrival
+
+    def push_back(self, arrival: Arrival) -> None:
+        """Undo a pop."""
+        self._push(arrival)
+        self._arrivals.rotate(1)
+
+    def _popped(self, raw: RawEvent) -> None:
+        if raw.mask & _LEAVING:
+            key = (raw.wd, raw.name)
+            left = self._leaving[key] - 1
+            if left:
+                self._leaving[key] = left
+            else:
+                del self._leaving[key]
+
+    def is_leaving(self, wd: int, name: bytes) -> bool:
+        """Whether an event not processed yet removes or replaces the name."""
+        return (wd, name) in self._leaving
+
+    def peek(self, count: int) -> list[Arrival]:
+        """The next events, not removed."""
+        return [self._arrivals[i] for i in range(min(count, len(self._arrivals)))]
+
+    def take_moved_to(self, cookie: int, within: int) -> Arrival | None:
+        """Remove and return the other half of a rename, if it is among the next events."""
+        for index in range(min(within, len(self._arrivals))):
+            raw = self._arrivals[index].raw
+            if raw.cookie == cookie and raw.mask & Mask.MOVED_TO:
+                return self._take(index)
+        return None
+
+    def drop_rename(self, cookie: int, within: int) -> None:
+        """Remove both halves of a rename from the next events."""
+        for index in reversed(range(min(within, len(self._arrivals)))):
+            if self._arrivals[index].raw.cookie == cookie:
+                self._take(index)
+
+    def _take(self, index: int) -> Arrival:
+        arrival = self._arrivals[index]
+        del self._arrivals[index]
+        self._popped(arrival.raw)
+        return arrival
+
+    @contextmanager
+    def attributed(self, origin: Origin, *expected: Expected) -> Iterator[None]:
+        """Run one of the server's own calls: its expected events get this origin, others HOST."""
+        bits: dict[tuple[int, bytes], int] = {}
+        for inode, name, mask in expected:
+            if inode is not None and (wd := self._wd_of.get(inode)) is not None:
+                bits[wd, name] = bits.get((wd, name), 0) | int(mask)
+        if not bits:
+            yield
+            return
+        self.drain()
+        try:
+            yield
+        finally:
+            if self._readable():
+                now = time.monotonic()
+                for raw in self._read():
+                    left = bits.get((raw.wd, raw.name), 0)
+                    seen = raw.mask & 0xFFF
+                    mine = left & seen
+                    if mine:
+                        bits[raw.wd, raw.name] = left & ~seen
+                    self._push(Arrival(raw, origin if mine else HOST, now))
+                self.on_arrival()
+
+
+def _nobody() -> None:
+    """No pump runs yet."""

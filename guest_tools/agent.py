@@ -1,0 +1,99 @@
+"""The agent: publishes what a mount's programs watch, and re-enacts the host's events on it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+
+from protocol import frames
+
+from . import kernel
+from .channel import ChannelError, FileChannel
+from .marks import device_of, pids
+from .replayer import Replayer
+from .scanner import Scanner
+
+
+class Agent:
+    """One mount's agent. Raises ChannelError where it cannot take the channel."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = os.path.abspath(mountpoint)
+        self._by_path = os.geteuid() != 0
+        try:
+            status = os.stat(self._mountpoint)
+            self._root_fd = self._open_root()
+            fsd_fd = os.open(".fsd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._root_fd)
+            self._channel = FileChannel(fsd_fd, "control")
+        except OSError as error:
+            raise ChannelError(self._explain(error)) from None
+        self._device = device_of(status)
+        self._replayer = Replayer(self._root_fd, fsd_fd, by_path=self._by_path)
+        self._scanner = Scanner(self._device, self._channel.send, self._still_mounted)
+        self._reader = frames.FrameReader()
+
+    def _explain(self, error: OSError) -> str:
+        if error.errno == errno.EBUSY:
+            return f"{self._mountpoint}: another agent is connected; one is enough"
+        if error.errno == errno.ENOENT and os.path.isdir(self._mountpoint):
+            return f"{self._mountpoint} is no mount of fsd (or of another user)"
+        return f"{self._mountpoint}: {error.strerror}"
+
+    def _open_root(self) -> int:
+        """The mount's root; a private copy where that is allowed, so that umount finds it idle."""
+        with suppress(OSError):
+            return kernel.clone_mount(self._mountpoint)
+        return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY)
+
+    def _still_mounted(self) -> bool:
+        with open("/proc/self/mountinfo") as mountinfo:
+            device = self._device.sdev
+            number = f"{device >> 20}:{device & 0xFFFFF}"
+            return any(line.split(" ", 3)[2] == number for line in mountinfo)
+
+    def run(self, ready_fd: int) -> int:
+        """Serve until the mount or the server goes. Returns the exit status."""
+        os.chdir("/")
+        os.umask(0)
+        signal.signal(signal.SIGTERM, _leave)
+        flags = frames.HelloFlag.BY_PATH if self._by_path else 0
+        hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, flags, 0xFFF)
+        self._channel.send(frames.encode(hello))
+        self._scanner.scan(pids(), full=True)
+        self._scanner.start()
+        if ready_fd >= 0:
+            os.write(ready_fd, b"ready\n")
+            os.close(ready_fd)
+        try:
+            while True:
+                self._reader.feed(self._channel.receive())
+                for message in self._reader:
+                    self._handle(message)
+        except OSError as error:
+            gone = error.errno in (errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED)
+            if not gone:
+                raise
+            return 0
+        finally:
+            self._replayer.close()
+
+    def _handle(self, message: frames.Message) -> None:
+        if isinstance(message, frames.Order):
+            self._scanner.orders_came()
+            failure = self._replayer.execute(message)
+            if failure:
+                self._channel.send(frames.encode(frames.Ack(message.seq, failure)))
+        elif isinstance(message, frames.Hint):
+            self._scanner.hint(message.hint, message.pid)
+        elif isinstance(message, frames.Result) and message.errno:
+            reason = os.strerror(message.errno)
+            print(f"fsd-guest: mark on node {message.nodeid} refused: {reason}", file=sys.stderr)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """End at once: the kernel closes what is open, and nothing is left to save."""
+    os._exit(0)

@@ -1,0 +1,178 @@
+"""The guest's end of a channel: `.fsd/control` or `.fsd/session` in a mount, or a Unix socket."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from protocol import frames
+from protocol.frames import Role
+
+_READ = 128 * 1024
+_BUSY_WAIT = 2.0
+"""Seconds to wait for an agent that is just going; longer means that it stays."""
+
+
+class ChannelError(Exception):
+    """Why there is no channel, in one line for people."""
+
+
+class FileChannel:
+    """A hidden file of the mount. pread and pwrite: a waiting read must not hold f_pos."""
+
+    def __init__(self, fsd_fd: int, name: str) -> None:
+        deadline = time.monotonic() + _BUSY_WAIT
+        while True:
+            try:
+                self._fd = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=fsd_fd)
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self._fd
+
+    def close(self) -> None:
+        """Leave."""
+        os.close(self._fd)
+
+    def send(self, data: bytes) -> None:
+        """Write whole frames."""
+        os.pwrite(self._fd, data, 0)
+
+    def receive(self) -> bytes:
+        """The next bytes, waiting as long as it takes.
+
+        A read is answered within the server's bound, fast for what comes soon; after it, poll
+        sleeps without end, where a signal reaches it at once.
+        """
+        while True:
+            data = os.pread(self._fd, _READ, 0)
+            if data:
+                return data
+            self._poll.poll()
+
+
+class SocketChannel:
+    """The server's Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(path)
+        except OSError as error:
+            self._socket.close()
+            raise ChannelError(
+                f"{path}: {error.strerror}; is a server started with --socket?"
+            ) from None
+
+    def fileno(self) -> int:
+        """For poll."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Leave."""
+        self._socket.close()
+
+    def send(self, data: bytes) -> None:
+        """Write whole frames."""
+        self._socket.sendall(data)
+
+    def receive(self) -> bytes:
+        """The next bytes. Raises ChannelError where the server closed."""
+        data = self._socket.recv(_READ)
+        if not data:
+            raise ChannelError("the server closed the channel")
+        return data
+
+
+class Client:
+    """An observer's conversation on a channel: requests answered, events in between kept."""
+
+    def __init__(self, channel: FileChannel | SocketChannel, role: Role = Role.OBSERVER) -> None:
+        self._channel = channel
+        self._reader = frames.FrameReader()
+        self._requests = 0
+        self._events: list[frames.Event] = []
+        hello = frames.Hello(frames.VERSION, role, 0, 0xFFF)
+        channel.send(frames.encode(hello))
+        for message in self._messages():
+            if isinstance(message, frames.Welcome):
+                break
+
+    def close(self) -> None:
+        """Leave; the server drops our marks."""
+        self._channel.close()
+
+    def _messages(self) -> Iterator[frames.Message]:
+        while True:
+            yield from self._reader
+            self._reader.feed(self._channel.receive())
+
+    def _ask(self, message: frames.Resolve | frames.Update) -> frames.Result:
+        self._channel.send(frames.encode(message))
+        for answer in self._messages():
+            if isinstance(answer, frames.Event):
+                self._events.append(answer)
+            if isinstance(answer, frames.Result) and answer.request == message.request:
+                if answer.errno:
+                    raise OSError(answer.errno, os.strerror(answer.errno))
+                return answer
+        raise AssertionError("messages never end")
+
+    def resolve(self, path: bytes) -> frames.Result:
+        """The node of a path below the share's root. Raises OSError."""
+        self._requests += 1
+        return self._ask(frames.Resolve(self._requests, path))
+
+    def update(self, nodeid: int, generation: int, mask: int) -> None:
+        """fsnotify_update. Raises OSError."""
+        self._requests += 1
+        self._ask(frames.Update(self._requests, nodeid, generation, mask))
+
+    def directories(self, node: frames.Result) -> list[bytes]:
+        """Names of the directories in a directory."""
+        self._requests += 1
+        ask = frames.List(self._requests, node.nodeid, node.generation)
+        self._channel.send(frames.encode(ask))
+        names: list[bytes] = []
+        for answer in self._messages():
+            if isinstance(answer, frames.Event):
+                self._events.append(answer)
+            elif isinstance(answer, frames.Name):
+                if not answer.more:
+                    break
+                names.append(answer.name)
+        return names
+
+    def stats(self) -> dict[str, Any]:
+        """The server's statistics."""
+        self._channel.send(frames.encode(frames.StatsRequest(0)))
+        text = b""
+        for answer in self._messages():
+            if isinstance(answer, frames.Stats):
+                text += answer.json
+                if not answer.more:
+                    break
+        state: dict[str, Any] = json.loads(text)
+        return state
+
+    def events(self) -> Iterator[frames.Event]:
+        """Events as they come, without end."""
+        while True:
+            while self._events:
+                yield self._events.pop(0)
+            for message in self._messages():
+                if isinstance(message, frames.Event):
+                    yield message

@@ -1,0 +1,237 @@
+"""The fsd-guest command."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import stat
+import sys
+from contextlib import suppress
+from typing import Any
+
+from protocol import masks
+from protocol.frames import FSD_NAME, Role
+
+from .agent import Agent
+from .channel import ChannelError, Client, FileChannel, SocketChannel
+from .marks import device_of, marks_of, pids, process_name
+
+
+class Failure(Exception):
+    """What failed, on what, and what to do: one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status (0 done, 1 failed, 2 wrong usage)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result: int = arguments.run(arguments)
+        return result
+    except (Failure, ChannelError, masks.MaskError) as error:
+        print(f"fsd-guest: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads: no complaint at exit either
+    except OSError as error:
+        print(
+            f"fsd-guest: {error.filename or arguments.command}: {error.strerror}", file=sys.stderr
+        )
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fsd-guest", description="Guest side of fsd: inotify on a shared directory works."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    agent = commands.add_parser("agent", help="announce the host's changes on a mount")
+    agent.add_argument("mountpoint")
+    agent.add_argument("--ready-fd", type=int, default=-1, help="write a line there when ready")
+    agent.set_defaults(run=_agent)
+
+    marks = commands.add_parser("marks", help="list every mark that programs hold on a mount")
+    marks.add_argument("mountpoint")
+    marks.add_argument("--json", action="store_true")
+    marks.set_defaults(run=_marks)
+
+    mark = commands.add_parser("mark", help="publish interest by hand, as the agent does")
+    mark.add_argument("action", choices=("add", "modify", "remove"))
+    mark.add_argument("path", help="in a mount; with --socket, relative to the share's root")
+    mark.add_argument("--mask", help="events: create,delete,modify,… or all")
+    mark.add_argument("--socket", help="the server's Unix socket instead of a mount")
+    mark.set_defaults(run=_mark)
+
+    watch = commands.add_parser("watch", help="print events straight from the server")
+    watch.add_argument("paths", nargs="+", metavar="PATH")
+    watch.add_argument("-r", "--recursive", action="store_true", help="directories below, too")
+    watch.add_argument("--mask", default="all", help="events (default: all)")
+    watch.add_argument("--json", action="store_true", help="one JSON object a line")
+    watch.add_argument("--socket", help="the server's Unix socket instead of a mount")
+    watch.set_defaults(run=_watch)
+    return parser
+
+
+def _agent(arguments: argparse.Namespace) -> int:
+    return Agent(arguments.mountpoint).run(arguments.ready_fd)
+
+
+# Marks
+
+
+def _status(mountpoint: str) -> dict[str, Any]:
+    path = os.path.join(mountpoint, os.fsdecode(FSD_NAME), "status")
+    try:
+        with open(path) as status:
+            state: dict[str, Any] = json.load(status)
+            return state
+    except OSError as error:
+        reason = error.strerror
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            reason = "no mount of fsd (or of another user)"
+        raise Failure(f"{mountpoint}: {reason}") from None
+
+
+def _marks(arguments: argparse.Namespace) -> int:
+    mountpoint = os.path.abspath(arguments.mountpoint)
+    state = _status(mountpoint)
+    guest = next(guest for guest in state["guests"] if guest["kind"] == "mount")
+    armed = {(mark["nodeid"], mark["generation"]): mark for mark in guest["armed"]}
+    device = device_of(os.stat(mountpoint))
+    rows = []
+    for mark in (mark for pid in pids() for mark in marks_of(pid, device)):
+        known = armed.get((mark.node.nodeid, mark.node.generation))
+        covered = known is not None and not set(masks.names(mark.mask)) - set(known["mask"])
+        path = known["path"] if known is not None else None
+        rows.append(
+            {
+                "pid": mark.pid,
+                "process": process_name(mark.pid),
+                "wd": mark.wd,
+                "path": None if path is None else os.path.join(mountpoint, path).rstrip("/"),
+                "nodeid": mark.node.nodeid,
+                "mask": masks.names(mark.mask),
+                "armed": bool(covered and known is not None and known["watched"]),
+            }
+        )
+    if arguments.json:
+        json.dump(rows, sys.stdout)
+        print()
+    else:
+        _table(rows)
+    return 0
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    heads = ["PID", "PROCESS", "WD", "NODEID", "ARMED", "PATH", "MASK"]
+    lines = [heads]
+    for row in rows:
+        mask = set(row["mask"])
+        words = "all" if mask == set(masks.names(masks.EVENTS)) else ",".join(row["mask"])
+        armed = "yes" if row["armed"] else "no"
+        wd = "-" if row["wd"] < 0 else row["wd"]
+        cells = [row["pid"], row["process"], wd, row["nodeid"], armed, row["path"] or "?", words]
+        lines.append([str(cell) for cell in cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+# The channel by hand
+
+
+class _Share:
+    """Where paths lie: below a mount's root, or below the root of a socket's export."""
+
+    def __init__(self, path: str, socket_path: str | None, role: Role) -> None:
+        if socket_path:
+            self.root = "/"
+            self.client = Client(SocketChannel(socket_path), role)
+            return
+        self.root = _mountpoint_of(path)
+        try:
+            fsd = os.open(os.path.join(self.root, ".fsd"), os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            raise Failure(f"{path}: not in a mount of fsd (or of another user)") from None
+        try:
+            self.client = Client(FileChannel(fsd, "session"), role)
+        finally:
+            os.close(fsd)
+
+    def inner(self, path: str) -> bytes:
+        """The path as the share's root sees it."""
+        if self.root == "/":
+            return os.fsencode(path.lstrip("/"))
+        return os.fsencode(os.path.relpath(os.path.abspath(path), self.root))
+
+
+def _mountpoint_of(path: str) -> str:
+    path = os.path.abspath(path)
+    if not os.path.lexists(path):
+        raise Failure(f"{path}: {os.strerror(errno.ENOENT)}")
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _mark(arguments: argparse.Namespace) -> int:
+    action, path = arguments.action, arguments.path
+    if action != "remove" and not arguments.mask:
+        raise Failure(f"mark {action}: --mask is missing, e.g. --mask create,delete")
+    mask = 0 if action == "remove" else int(masks.parse(arguments.mask))
+    share = _Share(path, arguments.socket, Role.BY_HAND)
+    try:
+        node = share.client.resolve(share.inner(path))
+        guests = share.client.stats()["guests"]
+        marks = [m for g in guests if g["kind"] == "by hand" for m in g["armed"]]
+        known = next((m for m in marks if m["nodeid"] == node.nodeid), None)
+        if action != "add" and known is None:
+            raise Failure(f"mark {action} {path}: there is no mark by hand; add one first")
+        if action == "add" and known is not None:
+            mask |= int(masks.parse(",".join(known["mask"])))
+        share.client.update(node.nodeid, node.generation, mask)
+    except OSError as error:
+        raise Failure(f"mark {action} {path}: {error.strerror}") from None
+    finally:
+        share.client.close()
+    print(f"{path} (nodeid {node.nodeid}): {masks.describe(mask)}")
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    mask = int(masks.parse(arguments.mask))
+    if arguments.recursive:
+        mask |= int(masks.Mask.CREATE | masks.Mask.MOVED_TO)
+    share = _Share(arguments.paths[0], arguments.socket, Role.OBSERVER)
+    watching: dict[int, str] = {}
+
+    def add(path: str) -> None:
+        node = share.client.resolve(share.inner(path))
+        share.client.update(node.nodeid, node.generation, mask)
+        watching[node.nodeid] = path
+        if arguments.recursive and stat.S_ISDIR(node.mode):
+            for name in share.client.directories(node):
+                add(os.path.join(path, os.fsdecode(name)))
+
+    for path in arguments.paths:
+        try:
+            add(path)
+        except OSError as error:
+            raise Failure(f"watch {path}: {error.strerror}") from None
+    print("watches established", file=sys.stderr, flush=True)
+    for event in share.client.events():
+        where, name = watching.get(event.nodeid, "?"), os.fsdecode(event.name)
+        words = masks.names(event.mask)
+        if arguments.json:
+            row = {"path": where, "name": name, "mask": words, "cookie": event.cookie}
+            print(json.dumps(row), flush=True)
+        else:
+            print(f"{where}{'/' if name else ''} {','.join(words).upper()} {name}", flush=True)
+        arrived = event.mask & int(masks.Mask.CREATE | masks.Mask.MOVED_TO)
+        if arguments.recursive and arrived and event.mask & int(masks.Mask.ISDIR):
+            with suppress(OSError):  # gone already
+                add(os.path.join(where, name))
+    return 0

@@ -1,0 +1,61 @@
+"""System calls that Python's library lacks, for the agent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_SYS_OPEN_TREE = 428  # the same on every architecture since Linux 5.2
+_OPEN_TREE_CLONE = 1
+_AT_FDCWD = -100
+_AT_SYMLINK_NOFOLLOW = 0x100
+_UTIME_OMIT = (1 << 30) - 2
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
+
+
+_OMIT, _SET = (0, _UTIME_OMIT), (0, 0)
+_ATIME = (_Timespec * 2)(_SET, _OMIT)
+_MTIME = (_Timespec * 2)(_OMIT, _SET)
+_BOTH = (_Timespec * 2)(_SET, _SET)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int) -> int:
+    """open_by_handle_at(2); needs CAP_DAC_READ_SEARCH."""
+    data = struct.pack("=Ii", len(handle), kind) + handle
+    return _check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
+
+
+def clone_mount(path: str) -> int:
+    """A private copy of the mount at ``path``, which does not keep that one busy: open_tree(2)."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    return _check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
+
+
+def touch(dir_fd: int, name: bytes, *, atime: bool, mtime: bool) -> None:
+    """utimensat(2) of a name, not following symlinks.
+
+    What times are set decides the event: atime alone is IN_ACCESS, mtime alone IN_MODIFY, both
+    IN_ATTRIB (include/linux/fsnotify.h, fsnotify_change). An empty name is the directory itself.
+    """
+    times = _BOTH if atime and mtime else _ATIME if atime else _MTIME
+    if name:
+        _check(_libc.utimensat(dir_fd, name, times, _AT_SYMLINK_NOFOLLOW))
+    else:
+        _check(_libc.utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % dir_fd, times, 0))
+
+
+def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
+    """renameat2(2)."""
+    _check(_libc.renameat2(old_fd, old, new_fd, new, flags))

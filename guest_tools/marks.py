@@ -1,0 +1,99 @@
+"""Which inodes of a mount the guest's programs watch: the kernel's marks, read from /proc.
+
+No file of the mount is touched: only /proc/PID/fd links and /proc/PID/fdinfo texts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from protocol.fdinfo import MarkInfo, parse_fdinfo
+from protocol.handles import NodeKey, decode_fh
+from protocol.masks import EVENTS, MOVE, Mask
+
+WHOLE = NodeKey(0, 0)
+_FAN_OPEN_EXEC = 0x1000
+_FAN_RENAME = 0x1000_0000
+_NOTIFY_FDS = ("anon_inode:inotify", "anon_inode:[fanotify]")
+
+
+class Mark(NamedTuple):
+    """One mark on the mount."""
+
+    pid: int
+    fd: int
+    wd: int  # -1 for fanotify
+    node: NodeKey
+    mask: int
+
+
+class Device(NamedTuple):
+    """A mount as fdinfo names it: the kernel's s_dev, and the ids of its mounts."""
+
+    sdev: int
+    mount_ids: frozenset[int]
+
+
+def device_of(status: os.stat_result) -> Device:
+    """The device of anything on the mount, from its stat."""
+    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
+    with open("/proc/self/mountinfo") as mountinfo:
+        rows = [line.split(" ", 3) for line in mountinfo]
+    ids = frozenset(int(row[0]) for row in rows if row[2] == f"{major}:{minor}")
+    return Device(major << 20 | minor, ids)
+
+
+def pids() -> list[int]:
+    """All processes that this one can see."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def marks_of(pid: int, device: Device) -> Iterator[Mark]:
+    """Marks that a process (or thread) holds on the mount; none where it is gone or not ours."""
+    try:
+        fds = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return
+    for fd in fds:
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{fd}") not in _NOTIFY_FDS:
+                continue
+            with open(f"/proc/{pid}/fdinfo/{fd}") as info:
+                text = info.read()
+        except OSError:
+            continue
+        for mark in parse_fdinfo(text):
+            node = _node(mark, device)
+            mask = _event_bits(mark)
+            if node is not None and mask:
+                yield Mark(pid, int(fd), mark.wd, node, mask)
+
+
+def _node(mark: MarkInfo, device: Device) -> NodeKey | None:
+    if mark.sdev != device.sdev:
+        return WHOLE if mark.mnt_id in device.mount_ids else None
+    if not mark.ino:
+        return WHOLE
+    try:
+        return decode_fh(mark.handle_type, mark.handle)
+    except ValueError:
+        return None
+
+
+def _event_bits(mark: MarkInfo) -> int:
+    bits = mark.mask & int(EVENTS)
+    if mark.family == "fanotify":
+        bits |= int(Mask.OPEN) if mark.mask & _FAN_OPEN_EXEC else 0
+        bits |= int(MOVE) if mark.mask & _FAN_RENAME else 0
+    return bits
+
+
+def process_name(pid: int) -> str:
+    """The command name of a process."""
+    try:
+        with open(f"/proc/{pid}/comm") as comm:
+            return comm.read().strip()
+    except OSError:
+        return "?"

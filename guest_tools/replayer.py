@@ -1,0 +1,122 @@
+"""The replayer: makes the real system calls on the mount that its orders name.
+
+One thread does all of it, and it is the one that opened `control`: the server knows it by the
+thread id in the FUSE request header, and answers it from the ledger.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from protocol.frames import ALIAS, FSD_DIR, STAGING, Op, Order
+from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
+from protocol.masks import Mask
+
+from . import kernel
+
+_O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_RETRIES = 3
+"""Tries of one order: a user's own look-up of the same name can come between two of its steps."""
+
+
+class Replayer:
+    """Executes orders on one mount. Owner of the descriptors that it opened for OPEN."""
+
+    def __init__(self, root_fd: int, fsd_fd: int, *, by_path: bool) -> None:
+        self._root_fd = root_fd
+        self._fsd_fd = fsd_fd
+        self._by_path = by_path
+        self._hidden = {
+            STAGING: os.open("staging", _O_DIR, dir_fd=fsd_fd),
+            ALIAS: os.open("alias", _O_DIR, dir_fd=fsd_fd),
+        }
+        self._files: dict[int, int] = {}
+        self._actions = {
+            Op.CREATE: self._create,
+            Op.REMOVE: self._remove,
+            Op.RENAME: self._rename,
+            Op.TOUCH: self._touch,
+            Op.OPEN: self._open,
+        }
+
+    def execute(self, order: Order) -> int:
+        """Make the call. Returns 0, or the errno with which the guest's kernel refused it."""
+        if order.op == Op.CLOSE:
+            fd = self._files.pop(order.arg, -1)
+            if fd >= 0:
+                os.close(fd)
+            return 0
+        error: OSError | None = None
+        for _ in range(_RETRIES):
+            try:
+                with self._directory(order.nodeid, order.generation, order.path) as dir_fd:
+                    self._actions[Op(order.op)](order, dir_fd)
+                return 0
+            except OSError as caught:
+                error = caught
+        assert error is not None
+        return error.errno or 5
+
+    @contextmanager
+    def _directory(self, nodeid: int, generation: int, path: bytes) -> Iterator[int]:
+        if nodeid > FSD_DIR:
+            yield self._hidden[nodeid]
+            return
+        if self._by_path:
+            fd = os.open(path or b".", _O_DIR, dir_fd=self._root_fd)
+        else:
+            # The handle finds the directory whatever it is called by now.
+            handle = encode_fh(NodeKey(nodeid, generation))
+            fd = kernel.open_by_handle(self._fsd_fd, FILEID_INO64_GEN, handle, _O_DIR)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _create(order: Order, dir_fd: int) -> None:
+        kind = stat.S_IFMT(order.mode)
+        if kind == stat.S_IFDIR:
+            os.mkdir(order.name, dir_fd=dir_fd)
+        elif kind == stat.S_IFLNK:
+            os.symlink(b"?", order.name, dir_fd=dir_fd)
+        else:
+            os.mknod(order.name, kind | 0o600, order.rdev, dir_fd=dir_fd)
+
+    @staticmethod
+    def _remove(order: Order, dir_fd: int) -> None:
+        if stat.S_ISDIR(order.mode):
+            os.rmdir(order.name, dir_fd=dir_fd)
+        else:
+            os.unlink(order.name, dir_fd=dir_fd)
+
+    def _rename(self, order: Order, dir_fd: int) -> None:
+        with self._directory(order.nodeid2, order.generation2, order.path2) as dir_fd2:
+            kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
+
+    @staticmethod
+    def _touch(order: Order, dir_fd: int) -> None:
+        both = bool(order.arg & Mask.ATTRIB)
+        atime, mtime = bool(order.arg & Mask.ACCESS), bool(order.arg & Mask.MODIFY)
+        kernel.touch(dir_fd, order.name, atime=both or atime, mtime=both or mtime)
+
+    def _open(self, order: Order, dir_fd: int) -> None:
+        flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        flags |= os.O_WRONLY if order.arg else os.O_RDONLY
+        if stat.S_ISDIR(order.mode):
+            flags |= os.O_DIRECTORY
+        if order.name:
+            fd = os.open(order.name, flags | os.O_NOFOLLOW, dir_fd=dir_fd)
+        else:
+            fd = os.open(f"/proc/self/fd/{dir_fd}", flags)
+        self._files[order.seq] = fd
+
+    def close(self) -> None:
+        """Close what is still open for the host's programs."""
+        for fd in [*self._files.values(), *self._hidden.values()]:
+            with suppress(OSError):
+                os.close(fd)
+        self._files.clear()

@@ -1,0 +1,171 @@
+"""The scanner: keeps the server informed of what the guest's programs watch.
+
+Woken by the server's hints (a process has just looked something up), by the exit of a watching
+process, and by a slow timer as safety net. At rest it sleeps.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import threading
+import time
+from typing import Callable
+
+from protocol import frames
+from protocol.handles import NodeKey
+
+from .marks import Device, marks_of, pids
+
+HOT = 3.0
+"""Seconds for which a hinted process is scanned again and again: as long as the server keeps its
+provisional watches."""
+_STEPS = (0.0, 0.0005, 0.002, 0.008, 0.03, 0.12, 0.5, 1.0, 2.5)
+"""Seconds after the last hint at which to scan: the mark comes just after the look-up, mostly."""
+_DUTY = 4.0
+"""A scan is followed by at least this many times its own duration of rest."""
+FULL_EVERY = 30.0
+"""Seconds between full scans while something happens; at rest there are none."""
+RECHECK = 2.0
+"""Seconds after which the known watchers are read again, while events flow to them."""
+_WRITE = 32 * 1024
+
+
+class Scanner(threading.Thread):
+    """Reads marks and sends what changed. ``send`` writes frames to the server."""
+
+    def __init__(
+        self, device: Device, send: Callable[[bytes], None], still_mounted: Callable[[], bool]
+    ) -> None:
+        super().__init__(name="scanner", daemon=True)
+        self._device = device
+        self._send = send
+        self._still_mounted = still_mounted
+        self._inbox: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC) if hasattr(os, "eventfd") else -1
+        self._pipe = os.pipe() if self._wake_fd < 0 else (self._wake_fd, self._wake_fd)
+        self._hot: dict[int, float] = {}  # process -> until when
+        self._marks: dict[int, dict[NodeKey, int]] = {}  # process -> its marks
+        self._published: dict[NodeKey, int] = {}
+        self._pidfds: dict[int, int] = {}  # descriptor -> process
+        self._hint = 0
+        self._last_hint = 0.0
+        self._active = False
+        self._failure: Callable[[BaseException], None] = lambda error: None
+
+    def hint(self, number: int, pid: int) -> None:
+        """From the server: process ``pid`` looked something up."""
+        self._inbox.put((number, pid))
+        self._poke()
+
+    def orders_came(self) -> None:
+        """Events are flowing: see now and then whether anybody still wants them."""
+        if not self._active:
+            self._active = True
+            self._poke()
+
+    def _poke(self) -> None:
+        os.write(self._pipe[1], b"\1\0\0\0\0\0\0\0")
+
+    def run(self) -> None:
+        """The thread: until the mount is gone."""
+        poll = select.poll()
+        poll.register(self._pipe[0], select.POLLIN)
+        with open("/proc/self/mountinfo", "rb") as mountinfo:
+            poll.register(mountinfo.fileno(), select.POLLPRI | select.POLLERR)
+            step, not_before, next_full, next_recheck = len(_STEPS), 0.0, 0.0, float("inf")
+            while True:
+                now = time.monotonic()
+                due = self._last_hint + _STEPS[step] if step < len(_STEPS) else float("inf")
+                full = next_full if self._active or step < len(_STEPS) else float("inf")
+                recheck = next_recheck if self._active else float("inf")
+                wait = max(min(due, full, recheck), not_before) - now
+                ready = poll.poll(None if wait == float("inf") else max(0.0, wait * 1000))
+                exited = self._exited([fd for fd, _ in ready], poll)
+                if any(fd == self._pipe[0] for fd, _ in ready):
+                    os.read(self._pipe[0], 4096)
+                    if self._take_hints():
+                        step = 0
+                    next_full = next_full or time.monotonic() + FULL_EVERY
+                    next_recheck = min(next_recheck, time.monotonic() + RECHECK)
+                if any(fd == mountinfo.fileno() for fd, _ in ready) and not self._still_mounted():
+                    os._exit(0)
+                now = time.monotonic()
+                if exited or now >= full:
+                    self.scan(pids(), full=True)
+                    next_full = time.monotonic() + FULL_EVERY
+                elif now >= min(due, recheck) and now >= not_before:
+                    while step < len(_STEPS) and now >= self._last_hint + _STEPS[step]:
+                        step += 1
+                    known = list(self._marks) if now >= recheck else []
+                    if now >= recheck:
+                        next_recheck, self._active = float("inf"), False
+                    self.scan([*self._hot, *known], full=False)
+                    self._hot = {pid: until for pid, until in self._hot.items() if until > now}
+                else:
+                    continue
+                end = time.monotonic()
+                not_before = end + _DUTY * (end - now)
+                self._watch_exits(poll)
+
+    def _take_hints(self) -> bool:
+        hinted = False
+        while not self._inbox.empty():
+            self._hint, pid = self._inbox.get()
+            self._last_hint = time.monotonic()
+            self._hot[pid] = self._last_hint + HOT
+            hinted = True
+        return hinted
+
+    def _exited(self, ready: list[int], poll: select.poll) -> bool:
+        exited = False
+        for fd in ready:
+            pid = self._pidfds.pop(fd, None)
+            if pid is not None:
+                poll.unregister(fd)
+                os.close(fd)
+                exited = True
+        return exited
+
+    def _watch_exits(self, poll: select.poll) -> None:
+        watched = set(self._pidfds.values())
+        for pid in self._marks:
+            if pid in watched:
+                continue
+            try:
+                fd = os.pidfd_open(pid)
+            except OSError:  # gone by now, or a thread: the full scan knows its process
+                continue
+            self._pidfds[fd] = pid
+            poll.register(fd, select.POLLIN)
+
+    def scan(self, processes: list[int], *, full: bool) -> None:
+        """Read the marks of these processes and send what has changed."""
+        self._send(frames.encode(frames.ScanBegin(self._hint)))
+        if full:
+            self._marks.clear()
+        own = os.getpid()
+        for pid in dict.fromkeys(processes):
+            marks: dict[NodeKey, int] = {}
+            for mark in marks_of(pid, self._device) if pid != own else ():
+                marks[mark.node] = marks.get(mark.node, 0) | mark.mask
+            if marks:
+                self._marks[pid] = marks
+            else:
+                self._marks.pop(pid, None)
+        wanted: dict[NodeKey, int] = {}
+        for marks in self._marks.values():
+            for node, mask in marks.items():
+                wanted[node] = wanted.get(node, 0) | mask
+        changed = {node: mask for node, mask in wanted.items() if self._published.get(node) != mask}
+        changed.update((node, 0) for node in self._published if node not in wanted)
+        self._published = wanted
+        batch = bytearray()
+        for node, mask in changed.items():
+            batch += frames.encode(frames.Update(0, node.nodeid, node.generation, mask))
+            if len(batch) >= _WRITE:
+                self._send(bytes(batch))
+                batch.clear()
+        batch += frames.encode(frames.ScanEnd(self._hint, 0))
+        self._send(bytes(batch))

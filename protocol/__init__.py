@@ -1,0 +1,1 @@
+"""Wire formats of fsd: pure encoding and decoding, standard library only."""

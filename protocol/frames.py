@@ -1,0 +1,300 @@
+"""fsd's own messages: versioned, length-framed, sans-IO (docs/protocol.md is the norm).
+
+A frame is {u32 length of the whole frame, u16 type, u16 zero} and a body: the fixed fields of the
+message, then each bytes field as {u16 length, bytes}. Everything is little-endian. The same frames
+run over `.fsd/control` in a mount, over `.fsd/session`, and over the server's Unix socket.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum, IntFlag
+from typing import NamedTuple, Union
+
+VERSION = 1
+MAX_FRAME = 64 * 1024
+"""Longest frame accepted: two paths of PATH_MAX, two names and room; a stats reply is cut into it."""
+
+# Nodes that exist only in the mount. Above 2**63, where no host inode number is used.
+FSD_DIR = 1 << 63 | 1  # .fsd itself
+CONTROL = 1 << 63 | 2  # .fsd/control, the replayer's channel
+SESSION = 1 << 63 | 3  # .fsd/session, a channel for an observer
+STATUS = 1 << 63 | 4  # .fsd/status, the server's statistics as JSON
+STAGING = 1 << 63 | 5  # .fsd/staging, where names move in from and out to
+ALIAS = 1 << 63 | 6  # .fsd/alias, any node by its decimal number, apart from its real name
+FSD_NAME = b".fsd"
+
+
+class ProtocolError(ValueError):
+    """The peer sent what is no frame of this protocol. The session ends; nothing else does."""
+
+
+class Role(IntEnum):
+    """What a session is for. BY_HAND sets marks that outlive it, for trying things out."""
+
+    REPLAYER = 1
+    OBSERVER = 2
+    BY_HAND = 3
+
+
+class HelloFlag(IntFlag):
+    """BY_PATH: this replayer cannot open by handle; orders must carry directory paths."""
+
+    BY_PATH = 1
+
+
+class Op(IntEnum):
+    """What a replay order asks the agent to do on the mount."""
+
+    CREATE = 1
+    REMOVE = 2
+    RENAME = 3
+    TOUCH = 4
+    OPEN = 5
+    CLOSE = 6
+
+
+class Hello(NamedTuple):
+    """First message of a guest: protocol version, role, and the events that it can use."""
+
+    version: int
+    role: int
+    flags: int
+    events: int
+
+
+class Update(NamedTuple):
+    """fsnotify_update: the aggregated mask of one inode; 0 = no longer interested.
+
+    nodeid 0 stands for the whole file system. A request other than 0 is always answered.
+    """
+
+    request: int
+    nodeid: int
+    generation: int
+    mask: int
+
+
+class ScanBegin(NamedTuple):
+    """The agent starts to read marks; it has received all hints up to ``hint``."""
+
+    hint: int
+
+
+class ScanEnd(NamedTuple):
+    """The marks sent since ScanBegin are all that changed; apply them as one."""
+
+    hint: int
+    full: int
+
+
+class Resolve(NamedTuple):
+    """Ask for the node of a path in the share (relative to its root)."""
+
+    request: int
+    path: bytes
+
+
+class List(NamedTuple):
+    """Ask for the directories in a directory; answered by Name messages."""
+
+    request: int
+    nodeid: int
+    generation: int
+
+
+class Ack(NamedTuple):
+    """Order ``seq`` was executed (errno 0), or failed in the guest's kernel with errno."""
+
+    seq: int
+    errno: int
+
+
+class StatsRequest(NamedTuple):
+    """Ask for the server's statistics."""
+
+    request: int
+
+
+class Bye(NamedTuple):
+    """The guest leaves; a waiting read is answered at once."""
+
+
+class Welcome(NamedTuple):
+    """The server's answer to Hello: the version and the events that it can deliver."""
+
+    version: int
+    guest: int
+    events: int
+
+
+class Result(NamedTuple):
+    """Answer to an Update or a Resolve. errno 0 = done; mode is the node's st_mode."""
+
+    request: int
+    errno: int
+    nodeid: int
+    generation: int
+    mode: int
+
+
+class Event(NamedTuple):
+    """One notification, the RFC's fields: on which node, what, which name in it."""
+
+    nodeid: int
+    generation: int
+    mask: int
+    cookie: int
+    name: bytes
+
+
+class Order(NamedTuple):
+    """One system call for the agent to make on the mount.
+
+    CREATE name in node (mode: file type, rdev); REMOVE it (mode tells rmdir from unlink);
+    RENAME to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB);
+    OPEN (arg 1: for writing); CLOSE what order ``arg`` opened. An empty name means the
+    directory itself. Paths are filled for a replayer that asked BY_PATH.
+    """
+
+    seq: int
+    op: int
+    mode: int
+    rdev: int
+    nodeid: int
+    generation: int
+    nodeid2: int
+    generation2: int
+    arg: int
+    name: bytes
+    name2: bytes
+    path: bytes
+    path2: bytes
+
+
+class Hint(NamedTuple):
+    """Process ``pid`` has just looked up directories: its fdinfo is worth reading."""
+
+    hint: int
+    pid: int
+
+
+class Name(NamedTuple):
+    """One directory of a List; the last has ``more`` 0 and an empty name."""
+
+    request: int
+    more: int
+    name: bytes
+
+
+class Stats(NamedTuple):
+    """The server's statistics: a part of a JSON text; the last part has ``more`` 0."""
+
+    request: int
+    more: int
+    json: bytes
+
+
+Message = Union[
+    Hello, Update, ScanBegin, ScanEnd, Resolve, List, Ack, StatsRequest, Bye,
+    Welcome, Result, Event, Order, Hint, Name, Stats,
+]  # fmt: skip
+
+_HEADER = struct.Struct("<IHH")
+_LENGTH = struct.Struct("<H")
+# type code, message, its fixed fields, how many bytes fields follow
+_TABLE: list[tuple[int, type[Message], struct.Struct, int]] = [
+    (1, Hello, struct.Struct("<HHIQ"), 0),
+    (2, Update, struct.Struct("<IQQQ"), 0),
+    (3, ScanBegin, struct.Struct("<Q"), 0),
+    (4, ScanEnd, struct.Struct("<QB"), 0),
+    (5, Resolve, struct.Struct("<I"), 1),
+    (6, Ack, struct.Struct("<QI"), 0),
+    (7, StatsRequest, struct.Struct("<I"), 0),
+    (8, Bye, struct.Struct("<"), 0),
+    (9, List, struct.Struct("<IQQ"), 0),
+    (16, Welcome, struct.Struct("<HQQ"), 0),
+    (17, Result, struct.Struct("<IIQQI"), 0),
+    (18, Event, struct.Struct("<QQQI"), 1),
+    (19, Order, struct.Struct("<QBIIQQQQQ"), 4),
+    (20, Hint, struct.Struct("<QI"), 0),
+    (21, Stats, struct.Struct("<IB"), 1),
+    (22, Name, struct.Struct("<IB"), 1),
+]
+_BY_CODE = {code: (cls, fixed, tails) for code, cls, fixed, tails in _TABLE}
+_BY_TYPE = {cls: (code, fixed, tails) for code, cls, fixed, tails in _TABLE}
+
+
+def encode(message: Message) -> bytes:
+    """One frame. Raises ProtocolError where a field does not fit."""
+    code, fixed, tails = _BY_TYPE[type(message)]
+    count = len(message) - tails
+    try:
+        body = [fixed.pack(*message[:count])]
+        for tail in message[count:]:
+            assert isinstance(tail, bytes)
+            body += (_LENGTH.pack(len(tail)), tail)
+    except struct.error as error:
+        raise ProtocolError(f"{type(message).__name__}: {error}") from None
+    length = _HEADER.size + sum(map(len, body))
+    if length > MAX_FRAME:
+        raise ProtocolError(f"{type(message).__name__}: frame of {length} bytes, limit {MAX_FRAME}")
+    return b"".join((_HEADER.pack(length, code, 0), *body))
+
+
+def decode(frame: bytes) -> Message:
+    """The message of exactly one frame. Raises ProtocolError on anything else."""
+    if len(frame) < _HEADER.size:
+        raise ProtocolError(f"frame of {len(frame)} bytes, a header needs {_HEADER.size}")
+    length, code, zero = _HEADER.unpack_from(frame)
+    if length != len(frame) or zero:
+        raise ProtocolError(f"frame of {len(frame)} bytes claims length {length}, reserved {zero}")
+    if code not in _BY_CODE:
+        raise ProtocolError(f"unknown frame type {code}")
+    cls, fixed, tails = _BY_CODE[code]
+    offset = _HEADER.size + fixed.size
+    if offset > length:
+        raise ProtocolError(f"{cls.__name__}: truncated body of {length - _HEADER.size} bytes")
+    fields: list[int | bytes] = list(fixed.unpack_from(frame, _HEADER.size))
+    for _ in range(tails):
+        if offset + _LENGTH.size > length:
+            raise ProtocolError(f"{cls.__name__}: truncated length at {offset}")
+        (size,) = _LENGTH.unpack_from(frame, offset)
+        offset += _LENGTH.size
+        if offset + size > length:
+            raise ProtocolError(f"{cls.__name__}: field of {size} bytes, {length - offset} left")
+        fields.append(frame[offset : offset + size])
+        offset += size
+    if offset != length:
+        raise ProtocolError(f"{cls.__name__}: {length - offset} bytes too many")
+    return cls(*fields)  # type: ignore[arg-type,call-arg]
+
+
+class FrameReader:
+    """Cuts a byte stream into messages: ``feed`` only stores, iterating parses."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Add received bytes."""
+        self._buffer += data
+
+    def __iter__(self) -> Iterator[Message]:
+        """Messages that are complete. Raises ProtocolError; the stream is unusable then."""
+        buffer = self._buffer
+        while len(buffer) >= _HEADER.size:
+            (length,) = struct.unpack_from("<I", buffer)
+            if not _HEADER.size <= length <= MAX_FRAME:
+                raise ProtocolError(f"frame length {length} outside {_HEADER.size}..{MAX_FRAME}")
+            if len(buffer) < length:
+                return
+            frame = bytes(buffer[:length])
+            del buffer[:length]
+            yield decode(frame)
+
+    @property
+    def pending(self) -> int:
+        """Bytes of an incomplete frame."""
+        return len(self._buffer)

@@ -1,0 +1,37 @@
+"""Parser for what read(2) on an inotify descriptor returns. A pure function, apart from the fd.
+
+inotify(7): struct inotify_event { int wd; uint32_t mask; uint32_t cookie; uint32_t len; char name[]; }
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+HEADER = struct.Struct("=iIII")
+
+
+class RawEvent(NamedTuple):
+    """One event as the kernel wrote it; ``name`` is bytes, b"" for the watched object itself."""
+
+    wd: int
+    mask: int
+    cookie: int
+    name: bytes
+
+
+def parse_events(buffer: bytes) -> Iterator[RawEvent]:
+    """Events of one read. Raises ValueError on a buffer that the kernel cannot have written."""
+    offset, end = 0, len(buffer)
+    unpack, size = HEADER.unpack_from, HEADER.size
+    while offset < end:
+        if end - offset < size:
+            raise ValueError(f"inotify: {end - offset} bytes left, a header needs {size}")
+        wd, mask, cookie, length = unpack(buffer, offset)
+        offset += size
+        if length > end - offset:
+            raise ValueError(f"inotify: name of {length} bytes, {end - offset} left")
+        name = buffer[offset : offset + length].rstrip(b"\0") if length else b""
+        offset += length
+        yield RawEvent(wd, mask, cookie, name)
