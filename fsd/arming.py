@@ -1,9 +1,9 @@
-"""Closing the arming gap: what happens between inotify_add_watch(2) in the guest and the host watch.
+"""Closing the arming gap: from inotify_add_watch(2) in the guest to the host watch.
 
 Before the guest's kernel can hold a mark, its path was looked up through us. So the server watches
 a directory that was just looked up, keeps what happens there for a moment, and has the agent read
-the marks of the process that asked. When the mark arrives, what happened since the last scan that
-did *not* show it is told (DESIGN 4.6).
+the marks of the process that asked. When the mark arrives, what happened since the first look-up
+that no scan has disproved is told: the one by which the mark was set is not older (DESIGN 4.6).
 """
 
 from __future__ import annotations
@@ -33,15 +33,9 @@ HISTORY_LIMIT = 4096
 @dataclass(slots=True)
 class _Provisional:
     expires: float
-    hint: int
-    since: float  # time.monotonic() of the last scan that showed no mark
+    hint: int  # of the latest look-up
+    since: float | None  # time.monotonic() of the first look-up not disproved
     history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
-
-
-@dataclass(slots=True)
-class _Scan:
-    begun: float
-    updates: list[tuple[NodeKey, int]] = field(default_factory=list)
 
 
 class Arming:
@@ -50,7 +44,7 @@ class Arming:
     def __init__(self, export: Export) -> None:
         self._export = export
         self._nodes: dict[Inode, _Provisional] = {}
-        self._scans: dict[Guest, _Scan] = {}
+        self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self.deadline = math.inf
 
     def __contains__(self, inode: Inode) -> bool:
@@ -66,8 +60,11 @@ class Arming:
             self._export.set_watch(directory)
             self.deadline = min(self.deadline, now + KEEP)
             self._export.watcher.on_arrival()
-        else:
-            node.expires, node.hint = now + KEEP, hint
+            return
+        node.expires, node.hint = now + KEEP, hint
+        if node.since is None:
+            node.since = now
+            node.history.clear()
 
     def expire(self, now: float) -> None:
         """Drop watches that nobody came for."""
@@ -87,45 +84,32 @@ class Arming:
 
     # Scans
 
-    def scan_begin(self, guest: ReplayGuest) -> None:
-        """The agent reads marks from now on; what is queued until here came before."""
-        guest.scan_begun()
-        self._export.watcher.drain()
-        self._scans[guest] = _Scan(time.monotonic())
-
-    def scanning(self, guest: Guest) -> bool:
-        """Whether updates belong to a scan."""
-        return guest in self._scans
-
     def scan_update(self, guest: Guest, key: NodeKey, bits: int) -> None:
-        """A mark found by the scan; applied at its end."""
-        self._scans[guest].updates.append((key, bits))
+        """A mark that the agent found changed; applied at the end of its scan."""
+        self._updates.setdefault(guest, []).append((key, bits))
 
     def scan_abort(self, guest: Guest) -> None:
         """The agent is gone in the middle of a scan."""
-        self._scans.pop(guest, None)
+        self._updates.pop(guest, None)
 
     def scan_end(
         self, guest: ReplayGuest, hint: int, *, full: bool
     ) -> list[tuple[NodeKey, Exception]]:
         """Apply the marks, tell what happened since they were set; returns those that failed."""
+        guest.scanned()
         export = self._export
-        scan = self._scans.pop(guest, None)
-        if scan is None:
-            return []
-        while export.watcher.backlog:
-            export.process(1024)
-            if export.next_deadline:  # the rest waits for something
-                break
-        candidates = self._untold(guest)
+        updates = self._updates.pop(guest, [])
         failed: list[tuple[NodeKey, Exception]] = []
         if full:
-            published = {key for key, bits in scan.updates if bits}
+            published = {key for key, bits in updates if bits}
             for inode in list(export.interest.marks(guest)):
                 key = inode.key if inode is not None else NodeKey(0, 0)
                 if key not in published:
-                    scan.updates.append((key, 0))
-        for key, bits in scan.updates:
+                    updates.append((key, 0))
+        if updates:
+            export.process(export.watcher.backlog)
+        candidates = self._untold(guest) if updates else []
+        for key, bits in updates:
             try:
                 export.update(guest, key, bits)
             except (OSError, ValueError) as error:
@@ -134,7 +118,7 @@ class Arming:
             self._tell(guest, event)
         for node in self._nodes.values():
             if node.hint <= hint:
-                node.since = scan.begun
+                node.since = None
                 node.history.clear()
         return failed
 
@@ -143,10 +127,18 @@ class Arming:
         events: dict[Event, None] = {}
         for node in self._nodes.values():
             for event in node.history:
-                told = self._export.wanted_halves(guest, event) or event.origin is guest
-                if event.stamp > node.since and not told:
+                late = node.since is not None and event.stamp > node.since
+                if late and not self._is_told(guest, event):
                     events[event] = None
         return sorted(events, key=lambda event: event.stamp)
+
+    def _is_told(self, guest: ReplayGuest, event: Event) -> bool:
+        export = self._export
+        if event.origin is guest or export.wanted_halves(guest, event):
+            return True
+        return event.child is not None and bool(
+            int(export.interest.of(guest, event.child)) & event.kind
+        )
 
     def _tell(self, guest: ReplayGuest, event: Event) -> None:
         halves = self._export.wanted_halves(guest, event)

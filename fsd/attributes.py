@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from .inodes import Inode
 
@@ -27,7 +27,7 @@ class Attr(NamedTuple):
     st_ctime_ns: int
 
 
-StatLike = Union[os.stat_result, Attr]
+StatLike = os.stat_result | Attr
 
 
 def placeholder_attr(inode: Inode, nlink: int = 1) -> Attr:

@@ -14,6 +14,8 @@ import time
 from collections import Counter
 from contextlib import AbstractContextManager
 
+import structlog
+
 from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, STRUCTURE, Mask
@@ -30,11 +32,13 @@ from .resolver import Resolver, listing
 from .resync import Changes, difference, told
 from .watcher import HOST, SERVER, HostWatcher
 
-_STRUCTURE = int(STRUCTURE)
+log = structlog.get_logger()
 _LEAVES = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
+PLAN_AHEAD = 1024
+"""Events that a replaying guest may hold to see what follows, while more are coming."""
 COMPARE_EVERY = 2.0
 """Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
 
@@ -149,7 +153,7 @@ class Export:
             if error.errno in (errno.ESTALE, errno.ENOENT):
                 return  # gone: its events say so
             self.counts["watch_failures"] += 1
-            self.unwatched[inode] = error.strerror
+            self.unwatched[inode] = error.strerror or str(error)
             self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
         else:
             self.unwatched.pop(inode, None)
@@ -230,18 +234,28 @@ class Export:
         """Route up to ``budget`` events, and do what is due."""
         while budget and self.watcher.backlog:
             budget -= 1
-            for event in self._resolver.next():
-                self._handle(event)
+            try:
+                for event in self._resolver.next():
+                    self._handle(event)
+            except Exception:  # a fault in one event never ends the process
+                self.counts["faults"] += 1
+                log.exception("event failed")
             if self._resolver.waiting_until is not None:
                 break
+        self._plan()
         now = time.monotonic()
-        for guest in self.guests:
-            if isinstance(guest, ReplayGuest) and (guest.waiting_until or math.inf) <= now:
-                guest.plan()
         self.arming.expire(now)
         if now >= self._compare_at:
             self._compare_at = now + COMPARE_EVERY if self.unwatched else math.inf
             self._resync([node for node in self.unwatched if node.is_dir])
+
+    def _plan(self) -> None:
+        """Let replaying guests make orders, once they see as far ahead as there is to see."""
+        self.watcher.drain()
+        waiting = self.watcher.backlog and self._resolver.waiting_until is None
+        for guest in self.guests:
+            if isinstance(guest, ReplayGuest) and guest.held >= (PLAN_AHEAD if waiting else 1):
+                guest.plan()
 
     @property
     def next_deadline(self) -> float:

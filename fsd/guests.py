@@ -19,8 +19,9 @@ from .inodes import Inode
 from .listings import Missed, of_inode
 from .watcher import Origin
 
-OUTBOX_LIMIT = 32_768
-"""Events queued for one guest: twice the kernel's default max_queued_events, some 20 MB."""
+OUTBOX_LIMIT = 262_144
+"""Events queued for one guest: bursts that a native watcher with a raised max_queued_events
+survives; some 100 MB at worst."""
 MARKS_LIMIT = 1_048_576
 """Marks of one guest: the kernel's own ceiling for max_user_watches."""
 
@@ -33,7 +34,8 @@ class Guest(Origin):
     """One guest: its counters, and what it missed while its outbox was full."""
 
     __slots__ = (
-        "counts", "events", "latencies", "limit", "max_depth", "missed", "missing", "number", "wake",
+        "counts", "events", "latencies", "limit", "max_depth", "missed", "missing", "number",
+        "wake",
     )  # fmt: skip
 
     def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:

@@ -92,6 +92,12 @@ class HiddenFiles:
             handle.text = json.dumps(snapshot(self._export)).encode()
         return handle
 
+    def dismiss(self) -> None:
+        """Answer the agent's waiting read, for good."""
+        if self.control is not None and self.control.session is not None:
+            self.control.session.said_bye = True
+            self.control.session.wake()
+
     def release(self, handle: HiddenHandle) -> None:
         """RELEASE."""
         if handle.session is not None:

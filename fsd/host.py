@@ -40,7 +40,7 @@ def file_handle(fd: int) -> bytes:
         _libc.name_to_handle_at(fd, b"", _handle_buffer, ctypes.byref(_mount_id), _AT_EMPTY_PATH)
     )
     (size,) = struct.unpack_from("=I", _handle_buffer)
-    return _handle_buffer[4 : 8 + size]
+    return _handle_buffer.raw[4 : 8 + size]
 
 
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:

@@ -95,6 +95,7 @@ class InodeTable:
     def __init__(self, root: str) -> None:
         self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._synthetic = itertools.count(_SYNTHETIC)
+        self.moves = 0  # of directories: paths made before are out of date
         self.by_handle = True
         try:
             handle = host.file_handle(self.root_fd)
@@ -161,10 +162,12 @@ class InodeTable:
         if inode is self.root:
             return
         old = inode.parent
-        if old is not None and (old is not parent or inode.name != name):
-            # A hard link keeps its other names; a directory or a single link has just this one.
-            if inode.nlink < 2 or inode.is_dir:
-                self.displace(old, inode.name, inode)
+        moved = old is not None and (old is not parent or inode.name != name)
+        # A hard link keeps its other names; a directory or a single link has just this one.
+        if old is not None and moved and (inode.nlink < 2 or inode.is_dir):
+            self.displace(old, inode.name, inode)
+        if inode.is_dir and moved:
+            self.moves += 1
         inode.parent, inode.name = parent, name
         parent.children[name] = inode
 
@@ -272,7 +275,10 @@ class InodeTable:
             return
         if not inode.is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        fd = self._by_handle(inode, os.O_PATH | os.O_DIRECTORY)
+        try:
+            fd = self._by_handle(inode, os.O_PATH | os.O_DIRECTORY)
+        except OSError:  # as in any removed directory: nothing is in it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
         try:
             yield fd
         finally:

@@ -1,4 +1,4 @@
-"""Interest: for each inode, which guest wants which events; their OR is what the host is watched for.
+"""Interest: for each inode, which guest wants which events; the host is watched for their OR.
 
 The RFC's fsnotify_update. Pure bookkeeping: says what changed, places no watch.
 """

@@ -12,6 +12,7 @@ import os
 import stat
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol import frames
 from protocol.frames import Op
@@ -20,6 +21,17 @@ from .attributes import StatLike, placeholder_attr, with_nlink
 from .events import Event
 from .inodes import Inode
 from .passthrough import Entry, PassthroughFS
+
+
+class Step(NamedTuple):
+    """One look-up on the way from the root to a directory."""
+
+    parent: int  # nodeid
+    name: bytes
+    inode: Inode
+
+
+Way = tuple[Step, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +43,7 @@ class Task:
     event: Event | None = None
     target: Inode | None = None  # what a RENAME overwrites
     nlink: int = 1  # links of the removed or overwritten object before the event
+    way: Way = ()  # look-ups on the way to where the order acts
 
 
 class UnexpectedCall(OSError):
@@ -108,10 +121,17 @@ class Ledger:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return self._entry(task.target, task.nlink)
         if (order.nodeid, order.name) != (nodeid, name):
-            return None
+            return self._step(task, nodeid, name)
         if order.op == Op.CREATE:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
+
+    def _step(self, task: Task, nodeid: int, name: bytes) -> Entry | None:
+        """A look-up on the way to the order's directory: its path is as of the event, too."""
+        for step in task.way:
+            if step.name == name and step.parent == nodeid:
+                return self._entry(step.inode, None)
+        return None
 
     def create(self, nodeid: int, name: bytes, kind: int) -> Entry:
         """MKNOD, MKDIR, SYMLINK: the entry that the host has already made."""
@@ -168,4 +188,5 @@ class Ledger:
         return attr if nlink is None else with_nlink(attr, nlink)
 
     def _entry(self, inode: Inode, nlink: int | None) -> Entry:
+        inode = self._table.revive(inode)
         return self._fs.referenced(Entry(inode, self.attributes(inode, nlink)))

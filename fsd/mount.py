@@ -98,6 +98,7 @@ class Mounted:
         self._on_ready = on_ready
         self._stopping = False
         self._agent: trio.Process | None = None
+        self._nudge: Callable[[], None] | None = None
 
     async def run(self) -> None:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
@@ -109,6 +110,7 @@ class Mounted:
             raise StartError(f"source {options.source}: {error.strerror}") from None
         guest = export.add_replayer(options.mountpoint)
         service = Service(export, guest)
+        self._nudge = service.hidden.dismiss
         os.umask(0)  # the guest's kernel applies its callers' umask
         door = SocketDoor(export, options.socket) if options.socket else None
         if door is not None:
@@ -166,10 +168,10 @@ class Mounted:
             self._on_ready()
             return
         restarts = 0
-        while not self._stopping:
+        while True:
             begun = trio.current_time()
             status = await self._run_agent(self._on_ready if not restarts else _nothing)
-            if self._stopping or status == 0:  # 0: it saw the mount go
+            if status == 0:  # it was told to go, or saw the mount go
                 return
             restarts = 1 if trio.current_time() - begun > AGENT_STABLE else restarts + 1
             log.warning("agent ended, starting another", status=status)
@@ -201,6 +203,8 @@ class Mounted:
             return
         with suppress(ProcessLookupError):
             process.terminate()
+        if self._nudge is not None:
+            self._nudge()  # a waiting read is answered, so that the signal is handled now
         with trio.move_on_after(3):
             await process.wait()
             return

@@ -275,10 +275,9 @@ class PassthroughFS:
 
     @staticmethod
     def list_names(handle: Handle) -> list[bytes]:
-        """READDIR: read the names afresh; positions in the list stay valid until the next call."""
+        """READDIR: read the names afresh, without "." and ".."."""
         os.lseek(handle.fd, 0, os.SEEK_SET)
-        handle.names = [os.fsencode(name) for name in os.listdir(handle.fd)]
-        return handle.names
+        return [os.fsencode(name) for name in os.listdir(handle.fd)]
 
     def release(self, handle: Handle) -> None:
         """RELEASE, RELEASEDIR. Closes the descriptor once."""

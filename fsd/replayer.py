@@ -10,24 +10,32 @@ from __future__ import annotations
 import itertools
 import stat
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from protocol import frames
-from protocol.frames import ALIAS, FSD_DIR, STAGING, HelloFlag, Op
-from protocol.masks import Mask
+from protocol.frames import ALIAS, STAGING, Op
+from protocol.masks import EVENTS, Mask
 
 from . import openers
 from .events import RENAME, Event
 from .guests import Guest
 from .host import RENAME_EXCHANGE
 from .inodes import Inode
-from .ledger import Ledger, Task
+from .ledger import Ledger, Step, Task, Way
 from .passthrough import PassthroughFS
 from .watcher import HostWatcher
 
+CLOSE_WAIT = 0.002
+"""Seconds that an OPEN waits for its CLOSE, which tells how, and how many times, the file was
+opened (the kernel merges consecutive OPENs); most programs close within microseconds."""
 OPEN_WAIT = 0.05
-"""Seconds that an OPEN may wait for what tells reading from writing."""
+"""Seconds that an OPEN may wait for a read or write that tells one from the other."""
+TASKS_LIMIT = 512
+"""Orders made ahead of the agent; what is behind them waits as events, which are smaller."""
+OPENS_LIMIT = 16
+"""Opens that one merged OPEN can stand for."""
 _CREATE, _DELETE = int(Mask.CREATE), int(Mask.DELETE)
 _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _OPEN, _MODIFY, _ACCESS = int(Mask.OPEN), int(Mask.MODIFY), int(Mask.ACCESS)
@@ -39,16 +47,28 @@ _TWINNED = _TOUCH | _OPEN | _CLOSE
 _TWIN_AGE = 1.0
 """Seconds after which an expected twin has been merged or lost: the kernel queues both at once."""
 _LOOK_AHEAD = 64
-_STAGED = b"x"
-"""The one name in the staging directory: each move out replaces the one before."""
 
 
 class ReplayGuest(Guest):
     """A guest with an agent. Its outbox is held events, then planned tasks, then the ledger."""
 
     __slots__ = (
-        "_closes", "_flags", "_held", "_hint", "_hinted", "_opened", "_outgoing", "_seq", "_table",
-        "_tasks", "_twins", "_watcher", "ledger", "pid", "waiting_until",
+        "_held",
+        "_hint",
+        "_hinted",
+        "_open_close",
+        "_opened",
+        "_outgoing",
+        "_scanning",
+        "_seq",
+        "_table",
+        "_tasks",
+        "_twins",
+        "_watcher",
+        "_ways",
+        "ledger",
+        "pid",
+        "waiting_until",
     )  # fmt: skip
 
     def __init__(self, name: str, fs: PassthroughFS, watcher: HostWatcher, *, limit: int) -> None:
@@ -57,26 +77,29 @@ class ReplayGuest(Guest):
         self._watcher = watcher
         self.ledger = Ledger(fs)
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
-        self._flags = HelloFlag(0)
-        self._held: deque[tuple[Event, float]] = deque()
-        self._closes: dict[Inode, deque[bool]] = {}  # CLOSEs among the held: True = for writing
+        self._held: deque[_Held] = deque()
+        # Of each inode, the OPENs (None) and CLOSEs (True = for writing) among the held events
+        self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
         self._opened: dict[tuple[Inode, bool], deque[int]] = {}  # orders whose file is open
         self._twins: dict[tuple[Inode, int], tuple[int, float]] = {}
         self._seq = itertools.count(1)
         self._hint = 0
-        self._hinted: set[int] = set()  # pids in hints that the agent has not taken up yet
-        self._outgoing: deque[frames.Message] = deque()  # hints and results, ahead of orders
+        self._hinted: set[int] = set()  # processes for the next hints
+        self._scanning = False  # the agent has hints to follow; the next ones wait for its answer
+        self._outgoing: deque[frames.Message] = deque()  # ahead of hints and orders
+        self._ways: dict[Inode, tuple[int, Way]] = {}
         self.waiting_until: float | None = None  # time.monotonic() at which to plan again
 
     # The agent
 
     def connect(self, pid: int, hello: frames.Hello) -> None:
         """An agent took the control channel."""
-        self.pid, self._flags = pid, HelloFlag(hello.flags)
+        self.pid = pid
+        self.events = EVENTS & hello.events
         self._opened.clear()
-        self._hinted.clear()
         self._outgoing.clear()
+        self._scanning = False
         self.counts["agent_connects"] += 1
 
     def disconnect(self) -> None:
@@ -86,16 +109,18 @@ class ReplayGuest(Guest):
         self._tasks.extendleft(reversed(self.ledger.abandon()))
 
     def hint(self, pid: int) -> int:
-        """Have the agent read the marks of a process; returns the number of the latest hint."""
+        """Have the agent read the marks of a process; returns the number of that hint."""
         if pid not in self._hinted:
-            self._hint += 1
             self._hinted.add(pid)
-            self.send(frames.Hint(self._hint, pid))
-        return self._hint
+            if not self._scanning:
+                self.wake()
+        return self._hint + 1
 
-    def scan_begun(self) -> None:
-        """The agent reads marks from now on: later look-ups need a hint of their own."""
-        self._hinted.clear()
+    def scanned(self) -> None:
+        """The agent has followed its hints."""
+        self._scanning = False
+        if self._hinted:
+            self.wake()
 
     def send(self, message: frames.Message) -> None:
         """Queue a message that is no order."""
@@ -103,21 +128,33 @@ class ReplayGuest(Guest):
         self.wake()
 
     @property
+    def held(self) -> int:
+        """Events that are not planned yet."""
+        return len(self._held)
+
+    @property
     def has_outgoing(self) -> bool:
         """Whether ``take`` would return something."""
-        return bool(self._outgoing or self._tasks)
+        return bool(self._outgoing or self._tasks or (self._hinted and not self._scanning))
 
     def take(self, limit: int) -> list[frames.Message]:
         """The next messages for the agent, which has executed all it was given before."""
         self.ledger.finish()
         self._settle()
         messages: list[frames.Message] = []
+        if self._hinted and not self._scanning:
+            self._scanning = True
+            self._hint += 1
+            messages += [frames.Hint(self._hint, pid) for pid in self._hinted]
+            self._hinted.clear()
         while self._outgoing and len(messages) < limit:
             messages.append(self._outgoing.popleft())
         while self._tasks and len(messages) < limit:
             task = self._tasks.popleft()
             self.ledger.add(task)
             messages.append(task.order)
+        if self._held:
+            self.plan()
         return messages
 
     def acknowledge(self, seq: int, errno: int) -> Event | None:
@@ -158,10 +195,11 @@ class ReplayGuest(Guest):
             self._expect_twin(event.replaced, _ATTRIB, event.stamp)
             event.replaced = self._pinned(event.replaced)
         event.child = self._pinned(event.child)
-        if kind & _CLOSE:
-            self._closes.setdefault(event.child, deque()).append(bool(kind & _CLOSE_WRITE))
-        self._held.append((event, time.monotonic() + OPEN_WAIT))
-        self.plan()
+        if kind & (_OPEN | _CLOSE):
+            what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
+            self._open_close.setdefault(event.child, deque()).append(what)
+        way2 = self._way(event.node2) if event.node2 is not None else ()
+        self._held.append(_Held(event, time.monotonic(), self._way(event.node), way2))
 
     def _pinned(self, inode: Inode) -> Inode:
         inode = self._table.revive(inode)
@@ -187,90 +225,99 @@ class ReplayGuest(Guest):
 
     def plan(self) -> None:
         """Make orders of the held events, up to an OPEN of which too little is known yet."""
-        self.waiting_until = None
-        while self._held:
-            event, deadline = self._held[0]
-            writing = False
-            if event.kind & _OPEN and event.child is not None and not event.child.is_dir:
-                known = self._opened_for_writing(event.child)
+        while self._held and len(self._tasks) < TASKS_LIMIT:
+            event, arrived, _, _ = held = self._held[0]
+            opens: list[bool] = []
+            assert event.child is not None
+            if event.kind & _OPEN:
+                known = self._how_opened(event.child, arrived)
                 if known is None:
-                    if time.monotonic() < deadline:
-                        self.waiting_until = deadline
-                        return
-                    known = openers.is_open_for_writing(*event.child.identity[:2])
-                writing = known
+                    return
+                opens = known
             self._held.popleft()
-            self._tasks.extend(self._orders(event, writing))
+            if event.kind & (_OPEN | _CLOSE):
+                passed = self._open_close[event.child]
+                passed.popleft()
+                if not passed:
+                    del self._open_close[event.child]
+            self._tasks.extend(self._orders(held, opens))
             for inode in (event.child, event.replaced):
                 if inode is not None:
                     self._table.unpin(inode)
+        self.waiting_until = None
         self.wake()
 
-    def _opened_for_writing(self, inode: Inode) -> bool | None:
-        """How the file of the OPEN at the head was opened, from what happened to it after."""
-        closes = self._closes.get(inode, ())
-        already_open = sum(len(self._opened.get((inode, kind), ())) for kind in (False, True))
-        if len(closes) > already_open:
-            return closes[already_open]
-        for later, _ in itertools.islice(self._held, 1, _LOOK_AHEAD):
-            if later.child is inode:
-                if later.kind & _MODIFY:
-                    return True
-                if later.kind & _ACCESS:
-                    return False
-        return None
+    def _how_opened(self, inode: Inode, arrived: float) -> list[bool] | None:
+        """For the OPEN at the head: an item for each open that it stands for, True = for writing.
+        None while that is not known, and worth waiting for until ``waiting_until``.
+        """
+        closes = Counter(itertools.takewhile(_is_close, list(self._open_close[inode])[1:]))
+        for writing in (False, True):
+            closes[writing] -= len(self._opened.get((inode, writing), ()))
+        opens = list((+closes).elements())
+        if opens:
+            return [bool(writing) for writing in opens[:OPENS_LIMIT]]
+        now = time.monotonic()
+        self.waiting_until = arrived + CLOSE_WAIT
+        if now < self.waiting_until:
+            return None
+        if inode.is_dir:
+            return [False]
+        for later, *_ in itertools.islice(self._held, 1, _LOOK_AHEAD):
+            if later.child is inode and later.kind & (_MODIFY | _ACCESS):
+                return [bool(later.kind & _MODIFY)]
+        self.waiting_until = arrived + OPEN_WAIT
+        if now < self.waiting_until:
+            return None
+        gone = inode.is_placeholder
+        return [not gone and openers.is_open_for_writing(*inode.identity[:2])]
 
-    def _orders(self, event: Event, writing: bool) -> Iterator[Task]:
+    def _orders(self, held: _Held, opens: list[bool]) -> Iterator[Task]:
+        event = held.event
         kind, child = event.kind, event.child
         assert child is not None
         if kind == RENAME:
-            yield self._rename(event, child)
+            assert event.node2 is not None
+            to = (event.node2.nodeid, event.node2.generation, event.name2)
+            flags = RENAME_EXCHANGE if event.exchanged else 0
+            yield self._task(held, Op.RENAME, child, to=to, arg=flags)
         elif kind & _MOVED_FROM:
-            yield self._task(event, Op.RENAME, child, to=(STAGING, 0, _STAGED))
+            yield self._task(held, Op.RENAME, child, to=_STAGED)
         elif kind & _MOVED_TO:
-            yield self._task(event, Op.RENAME, child, at=(STAGING, 0, _STAGED), to=_place(event))
+            turned = _Held(event, held.arrived, (), held.way)
+            yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event))
         elif kind & _CREATE:
-            yield self._task(event, Op.CREATE, child)
+            yield self._task(held, Op.CREATE, child)
         elif kind & _DELETE:
-            yield self._task(event, Op.REMOVE, child)
+            yield self._task(held, Op.REMOVE, child)
         elif kind & _TOUCH:
-            yield self._task(event, Op.TOUCH, child, arg=kind & _TOUCH)
-        elif child.kind in (stat.S_IFREG, stat.S_IFDIR):
-            # An open of a FIFO or a device would make the agent its peer.
-            if kind & _OPEN:
-                yield self._open(event, child, writing)
-            elif kind & _CLOSE:
-                yield from self._close(event, child, bool(kind & _CLOSE_WRITE))
+            yield self._task(held, Op.TOUCH, child, arg=kind & _TOUCH)
+        elif kind & _OPEN:
+            yield from (self._open(held, child, writing) for writing in opens)
+        elif kind & _CLOSE:
+            yield from self._close(held, child, bool(kind & _CLOSE_WRITE))
 
-    def _rename(self, event: Event, child: Inode) -> Task:
-        assert event.node2 is not None
-        flags = RENAME_EXCHANGE if event.exchanged else 0
-        to = (event.node2.nodeid, event.node2.generation, event.name2)
-        return self._task(event, Op.RENAME, child, to=to, arg=flags)
-
-    def _open(
-        self, event: Event | None, child: Inode, writing: bool, at: _Place | None = None
-    ) -> Task:
-        task = self._task(event, Op.OPEN, child, at=at, arg=int(writing))
+    def _open(self, held: _Held, child: Inode, writing: bool) -> Task:
+        # To open a real FIFO or device would make the agent its peer: a file stands in for it.
+        file = child
+        if child.kind not in (stat.S_IFREG, stat.S_IFDIR):
+            file = self._table.placeholder(stat.S_IFREG, held.event.node, held.event.name)
+        task = self._task(held, Op.OPEN, file, arg=int(writing))
         self._opened.setdefault((child, writing), deque()).append(task.order.seq)
         return task
 
-    def _close(self, event: Event, child: Inode, writing: bool) -> Iterator[Task]:
-        kinds = self._closes[child]
-        kinds.popleft()
-        if not kinds:
-            del self._closes[child]
+    def _close(self, held: _Held, child: Inode, writing: bool) -> Iterator[Task]:
         key = (child, writing)
         if not self._opened.get(key):  # opened before anybody was interested
-            yield self._open(None, child, writing, _place(event))
+            yield self._open(held, child, writing)
         seq = self._opened[key].popleft()
         if not self._opened[key]:
             del self._opened[key]
-        yield self._task(event, Op.CLOSE, child, arg=seq)
+        yield self._task(held, Op.CLOSE, child, arg=seq)
 
     def _task(
         self,
-        event: Event | None,
+        held: _Held,
         op: Op,
         child: Inode,
         *,
@@ -278,28 +325,57 @@ class ReplayGuest(Guest):
         to: _Place = (0, 0, b""),
         arg: int = 0,
     ) -> Task:
+        event = held.event
         nodeid, generation, name = at or _place(event)
-        target = event.replaced if event is not None and op == Op.RENAME else None
+        target = event.replaced if op == Op.RENAME else None
         for inode in (child, target):
             if inode is not None:
                 self._table.pin(inode)
-        by_path = bool(self._flags & HelloFlag.BY_PATH)
         order = frames.Order(
             next(self._seq), op, child.kind, 0, nodeid, generation, to[0], to[1], arg, name, to[2],
-            self._path(nodeid) if by_path else b"", self._path(to[0]) if by_path else b"",
+            _path(held.way), _path(held.way2),
         )  # fmt: skip
-        return Task(order, child, event, target, event.nlink if event is not None else 1)
+        counted = None if op == Op.OPEN and event.kind & _CLOSE else event
+        return Task(order, child, counted, target, event.nlink, held.way + held.way2)
 
-    def _path(self, nodeid: int) -> bytes:
-        return self._table.get(nodeid).path() if 0 < nodeid < FSD_DIR else b""
+    def _way(self, node: Inode) -> Way:
+        """The look-ups from the root to a directory, as they are now; kept until one moves."""
+        version, way = self._ways.get(node, (-1, ()))
+        if version != self._table.moves:
+            steps: list[Step] = []
+            below = node if node.is_dir else None
+            while below is not None and below.parent is not None:
+                steps.append(Step(below.parent.nodeid, below.name, below))
+                below = below.parent
+            way = tuple(reversed(steps))
+            self._ways[node] = (self._table.moves, way)
+        return way
+
+
+class _Held(NamedTuple):
+    """An event to be planned, with time.monotonic() of its arrival and the ways to its places."""
+
+    event: Event
+    arrived: float
+    way: Way
+    way2: Way
+
+
+def _path(way: Way) -> bytes:
+    return b"/".join(step.name for step in way)
+
+
+def _is_close(what: bool | None) -> bool:
+    return what is not None
 
 
 _Place = tuple[int, int, bytes]
+_STAGED: _Place = (STAGING, 0, b"x")
+"""The one name in the staging directory: each move out replaces the one before."""
 
 
-def _place(event: Event | None) -> _Place:
+def _place(event: Event) -> _Place:
     """Where an order acts: the name; the directory itself; or a file apart from any name."""
-    assert event is not None
     node = event.node
     if event.name or node.is_dir:
         return node.nodeid, node.generation, event.name

@@ -13,6 +13,8 @@ import stat
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import structlog
+
 from protocol.frames import FSD_DIR, FSD_NAME
 from protocol.masks import Mask
 
@@ -26,6 +28,7 @@ from .passthrough import Changes, Entry, Handle, Identity
 from .replayer import ReplayGuest
 from .watcher import Expected
 
+log = structlog.get_logger()
 Caller = Identity
 _CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
 
@@ -69,6 +72,7 @@ class Service:
 
     def _refused(self, error: UnexpectedCall) -> UnexpectedCall:
         self.guest.counts["refused"] += 1
+        log.debug("replayer refused", reason=error.strerror)
         return error
 
     def _own(self, *expected: Expected) -> AbstractContextManager[None]:
@@ -96,14 +100,8 @@ class Service:
             if entry is not None:
                 return entry
             return self._fs.lookup(self._table.get(nodeid), name)
-        node = self._table.get(nodeid)
-        if node is not self._table.root:
-            self._looked_up(who, node)
-        else:
-            self._looked_up(who, node)
-        entry = self._fs.lookup(node, name)
-        if entry.inode.is_dir:
-            self._looked_up(who, entry.inode)
+        entry = self._fs.lookup(self._table.get(nodeid), name)
+        self._looked_up(who, entry.inode)
         return entry
 
     def _hidden_lookup(self, who: Caller, nodeid: int, name: bytes) -> Entry:
@@ -249,8 +247,8 @@ class Service:
             )
 
     def getxattr(self, who: Caller, nodeid: int, name: bytes) -> bytes:
-        """GETXATTR; of what the replayer touches there is nothing to kill privileges of."""
-        if nodeid >= FSD_DIR or self._is_replayer(who):
+        """GETXATTR; the replayer's calls have no privileges to kill."""
+        if nodeid >= FSD_DIR or (self._is_replayer(who) and name == b"security.capability"):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return self._fs.getxattr(self._table.get(nodeid), name)
 
@@ -348,7 +346,7 @@ class Service:
             return self.hidden.root, []
         if position == 0:
             with self._own(*self._about(handle.inode, Mask.ACCESS)):
-                self._fs.list_names(handle)
+                handle.names = [b".", b"..", *self._fs.list_names(handle)]
         return handle.inode, handle.names
 
     def entry(self, node: Inode, name: bytes) -> Entry | None:

@@ -11,6 +11,8 @@ import stat
 from collections import deque
 from collections.abc import Callable
 
+import structlog
+
 from protocol import frames
 from protocol.frames import Role
 from protocol.handles import NodeKey
@@ -22,6 +24,7 @@ from .inodes import Inode
 from .replayer import ReplayGuest
 from .stats import snapshot
 
+log = structlog.get_logger()
 BATCH = 256
 """Messages a read: enough to make the round trip of a read small beside the orders' own."""
 RESOLVED_LIMIT = 1_048_576
@@ -120,7 +123,7 @@ class Session:
     def _update(self, update: frames.Update) -> None:
         assert self.guest is not None
         key = NodeKey(update.nodeid, update.generation)
-        if self._export.arming.scanning(self.guest) and not update.request:
+        if isinstance(self.guest, ReplayGuest) and not update.request:
             self._export.arming.scan_update(self.guest, key, update.mask)
             return
         try:
@@ -165,13 +168,13 @@ class Session:
 
     def _replayer_message(self, guest: ReplayGuest, message: frames.Message) -> None:
         arming = self._export.arming
-        if isinstance(message, frames.ScanBegin):
-            arming.scan_begin(guest)
-        elif isinstance(message, frames.ScanEnd):
+        if isinstance(message, frames.ScanEnd):
             for key, error in arming.scan_end(guest, message.hint, full=bool(message.full)):
                 self._refuse(0, key, error)
         elif isinstance(message, frames.Ack):
-            guest.acknowledge(message.seq, message.errno)
+            event = guest.acknowledge(message.seq, message.errno)
+            if event is not None:
+                log.debug("replay failed", replayed=event, errno=errno.errorcode.get(message.errno))
         else:
             raise frames.ProtocolError(f"{type(message).__name__} is for guests, not from them")
 
@@ -189,10 +192,8 @@ class Session:
         if self._unsent or self._replies:
             return True
         guest = self.guest
-        return (
-            isinstance(guest, ReplayGuest)
-            and guest.has_outgoing
-            or (isinstance(guest, Observer) and guest.depth > 0)
+        return (isinstance(guest, ReplayGuest) and guest.has_outgoing) or (
+            isinstance(guest, Observer) and guest.depth > 0
         )
 
     def outgoing(self, size: int) -> bytes:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import pyinotify
+
 from protocol.inotify import RawEvent, parse_events
 from protocol.masks import Mask
 
@@ -28,6 +29,9 @@ from .inodes import Inode, InodeTable
 
 _READ_SIZE = 256 * 1024
 _FIONREAD = 0x541B
+BACKLOG_LIMIT = 524_288
+"""Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
+_OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
 
@@ -174,6 +178,10 @@ class HostWatcher:
         return len(self._arrivals)
 
     def _push(self, arrival: Arrival) -> None:
+        if len(self._arrivals) >= BACKLOG_LIMIT:
+            if self._arrivals[-1].raw is not _OVERFLOW:
+                self._arrivals.append(Arrival(_OVERFLOW, HOST, arrival.stamp))
+            return
         self._arrivals.append(arrival)
         raw = arrival.raw
         if raw.mask & _LEAVING:

@@ -1,1 +1,1 @@
-"""What runs in a guest: agent, mark reader, replayer, commands. Standard library and protocol only."""
+"""What runs in a guest: agent, mark reader, replayer, commands; on the standard library alone."""

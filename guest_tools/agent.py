@@ -23,7 +23,6 @@ class Agent:
 
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = os.path.abspath(mountpoint)
-        self._by_path = os.geteuid() != 0
         try:
             status = os.stat(self._mountpoint)
             self._root_fd = self._open_root()
@@ -32,7 +31,7 @@ class Agent:
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
         self._device = device_of(status)
-        self._replayer = Replayer(self._root_fd, fsd_fd, by_path=self._by_path)
+        self._replayer = Replayer(self._root_fd, fsd_fd)
         self._scanner = Scanner(self._device, self._channel.send, self._still_mounted)
         self._reader = frames.FrameReader()
 
@@ -60,8 +59,7 @@ class Agent:
         os.chdir("/")
         os.umask(0)
         signal.signal(signal.SIGTERM, _leave)
-        flags = frames.HelloFlag.BY_PATH if self._by_path else 0
-        hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, flags, 0xFFF)
+        hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF)
         self._channel.send(frames.encode(hello))
         self._scanner.scan(pids(), full=True)
         self._scanner.start()
@@ -73,6 +71,7 @@ class Agent:
                 self._reader.feed(self._channel.receive())
                 for message in self._reader:
                     self._handle(message)
+                self._replayer.batch_done()
         except OSError as error:
             gone = error.errno in (errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED)
             if not gone:

@@ -105,7 +105,7 @@ class Client:
         self._reader = frames.FrameReader()
         self._requests = 0
         self._events: list[frames.Event] = []
-        hello = frames.Hello(frames.VERSION, role, 0, 0xFFF)
+        hello = frames.Hello(frames.VERSION, role, 0xFFF)
         channel.send(frames.encode(hello))
         for message in self._messages():
             if isinstance(message, frames.Welcome):

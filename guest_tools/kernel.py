@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_OPEN_TREE = 428  # the same on every architecture since Linux 5.2
@@ -18,7 +17,7 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
 
 
-_OMIT, _SET = (0, _UTIME_OMIT), (0, 0)
+_OMIT, _SET = _Timespec(0, _UTIME_OMIT), _Timespec(0, 0)
 _ATIME = (_Timespec * 2)(_SET, _OMIT)
 _MTIME = (_Timespec * 2)(_OMIT, _SET)
 _BOTH = (_Timespec * 2)(_SET, _SET)
@@ -29,12 +28,6 @@ def _check(result: int) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result
-
-
-def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int) -> int:
-    """open_by_handle_at(2); needs CAP_DAC_READ_SEARCH."""
-    data = struct.pack("=Ii", len(handle), kind) + handle
-    return _check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
 
 
 def clone_mount(path: str) -> int:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from protocol.frames import ALIAS, FSD_DIR, STAGING, Op, Order
-from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
 from protocol.masks import Mask
 
 from . import kernel
 
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PATH_LIMIT = 4000
+"""Bytes of a path walked at once, below PATH_MAX."""
 _RETRIES = 3
 """Tries of one order: a user's own look-up of the same name can come between two of its steps."""
 
@@ -25,10 +26,10 @@ _RETRIES = 3
 class Replayer:
     """Executes orders on one mount. Owner of the descriptors that it opened for OPEN."""
 
-    def __init__(self, root_fd: int, fsd_fd: int, *, by_path: bool) -> None:
+    def __init__(self, root_fd: int, fsd_fd: int) -> None:
         self._root_fd = root_fd
-        self._fsd_fd = fsd_fd
-        self._by_path = by_path
+        # Directories of this batch. Not kept longer: an open one would delay its IN_DELETE_SELF.
+        self._directories: dict[tuple[int, int], int] = {}
         self._hidden = {
             STAGING: os.open("staging", _O_DIR, dir_fd=fsd_fd),
             ALIAS: os.open("alias", _O_DIR, dir_fd=fsd_fd),
@@ -49,32 +50,48 @@ class Replayer:
             if fd >= 0:
                 os.close(fd)
             return 0
+        if stat.S_ISDIR(order.mode) and order.op in (Op.REMOVE, Op.RENAME):
+            self.batch_done()
         error: OSError | None = None
         for _ in range(_RETRIES):
             try:
-                with self._directory(order.nodeid, order.generation, order.path) as dir_fd:
-                    self._actions[Op(order.op)](order, dir_fd)
+                dir_fd = self._directory(order.nodeid, order.generation, order.path)
+                self._actions[Op(order.op)](order, dir_fd)
                 return 0
             except OSError as caught:
                 error = caught
+                self.batch_done()
         assert error is not None
         return error.errno or 5
 
-    @contextmanager
-    def _directory(self, nodeid: int, generation: int, path: bytes) -> Iterator[int]:
+    def _directory(self, nodeid: int, generation: int, path: bytes) -> int:
         if nodeid > FSD_DIR:
-            yield self._hidden[nodeid]
-            return
-        if self._by_path:
-            fd = os.open(path or b".", _O_DIR, dir_fd=self._root_fd)
-        else:
-            # The handle finds the directory whatever it is called by now.
-            handle = encode_fh(NodeKey(nodeid, generation))
-            fd = kernel.open_by_handle(self._fsd_fd, FILEID_INO64_GEN, handle, _O_DIR)
-        try:
-            yield fd
-        finally:
+            return self._hidden[nodeid]
+        fd = self._directories.get((nodeid, generation))
+        if fd is None:
+            fd = self._walk(path)
+            self._directories[nodeid, generation] = fd
+        return fd
+
+    def _walk(self, path: bytes) -> int:
+        """Open a directory by its path; the server answers each step as of the event.
+
+        Not by handle: for a dentry that the kernel has dropped, open_by_handle_at reads the
+        parent directory to find the name again, which its watchers would see.
+        """
+        fd = self._root_fd
+        for part in _parts(path or b"."):
+            below = os.open(part, _O_DIR | os.O_NOFOLLOW, dir_fd=fd)
+            if fd != self._root_fd:
+                os.close(fd)
+            fd = below
+        return fd
+
+    def batch_done(self) -> None:
+        """No order is at hand: let go of the directories."""
+        for fd in self._directories.values():
             os.close(fd)
+        self._directories.clear()
 
     @staticmethod
     def _create(order: Order, dir_fd: int) -> None:
@@ -94,8 +111,8 @@ class Replayer:
             os.unlink(order.name, dir_fd=dir_fd)
 
     def _rename(self, order: Order, dir_fd: int) -> None:
-        with self._directory(order.nodeid2, order.generation2, order.path2) as dir_fd2:
-            kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
+        dir_fd2 = self._directory(order.nodeid2, order.generation2, order.path2)
+        kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
 
     @staticmethod
     def _touch(order: Order, dir_fd: int) -> None:
@@ -120,3 +137,12 @@ class Replayer:
             with suppress(OSError):
                 os.close(fd)
         self._files.clear()
+
+
+def _parts(path: bytes) -> Iterator[bytes]:
+    """The path cut at slashes into parts that one system call takes."""
+    while len(path) > _PATH_LIMIT:
+        cut = path.rindex(b"/", 0, _PATH_LIMIT)
+        yield path[:cut]
+        path = path[cut + 1 :]
+    yield path

@@ -23,8 +23,11 @@ HOT = 3.0
 provisional watches."""
 _STEPS = (0.0, 0.0005, 0.002, 0.008, 0.03, 0.12, 0.5, 1.0, 2.5)
 """Seconds after the last hint at which to scan: the mark comes just after the look-up, mostly."""
-_DUTY = 4.0
+_DUTY = 9.0
 """A scan is followed by at least this many times its own duration of rest."""
+_SLOWEST = 0.1
+"""Seconds between scans of a process that goes on looking things up: the server's short history
+covers them."""
 FULL_EVERY = 30.0
 """Seconds between full scans while something happens; at rest there are none."""
 RECHECK = 2.0
@@ -46,13 +49,14 @@ class Scanner(threading.Thread):
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC) if hasattr(os, "eventfd") else -1
         self._pipe = os.pipe() if self._wake_fd < 0 else (self._wake_fd, self._wake_fd)
         self._hot: dict[int, float] = {}  # process -> until when
+        self._hot_since = 0.0
+        self._answered = -1  # the last hint that was answered; -1 before the first scan
         self._marks: dict[int, dict[NodeKey, int]] = {}  # process -> its marks
         self._published: dict[NodeKey, int] = {}
         self._pidfds: dict[int, int] = {}  # descriptor -> process
         self._hint = 0
         self._last_hint = 0.0
         self._active = False
-        self._failure: Callable[[BaseException], None] = lambda error: None
 
     def hint(self, number: int, pid: int) -> None:
         """From the server: process ``pid`` looked something up."""
@@ -106,7 +110,8 @@ class Scanner(threading.Thread):
                 else:
                     continue
                 end = time.monotonic()
-                not_before = end + _DUTY * (end - now)
+                rest = min(_SLOWEST, (end - self._hot_since) / 4)
+                not_before = end + max(_DUTY * (end - now), rest)
                 self._watch_exits(poll)
 
     def _take_hints(self) -> bool:
@@ -114,6 +119,8 @@ class Scanner(threading.Thread):
         while not self._inbox.empty():
             self._hint, pid = self._inbox.get()
             self._last_hint = time.monotonic()
+            if not self._hot:
+                self._hot_since = self._last_hint
             self._hot[pid] = self._last_hint + HOT
             hinted = True
         return hinted
@@ -142,7 +149,7 @@ class Scanner(threading.Thread):
 
     def scan(self, processes: list[int], *, full: bool) -> None:
         """Read the marks of these processes and send what has changed."""
-        self._send(frames.encode(frames.ScanBegin(self._hint)))
+        hint = self._hint
         if full:
             self._marks.clear()
         own = os.getpid()
@@ -167,5 +174,8 @@ class Scanner(threading.Thread):
             if len(batch) >= _WRITE:
                 self._send(bytes(batch))
                 batch.clear()
-        batch += frames.encode(frames.ScanEnd(self._hint, 0))
-        self._send(bytes(batch))
+        first = self._answered < 0
+        if changed or hint != self._answered:
+            batch += frames.encode(frames.ScanEnd(hint, int(first)))
+            self._send(bytes(batch))
+            self._answered = hint

@@ -1,11 +1,12 @@
 """Parser for /proc/PID/fdinfo/FD of inotify and fanotify descriptors (fs/notify/fdinfo.c).
 
 Grammar, a line each (numbers hexadecimal but mnt_id):
-    inotify wd:1 ino:2f sdev:27 mask:fff ignored_mask:0 fhandle-bytes:c fhandle-type:81 f_handle:0000…
+    inotify wd:1 ino:2f sdev:27 mask:fff ignored_mask:0 HANDLE
     fanotify flags:… event-flags:…
     fanotify mnt_id:1c mflags:0 mask:3b ignored_mask:0
     fanotify sdev:27 mflags:0 mask:3b ignored_mask:0
-    fanotify ino:2f sdev:27 mflags:0 mask:3b ignored_mask:0 fhandle-bytes:… fhandle-type:… f_handle:…
+    fanotify ino:2f sdev:27 mflags:0 mask:3b ignored_mask:0 HANDLE
+HANDLE = fhandle-bytes:c fhandle-type:81 f_handle:000000000100000000000000
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import NamedTuple, Union
 
 VERSION = 1
 MAX_FRAME = 64 * 1024
-"""Longest frame accepted: two paths of PATH_MAX, two names and room; a stats reply is cut into it."""
+"""Longest frame accepted: two paths of PATH_MAX, two names and room. Statistics come in parts."""
 
 # Nodes that exist only in the mount. Above 2**63, where no host inode number is used.
 FSD_DIR = 1 << 63 | 1  # .fsd itself
@@ -38,12 +38,6 @@ class Role(IntEnum):
     BY_HAND = 3
 
 
-class HelloFlag(IntFlag):
-    """BY_PATH: this replayer cannot open by handle; orders must carry directory paths."""
-
-    BY_PATH = 1
-
-
 class Op(IntEnum):
     """What a replay order asks the agent to do on the mount."""
 
@@ -60,14 +54,14 @@ class Hello(NamedTuple):
 
     version: int
     role: int
-    flags: int
     events: int
 
 
 class Update(NamedTuple):
     """fsnotify_update: the aggregated mask of one inode; 0 = no longer interested.
 
-    nodeid 0 stands for the whole file system. A request other than 0 is always answered.
+    nodeid 0 stands for the whole file system. A request other than 0 is answered at once; an
+    agent's updates have request 0 and wait for its ScanEnd; of these only failures are answered.
     """
 
     request: int
@@ -76,14 +70,10 @@ class Update(NamedTuple):
     mask: int
 
 
-class ScanBegin(NamedTuple):
-    """The agent starts to read marks; it has received all hints up to ``hint``."""
-
-    hint: int
-
-
 class ScanEnd(NamedTuple):
-    """The marks sent since ScanBegin are all that changed; apply them as one."""
+    """The agent has read the marks of all processes hinted up to ``hint`` (``full``: of all
+    processes). The Updates before it are what changed, and are applied as one.
+    """
 
     hint: int
     full: int
@@ -155,7 +145,7 @@ class Order(NamedTuple):
     CREATE name in node (mode: file type, rdev); REMOVE it (mode tells rmdir from unlink);
     RENAME to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB);
     OPEN (arg 1: for writing); CLOSE what order ``arg`` opened. An empty name means the
-    directory itself. Paths are filled for a replayer that asked BY_PATH.
+    directory itself. The paths lead to node and node2 from the root, as of the event.
     """
 
     seq: int
@@ -197,7 +187,7 @@ class Stats(NamedTuple):
 
 
 Message = Union[
-    Hello, Update, ScanBegin, ScanEnd, Resolve, List, Ack, StatsRequest, Bye,
+    Hello, Update, ScanEnd, Resolve, List, Ack, StatsRequest, Bye,
     Welcome, Result, Event, Order, Hint, Name, Stats,
 ]  # fmt: skip
 
@@ -205,15 +195,14 @@ _HEADER = struct.Struct("<IHH")
 _LENGTH = struct.Struct("<H")
 # type code, message, its fixed fields, how many bytes fields follow
 _TABLE: list[tuple[int, type[Message], struct.Struct, int]] = [
-    (1, Hello, struct.Struct("<HHIQ"), 0),
+    (1, Hello, struct.Struct("<HHQ"), 0),
     (2, Update, struct.Struct("<IQQQ"), 0),
-    (3, ScanBegin, struct.Struct("<Q"), 0),
-    (4, ScanEnd, struct.Struct("<QB"), 0),
-    (5, Resolve, struct.Struct("<I"), 1),
-    (6, Ack, struct.Struct("<QI"), 0),
-    (7, StatsRequest, struct.Struct("<I"), 0),
-    (8, Bye, struct.Struct("<"), 0),
-    (9, List, struct.Struct("<IQQ"), 0),
+    (3, ScanEnd, struct.Struct("<QB"), 0),
+    (4, Resolve, struct.Struct("<I"), 1),
+    (5, Ack, struct.Struct("<QI"), 0),
+    (6, StatsRequest, struct.Struct("<I"), 0),
+    (7, Bye, struct.Struct("<"), 0),
+    (8, List, struct.Struct("<IQQ"), 0),
     (16, Welcome, struct.Struct("<HQQ"), 0),
     (17, Result, struct.Struct("<IIQQI"), 0),
     (18, Event, struct.Struct("<QQQI"), 1),
@@ -268,7 +257,7 @@ def decode(frame: bytes) -> Message:
         offset += size
     if offset != length:
         raise ProtocolError(f"{cls.__name__}: {length - offset} bytes too many")
-    return cls(*fields)  # type: ignore[arg-type,call-arg]
+    return cls(*fields)  # type: ignore[arg-type]
 
 
 class FrameReader:

@@ -1,6 +1,6 @@
 """Parser for what read(2) on an inotify descriptor returns. A pure function, apart from the fd.
 
-inotify(7): struct inotify_event { int wd; uint32_t mask; uint32_t cookie; uint32_t len; char name[]; }
+inotify(7): struct inotify_event { int wd; uint32_t mask, cookie, len; char name[]; }
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Not spoken by fsd; kept as codecs with test vectors, for peers and for compariso
 v1 was posted: request {u64 mask; u64 group; u32 action; u32 padding}, the inode in the FUSE header;
 notification {u64 inode; u64 mask; u32 namelen; u32 cookie; name}.
 v2 was never posted: request {u64 mask}, aggregated, 0 = remove;
-notification {u64 inode; u64 parent; u64 mask; u32 namelen; u32 generation; u8 notify_parent; u8[7]; name}.
+notification {u64 inode; u64 parent; u64 mask; u32 namelen; u32 generation; u8 notify_parent;
+u8 padding[7]; name}.
 The name is not NUL-terminated here; namelen counts exactly its bytes.
 """
 

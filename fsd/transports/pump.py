@@ -1,4 +1,4 @@
-"""The trio side of an Export: one task that reads the host's inotify queue, one that does the rest."""
+"""The trio side of an Export: a task that reads the host's inotify queue, one for the rest."""
 
 from __future__ import annotations
 

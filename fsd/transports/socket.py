@@ -86,7 +86,7 @@ class SocketDoor:
                     session.wake = on_wake
                     nursery.start_soon(send)
                     async for data in stream:
-                        session.receive(data)
+                        session.receive(bytes(data))
                     nursery.cancel_scope.cancel()
             except* (ProtocolError, ValueError) as errors:
                 log.warning("bad frame on socket", pid=pid, error=str(errors.exceptions[0]))

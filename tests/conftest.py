@@ -1,0 +1,53 @@
+"""Fixtures of all tests, and the rule that a machine which can run everything skips nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests.support.mounts import Mount, mounted
+
+FUSE = Path("/dev/fuse")
+
+# How long an example takes says something about the machine, not about the code.
+hypothesis.settings.register_profile("fsd", deadline=None)
+hypothesis.settings.load_profile("fsd")
+
+
+def _mount(tmp_path: Path, *options: str) -> Iterator[Mount]:
+    if not FUSE.exists():
+        pytest.skip(f"there is no {FUSE}: nothing can be mounted")
+    source, mountpoint = tmp_path / "source", tmp_path / "mount"
+    source.mkdir()
+    mountpoint.mkdir()
+    with mounted(source, mountpoint, *options) as mount:
+        yield mount
+
+
+@pytest.fixture
+def share(tmp_path: Path) -> Iterator[Mount]:
+    """An empty directory, mounted, with the guest's agent."""
+    yield from _mount(tmp_path)
+
+
+@pytest.fixture
+def share_no_agent(tmp_path: Path) -> Iterator[Mount]:
+    """The twin of ``share`` in which nothing announces the host's changes to the guest."""
+    yield from _mount(tmp_path, "--no-agent")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """On CI as root with /dev/fuse a skip is a hole in the checks: make it a failure."""
+    report = yield
+    able = os.environ.get("CI") == "true" and os.geteuid() == 0 and FUSE.exists()
+    if able and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be skipped: {report.longrepr}"
+    return report

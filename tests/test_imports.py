@@ -1,0 +1,87 @@
+"""Who may import whom, read from the source of every module: fsd -> protocol <- guest_tools."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"fsd", "protocol", "guest_tools"}
+STDLIB = sys.stdlib_module_names
+# The edges of fsd, where trio and pyfuse3 live.
+EDGES = ("fsd/transports/*", "fsd/cli.py", "fsd/mount*.py", "fsd/daemon*.py")
+
+
+def imports(source: str, path: str) -> Iterator[tuple[int, str]]:
+    """Line and top-level package of each import anywhere in a module, type checking or not."""
+    for node in ast.walk(ast.parse(source, path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:  # relative: it stays inside its own package
+                yield node.lineno, path.partition("/")[0]
+            else:
+                yield node.lineno, (node.module or "").partition(".")[0]
+
+
+def offences(path: str, source: str) -> list[str]:
+    """What the module at ``path`` (from the root, with slashes) imports and may not."""
+    package = path.partition("/")[0]
+    found = []
+    for line, name in imports(source, path):
+        match package:
+            case "protocol":
+                allowed = name in STDLIB or name == "protocol"
+            case "guest_tools":
+                allowed = name in STDLIB or name in {"guest_tools", "protocol"}
+            case _:
+                edge = any(fnmatch(path, pattern) for pattern in EDGES)
+                allowed = name != "guest_tools" and (edge or name not in {"trio", "pyfuse3"})
+        if not allowed:
+            found.append(f"{path}:{line} imports {name}")
+    return found
+
+
+MODULES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for package in sorted(OURS)
+    for path in (ROOT / package).rglob("*.py")
+)
+
+
+def test_every_package_was_found() -> None:
+    assert {path.partition("/")[0] for path in MODULES} == OURS
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_a_module_imports_only_what_it_may(path: str) -> None:
+    assert offences(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "allowed"),
+    [
+        ("protocol/x.py", "import struct\nfrom protocol import y\nfrom . import z", True),
+        ("protocol/x.py", "import fsd.export", False),
+        ("protocol/x.py", "from trio import run", False),
+        ("guest_tools/x.py", "import os.path, protocol.frames\nfrom guest_tools import y", True),
+        ("guest_tools/x.py", "from fsd import export", False),
+        ("guest_tools/x.py", "def f():\n    import click", False),
+        ("fsd/x.py", "import pyinotify, structlog, protocol", True),
+        ("fsd/x.py", "import guest_tools.agent", False),
+        ("fsd/x.py", "import trio", False),
+        ("fsd/x.py", "if TYPE_CHECKING:\n    from pyfuse3 import FileHandleT", False),
+        ("fsd/cli.py", "import trio\nimport pyfuse3", True),
+        ("fsd/cli.py", "import guest_tools", False),
+        ("fsd/mount_raw.py", "import trio", True),
+        ("fsd/transports/virtiofs/queue.py", "import trio", True),
+    ],
+)
+def test_the_rules_tell_good_from_bad(path: str, source: str, allowed: bool) -> None:
+    assert (offences(path, source) == []) is allowed
