@@ -33,7 +33,7 @@ class Event:
     node2: Inode | None = None  # of a rename: the new directory
     name2: bytes = b""
     replaced: Inode | None = None  # what a MOVED_TO overwrote
-    exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the pair back; replaced goes there
+    exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 
     @property
     def kind(self) -> int:

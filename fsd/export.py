@@ -39,6 +39,9 @@ _CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
 PLAN_AHEAD = 1024
 """Events that a replaying guest may hold to see what follows, while more are coming."""
+SETTLE = 0.00003
+"""Seconds given to a program that has just opened a file, to close it: one OPEN may stand for
+several, which is seen only from their CLOSEs."""
 COMPARE_EVERY = 2.0
 """Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
 
@@ -251,10 +254,15 @@ class Export:
 
     def _plan(self) -> None:
         """Let replaying guests make orders, once they see as far ahead as there is to see."""
-        self.watcher.drain()
+        guests = [g for g in self.guests if isinstance(g, ReplayGuest) and g.held]
+        if not guests:
+            return
+        if not self.watcher.backlog and any(guest.is_opening for guest in guests):
+            time.sleep(SETTLE)
+            self.watcher.drain()
         waiting = self.watcher.backlog and self._resolver.waiting_until is None
-        for guest in self.guests:
-            if isinstance(guest, ReplayGuest) and guest.held >= (PLAN_AHEAD if waiting else 1):
+        for guest in guests:
+            if guest.held >= (PLAN_AHEAD if waiting else 1):
                 guest.plan()
 
     @property

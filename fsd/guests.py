@@ -119,10 +119,13 @@ class Observer(Guest):
 
     def enqueue(self, event: Event, halves: int) -> None:
         """Queue the event's frames: a rename has two, an exchange four."""
+        isdir = event.mask & int(Mask.ISDIR)
         if event.node2 is None:
             self._frame(event, event.node, event.name, event.mask, event.cookie)
+            if event.exchanged:
+                mask = int(Mask.MOVED_FROM) | isdir
+                self._frame(event, event.node, event.name, mask, event.exchanged)
             return
-        isdir = event.mask & int(Mask.ISDIR)
         old, new = (event.node, event.name), (event.node2, event.name2)
         moves = [(FIRST, old, SECOND, new, event.cookie)]
         if event.exchanged:

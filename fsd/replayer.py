@@ -32,6 +32,8 @@ CLOSE_WAIT = 0.002
 opened (the kernel merges consecutive OPENs); most programs close within microseconds."""
 OPEN_WAIT = 0.05
 """Seconds that an OPEN may wait for a read or write that tells one from the other."""
+OPEN_AHEAD = 8192
+"""Events among which an OPEN's CLOSE is looked for in a storm: some 0.3 s of it."""
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; what is behind them waits as events, which are smaller."""
 OPENS_LIMIT = 16
@@ -46,7 +48,6 @@ _TOUCH = _MODIFY | _ACCESS | _ATTRIB
 _TWINNED = _TOUCH | _OPEN | _CLOSE
 _TWIN_AGE = 1.0
 """Seconds after which an expected twin has been merged or lost: the kernel queues both at once."""
-_LOOK_AHEAD = 64
 
 
 class ReplayGuest(Guest):
@@ -131,6 +132,14 @@ class ReplayGuest(Guest):
     def held(self) -> int:
         """Events that are not planned yet."""
         return len(self._held)
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether an OPEN has just come: what closes the file may be on its way."""
+        return any(
+            held.event.kind & _OPEN and time.monotonic() - held.arrived < CLOSE_WAIT
+            for held in itertools.islice(self._held, 8)
+        )
 
     @property
     def has_outgoing(self) -> bool:
@@ -263,7 +272,9 @@ class ReplayGuest(Guest):
             return None
         if inode.is_dir:
             return [False]
-        for later, *_ in itertools.islice(self._held, 1, _LOOK_AHEAD):
+        if self._watcher.backlog and len(self._held) < OPEN_AHEAD:
+            return None
+        for later, *_ in itertools.islice(self._held, 1, None):
             if later.child is inode and later.kind & (_MODIFY | _ACCESS):
                 return [bool(later.kind & _MODIFY)]
         self.waiting_until = arrived + OPEN_WAIT
@@ -275,17 +286,17 @@ class ReplayGuest(Guest):
     def _orders(self, held: _Held, opens: list[bool]) -> Iterator[Task]:
         event = held.event
         kind, child = event.kind, event.child
+        flags = RENAME_EXCHANGE if event.exchanged else 0
         assert child is not None
         if kind == RENAME:
             assert event.node2 is not None
             to = (event.node2.nodeid, event.node2.generation, event.name2)
-            flags = RENAME_EXCHANGE if event.exchanged else 0
             yield self._task(held, Op.RENAME, child, to=to, arg=flags)
         elif kind & _MOVED_FROM:
             yield self._task(held, Op.RENAME, child, to=_STAGED)
         elif kind & _MOVED_TO:
             turned = _Held(event, held.arrived, (), held.way)
-            yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event))
+            yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event), arg=flags)
         elif kind & _CREATE:
             yield self._task(held, Op.CREATE, child)
         elif kind & _DELETE:

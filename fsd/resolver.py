@@ -119,8 +119,10 @@ class Resolver:
     def _exchanged(self, event: Event, replaced: Inode) -> int:
         """Cookie of the second pair, back, that RENAME_EXCHANGE queues; 0 for a plain rename.
 
-        The same events come from a rename over and a rename back; what has the old name tells.
+        The same events come from a rename over and a rename back. That the kinds differ, or that
+        the replaced object lives on, tells them apart.
         """
+        self._watcher.drain()
         ahead = [a.raw for a in self._watcher.peek(_EXCHANGE_WINDOW) if a.raw.mask & RENAME][:2]
         if [raw.name for raw in ahead] != [event.name2, event.name]:
             return 0
@@ -131,14 +133,23 @@ class Resolver:
         )
         if back.cookie != there.cookie or not same_nodes:
             return 0
-        try:
-            now = self._fs.peek(event.node, event.name).inode
-        except OSError:
-            return 0
-        if now.identity != replaced.identity:
+        assert event.child is not None
+        if event.child.is_dir == replaced.is_dir and not self._links(replaced):
             return 0
         self._watcher.drop_rename(back.cookie, _EXCHANGE_WINDOW)
         return back.cookie
+
+    def _swapped(self, event: Event, wd: int, replaced: Inode) -> int:
+        """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
+        self._watcher.drain()
+        ahead = [a.raw for a in self._watcher.peek(_EXCHANGE_WINDOW) if a.raw.mask & RENAME][:1]
+        if not ahead or (ahead[0].wd, ahead[0].name) != (wd, event.name):
+            return 0
+        assert event.child is not None
+        if event.child.is_dir == replaced.is_dir and not self._links(replaced):
+            return 0
+        self._watcher.drop_rename(ahead[0].cookie, _EXCHANGE_WINDOW)
+        return ahead[0].cookie
 
     def _replace(self, event: Event, node: Inode, name: bytes, child: Inode) -> None:
         """MOVED_TO node/name: what it overwrote, and the listing after it."""
@@ -170,6 +181,8 @@ class Resolver:
         elif mask & _MOVED_TO:
             event.child = self._look(node, arrival)
             self._replace(event, node, name, event.child)
+            if event.replaced is not None:
+                event.exchanged = self._swapped(event, raw.wd, event.replaced)
         else:
             child = None
             if not mask & _CREATE and before is not None and before.inode is not None:
@@ -207,13 +220,15 @@ class Resolver:
 
     def _links_before(self, child: Inode) -> int:
         """Link count of a removed object just before the removal."""
-        if child.is_placeholder or child.is_dir:
-            return 1
+        return 1 if child.is_placeholder or child.is_dir else self._links(child) + 1
+
+    def _links(self, inode: Inode) -> int:
+        """Link count now; 0 where the object is gone."""
         try:
-            with self._table.opened(child) as fd:
-                return os.fstat(fd).st_nlink + 1
+            with self._table.opened(inode) as fd:
+                return os.fstat(fd).st_nlink
         except OSError:
-            return 1
+            return 0
 
 
 def listing(node: Inode) -> Listing:

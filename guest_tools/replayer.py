@@ -112,6 +112,10 @@ class Replayer:
 
     def _rename(self, order: Order, dir_fd: int) -> None:
         dir_fd2 = self._directory(order.nodeid2, order.generation2, order.path2)
+        if stat.S_ISDIR(order.mode):
+            # The kernel may know the directory at another place by now. It moves it here on a
+            # look-up, but not on one that holds the locks of a rename (d_splice_alias, ESTALE).
+            os.close(os.open(order.name, _O_DIR, dir_fd=dir_fd))
         kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
 
     @staticmethod
