@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
 
 from . import host
@@ -85,6 +86,12 @@ class Inode:
         return b"/".join(reversed(parts))
 
 
+def _hidden_directory(nodeid: int, name: bytes) -> Inode:
+    inode = Inode(nodeid, 1, (-2, nodeid, b""), stat.S_IFDIR)
+    inode.name = name
+    return inode
+
+
 class LookupCountError(AssertionError):
     """A guest forgot more than it had looked up: a bug of ours, loud in tests."""
 
@@ -108,6 +115,10 @@ class InodeTable:
         self.root.fd = self.root_fd
         self.root.nlink = status.st_nlink
         self.root.pins = 1
+        # Where directories are that went out of sight: moved to where nobody watches.
+        self.outside = _hidden_directory(STAGING, b"staging")
+        self.outside.parent = _hidden_directory(FSD_DIR, FSD_NAME)
+        self.outside.parent.parent = self.root
         self._by_node = {ROOT_ID: self.root}
         self._by_identity = {identity: self.root}
 
@@ -168,8 +179,15 @@ class InodeTable:
             self.displace(old, inode.name, inode)
         if inode.is_dir and moved:
             self.moves += 1
+        other = parent.children.get(name)
+        if other is not None and other is not inode and other.is_dir:
+            self.lose(other)
         inode.parent, inode.name = parent, name
         parent.children[name] = inode
+
+    def lose(self, directory: Inode) -> None:
+        """Note that a directory is no longer where it was, and not known where it is."""
+        self.place(directory, self.outside, b"%d" % directory.nodeid)
 
     @staticmethod
     def displace(parent: Inode, name: bytes, inode: Inode) -> None:

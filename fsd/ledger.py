@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from protocol import frames
-from protocol.frames import Op
+from protocol.frames import FSD_DIR, Op
 
 from .attributes import StatLike, placeholder_attr, with_nlink
 from .events import Event
@@ -129,7 +129,7 @@ class Ledger:
     def _step(self, task: Task, nodeid: int, name: bytes) -> Entry | None:
         """A look-up on the way to the order's directory: its path is as of the event, too."""
         for step in task.way:
-            if step.name == name and step.parent == nodeid:
+            if (step.parent, step.name) == (nodeid, name) and step.inode.nodeid < FSD_DIR:
                 return self._entry(step.inode, None)
         return None
 

@@ -82,7 +82,7 @@ class ReplayGuest(Guest):
         # Of each inode, the OPENs (None) and CLOSEs (True = for writing) among the held events
         self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
-        self._opened: dict[tuple[Inode, bool], deque[int]] = {}  # orders whose file is open
+        self._opened: dict[tuple[Inode, bool], list[_Open]] = {}
         self._twins: dict[tuple[Inode, int], tuple[int, float]] = {}
         self._seq = itertools.count(1)
         self._hint = 0
@@ -292,8 +292,10 @@ class ReplayGuest(Guest):
             assert event.node2 is not None
             to = (event.node2.nodeid, event.node2.generation, event.name2)
             yield self._task(held, Op.RENAME, child, to=to, arg=flags)
+            self._reopen_as(event, child)
         elif kind & _MOVED_FROM:
-            yield self._task(held, Op.RENAME, child, to=_STAGED)
+            out = (STAGING, 0, b"%d" % child.nodeid) if child.is_dir else _STAGED
+            yield self._task(held, Op.RENAME, child, to=out)
         elif kind & _MOVED_TO:
             turned = _Held(event, held.arrived, (), held.way)
             yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event), arg=flags)
@@ -314,15 +316,29 @@ class ReplayGuest(Guest):
         if child.kind not in (stat.S_IFREG, stat.S_IFDIR):
             file = self._table.placeholder(stat.S_IFREG, held.event.node, held.event.name)
         task = self._task(held, Op.OPEN, file, arg=int(writing))
-        self._opened.setdefault((child, writing), deque()).append(task.order.seq)
+        opened = _Open(task.order.seq, held.event.node, held.event.name)
+        self._opened.setdefault((child, writing), []).append(opened)
         return task
+
+    def _reopen_as(self, event: Event, child: Inode) -> None:
+        """An open file is closed under the name that it has by then."""
+        assert event.node2 is not None
+        for writing in (False, True):
+            for index, opened in enumerate(self._opened.get((child, writing), ())):
+                if (opened.node, opened.name) == (event.node, event.name):
+                    renamed = _Open(opened.seq, event.node2, event.name2)
+                    self._opened[child, writing][index] = renamed
 
     def _close(self, held: _Held, child: Inode, writing: bool) -> Iterator[Task]:
         key = (child, writing)
         if not self._opened.get(key):  # opened before anybody was interested
             yield self._open(held, child, writing)
-        seq = self._opened[key].popleft()
-        if not self._opened[key]:
+        # Of several links of one file, the one that was opened under this name.
+        place = (held.event.node, held.event.name)
+        opened = self._opened[key]
+        index = next((i for i, o in enumerate(opened) if (o.node, o.name) == place), 0)
+        seq = opened.pop(index).seq
+        if not opened:
             del self._opened[key]
         yield self._task(held, Op.CLOSE, child, arg=seq)
 
@@ -363,6 +379,14 @@ class ReplayGuest(Guest):
         return way
 
 
+class _Open(NamedTuple):
+    """A file that the agent has open: by which order, under which name."""
+
+    seq: int
+    node: Inode
+    name: bytes
+
+
 class _Held(NamedTuple):
     """An event to be planned, with time.monotonic() of its arrival and the ways to its places."""
 
@@ -382,7 +406,8 @@ def _is_close(what: bool | None) -> bool:
 
 _Place = tuple[int, int, bytes]
 _STAGED: _Place = (STAGING, 0, b"x")
-"""The one name in the staging directory: each move out replaces the one before."""
+"""The one name for files in the staging directory: each move out replaces the one before. A
+directory keeps a name of its own, by which what happens in it can still be told."""
 
 
 def _place(event: Event) -> _Place:

@@ -178,6 +178,8 @@ class Resolver:
             if mask & _DELETE:
                 event.nlink = self._links_before(child)
             self._table.displace(node, name, child)
+            if mask & _MOVED_FROM and child.is_dir:
+                self._table.lose(child)
         elif mask & _MOVED_TO:
             event.child = self._look(node, arrival)
             self._replace(event, node, name, event.child)
