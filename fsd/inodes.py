@@ -195,7 +195,7 @@ class InodeTable:
         if parent.children.get(name) is inode:
             del parent.children[name]
 
-    def placeholder(self, kind: int, parent: Inode, name: bytes) -> Inode:
+    def placeholder(self, kind: int, parent: Inode | None, name: bytes) -> Inode:
         """An inode for an object that is gone already; it is no one else's identity."""
         nodeid = next(self._synthetic)
         inode = Inode(nodeid, 1, (-1, nodeid, b""), kind)
@@ -214,7 +214,6 @@ class InodeTable:
         if known is not None:
             return known
         if held is not None:
-            assert inode.parent is not None
             return self.placeholder(inode.kind, inode.parent, inode.name)
         self._by_node[inode.nodeid] = inode
         self._by_identity[inode.identity] = inode

@@ -44,6 +44,7 @@ _OPEN, _MODIFY, _ACCESS = int(Mask.OPEN), int(Mask.MODIFY), int(Mask.ACCESS)
 _CLOSE_WRITE, _CLOSE_NOWRITE = int(Mask.CLOSE_WRITE), int(Mask.CLOSE_NOWRITE)
 _CLOSE = _CLOSE_WRITE | _CLOSE_NOWRITE
 _ATTRIB = int(Mask.ATTRIB)
+_DELETE_SELF, _MOVE_SELF = int(Mask.DELETE_SELF), int(Mask.MOVE_SELF)
 _TOUCH = _MODIFY | _ACCESS | _ATTRIB
 _TWINNED = _TOUCH | _OPEN | _CLOSE
 _TWIN_AGE = 1.0
@@ -193,12 +194,16 @@ class ReplayGuest(Guest):
         """Queue an event to be planned, in order."""
         kind = event.kind
         if not event.name:
-            if not kind & _TWINNED or self._is_twin(event):
+            if self._follows(event):
                 return
             event.child = event.node
         assert event.child is not None
         if event.name and kind & _TWINNED:
             self._expect_twin(event.child, kind, event.stamp)
+        elif kind & RENAME:
+            self._expect_twin(event.child, _MOVE_SELF, event.stamp)
+            if event.exchanged and event.replaced is not None:
+                self._expect_twin(event.replaced, _MOVE_SELF, event.stamp)
         if event.replaced is not None:
             # Its lost link is announced on the object itself; the guest's kernel does so too.
             self._expect_twin(event.replaced, _ATTRIB, event.stamp)
@@ -219,6 +224,13 @@ class ReplayGuest(Guest):
         if int(self._watcher.mask_of(inode)) & kind:
             count, _ = self._twins.get((inode, kind), (0, 0.0))
             self._twins[inode, kind] = (count + 1, stamp)
+
+    def _follows(self, event: Event) -> bool:
+        """Whether an object's own event comes by itself from the replay of a named one."""
+        if event.kind & _DELETE_SELF:  # queued before its DELETE, if that has a name we hear of
+            parent = event.node.parent
+            return parent is not None and bool(self._watcher.mask_of(parent))
+        return not event.kind & (_TWINNED | _MOVE_SELF) or self._is_twin(event)
 
     def _is_twin(self, event: Event) -> bool:
         """Whether the nameless event repeats a named one that is replayed already."""
@@ -294,15 +306,22 @@ class ReplayGuest(Guest):
             yield self._task(held, Op.RENAME, child, to=to, arg=flags)
             self._reopen_as(event, child)
         elif kind & _MOVED_FROM:
-            out = (STAGING, 0, b"%d" % child.nodeid) if child.is_dir else _STAGED
+            out = _out_of_sight(child, b"") if child.is_dir else _STAGED
             yield self._task(held, Op.RENAME, child, to=out)
         elif kind & _MOVED_TO:
             turned = _Held(event, held.arrived, (), held.way)
             yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event), arg=flags)
         elif kind & _CREATE:
             yield self._task(held, Op.CREATE, child)
-        elif kind & _DELETE:
+        elif kind & (_DELETE | _DELETE_SELF):
             yield self._task(held, Op.REMOVE, child)
+        elif kind & _MOVE_SELF:
+            yield self._task(
+                held, Op.RENAME, child, at=_out_of_sight(child, b""), to=_out_of_sight(child, b"+")
+            )
+            yield self._task(
+                held, Op.RENAME, child, at=_out_of_sight(child, b"+"), to=_out_of_sight(child, b"")
+            )
         elif kind & _TOUCH:
             yield self._task(held, Op.TOUCH, child, arg=kind & _TOUCH)
         elif kind & _OPEN:
@@ -410,9 +429,15 @@ _STAGED: _Place = (STAGING, 0, b"x")
 directory keeps a name of its own, by which what happens in it can still be told."""
 
 
+def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:
+    return STAGING, 0, b"%d" % inode.nodeid + suffix
+
+
 def _place(event: Event) -> _Place:
-    """Where an order acts: the name; the directory itself; or a file apart from any name."""
+    """Where an order acts: the name; the object itself; or a file apart from any name."""
     node = event.node
+    if event.kind & _DELETE_SELF:
+        return _out_of_sight(node, b"")
     if event.name or node.is_dir:
         return node.nodeid, node.generation, event.name
     return ALIAS, 0, b"%d" % node.nodeid

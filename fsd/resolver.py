@@ -26,6 +26,7 @@ _DELETE = int(Mask.DELETE)
 _MOVED_FROM = int(Mask.MOVED_FROM)
 _MOVED_TO = int(Mask.MOVED_TO)
 _ISDIR = int(Mask.ISDIR)
+_MOVE_SELF = int(Mask.MOVE_SELF)
 _IGNORED = int(Mask.IGNORED)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
 
@@ -62,6 +63,8 @@ class Resolver:
         if node is None or (node is self._table.root and raw.name == FSD_NAME):
             return
         if not raw.name:
+            if raw.mask & _MOVE_SELF and node.is_dir and not self._is_placed(node):
+                self._table.lose(node)
             yield Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
             return
         if raw.mask & _MOVED_FROM:
@@ -73,6 +76,10 @@ class Resolver:
                 yield from self._renamed(node, arrival, other)
                 return
         yield self._named(node, arrival)
+
+    def _is_placed(self, node: Inode) -> bool:
+        """Whether its directory is watched, so that its removals and renames come with a name."""
+        return node.parent is not None and bool(self._watcher.mask_of(node.parent))
 
     def _other_half(self, arrival: Arrival) -> Arrival | None:
         self.waiting_until = None
@@ -98,7 +105,7 @@ class Resolver:
         """A rename between two watched directories; moves the listings on."""
         name, name2 = first.raw.name, second.raw.name
         before = listing(node).names.pop(name, None)
-        child = self._known_child(node, name, before)
+        child = self._self_moved(first) or self._known_child(node, name, before)
         if child is None:
             child = self._look(node2, second)
         elif not child.is_placeholder:
@@ -117,27 +124,40 @@ class Resolver:
         return event
 
     def _exchanged(self, event: Event, replaced: Inode) -> int:
-        """Cookie of the second pair, back, that RENAME_EXCHANGE queues; 0 for a plain rename.
-
-        The same events come from a rename over and a rename back. That the kinds differ, or that
-        the replaced object lives on, tells them apart.
-        """
+        """Cookie of the second pair, back, that RENAME_EXCHANGE queues; 0 for a plain rename."""
         self._watcher.drain()
-        ahead = [a.raw for a in self._watcher.peek(_EXCHANGE_WINDOW) if a.raw.mask & RENAME][:2]
-        if [raw.name for raw in ahead] != [event.name2, event.name]:
+        ahead = [arrival.raw for arrival in self._watcher.peek(_EXCHANGE_WINDOW)]
+        pair = [raw for raw in ahead if raw.mask & RENAME][:2]
+        if [raw.name for raw in pair] != [event.name2, event.name]:
             return 0
-        back, there = ahead
-        same_nodes = (
-            self._watcher.inode_of(back.wd) is event.node2
-            and self._watcher.inode_of(there.wd) is event.node
-        )
-        if back.cookie != there.cookie or not same_nodes:
+        back, there = pair
+        nodes = (self._watcher.inode_of(back.wd), self._watcher.inode_of(there.wd))
+        if back.cookie != there.cookie or nodes != (event.node2, event.node):
             return 0
+        moved = [
+            self._watcher.inode_of(raw.wd)
+            for raw in ahead[ahead.index(there) + 1 :]
+            if raw.mask & _MOVE_SELF
+        ]
         assert event.child is not None
-        if event.child.is_dir == replaced.is_dir and not self._links(replaced):
+        if not self._is_exchange(event.child, replaced, moved[:1]):
             return 0
         self._watcher.drop_rename(back.cookie, _EXCHANGE_WINDOW)
         return back.cookie
+
+    def _is_exchange(self, child: Inode, replaced: Inode, moved: list[Inode | None]) -> bool:
+        """Tell an exchange from a rename over and a rename back, which queue the same names.
+
+        By what moved itself last, where one of the two is watched; else by their kinds, or by
+        whether the replaced object lives on.
+        """
+        if child.is_dir != replaced.is_dir:
+            return True
+        if self._watcher.mask_of(child):
+            return child not in moved
+        if self._watcher.mask_of(replaced):
+            return replaced in moved
+        return bool(self._links(replaced))
 
     def _swapped(self, event: Event, wd: int, replaced: Inode) -> int:
         """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
@@ -171,7 +191,7 @@ class Resolver:
         before = event.before = names.get(name)
         if mask & (_DELETE | _MOVED_FROM):
             names.pop(name, None)
-            child = self._known_child(node, name, before)
+            child = self._self_moved(arrival) or self._known_child(node, name, before)
             if child is None:
                 child = self._gone(node, raw.name, mask)
             event.child = child
@@ -180,8 +200,11 @@ class Resolver:
             self._table.displace(node, name, child)
             if mask & _MOVED_FROM and child.is_dir:
                 self._table.lose(child)
+            elif (child.parent, child.name) == (node, name):
+                child.parent = None  # other links may be left, at names that nobody looked up
         elif mask & _MOVED_TO:
-            event.child = self._look(node, arrival)
+            event.child = self._self_moved(arrival) or self._look(node, arrival)
+            self._table.place(event.child, node, name)
             self._replace(event, node, name, event.child)
             if event.replaced is not None:
                 event.exchanged = self._swapped(event, raw.wd, event.replaced)
@@ -192,6 +215,20 @@ class Resolver:
             event.child = child or self._look(node, arrival)
             names[name] = of_inode(event.child)
         return event
+
+    def _self_moved(self, arrival: Arrival) -> Inode | None:
+        """What was renamed, if it is watched: its own MOVE_SELF is queued by the same call."""
+        if not arrival.raw.mask & RENAME:
+            return None
+        self._watcher.drain()
+        for raw in (ahead.raw for ahead in self._watcher.peek(2)):
+            if raw.mask & _MOVE_SELF:
+                inode = self._watcher.inode_of(raw.wd)
+                is_dir = bool(arrival.raw.mask & _ISDIR)
+                return inode if inode is not None and inode.is_dir == is_dir else None
+            if raw.name:
+                return None
+        return None
 
     def _known_child(self, node: Inode, name: bytes, before: Known | None) -> Inode | None:
         """What the name stood for, from the listing, else from what a guest looked up."""
