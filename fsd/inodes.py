@@ -232,7 +232,11 @@ class InodeTable:
         generation = zlib.crc32(handle) or 1
         lookups = 0
         old = self._by_node.get(nodeid)
-        if device != self.device or not ROOT_ID < ino < _SYNTHETIC or (old and old.pins):
+        if (
+            device != self.device
+            or not ROOT_ID < ino < _SYNTHETIC
+            or (old and (old.pins or old.children))
+        ):
             nodeid = next(self._synthetic)
         elif old is not None:
             # The host reused the number, and nothing here needs the old object. FORGET names only
@@ -269,18 +273,20 @@ class InodeTable:
         self.release(inode)
 
     def release(self, inode: Inode) -> None:
-        """Drop the inode from the table if nobody refers to it."""
-        if not inode.pins and not inode.lookups and self._by_node.get(inode.nodeid) is inode:
+        """Drop the inode from the table if nobody refers to it, nor to anything below it."""
+        needed = inode.pins or inode.lookups or inode.children
+        if not needed and self._by_node.get(inode.nodeid) is inode:
             self._drop(inode)
 
     def _drop(self, inode: Inode) -> None:
         del self._by_node[inode.nodeid]
         self._by_identity.pop(inode.identity, None)
-        if inode.parent is not None:
-            self.displace(inode.parent, inode.name, inode)
         if inode.fd >= 0:
             fd, inode.fd = inode.fd, -1
             os.close(fd)
+        if inode.parent is not None:
+            self.displace(inode.parent, inode.name, inode)
+            self.release(inode.parent)
 
     # How an inode is reached on the host
 

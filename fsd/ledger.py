@@ -44,6 +44,7 @@ class Task:
     target: Inode | None = None  # what a RENAME overwrites
     nlink: int = 1  # links of the removed or overwritten object before the event
     way: Way = ()  # look-ups on the way to where the order acts
+    pinned: tuple[Inode, ...] = ()
 
 
 class UnexpectedCall(OSError):
@@ -96,9 +97,8 @@ class Ledger:
         self._release(task)
 
     def _release(self, task: Task) -> None:
-        self._table.unpin(task.child)
-        if task.target is not None:
-            self._table.unpin(task.target)
+        for inode in task.pinned:
+            self._table.unpin(inode)
 
     def _head(self, *ops: Op) -> Task | None:
         """The order being executed. A CLOSE needs no answer, so what comes after it has begun."""

@@ -204,21 +204,22 @@ class ReplayGuest(Guest):
             self._expect_twin(event.child, _MOVE_SELF, event.stamp)
             if event.exchanged and event.replaced is not None:
                 self._expect_twin(event.replaced, _MOVE_SELF, event.stamp)
-        if event.replaced is not None:
+        if event.replaced is not None and not event.exchanged:
             # Its lost link is announced on the object itself; the guest's kernel does so too.
             self._expect_twin(event.replaced, _ATTRIB, event.stamp)
-            event.replaced = self._pinned(event.replaced)
-        event.child = self._pinned(event.child)
+        if event.replaced is not None:
+            event.replaced = self._table.revive(event.replaced)
+        event.child = self._table.revive(event.child)
         if kind & (_OPEN | _CLOSE):
             what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
             self._open_close.setdefault(event.child, deque()).append(what)
         way2 = self._way(event.node2) if event.node2 is not None else ()
-        self._held.append(_Held(event, time.monotonic(), self._way(event.node), way2))
-
-    def _pinned(self, inode: Inode) -> Inode:
-        inode = self._table.revive(inode)
-        self._table.pin(inode)
-        return inode
+        touched = (event.child, event.replaced, event.node, event.node2)
+        pinned = tuple(inode for inode in touched if inode is not None)
+        for inode in pinned:
+            self._table.pin(inode)
+        held = _Held(event, time.monotonic(), self._way(event.node), way2, pinned)
+        self._held.append(held)
 
     def _expect_twin(self, inode: Inode, kind: int, stamp: float) -> None:
         if int(self._watcher.mask_of(inode)) & kind:
@@ -247,7 +248,8 @@ class ReplayGuest(Guest):
     def plan(self) -> None:
         """Make orders of the held events, up to an OPEN of which too little is known yet."""
         while self._held and len(self._tasks) < TASKS_LIMIT:
-            event, arrived, _, _ = held = self._held[0]
+            held = self._held[0]
+            event, arrived = held.event, held.arrived
             opens: list[bool] = []
             assert event.child is not None
             if event.kind & _OPEN:
@@ -262,9 +264,8 @@ class ReplayGuest(Guest):
                 if not passed:
                     del self._open_close[event.child]
             self._tasks.extend(self._orders(held, opens))
-            for inode in (event.child, event.replaced):
-                if inode is not None:
-                    self._table.unpin(inode)
+            for inode in held.pinned:
+                self._table.unpin(inode)
         self.waiting_until = None
         self.wake()
 
@@ -309,7 +310,7 @@ class ReplayGuest(Guest):
             out = _out_of_sight(child, b"") if child.is_dir else _STAGED
             yield self._task(held, Op.RENAME, child, to=out)
         elif kind & _MOVED_TO:
-            turned = _Held(event, held.arrived, (), held.way)
+            turned = held._replace(way=(), way2=held.way)
             yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event), arg=flags)
         elif kind & _CREATE:
             yield self._task(held, Op.CREATE, child)
@@ -374,15 +375,18 @@ class ReplayGuest(Guest):
         event = held.event
         nodeid, generation, name = at or _place(event)
         target = event.replaced if op == Op.RENAME else None
-        for inode in (child, target):
-            if inode is not None:
-                self._table.pin(inode)
+        if target is child:  # two links of one file: the kernel would do nothing
+            target = None
+        pinned = (*held.pinned, child)
+        for inode in pinned:
+            self._table.pin(inode)
         order = frames.Order(
             next(self._seq), op, child.kind, 0, nodeid, generation, to[0], to[1], arg, name, to[2],
             _path(held.way), _path(held.way2),
         )  # fmt: skip
         counted = None if op == Op.OPEN and event.kind & _CLOSE else event
-        return Task(order, child, counted, target, event.nlink, held.way + held.way2)
+        way = held.way + held.way2
+        return Task(order, child, counted, target, event.nlink, way, pinned)
 
     def _way(self, node: Inode) -> Way:
         """The look-ups from the root to a directory, as they are now; kept until one moves."""
@@ -413,6 +417,7 @@ class _Held(NamedTuple):
     arrived: float
     way: Way
     way2: Way
+    pinned: tuple[Inode, ...]
 
 
 def _path(way: Way) -> bytes:
