@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import stat
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -273,12 +273,9 @@ class ReplayGuest(Guest):
         """For the OPEN at the head: an item for each open that it stands for, True = for writing.
         None while that is not known, and worth waiting for until ``waiting_until``.
         """
-        closes = Counter(itertools.takewhile(_is_close, list(self._open_close[inode])[1:]))
-        for writing in (False, True):
-            closes[writing] -= len(self._opened.get((inode, writing), ()))
-        opens = list((+closes).elements())
+        opens = self._closed_later(inode)
         if opens:
-            return [bool(writing) for writing in opens[:OPENS_LIMIT]]
+            return opens[:OPENS_LIMIT]
         now = time.monotonic()
         self.waiting_until = arrived + CLOSE_WAIT
         if now < self.waiting_until:
@@ -295,6 +292,30 @@ class ReplayGuest(Guest):
             return None
         gone = inode.is_placeholder
         return [not gone and openers.is_open_for_writing(*inode.identity[:2])]
+
+    def _closed_later(self, inode: Inode) -> list[bool]:
+        """The CLOSEs among the held events that belong to the OPEN at the head of them.
+
+        The last opened is taken to be the first closed. Closes beyond what is known to be open
+        belong to the OPEN before them: the kernel merged several.
+        """
+        before = {kind: len(self._opened.get((inode, kind), ())) for kind in (False, True)}
+        found: list[bool] = []
+        later = 0  # opens after this one, not closed yet
+        ours, alone = True, True  # this one is open; none came after it
+        for writing in list(self._open_close[inode])[1:]:
+            if writing is None:
+                later, alone = later + 1, False
+            elif later:
+                later -= 1
+            elif ours:
+                ours = False
+                found.append(writing)
+            elif before[writing]:
+                before[writing] -= 1
+            elif alone:
+                found.append(writing)
+        return found
 
     def _orders(self, held: _Held, opens: list[bool]) -> Iterator[Task]:
         event = held.event
@@ -422,10 +443,6 @@ class _Held(NamedTuple):
 
 def _path(way: Way) -> bytes:
     return b"/".join(step.name for step in way)
-
-
-def _is_close(what: bool | None) -> bool:
-    return what is not None
 
 
 _Place = tuple[int, int, bytes]
