@@ -371,13 +371,17 @@ class ReplayGuest(Guest):
                     self._opened[child, writing][index] = renamed
 
     def _close(self, held: _Held, child: Inode, writing: bool) -> Iterator[Task]:
+        place = (held.event.node, held.event.name)
         key = (child, writing)
-        if not self._opened.get(key):  # opened before anybody was interested
+        if key not in self._opened:  # the name may stand for another object by now
+            keys = (k for k, o in self._opened.items() if k[1] == writing and place in _places(o))
+            key = next(keys, key)
+        if key not in self._opened:  # opened before anybody was interested
             yield self._open(held, child, writing)
         # Of several links of one file, the one that was opened under this name.
-        place = (held.event.node, held.event.name)
         opened = self._opened[key]
-        index = next((i for i, o in enumerate(opened) if (o.node, o.name) == place), 0)
+        places = _places(opened)
+        index = places.index(place) if place in places else 0
         seq = opened.pop(index).seq
         if not opened:
             del self._opened[key]
@@ -429,6 +433,10 @@ class _Open(NamedTuple):
     seq: int
     node: Inode
     name: bytes
+
+
+def _places(opened: list[_Open]) -> list[tuple[Inode, bytes]]:
+    return [(file.node, file.name) for file in opened]
 
 
 class _Held(NamedTuple):

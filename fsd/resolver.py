@@ -212,6 +212,10 @@ class Resolver:
             child = None
             if not mask & _CREATE and before is not None and before.inode is not None:
                 child = self._table.current(before.inode)
+                if child.is_dir != bool(mask & _ISDIR):
+                    # A file that is still open under a name that stands for another by now.
+                    event.child = self._gone(node, name, mask)
+                    return event
             event.child = child or self._look(node, arrival)
             names[name] = of_inode(event.child)
         return event
