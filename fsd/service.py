@@ -62,12 +62,13 @@ class Service:
 
     # Who asks
 
-    def _is_replayer(self, who: Caller) -> bool:
+    def is_replayer(self, who: Caller) -> bool:
+        """Whether the mount's agent asks."""
         return who.pid == self.guest.pid and who.pid != 0
 
     def _refuse_replayer(self, who: Caller, what: str) -> None:
         """The safety rule: nothing that the replayer asks for changes the backing store."""
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             raise self._refused(UnexpectedCall(what))
 
     def _refused(self, error: UnexpectedCall) -> UnexpectedCall:
@@ -95,7 +96,7 @@ class Service:
         """LOOKUP."""
         if nodeid >= FSD_DIR or (nodeid == ROOT_ID and name == FSD_NAME):
             return self._hidden_lookup(who, nodeid, name)
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             entry = self.guest.ledger.lookup(nodeid, name)
             if entry is not None:
                 return entry
@@ -106,7 +107,7 @@ class Service:
 
     def _hidden_lookup(self, who: Caller, nodeid: int, name: bytes) -> Entry:
         self.hidden.check(who)
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             entry = self.guest.ledger.lookup(nodeid, name)
             if entry is not None:
                 return entry
@@ -119,7 +120,7 @@ class Service:
 
     def mknod(self, who: Caller, nodeid: int, name: bytes, mode: int, rdev: int) -> Entry:
         """MKNOD."""
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFMT(mode))
         node = self._names(nodeid, name)
         with self._own((node, name, Mask.CREATE)):
@@ -127,7 +128,7 @@ class Service:
 
     def mkdir(self, who: Caller, nodeid: int, name: bytes, mode: int) -> Entry:
         """MKDIR."""
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFDIR)
         node = self._names(nodeid, name)
         with self._own((node, name, Mask.CREATE)):
@@ -135,7 +136,7 @@ class Service:
 
     def symlink(self, who: Caller, nodeid: int, name: bytes, target: bytes) -> Entry:
         """SYMLINK."""
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFLNK)
         node = self._names(nodeid, name)
         with self._own((node, name, Mask.CREATE)):
@@ -163,7 +164,7 @@ class Service:
         self._remove(who, nodeid, name, is_dir=True)
 
     def _remove(self, who: Caller, nodeid: int, name: bytes, *, is_dir: bool) -> None:
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             try:
                 self.guest.ledger.remove(nodeid, name)
             except UnexpectedCall as error:
@@ -179,7 +180,7 @@ class Service:
         self, who: Caller, nodeid: int, name: bytes, nodeid2: int, name2: bytes, flags: int
     ) -> None:
         """RENAME, RENAME2."""
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             try:
                 self.guest.ledger.rename(nodeid, name, nodeid2, name2, flags)
             except UnexpectedCall as error:
@@ -221,7 +222,7 @@ class Service:
         inode = self._table.get(nodeid)
         if inode.is_placeholder:
             return inode, self.guest.ledger.attributes(inode)
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             return inode, self.guest.ledger.attributes(inode)
         if inode.is_dir:
             self._looked_up(who, inode)
@@ -234,7 +235,7 @@ class Service:
         if nodeid >= FSD_DIR:
             return self.hidden.getattr(nodeid)
         inode = self._table.get(nodeid)
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             try:
                 return inode, self.guest.ledger.setattr(nodeid)
             except UnexpectedCall as error:
@@ -248,7 +249,7 @@ class Service:
 
     def getxattr(self, who: Caller, nodeid: int, name: bytes) -> bytes:
         """GETXATTR; the replayer's calls have no privileges to kill."""
-        if nodeid >= FSD_DIR or (self._is_replayer(who) and name == b"security.capability"):
+        if nodeid >= FSD_DIR or (self.is_replayer(who) and name == b"security.capability"):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return self._fs.getxattr(self._table.get(nodeid), name)
 
@@ -315,7 +316,7 @@ class Service:
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
             return self._new(self.hidden.open(nodeid, who))
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             return self._replay_open(nodeid)
         inode = self._table.get(nodeid)
         with self._own(*self._about(inode, Mask.OPEN | Mask.MODIFY)):
@@ -332,7 +333,7 @@ class Service:
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
             return self._new(self.hidden.open(nodeid, who))
-        if self._is_replayer(who):
+        if self.is_replayer(who):
             return self._replay_open(nodeid)
         inode = self._table.get(nodeid)
         self._looked_up(who, inode)

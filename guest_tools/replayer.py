@@ -67,6 +67,8 @@ class Replayer:
     def _directory(self, nodeid: int, generation: int, path: bytes) -> int:
         if nodeid > FSD_DIR:
             return self._hidden[nodeid]
+        if not path:
+            return self._root_fd
         fd = self._directories.get((nodeid, generation))
         if fd is None:
             fd = self._walk(path)
@@ -80,7 +82,7 @@ class Replayer:
         parent directory to find the name again, which its watchers would see.
         """
         fd = self._root_fd
-        for part in _parts(path or b"."):
+        for part in _parts(path):
             below = os.open(part, _O_DIR | os.O_NOFOLLOW, dir_fd=fd)
             if fd != self._root_fd:
                 os.close(fd)

@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import select
+import stat
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,8 @@ _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 LONG_POLL = 1.0
 """Seconds that a read of the channel waits. A killed agent stays in it until it is answered, so
 it is short; an agent with nothing to do waits in poll(2) instead, without end."""
+DIRECTORY_TIMEOUT = 0.01
+"""Seconds that a directory's attributes, as given to the replayer, are good for."""
 _READY = select.POLLIN | select.POLLOUT
 
 
@@ -127,7 +130,8 @@ class FuseDoor(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _entry(self._service.lookup(_caller(ctx), parent_inode, name))
+        entry = _entry(self._service.lookup(_caller(ctx), parent_inode, name))
+        return self._brief(entry, ctx)
 
     @_guarded
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -136,7 +140,18 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._own_ino(*self._service.getattr(_caller(ctx), inode))
+        entry = self._own_ino(*self._service.getattr(_caller(ctx), inode))
+        return self._brief(entry, ctx)
+
+    def _brief(
+        self, entry: pyfuse3.EntryAttributes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """For the replayer a directory's attributes hold a moment, else its kernel asks for them
+        at every step. What changes a directory is replayed, and that makes the kernel ask anew.
+        """
+        if stat.S_ISDIR(entry.st_mode) and self._service.is_replayer(_caller(ctx)):
+            entry.attr_timeout = DIRECTORY_TIMEOUT
+        return entry
 
     @staticmethod
     def _own_ino(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
