@@ -323,12 +323,19 @@ class InodeTable:
             except OSError:
                 pass
             else:
-                if self.identify(fd)[0] == inode.identity:
+                if self._is(fd, inode):
                     return fd
                 os.close(fd)
         if inode.open_fds:
             return os.open(f"/proc/self/fd/{inode.open_fds[-1]}", os.O_PATH)
         return self._by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+
+    def _is(self, fd: int, inode: Inode) -> bool:
+        device, ino, _ = inode.identity
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != (device, ino):
+            return False
+        return self.identify(fd)[0] == inode.identity
 
     def _by_handle(self, inode: Inode, flags: int) -> int:
         if not self._handle_opens(inode.identity):

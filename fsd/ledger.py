@@ -45,6 +45,7 @@ class Task:
     nlink: int = 1  # links of the removed or overwritten object before the event
     way: Way = ()  # look-ups on the way to where the order acts
     pinned: tuple[Inode, ...] = ()
+    attr: StatLike | None = None  # of the child, once it was asked for
 
 
 class UnexpectedCall(OSError):
@@ -124,7 +125,9 @@ class Ledger:
             return self._step(task, nodeid, name)
         if order.op == Op.CREATE:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        return self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
+        entry = self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
+        task.attr = entry.attr
+        return entry
 
     def _step(self, task: Task, nodeid: int, name: bytes) -> Entry | None:
         """A look-up on the way to the order's directory: its path is as of the event, too."""
@@ -166,9 +169,8 @@ class Ledger:
         task = self._head(Op.TOUCH)
         if task is None or task.child.nodeid != nodeid:
             raise UnexpectedCall(f"setattr of node {nodeid}")
-        attr = self.attributes(task.child)
         self._pop()
-        return attr
+        return task.attr or self.attributes(task.child)
 
     def open(self, nodeid: int) -> Inode:
         """OPEN, OPENDIR: the caller answers with a handle that does nothing."""

@@ -21,6 +21,7 @@ from .service import Service
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump
 from .transports.socket import SocketDoor
+from .transports.spin import SpinBeforeSleep
 
 log = structlog.get_logger()
 AGENT_STABLE = 10.0
@@ -122,6 +123,7 @@ class Mounted:
             pyfuse3.init(FuseDoor(service), options.mountpoint, self._fuse_options())
         except RuntimeError as error:
             raise StartError(f"mounting on {options.mountpoint} failed: {error}") from None
+        trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: len(guest.ledger) > 0))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Pump(export).run)
