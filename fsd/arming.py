@@ -14,10 +14,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 
 from .events import Event
-from .guests import FIRST, Guest
+from .guests import FIRST, MARKS_LIMIT, Guest
 from .inodes import Inode
 from .replayer import ReplayGuest
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 KEEP = 3.0
 """Seconds that a looked-up directory stays watched: the agent has scanned many times by then."""
 HISTORY_LIMIT = 4096
-"""Events kept for one directory, so that a storm costs bounded memory; then the oldest go."""
+"""Events kept for one directory. A storm beyond it, where nobody has a mark yet, is not followed
+for the rest of KEEP: it would take the time of those who do watch."""
 
 
 @dataclass(slots=True)
@@ -36,6 +38,7 @@ class _Provisional:
     hint: int  # of the latest look-up
     since: float | None  # time.monotonic() of the first look-up not disproved
     history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
+    muted: bool = False
 
 
 class Arming:
@@ -48,7 +51,8 @@ class Arming:
         self.deadline = math.inf
 
     def __contains__(self, inode: Inode) -> bool:
-        return inode in self._nodes
+        node = self._nodes.get(inode)
+        return node is not None and not node.muted
 
     def looked_up(self, guest: ReplayGuest, directory: Inode, pid: int) -> None:
         """Process ``pid`` of the guest may be about to watch a directory or something in it."""
@@ -61,7 +65,10 @@ class Arming:
             self.deadline = min(self.deadline, now + KEEP)
             self._export.watcher.on_arrival()
             return
-        node.expires, node.hint = now + KEEP, hint
+        node.hint = hint
+        if node.muted:
+            return
+        node.expires = now + KEEP
         if node.since is None:
             node.since = now
             node.history.clear()
@@ -79,14 +86,23 @@ class Arming:
     def remember(self, event: Event) -> None:
         """Keep an event of a looked-up directory."""
         for inode in {event.node, event.node2}:
-            if inode in self._nodes:
-                self._nodes[inode].history.append(event)
+            node = self._nodes.get(inode) if inode is not None else None
+            if node is None or inode is None:
+                continue
+            node.history.append(event)
+            if len(node.history) == HISTORY_LIMIT and not node.muted:
+                node.muted = True
+                self._export.counts["muted"] += 1
+                self._export.set_watch(inode)
 
     # Scans
 
     def scan_update(self, guest: Guest, key: NodeKey, bits: int) -> None:
         """A mark that the agent found changed; applied at the end of its scan."""
-        self._updates.setdefault(guest, []).append((key, bits))
+        updates = self._updates.setdefault(guest, [])
+        if len(updates) >= 2 * MARKS_LIMIT:  # every mark dropped, and as many set
+            raise ProtocolError("updates without end")
+        updates.append((key, bits))
 
     def scan_abort(self, guest: Guest) -> None:
         """The agent is gone in the middle of a scan."""

@@ -108,8 +108,11 @@ class Export:
         same: the directory is compared periodically).
         """
         mask = masks.requested(bits) & guest.events
+        if bits and not mask:
+            raise masks.MaskError(f"no negotiated event in mask {bits:#x}")
         inode = None if key.nodeid == 0 else self.table.find(key)
-        if mask and len(self.interest.marks(guest)) >= MARKS_LIMIT:
+        new = mask and not self.interest.of(guest, inode)
+        if new and self.interest.count(guest) >= MARKS_LIMIT:
             raise OSError(errno.ENOSPC, "too many marks")
         self._set_interest(guest, inode, mask)
         if inode in self.unwatched:

@@ -5,6 +5,7 @@ The RFC's fsnotify_update. Pure bookkeeping: says what changed, places no watch.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
@@ -20,11 +21,13 @@ class Interest:
 
     def __init__(self) -> None:
         self._marks: dict[Inode | None, dict[Guest, Mask]] = {}
+        self._counts: Counter[Guest] = Counter()
 
     def update(self, guest: Guest, inode: Inode | None, mask: Mask) -> tuple[Mask, Mask]:
         """Set a guest's mask of an inode; returns the aggregate before and after."""
         before = self.aggregate(inode)
         guests = self._marks.setdefault(inode, {})
+        self._counts[guest] += bool(mask) - (guest in guests)
         if mask:
             guests[guest] = mask
         else:
@@ -32,6 +35,10 @@ class Interest:
         if not guests:
             del self._marks[inode]
         return before, self.aggregate(inode)
+
+    def count(self, guest: Guest) -> int:
+        """How many marks a guest has."""
+        return self._counts[guest]
 
     def aggregate(self, inode: Inode | None) -> Mask:
         """The OR of all guests' masks of an inode."""

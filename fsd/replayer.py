@@ -36,6 +36,8 @@ OPEN_AHEAD = 8192
 """Events among which an OPEN's CLOSE is looked for in a storm: some 0.3 s of it."""
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; what is behind them waits as events, which are smaller."""
+PATHS_LIMIT = 60_000
+"""Bytes of an order's paths, to fit a frame; deeper than that, events are counted as failed."""
 OPENS_LIMIT = 16
 """Opens that one merged OPEN can stand for."""
 _CREATE, _DELETE = int(Mask.CREATE), int(Mask.DELETE)
@@ -263,11 +265,20 @@ class ReplayGuest(Guest):
                 passed.popleft()
                 if not passed:
                     del self._open_close[event.child]
-            self._tasks.extend(self._orders(held, opens))
+            for task in self._orders(held, opens):
+                self._add(task)
             for inode in held.pinned:
                 self._table.unpin(inode)
         self.waiting_until = None
         self.wake()
+
+    def _add(self, task: Task) -> None:
+        if len(task.order.path) + len(task.order.path2) <= PATHS_LIMIT:
+            self._tasks.append(task)
+            return
+        self.counts["failed"] += 1
+        for inode in task.pinned:
+            self._table.unpin(inode)
 
     def _how_opened(self, inode: Inode, arrived: float) -> list[bool] | None:
         """For the OPEN at the head: an item for each open that it stands for, True = for writing.

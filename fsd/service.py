@@ -18,7 +18,7 @@ import structlog
 from protocol.frames import FSD_DIR, FSD_NAME
 from protocol.masks import Mask
 
-from .attributes import StatLike
+from .attributes import StatLike, placeholder_attr
 from .export import Export
 from .hidden import HiddenFiles, HiddenHandle
 from .host import RENAME_EXCHANGE
@@ -34,13 +34,13 @@ _CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
 
 
 @dataclass(slots=True, eq=False)
-class ReplayHandle:
-    """What the replayer opened: a handle that does nothing."""
+class IdleHandle:
+    """A handle that does nothing: what the replayer opened, or a directory that is removed."""
 
     inode: Inode
 
 
-AnyHandle = Handle | ReplayHandle | HiddenHandle
+AnyHandle = Handle | IdleHandle | HiddenHandle
 
 
 class Service:
@@ -220,13 +220,14 @@ class Service:
         if nodeid >= FSD_DIR:
             return self.hidden.getattr(nodeid)
         inode = self._table.get(nodeid)
-        if inode.is_placeholder:
-            return inode, self.guest.ledger.attributes(inode)
-        if self.is_replayer(who):
+        if inode.is_placeholder or self.is_replayer(who):
             return inode, self.guest.ledger.attributes(inode)
         if inode.is_dir:
             self._looked_up(who, inode)
-        return inode, self._fs.getattr(inode)
+        try:
+            return inode, self._fs.getattr(inode)
+        except FileNotFoundError:  # a removed directory that somebody works in
+            return inode, placeholder_attr(inode, nlink=0)
 
     def setattr(
         self, who: Caller, nodeid: int, changes: Changes, fh: int | None
@@ -324,7 +325,7 @@ class Service:
 
     def _replay_open(self, nodeid: int) -> int:
         try:
-            return self._new(ReplayHandle(self.guest.ledger.open(nodeid)))
+            return self._new(IdleHandle(self.guest.ledger.open(nodeid)))
         except UnexpectedCall as error:
             raise self._refused(error) from None
 
@@ -338,7 +339,10 @@ class Service:
         inode = self._table.get(nodeid)
         self._looked_up(who, inode)
         with self._own(*self._about(inode, Mask.OPEN)):
-            return self._new(self._fs.opendir(inode))
+            try:
+                return self._new(self._fs.opendir(inode))
+            except FileNotFoundError:  # a removed one that somebody works in: it is empty
+                return self._new(IdleHandle(inode))
 
     def names(self, fh: int, position: int) -> tuple[Inode, list[bytes]]:
         """READDIR: the directory and its names; read afresh at position 0."""

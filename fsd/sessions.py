@@ -29,6 +29,8 @@ BATCH = 256
 """Messages a read: enough to make the round trip of a read small beside the orders' own."""
 RESOLVED_LIMIT = 1_048_576
 """Nodes that one session may hold by Resolve: as many as it may mark."""
+REPLIES_LIMIT = 262_144
+"""Answers that a peer may leave unread: the directories of a large List."""
 _STATS_PART = 32 * 1024
 
 
@@ -51,10 +53,13 @@ class Session:
         self._resolved: list[Inode] = []
         self.guest: ReplayGuest | Observer | HandMarks | None = None
         self.said_bye = False
+        self._closed = False
         self.wake: Callable[[], None] = lambda: None
 
     def close(self) -> None:
         """The peer is gone. An observer's marks go with it; the mount's wait for a new agent."""
+        self._closed = self.said_bye = True
+        self._replies.clear()
         guest, self.guest = self.guest, None
         if isinstance(guest, ReplayGuest):
             self._export.arming.scan_abort(guest)
@@ -70,9 +75,13 @@ class Session:
 
     def receive(self, data: bytes) -> None:
         """Take bytes from the peer and do what they ask."""
+        if self._closed:
+            raise frames.ProtocolError("the session has ended")
         self._reader.feed(data)
         for message in self._reader:
             self._handle(message)
+            if len(self._replies) > REPLIES_LIMIT:
+                raise frames.ProtocolError(f"more than {REPLIES_LIMIT} answers wait to be read")
         if self._replies:
             self.wake()
         self._export.watcher.on_arrival()

@@ -26,7 +26,7 @@ class Agent:
         try:
             status = os.stat(self._mountpoint)
             self._root_fd = self._open_root()
-            fsd_fd = os.open(".fsd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._root_fd)
+            fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=self._root_fd)
             self._channel = FileChannel(fsd_fd, "control")
         except OSError as error:
             raise ChannelError(self._explain(error)) from None

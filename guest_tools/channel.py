@@ -52,16 +52,19 @@ class FileChannel:
         os.pwrite(self._fd, data, 0)
 
     def receive(self) -> bytes:
-        """The next bytes, waiting as long as it takes.
+        """The next bytes, waiting as long as it takes. Raises ChannelError at the end.
 
         A read is answered within the server's bound, fast for what comes soon; after it, poll
         sleeps without end, where a signal reaches it at once.
         """
+        ended = False  # poll said ready, and there was nothing: the session is over
         while True:
             data = os.pread(self._fd, _READ, 0)
             if data:
                 return data
-            self._poll.poll()
+            if ended:
+                raise ChannelError("the server closed the channel")
+            ended = bool(self._poll.poll())
 
 
 class SocketChannel:

@@ -153,7 +153,7 @@ class _Share:
             return
         self.root = _mountpoint_of(path)
         try:
-            fsd = os.open(os.path.join(self.root, ".fsd"), os.O_RDONLY | os.O_DIRECTORY)
+            fsd = os.open(os.path.join(self.root, ".fsd"), os.O_PATH | os.O_DIRECTORY)
         except OSError:
             raise Failure(f"{path}: not in a mount of fsd (or of another user)") from None
         try:

@@ -1,6 +1,6 @@
 """Parser for /proc/PID/fdinfo/FD of inotify and fanotify descriptors (fs/notify/fdinfo.c).
 
-Grammar, a line each (numbers hexadecimal but mnt_id):
+Grammar, a line each (numbers hexadecimal):
     inotify wd:1 ino:2f sdev:27 mask:fff ignored_mask:0 HANDLE
     fanotify flags:… event-flags:…
     fanotify mnt_id:1c mflags:0 mask:3b ignored_mask:0

@@ -237,7 +237,7 @@ def decode(frame: bytes) -> Message:
     if len(frame) < _HEADER.size:
         raise ProtocolError(f"frame of {len(frame)} bytes, a header needs {_HEADER.size}")
     length, code, zero = _HEADER.unpack_from(frame)
-    if length != len(frame) or zero:
+    if length != len(frame) or length > MAX_FRAME or zero:
         raise ProtocolError(f"frame of {len(frame)} bytes claims length {length}, reserved {zero}")
     if code not in _BY_CODE:
         raise ProtocolError(f"unknown frame type {code}")
@@ -265,23 +265,37 @@ class FrameReader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._broken = False
 
     def feed(self, data: bytes) -> None:
-        """Add received bytes."""
-        self._buffer += data
+        """Add received bytes. Behind a bad frame nothing is kept."""
+        if not self._broken:
+            self._buffer += data
 
     def __iter__(self) -> Iterator[Message]:
         """Messages that are complete. Raises ProtocolError; the stream is unusable then."""
+        if self._broken:
+            raise ProtocolError("the stream is broken by an earlier frame")
+        while (frame := self._next()) is not None:
+            yield frame
+
+    def _next(self) -> Message | None:
         buffer = self._buffer
-        while len(buffer) >= _HEADER.size:
+        if len(buffer) < _HEADER.size:
+            return None
+        try:
             (length,) = struct.unpack_from("<I", buffer)
             if not _HEADER.size <= length <= MAX_FRAME:
                 raise ProtocolError(f"frame length {length} outside {_HEADER.size}..{MAX_FRAME}")
             if len(buffer) < length:
-                return
-            frame = bytes(buffer[:length])
-            del buffer[:length]
-            yield decode(frame)
+                return None
+            message = decode(bytes(buffer[:length]))
+        except ProtocolError:
+            self._broken = True
+            buffer.clear()
+            raise
+        del buffer[:length]
+        return message
 
     @property
     def pending(self) -> int:

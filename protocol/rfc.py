@@ -59,6 +59,13 @@ class EventV2(NamedTuple):
     name: bytes
 
 
+def _pack(layout: struct.Struct, *values: int) -> bytes:
+    try:
+        return layout.pack(*values)
+    except struct.error as error:
+        raise ProtocolError(str(error)) from None
+
+
 def _fixed(layout: struct.Struct, data: bytes, what: str) -> tuple[int, ...]:
     if len(data) < layout.size:
         raise ProtocolError(f"{what}: {len(data)} bytes, needs {layout.size}")
@@ -74,7 +81,7 @@ def _name(layout: struct.Struct, data: bytes, length: int, what: str) -> bytes:
 
 def encode_request_v1(request: RequestV1) -> bytes:
     """Bytes of a v1 request."""
-    return _REQUEST_V1.pack(*request, 0)
+    return _pack(_REQUEST_V1, *request, 0)
 
 
 def decode_request_v1(data: bytes) -> RequestV1:
@@ -87,7 +94,7 @@ def decode_request_v1(data: bytes) -> RequestV1:
 
 def encode_event_v1(event: EventV1) -> bytes:
     """Bytes of a v1 notification."""
-    return _EVENT_V1.pack(event.inode, event.mask, len(event.name), event.cookie) + event.name
+    return _pack(_EVENT_V1, event.inode, event.mask, len(event.name), event.cookie) + event.name
 
 
 def decode_event_v1(data: bytes) -> EventV1:
@@ -98,7 +105,7 @@ def decode_event_v1(data: bytes) -> EventV1:
 
 def encode_request_v2(request: RequestV2) -> bytes:
     """Bytes of a v2 request."""
-    return _REQUEST_V2.pack(request.mask)
+    return _pack(_REQUEST_V2, request.mask)
 
 
 def decode_request_v2(data: bytes) -> RequestV2:
@@ -111,7 +118,7 @@ def decode_request_v2(data: bytes) -> RequestV2:
 def encode_event_v2(event: EventV2) -> bytes:
     """Bytes of a v2 notification."""
     inode, parent, mask, generation, notify_parent, name = event
-    fixed = _EVENT_V2.pack(inode, parent, mask, len(name), generation, notify_parent)
+    fixed = _pack(_EVENT_V2, inode, parent, mask, len(name), generation, notify_parent)
     return fixed + name
 
 

@@ -269,6 +269,7 @@ class FuseDoor(pyfuse3.Operations):
             channel.session.receive(buf)
         except ValueError as error:  # no frame of our protocol, or nothing that it can mean
             log.warning("bad frame from guest", error=str(error))
+            channel.session.close()
             raise OSError(errno.EPROTO, str(error)) from None
         return len(buf)
 
