@@ -33,6 +33,7 @@ class Event:
     node2: Inode | None = None  # of a rename: the new directory
     name2: bytes = b""
     replaced: Inode | None = None  # what a MOVED_TO overwrote
+    implied: bool = False  # a guest's kernel makes it by itself, as part of what is replayed next
     exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 
     @property

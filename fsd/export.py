@@ -184,7 +184,7 @@ class Export:
         """The names of a directory now; empty where it is gone. Our own echo is no one's event."""
         try:
             with self.table.directory(inode) as path_fd, self._own(inode):
-                fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_DIRECTORY)
+                fd = _open_quietly(f"/proc/self/fd/{path_fd}")
                 try:
                     return listings.read(fd)
                 finally:
@@ -370,3 +370,12 @@ class Export:
             halves = self.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)
+
+
+def _open_quietly(path: str) -> int:
+    """Open a directory for reading, leaving its atime alone where that is allowed."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:  # not its owner
+        return os.open(path, flags)

@@ -172,6 +172,8 @@ class InodeTable:
         """Note that the inode is now known as parent/name."""
         if inode is self.root:
             return
+        if inode.is_dir and self._is_below(parent, inode):
+            self.lose(parent)  # what was known of it is out of date
         old = inode.parent
         moved = old is not None and (old is not parent or inode.name != name)
         # A hard link keeps its other names; a directory or a single link has just this one.
@@ -184,6 +186,15 @@ class InodeTable:
             self.lose(other)
         inode.parent, inode.name = parent, name
         parent.children[name] = inode
+
+    @staticmethod
+    def _is_below(directory: Inode, top: Inode) -> bool:
+        node: Inode | None = directory
+        while node is not None:
+            if node is top:
+                return True
+            node = node.parent
+        return False
 
     def lose(self, directory: Inode) -> None:
         """Note that a directory is no longer where it was, and not known where it is."""

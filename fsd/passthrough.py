@@ -184,7 +184,7 @@ class PassthroughFS:
 
     def readlink(self, inode: Inode) -> bytes:
         """READLINK."""
-        with self.table.opened(inode) as fd:
+        with self._opened_or_successor(inode) as fd:
             return os.readlink(b"", dir_fd=fd)
 
     # Attributes
@@ -256,6 +256,25 @@ class PassthroughFS:
 
     # Files
 
+    @contextmanager
+    def _opened_or_successor(self, inode: Inode) -> Iterator[int]:
+        """The object, or what has replaced it under its name since the guest looked it up: to open
+        a path is two requests here and one system call on the host, which never sees ESTALE.
+        """
+        try:
+            fd = self.table.open(inode)
+        except OSError as error:
+            if error.errno != errno.ESTALE or inode.parent is None:
+                raise
+            with self.table.directory(inode.parent) as dir_fd:
+                fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            if stat.S_IFMT(os.fstat(fd).st_mode) != inode.kind:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            yield fd
+        finally:
+            os.close(fd)
+
     def _handle(self, inode: Inode, fd: int, flags: int) -> Handle:
         inode.open_fds.append(fd)
         self.table.pin(inode)
@@ -263,7 +282,7 @@ class PassthroughFS:
 
     def open(self, inode: Inode, flags: int) -> Handle:
         """OPEN."""
-        with self.table.opened(inode) as path_fd:
+        with self._opened_or_successor(inode) as path_fd:
             fd = os.open(f"/proc/self/fd/{path_fd}", flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
         return self._handle(inode, fd, flags)
 

@@ -233,7 +233,9 @@ class ReplayGuest(Guest):
         if event.kind & _DELETE_SELF:  # queued before its DELETE, if that has a name we hear of
             parent = event.node.parent
             return parent is not None and bool(self._watcher.mask_of(parent))
-        return not event.kind & (_TWINNED | _MOVE_SELF) or self._is_twin(event)
+        if event.implied or not event.kind & (_TWINNED | _MOVE_SELF):
+            return True
+        return self._is_twin(event)
 
     def _is_twin(self, event: Event) -> bool:
         """Whether the nameless event repeats a named one that is replayed already."""

@@ -27,6 +27,7 @@ _MOVED_FROM = int(Mask.MOVED_FROM)
 _MOVED_TO = int(Mask.MOVED_TO)
 _ISDIR = int(Mask.ISDIR)
 _MOVE_SELF = int(Mask.MOVE_SELF)
+_ATTRIB = int(Mask.ATTRIB)
 _IGNORED = int(Mask.IGNORED)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
 
@@ -65,7 +66,9 @@ class Resolver:
         if not raw.name:
             if raw.mask & _MOVE_SELF and node.is_dir and not self._is_placed(node):
                 self._table.lose(node)
-            yield Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
+            event = Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
+            event.implied = bool(raw.mask & _ATTRIB) and self._is_unlinked_next(node)
+            yield event
             return
         if raw.mask & _MOVED_FROM:
             other = self._other_half(arrival)
@@ -76,6 +79,18 @@ class Resolver:
                 yield from self._renamed(node, arrival, other)
                 return
         yield self._named(node, arrival)
+
+    def _is_unlinked_next(self, node: Inode) -> bool:
+        """Whether an ATTRIB is the lost link of a DELETE, queued just before it."""
+        self._watcher.drain()
+        for raw in (ahead.raw for ahead in self._watcher.peek(3)):
+            if raw.name:
+                parent = self._watcher.inode_of(raw.wd)
+                if not raw.mask & _DELETE or parent is None:
+                    return False
+                before = listing(parent).names.get(raw.name)
+                return self._known_child(parent, raw.name, before) is node
+        return False
 
     def _is_placed(self, node: Inode) -> bool:
         """Whether its directory is watched, so that its removals and renames come with a name."""
@@ -108,14 +123,13 @@ class Resolver:
         child = self._self_moved(first) or self._known_child(node, name, before)
         if child is None:
             child = self._look(node2, second)
-        elif not child.is_placeholder:
-            self._table.place(child, node2, name2)
-            self._table.displace(node, name, child)
         event = Event(
             node, RENAME | (first.raw.mask & _ISDIR), name, first.raw.cookie, first.origin,
             first.stamp, child, before=before, node2=node2, name2=name2,
         )  # fmt: skip
         self._replace(event, node2, name2, child)
+        self._table.displace(node, name, child)
+        self._table.place(child, node2, name2)
         if event.replaced is not None:
             event.exchanged = self._exchanged(event, event.replaced)
             if event.exchanged:
@@ -176,8 +190,9 @@ class Resolver:
         names = listing(node).names
         before = names.get(name)
         if before is not None:
-            replaced = before.inode or self._table.placeholder(before.kind, node, name)
-            event.replaced = self._table.current(replaced)
+            event.replaced = self._known_child(node, name, before)
+            if event.replaced is None:
+                event.replaced = self._table.placeholder(before.kind, node, name)
             event.nlink = self._links_before(event.replaced)
         if event.node2 is None:
             event.before = before
@@ -204,15 +219,18 @@ class Resolver:
                 child.parent = None  # other links may be left, at names that nobody looked up
         elif mask & _MOVED_TO:
             event.child = self._self_moved(arrival) or self._look(node, arrival)
-            self._table.place(event.child, node, name)
             self._replace(event, node, name, event.child)
+            self._table.place(event.child, node, name)
             if event.replaced is not None:
                 event.exchanged = self._swapped(event, raw.wd, event.replaced)
         else:
-            child = None
-            if not mask & _CREATE and before is not None and before.inode is not None:
-                child = self._table.current(before.inode)
-                if child.is_dir != bool(mask & _ISDIR):
+            if mask & _CREATE:
+                child = None
+                if name in node.children:
+                    self._table.displace(node, name, node.children[name])
+            else:
+                child = self._known_child(node, name, before)
+                if child is not None and child.is_dir != bool(mask & _ISDIR):
                     # A file that is still open under a name that stands for another by now.
                     event.child = self._gone(node, name, mask)
                     return event
@@ -235,11 +253,16 @@ class Resolver:
         return None
 
     def _known_child(self, node: Inode, name: bytes, before: Known | None) -> Inode | None:
-        """What the name stood for, from the listing, else from what a guest looked up."""
-        if before is not None and before.inode is not None:
-            return self._table.current(before.inode)
+        """What the name stood for: from the listing, or from what a guest looked up where the
+        listing has nothing, or only a placeholder for what was gone when it was made.
+        """
+        listed = before.inode if before is not None else None
+        if listed is not None and not listed.is_placeholder:
+            return self._table.current(listed)
         child = node.children.get(name)
-        if child is not None and before is not None and child.identity[1] != before.ino:
+        if child is None or child.is_placeholder:
+            return listed
+        if before is not None and listed is None and child.identity[1] != before.ino:
             return None
         return child
 

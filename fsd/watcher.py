@@ -256,7 +256,7 @@ class HostWatcher:
                     left = bits.get((raw.wd, raw.name), 0)
                     seen = raw.mask & 0xFFF
                     mine = left & seen
-                    if mine:
+                    if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
                         bits[raw.wd, raw.name] = left & ~seen
                     self._push(Arrival(raw, origin if mine else HOST, now))
                 self.on_arrival()
