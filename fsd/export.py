@@ -50,12 +50,19 @@ class Export:
     """One shared directory. Raises OSError where ``source`` cannot be opened."""
 
     def __init__(
-        self, source: str, *, outbox_limit: int = OUTBOX_LIMIT, watch_limit: int | None = None
+        self,
+        source: str,
+        *,
+        outbox_limit: int = OUTBOX_LIMIT,
+        watch_limit: int | None = None,
+        max_queued_events: int | None = None,
     ) -> None:
         self.source = source
         self.table = InodeTable(source)
         self.fs = PassthroughFS(self.table)
-        self.watcher = HostWatcher(self.table, watch_limit=watch_limit)
+        self.watcher = HostWatcher(
+            self.table, watch_limit=watch_limit, max_queued_events=max_queued_events
+        )
         self._resolver = Resolver(self.fs, self.watcher)
         self.interest = Interest()
         self.guests: list[Guest] = []

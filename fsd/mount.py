@@ -106,9 +106,14 @@ class Mounted:
         options = self._options
         _raise_file_limit()
         try:
-            export = Export(options.source, watch_limit=options.watch_limit)
+            export = Export(
+                options.source,
+                watch_limit=options.watch_limit,
+                max_queued_events=options.max_queued_events,
+            )
         except OSError as error:
-            raise StartError(f"source {options.source}: {error.strerror}") from None
+            where = error.filename or options.source
+            raise StartError(f"{where}: {error.strerror}") from None
         guest = export.add_replayer(options.mountpoint)
         service = Service(export, guest)
         self._nudge = service.hidden.dismiss

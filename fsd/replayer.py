@@ -414,8 +414,9 @@ class ReplayGuest(Guest):
         nodeid, generation, name = at or _place(event)
         target = event.replaced if op == Op.RENAME else None
         if target is child:  # two links of one file: the kernel would do nothing
-            target = None
-        pinned = (*held.pinned, child)
+            exchanged = event.exchanged
+            target = self._table.placeholder(child.kind, None, b"") if exchanged else None
+        pinned = (*held.pinned, child) if target is None else (*held.pinned, child, target)
         for inode in pinned:
             self._table.pin(inode)
         order = frames.Order(

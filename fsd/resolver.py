@@ -121,7 +121,7 @@ class Resolver:
         name, name2 = first.raw.name, second.raw.name
         before = listing(node).names.pop(name, None)
         child = self._self_moved(first) or self._known_child(node, name, before)
-        if child is None:
+        if child is None or child.is_dir != bool(first.raw.mask & _ISDIR):
             child = self._look(node2, second)
         event = Event(
             node, RENAME | (first.raw.mask & _ISDIR), name, first.raw.cookie, first.origin,
@@ -207,7 +207,7 @@ class Resolver:
         if mask & (_DELETE | _MOVED_FROM):
             names.pop(name, None)
             child = self._self_moved(arrival) or self._known_child(node, name, before)
-            if child is None:
+            if child is None or child.is_dir != bool(mask & _ISDIR):
                 child = self._gone(node, raw.name, mask)
             event.child = child
             if mask & _DELETE:

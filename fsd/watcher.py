@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pyinotify
@@ -27,6 +28,7 @@ from protocol.masks import Mask
 
 from .inodes import Inode, InodeTable
 
+_QUEUE_LIMIT = Path("/proc/sys/fs/inotify/max_queued_events")
 _READ_SIZE = 256 * 1024
 _FIONREAD = 0x541B
 BACKLOG_LIMIT = 524_288
@@ -67,9 +69,16 @@ Expected = tuple[Inode | None, bytes, Mask]
 class HostWatcher:
     """One inotify instance. Owner of its descriptor."""
 
-    def __init__(self, table: InodeTable, *, watch_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        table: InodeTable,
+        *,
+        watch_limit: int | None = None,
+        max_queued_events: int | None = None,
+    ) -> None:
         self._table = table
-        self._manager = pyinotify.WatchManager()
+        with _queue_of(max_queued_events):
+            self._manager = pyinotify.WatchManager()
         self.fd: int = self._manager.get_fd()
         os.set_blocking(self.fd, False)
         os.set_inheritable(self.fd, False)
@@ -260,6 +269,22 @@ class HostWatcher:
                         bits[raw.wd, raw.name] = left & ~seen
                     self._push(Arrival(raw, origin if mine else HOST, now))
                 self.on_arrival()
+
+
+@contextmanager
+def _queue_of(length: int | None) -> Iterator[None]:
+    """An instance keeps the fs.inotify.max_queued_events under which it is made, so that is set for
+    the moment. Raises OSError where this user may not.
+    """
+    if length is None:
+        yield
+        return
+    before = _QUEUE_LIMIT.read_text()
+    _QUEUE_LIMIT.write_text(f"{length}\n")
+    try:
+        yield
+    finally:
+        _QUEUE_LIMIT.write_text(before)
 
 
 def _nobody() -> None:

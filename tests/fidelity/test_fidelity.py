@@ -33,6 +33,17 @@ from tests.support.mounts import Mount, mounted
 
 QUEUE = 1 << 20  # a burst of 20,000 operations, some five events each, and room
 
+LIMITS = frozenset(
+    {
+        "hold_open",  # an OPEN from before the file came into view cannot be made up silently
+        "hold_use",
+        "hold_close",
+        "two_writers",  # the kernel merges their OPENs; CLOSEs tell them apart, if in time
+        "fifo_io",  # a FIFO's own open is not replayed to a mark on the FIFO itself
+    }
+)
+"""Steps with events that are known not to be exact (README, "What does not work")."""
+
 pytestmark = pytest.mark.timeout(180)
 
 
@@ -62,30 +73,33 @@ def fidelity(tmp_path: Path, case: Case) -> Outcome:
 @pytest.mark.parametrize("burst", [False, True], ids=["paced", "burst"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_equal(tmp_path: Path, seed: int, burst: bool, files: bool) -> None:
-    outcome = fidelity(tmp_path, Case(seed, 1000 if burst else 150, burst, files))
+    outcome = fidelity(tmp_path, Case(seed, 1000 if burst else 150, burst, files, without=LIMITS))
     assert len(outcome.native) > 300
 
 
 @pytest.mark.parametrize("mask", sorted(MASKS.keys() - {"all"}))
 @pytest.mark.parametrize("burst", [False, True], ids=["paced", "burst"])
 def test_equal_with_other_masks(tmp_path: Path, mask: str, burst: bool) -> None:
-    fidelity(tmp_path, Case(20, 600 if burst else 100, burst, files=True, mask=MASKS[mask]))
+    fidelity(
+        tmp_path,
+        Case(20, 600 if burst else 100, burst, files=True, mask=MASKS[mask], without=LIMITS),
+    )
 
 
 def test_equal_for_a_random_seed(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"random seed {seed}")
-    fidelity(tmp_path, Case(seed, 150, files=True))
+    fidelity(tmp_path, Case(seed, 150, files=True, without=LIMITS))
 
 
 @pytest.mark.parametrize(("files", "steps"), [(False, 5_000), (True, 20_000)])
 def test_equal_after_a_long_burst(tmp_path: Path, files: bool, steps: int) -> None:
-    outcome = fidelity(tmp_path, Case(30, steps, burst=True, files=files))
+    outcome = fidelity(tmp_path, Case(30, steps, burst=True, files=files, without=LIMITS))
     assert len(outcome.native) > steps
 
 
 def test_two_concurrent_writers(tmp_path: Path) -> None:
-    fidelity(tmp_path, Case(40, 1500, burst=True, files=True, writers=2))
+    fidelity(tmp_path, Case(40, 1500, burst=True, files=True, writers=2, without=LIMITS))
 
 
 @pytest.mark.parametrize("files", [False, True], ids=["dirs", "files"])
