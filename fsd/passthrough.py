@@ -199,6 +199,16 @@ class PassthroughFS:
         with self.table.opened(inode) as fd:
             return os.fstat(fd)
 
+    def getattr_by_path(self, inode: Inode) -> os.stat_result:
+        """GETATTR on the way to open a path: of what has the name now, like open."""
+        try:
+            return self.getattr(inode)
+        except OSError:
+            if inode.is_dir:
+                raise
+        with self._opened_or_successor(inode) as fd:
+            return os.fstat(fd)
+
     def setattr(self, inode: Inode, changes: Changes, handle: Handle | None) -> os.stat_result:
         """SETATTR, in the order chown, mode, size, times: each undoes side effects before it."""
         if handle is not None and handle.fd >= 0:

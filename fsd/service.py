@@ -225,7 +225,7 @@ class Service:
         if inode.is_dir:
             self._looked_up(who, inode)
         try:
-            return inode, self._fs.getattr(inode)
+            return inode, self._fs.getattr_by_path(inode)
         except FileNotFoundError:  # a removed directory that somebody works in
             return inode, placeholder_attr(inode, nlink=0)
 
