@@ -1,0 +1,19 @@
+"""What the mount cannot do, one case a line with its reason. The tests run these cases all the
+same and fail when one starts to pass: then its line has to go.
+"""
+
+# POSIX cases (posix_*.py) that the mount fails and the native directory passes.
+POSIX: dict[str, str] = {
+    "open_tmpfile": "pyfuse3 has no handler for FUSE_TMPFILE (libfuse 3.14 neither)",
+    "size_fallocate": "pyfuse3 has no handler for FUSE_FALLOCATE",
+    "size_punch_hole": "pyfuse3 has no handler for FUSE_FALLOCATE",
+    "size_seek_hole": "pyfuse3 has no handler for FUSE_LSEEK: the kernel takes all for data",
+    "ioctl_get_flags": "pyfuse3 has no handler for FUSE_IOCTL",
+    "acl_default_replaces_the_umask": "pyfuse3 cannot ask the kernel for FUSE_DONT_MASK",
+    "host_lock_is_seen": "pyfuse3 has no handler for locks: they are the guest kernel's own",
+}
+
+# stress-ng stressors that cannot do their work on the mount and can natively.
+STRESSORS: dict[str, str] = {
+    "fiemap": "pyfuse3 has no handler for FUSE_IOCTL",
+}
