@@ -35,6 +35,7 @@ from .watcher import HOST, SERVER, HostWatcher
 log = structlog.get_logger()
 _LEAVES = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
+_OWN = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 _CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
 PLAN_AHEAD = 1024
@@ -122,8 +123,9 @@ class Export:
         if new and self.interest.count(guest) >= MARKS_LIMIT:
             raise OSError(errno.ENOSPC, "too many marks")
         self._set_interest(guest, inode, mask)
-        if inode in self.unwatched:
-            raise OSError(errno.ENOSPC, self.unwatched[inode])
+        if mask and (inode in self.unwatched or (inode is None and self.unwatched)):
+            reason = next(iter(self.unwatched.values())) if inode is None else self.unwatched[inode]
+            raise OSError(errno.ENOSPC, reason)
         return inode
 
     def _set_interest(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:
@@ -172,7 +174,7 @@ class Export:
             self.unwatched.pop(inode, None)
         if not mask:
             inode.listing = None
-        elif inode.is_dir and self._is_armed(inode):
+        elif inode.is_dir and (self._is_armed(inode) or inode in self._cared_for):
             self._take_listing(inode)
 
     def _is_armed(self, inode: Inode) -> bool:
@@ -259,6 +261,8 @@ class Export:
         now = time.monotonic()
         self.arming.expire(now)
         if now >= self._compare_at:
+            for node in list(self.unwatched):
+                self.set_watch(node)  # a watch may have become free
             self._compare_at = now + COMPARE_EVERY if self.unwatched else math.inf
             self._resync([node for node in self.unwatched if node.is_dir])
 
@@ -300,12 +304,15 @@ class Export:
                 for moved in (child, event.replaced):
                     if moved is not None and moved in self._care:
                         self._set_care(moved)
-            arrived = event.mask & (_CREATE | _MOVED_TO)
-            if arrived and child.is_dir and self.interest.aggregate(None):
-                self._cover(child, announce=bool(event.mask & _CREATE))
+            self._cover_arrival(event, child)
         for inode in (child, event.replaced):
             if inode is not None:
                 self.table.release(inode)
+
+    def _cover_arrival(self, event: Event, child: Inode) -> None:
+        """Whole-file-system interest extends to a directory that has come."""
+        if event.mask & (_CREATE | _MOVED_TO) and child.is_dir and self.interest.aggregate(None):
+            self._cover(child, announce=bool(event.mask & _CREATE))
 
     def _watch_ended(self, inode: Inode) -> None:
         """The host's kernel removed a watch: the object is gone, or its file system is."""
@@ -362,12 +369,30 @@ class Export:
     def _resync(self, directories: list[Inode]) -> None:
         """Compare directories with what was told of them, and tell everyone the difference."""
         self.counts["resyncs"] += 1
+        for node in self.watcher.inodes():
+            self._check_watch(node)
         changes: Changes = {}
         for node in directories:
             if node.is_dir and node.listing is not None and node.listing.complete:
                 changes.update(difference(self, node, node.listing))
         for event in told(self, changes):
             self._route(event)
+            if event.child is not None and event.name:
+                self._cover_arrival(event, event.child)
+                if event.kind & _OWN and self.interest.aggregate(event.child):
+                    own = Event(event.child, event.mask, b"", 0, HOST, event.stamp, event.child)
+                    self._route(own)
+
+    def _check_watch(self, inode: Inode) -> None:
+        """Notice a watch that ended while events were lost, its IN_IGNORED among them."""
+        try:
+            with self.table.opened(inode):
+                return
+        except OSError:
+            mask = int(Mask.DELETE_SELF)  # never with ISDIR
+            self._route(Event(inode, mask, b"", 0, HOST, time.monotonic(), inode))
+            self.watcher.ended(inode)
+            self._watch_ended(inode)
 
     def catch_up(self, guest: Guest) -> None:
         """Tell a guest what it missed, now that its outbox is empty."""

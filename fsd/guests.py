@@ -120,21 +120,23 @@ class Observer(Guest):
     def enqueue(self, event: Event, halves: int) -> None:
         """Queue the event's frames: a rename has two, an exchange four."""
         isdir = event.mask & int(Mask.ISDIR)
+        replaced = event.replaced
+        isdir2 = int(Mask.ISDIR) if replaced is not None and replaced.is_dir else 0
         if event.node2 is None:
             self._frame(event, event.node, event.name, event.mask, event.cookie)
             if event.exchanged:
-                mask = int(Mask.MOVED_FROM) | isdir
+                mask = int(Mask.MOVED_FROM) | isdir2
                 self._frame(event, event.node, event.name, mask, event.exchanged)
             return
         old, new = (event.node, event.name), (event.node2, event.name2)
-        moves = [(FIRST, old, SECOND, new, event.cookie)]
+        moves = [(FIRST, old, SECOND, new, isdir, event.cookie)]
         if event.exchanged:
-            moves.append((SECOND, new, FIRST, old, event.exchanged))
-        for half_from, source, half_to, target, cookie in moves:
+            moves.append((SECOND, new, FIRST, old, isdir2, event.exchanged))
+        for half_from, source, half_to, target, flag, cookie in moves:
             if halves & half_from:
-                self._frame(event, *source, int(Mask.MOVED_FROM) | isdir, cookie)
+                self._frame(event, *source, int(Mask.MOVED_FROM) | flag, cookie)
             if halves & half_to:
-                self._frame(event, *target, int(Mask.MOVED_TO) | isdir, cookie)
+                self._frame(event, *target, int(Mask.MOVED_TO) | flag, cookie)
 
     def _frame(self, event: Event, node: Inode, name: bytes, mask: int, cookie: int) -> None:
         frame = frames.Event(node.nodeid, node.generation, mask, cookie, name)

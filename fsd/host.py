@@ -14,6 +14,7 @@ from functools import cache
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_EMPTY_PATH = 0x1000
+_AT_SYMLINK_NOFOLLOW = 0x100
 _MAX_HANDLE_SZ = 128
 _handle_buffer = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
 _mount_id = ctypes.c_int()
@@ -95,6 +96,19 @@ def acting_as(uid: int, gid: int, pid: int) -> Iterator[None]:
 
 def _set_groups(number: int, groups: list[int]) -> None:
     _check(_libc.syscall(number, len(groups), (ctypes.c_uint32 * len(groups))(*groups)))
+
+
+_STATX_BTIME = 0x800
+_statx_buffer = ctypes.create_string_buffer(256)
+
+
+def born_ns(dir_fd: int, name: bytes) -> int:
+    """Time of creation; 0 where the file system has none: statx(2). Not reentrant."""
+    _check(_libc.statx(dir_fd, name, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _statx_buffer), name)
+    (mask,) = struct.unpack_from("=I", _statx_buffer)
+    seconds, nanoseconds = struct.unpack_from("=qI", _statx_buffer, 80)
+    born: int = seconds * 10**9 + nanoseconds if mask & _STATX_BTIME else 0
+    return born
 
 
 class _Timespec(ctypes.Structure):

@@ -294,6 +294,8 @@ class PassthroughFS:
         """OPEN."""
         with self._opened_or_successor(inode) as path_fd:
             fd = os.open(f"/proc/self/fd/{path_fd}", flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
+        if inode.parent is not None and self.table.identify(fd)[0] != inode.identity:
+            inode, _ = self.table.intern(fd, inode.parent, inode.name)
         return self._handle(inode, fd, flags)
 
     def opendir(self, inode: Inode) -> Handle:

@@ -119,6 +119,7 @@ class Resolver:
     def renamed(self, node: Inode, node2: Inode, first: Arrival, second: Arrival) -> Event:
         """A rename between two watched directories; moves the listings on."""
         name, name2 = first.raw.name, second.raw.name
+        replaced = self._overwritten(node2, name2)
         before = listing(node).names.pop(name, None)
         child = self._self_moved(first) or self._known_child(node, name, before)
         if child is None or child.is_dir != bool(first.raw.mask & _ISDIR):
@@ -127,7 +128,7 @@ class Resolver:
             node, RENAME | (first.raw.mask & _ISDIR), name, first.raw.cookie, first.origin,
             first.stamp, child, before=before, node2=node2, name2=name2,
         )  # fmt: skip
-        self._replace(event, node2, name2, child)
+        self._replace(event, node2, name2, child, replaced)
         self._table.displace(node, name, child)
         self._table.place(child, node2, name2)
         if event.replaced is not None:
@@ -185,15 +186,25 @@ class Resolver:
         self._watcher.drop_rename(ahead[0].cookie, _EXCHANGE_WINDOW)
         return ahead[0].cookie
 
-    def _replace(self, event: Event, node: Inode, name: bytes, child: Inode) -> None:
+    def _overwritten(self, node: Inode, name: bytes) -> Inode | None:
+        """What a MOVED_TO node/name overwrites; asked before a look at the newcomer, which takes
+        the place of what was known there.
+        """
+        before = listing(node).names.get(name)
+        if before is None:
+            return None
+        known = self._known_child(node, name, before)
+        return known or self._table.placeholder(before.kind, node, name)
+
+    def _replace(
+        self, event: Event, node: Inode, name: bytes, child: Inode, replaced: Inode | None
+    ) -> None:
         """MOVED_TO node/name: what it overwrote, and the listing after it."""
         names = listing(node).names
         before = names.get(name)
-        if before is not None:
-            event.replaced = self._known_child(node, name, before)
-            if event.replaced is None:
-                event.replaced = self._table.placeholder(before.kind, node, name)
-            event.nlink = self._links_before(event.replaced)
+        if replaced is not None:
+            event.replaced = replaced
+            event.nlink = self._links_before(replaced)
         if event.node2 is None:
             event.before = before
         names[name] = of_inode(child)
@@ -218,8 +229,9 @@ class Resolver:
             elif (child.parent, child.name) == (node, name):
                 child.parent = None  # other links may be left, at names that nobody looked up
         elif mask & _MOVED_TO:
+            replaced = self._overwritten(node, name)
             event.child = self._self_moved(arrival) or self._look(node, arrival)
-            self._replace(event, node, name, event.child)
+            self._replace(event, node, name, event.child, replaced)
             self._table.place(event.child, node, name)
             if event.replaced is not None:
                 event.exchanged = self._swapped(event, raw.wd, event.replaced)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
+from . import host
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import Known, Listing, Missed, changed_since
@@ -37,6 +38,8 @@ def difference(export: Export, node: Inode, known: Listing) -> Changes:
     changes: Changes = {}
     for name in known.names.keys() | now.keys():
         before, after = known.names.get(name), now.get(name)
+        if before is not None and after is not None and _is_reborn(export, node, name, before):
+            before = before._replace(ino=0)  # no object's number any more
         if before is None or after is None or before.ino != after.ino:
             changes[node, name] = Missed(before, _CHANGE)
         else:
@@ -46,6 +49,22 @@ def difference(export: Export, node: Inode, known: Listing) -> Changes:
             now[name] = after._replace(inode=before.inode)
     known.names = now
     return changes
+
+
+def _is_reborn(export: Export, node: Inode, name: bytes, before: Known) -> bool:
+    """Whether the name stands for another object, with the inode number of the known one."""
+    known = before.inode
+    try:
+        with export.table.directory(node) as dir_fd:
+            if known is None or known.is_placeholder:
+                return host.born_ns(dir_fd, name) > before.seen_ns
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            return export.table.identify(fd)[0] != known.identity
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
 
 
 def _touched(export: Export, node: Inode, name: bytes, before: Known) -> int:
@@ -86,6 +105,8 @@ def told(export: Export, changes: Changes) -> Iterator[Event]:
         source = gone.get((after.ino, after.kind))
         # A name that is also taken anew is told as DELETE and CREATE: no order of moves is known.
         if source is None or source[:2] in new or changes[node, name].before is not None:
+            continue
+        if _is_reborn(export, node, name, source[2]):
             continue
         del gone[after.ino, after.kind], new[node, name]
         yield _moved(export, source[0], source[1], source[2], node, name)
@@ -130,7 +151,8 @@ def _child(export: Export, node: Inode, name: bytes, known: Known) -> Inode:
 def _event(export: Export, node: Inode, name: bytes, known: Known, kind: int) -> Event:
     mask = kind | (int(Mask.ISDIR) if stat.S_ISDIR(known.kind) else 0)
     child = _child(export, node, name, known) if name else node
-    return Event(node, mask, name, 0, HOST, time.monotonic(), child)
+    before = None if kind & Mask.CREATE else known  # it may be missed again
+    return Event(node, mask, name, 0, HOST, time.monotonic(), child, before=before)
 
 
 def _moved(

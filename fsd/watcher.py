@@ -35,6 +35,8 @@ BACKLOG_LIMIT = 524_288
 """Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
 _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
+_REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
+"""Events that one call may make several times: reading a directory, chown and chmod at once."""
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
 
 
@@ -141,6 +143,11 @@ class HostWatcher:
             del self._by_wd[wd]
             self._manager.rm_watch(wd, quiet=True)
             self._table.unpin(inode)
+
+    def ended(self, inode: Inode) -> None:
+        """The kernel has removed the watch of an inode, and the news was lost."""
+        if (wd := self._wd_of.get(inode)) is not None:
+            self.forget(wd)
 
     def forget(self, wd: int) -> Inode | None:
         """IN_IGNORED: the kernel has removed the watch by itself. Returns whose it was."""
@@ -266,7 +273,7 @@ class HostWatcher:
                     seen = raw.mask & 0xFFF
                     mine = left & seen
                     if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
-                        bits[raw.wd, raw.name] = left & ~seen
+                        bits[raw.wd, raw.name] = left & (~seen | _REPEATED)
                     self._push(Arrival(raw, origin if mine else HOST, now))
                 self.on_arrival()
 

@@ -1,0 +1,204 @@
+"""A real Export on a real directory, used synchronously: what the core tests stand on."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from fsd import listings
+from fsd.export import Export
+from fsd.guests import Guest, Observer
+from fsd.inodes import Inode
+from fsd.passthrough import Identity
+from fsd.service import Service
+from protocol import frames, masks
+from protocol.frames import Order
+from protocol.handles import NodeKey
+from protocol.masks import EVENTS, Mask
+
+QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
+AGENT_PID = 4_000_000_001  # above any pid of this machine
+USER = Identity(os.geteuid(), os.getegid(), os.getpid())
+AGENT = Identity(os.geteuid(), os.getegid(), AGENT_PID)
+ALL = int(EVENTS)
+STRUCTURE = int(masks.STRUCTURE)
+WHOLE = NodeKey(0, 0)
+
+
+class Seen(NamedTuple):
+    """An event as an observer got it."""
+
+    path: bytes  # below the root; of a node that is not known any more its nodeid
+    mask: str
+    cookie: int = 0
+
+
+class World:
+    """One export, its source directory, and the steps that the doors make in a running server."""
+
+    def __init__(
+        self,
+        source: Path,
+        *,
+        outbox_limit: int | None = None,
+        watch_limit: int | None = None,
+        queue: int | None = None,
+    ) -> None:
+        self.source = source
+        limits = {} if outbox_limit is None else {"outbox_limit": outbox_limit}
+        with max_queued_events(queue):
+            self.export = Export(str(source), watch_limit=watch_limit, **limits)
+        self.table = self.export.table
+        self.root = self.table.root
+        self.services: list[Service] = []
+
+    def close(self) -> None:
+        """Also asserts that no fault was swallowed on the way."""
+        for service in self.services:
+            service.close()
+        self.export.close()
+        assert not self.export.counts["faults"]
+
+    # Guests
+
+    def observer(self, name: str = "observer") -> Observer:
+        """A guest that reads events."""
+        return self.export.add_observer(name)
+
+    def mount(self, name: str = "mount", *, agent: bool = True) -> Service:
+        """A mount's operations, with its agent connected."""
+        service = Service(self.export, self.export.add_replayer(name))
+        if agent:
+            hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)
+            service.guest.connect(AGENT_PID + len(self.services), hello)
+        self.services.append(service)
+        return service
+
+    # Nodes and marks
+
+    def node(self, path: str | bytes = b"") -> Inode:
+        """The inode of a path, with a reference of ours, as a guest's kernel would hold it."""
+        inode = self.root
+        for name in os.fsencode(path).split(b"/"):
+            if name:
+                inode = self.export.fs.lookup(inode, name).inode
+        return inode
+
+    def mark(self, guest: Guest, path: str | bytes = b"", mask: int = ALL) -> Inode:
+        """Publish interest in a path; returns its inode."""
+        inode = self.node(path)
+        self.export.update(guest, inode.key, mask)
+        return inode
+
+    def host_mask(self, inode: Inode) -> Mask:
+        """What the host is watched for."""
+        return self.export.watcher.mask_of(inode)
+
+    # Events
+
+    def pump(self) -> None:
+        """Process all that has happened up to now, waiting for the other halves of renames."""
+        watcher = self.export.watcher
+        deadline = time.monotonic() + 10
+        watcher.drain()
+        while True:
+            self.export.process(1 << 20)
+            if not watcher.backlog and not watcher._readable():
+                return
+            assert time.monotonic() < deadline, "the queue does not become empty"
+            watcher.drain()
+
+    def take(self, guest: Observer) -> list[Seen]:
+        """Everything that a guest is told up to now."""
+        self.pump()
+        return self.taken(guest)
+
+    def taken(self, guest: Observer) -> list[Seen]:
+        """What is in a guest's outbox."""
+        seen = []
+        while messages := guest.take(1 << 20):
+            for message in messages:
+                assert isinstance(message, frames.Event)
+                seen.append(self._seen(message))
+        return seen
+
+    def _seen(self, event: frames.Event) -> Seen:
+        try:
+            parent = self.table.find(NodeKey(event.nodeid, event.generation)).path()
+        except OSError:
+            parent = b"%d" % event.nodeid
+        path = b"/".join(part for part in (parent, event.name) if part)
+        return Seen(path, ",".join(masks.names(event.mask)), event.cookie)
+
+    def orders(self, service: Service) -> list[Order]:
+        """What the agent is asked to do; taking more means that it has done what it had."""
+        self.pump()
+        deadline = time.monotonic() + 10
+        while service.guest.held:  # an OPEN waits for what comes after it
+            assert time.monotonic() < deadline, "events stay held"
+            self.export.process(1 << 20)
+        return [m for m in service.guest.take(1 << 20) if isinstance(m, Order)]
+
+
+def plain(seen: list[Seen]) -> list[tuple[bytes, str]]:
+    """Paths and masks, without cookies."""
+    return [(event.path, event.mask) for event in seen]
+
+
+def merged(seen: list[Seen]) -> list[tuple[bytes, str]]:
+    """``plain`` after collapsing consecutive repeats, as the kernel may or may not do."""
+    events = plain(seen)
+    return [event for i, event in enumerate(events) if not i or event != events[i - 1]]
+
+
+@contextmanager
+def max_queued_events(limit: int | None) -> Iterator[None]:
+    """A small host queue for the inotify instances that are made within."""
+    if limit is None:
+        yield
+        return
+    before = QUEUE.read_text()
+    QUEUE.write_text(str(limit))
+    try:
+        yield
+    finally:
+        QUEUE.write_text(before)
+
+
+def snapshot(source: Path) -> dict[bytes, tuple[object, ...]]:
+    """All that a change of the backing store would change, taken without leaving a trace."""
+    state: dict[bytes, tuple[object, ...]] = {}
+
+    def note(fd: int, path: bytes) -> None:
+        for name in os.listdir(fd):
+            found = path + b"/" + os.fsencode(name)
+            s = os.lstat(name, dir_fd=fd)
+            content = b""
+            if stat.S_ISREG(s.st_mode) or stat.S_ISDIR(s.st_mode):
+                below = os.open(name, os.O_RDONLY | os.O_NOATIME, dir_fd=fd)
+                if stat.S_ISDIR(s.st_mode):
+                    note(below, found)
+                else:
+                    content = os.read(below, 1 << 20)
+                os.close(below)
+            times = (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)
+            state[found] = (
+                s.st_ino, s.st_mode, s.st_nlink, s.st_uid, s.st_gid, s.st_size, *times, content
+            )  # fmt: skip
+
+    top = os.open(source, os.O_RDONLY | os.O_NOATIME)
+    note(top, b"")
+    os.close(top)
+    return state
+
+
+def settle(source: Path) -> None:
+    """Wait until what was done is older than the clock lag that comparisons allow for."""
+    newest = max(os.lstat(path).st_ctime_ns for path in [source, *source.rglob("*")])
+    while time.time_ns() < newest + 2 * listings._CLOCK_LAG_NS:
+        time.sleep(0.005)

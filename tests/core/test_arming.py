@@ -1,0 +1,218 @@
+"""The arming gap (DESIGN 4.6): what happens on the host between inotify_add_watch(2) in the guest
+and the mark's arrival here is told; what happened before, or is told anyway, is not.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from fsd.service import Service
+from protocol import frames
+from protocol.frames import Op
+from protocol.handles import NodeKey
+from protocol.masks import Mask
+
+from .support import AGENT, ALL, STRUCTURE, USER, WHOLE, World
+
+CREATE = int(Mask.CREATE)
+
+
+def look_up(world: World, mount: Service, path: str) -> NodeKey:
+    """What inotify_add_watch(2) by a program of the guest asks for first."""
+    nodeid = 1
+    for name in path.split("/"):
+        nodeid = mount.lookup(USER, nodeid, name.encode()).inode.nodeid
+    return world.table.get(nodeid).key
+
+
+def hint(mount: Service) -> int:
+    """The hint that the agent gets."""
+    hints = [m for m in mount.guest.take(1 << 20) if isinstance(m, frames.Hint)]
+    assert [h.pid for h in hints] == [USER.pid]
+    return hints[0].hint
+
+
+def scanned(
+    world: World, mount: Service, number: int, *marks: tuple[NodeKey, int], full: bool = False
+) -> list[tuple[NodeKey, Exception]]:
+    """The agent has read the marks of hinted processes."""
+    arming = world.export.arming
+    for key, mask in marks:
+        arming.scan_update(mount.guest, key, mask)
+    world.export.watcher.drain()
+    return arming.scan_end(mount.guest, number, full=full)
+
+
+def replays(world: World, mount: Service) -> list[tuple[Op, bytes]]:
+    return [(Op(order.op), order.name) for order in world.orders(mount)]
+
+
+@pytest.fixture
+def mount(world: World) -> Service:
+    (world.source / "d").mkdir()
+    (world.source / "d/file").write_text("x")
+    return world.mount()
+
+
+def test_an_event_before_the_mark_arrives_is_told(world: World, mount: Service) -> None:
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/x").mkdir()
+    world.pump()
+    (world.source / "d/y").mkdir()
+    assert scanned(world, mount, number, (key, CREATE)) == []
+    (world.source / "d/z").mkdir()
+    assert replays(world, mount) == [(Op.CREATE, b"x"), (Op.CREATE, b"y"), (Op.CREATE, b"z")]
+
+
+def test_without_a_mark_nothing_is_told(world: World, mount: Service) -> None:
+    """The twin."""
+    look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/x").mkdir()
+    scanned(world, mount, number)
+    assert replays(world, mount) == []
+
+
+def test_events_before_the_look_up_are_not_told(world: World, mount: Service) -> None:
+    world.mark(world.observer(), "d", ALL)  # so that the host is watched already
+    (world.source / "d/before").mkdir()
+    world.pump()
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/after").mkdir()
+    scanned(world, mount, number, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"after")]
+
+
+def test_a_scan_that_found_no_mark_disproves_what_was_before_it(
+    world: World, mount: Service
+) -> None:
+    """The mark was set later: what happened before that scan is not its to see."""
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/before").mkdir()
+    scanned(world, mount, number)
+    look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/after").mkdir()
+    scanned(world, mount, number, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"after")]
+
+
+def test_what_is_told_by_another_mark_is_not_told_again(world: World, mount: Service) -> None:
+    key = look_up(world, mount, "d")
+    world.export.update(mount.guest, key, CREATE)
+    number = hint(mount)
+    (world.source / "d/x").mkdir()
+    scanned(world, mount, number, (key, CREATE | int(Mask.DELETE)))
+    assert replays(world, mount) == [(Op.CREATE, b"x")]
+
+
+def test_own_operations_are_not_told(world: World, mount: Service) -> None:
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    mount.mkdir(USER, key.nodeid, b"own", 0o755)
+    (world.source / "d/host").mkdir()
+    scanned(world, mount, number, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"host")]
+
+
+def test_a_mark_on_a_file(world: World, mount: Service) -> None:
+    key = look_up(world, mount, "d/file")
+    number = hint(mount)
+    with open(world.source / "d/file", "a") as file:
+        file.write("y")
+    scanned(world, mount, number, (key, int(Mask.MODIFY)))
+    assert [op for op, _ in replays(world, mount)] == [Op.TOUCH]
+
+
+def test_the_provisional_watch_ends(
+    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody came for it: after its time nothing is watched, and rest costs nothing."""
+    monkeypatch.setattr("fsd.arming.KEEP", 0.05)
+    look_up(world, mount, "d")
+    assert len(world.export.watcher) >= 1
+    deadline = time.monotonic() + 5
+    while len(world.export.watcher):
+        assert time.monotonic() < deadline
+        world.export.process(1)
+    assert world.export.next_deadline == float("inf")
+    assert not world.export.arming._nodes
+
+
+def test_the_provisional_watch_becomes_the_marks(
+    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsd.arming.KEEP", 0.05)
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    node = world.table.find(key)
+    assert int(world.host_mask(node)) == ALL
+    scanned(world, mount, number, (key, CREATE))
+    deadline = time.monotonic() + 5
+    while world.export.arming._nodes:
+        assert time.monotonic() < deadline
+        world.export.process(1)
+    assert int(world.host_mask(node)) == STRUCTURE
+    (world.source / "d/x").mkdir()
+    assert replays(world, mount) == [(Op.CREATE, b"x")]
+
+
+def test_history_is_bounded(world: World, mount: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storm in a directory that somebody looked up costs bounded memory."""
+    monkeypatch.setattr("fsd.arming.HISTORY_LIMIT", 10)
+    look_up(world, mount, "d")
+    for i in range(50):
+        (world.source / f"d/{i}").mkdir()
+    world.pump()
+    (node,) = [n for i, n in world.export.arming._nodes.items() if i.path() == b"d"]
+    assert len(node.history) <= 10
+
+
+def test_a_full_scan_removes_what_it_does_not_name(world: World, mount: Service) -> None:
+    (world.source / "e").mkdir()
+    d, e = look_up(world, mount, "d"), look_up(world, mount, "e")
+    for key in (d, e):
+        world.export.update(mount.guest, key, CREATE)
+    world.export.update(mount.guest, WHOLE, CREATE)
+    scanned(world, mount, hint(mount), (d, CREATE), full=True)
+    left = {inode and inode.path() for inode in world.export.interest.marks(mount.guest)}
+    assert left == {b"d"}
+
+
+def test_marks_that_fail_are_said_and_the_others_hold(world: World, mount: Service) -> None:
+    key = look_up(world, mount, "d")
+    bad = NodeKey(424242, 1)
+    failed = scanned(world, mount, hint(mount), (bad, CREATE), (key, CREATE), (key, 1 << 30))
+    assert [(k, getattr(e, "errno", None)) for k, e in failed] == [(bad, 116), (key, 22)]
+    (world.source / "d/x").mkdir()
+    assert replays(world, mount) == [(Op.CREATE, b"x")]
+
+
+def test_an_agent_that_dies_in_a_scan_leaves_nothing_of_it(world: World, mount: Service) -> None:
+    key = look_up(world, mount, "d")
+    world.export.arming.scan_update(mount.guest, key, CREATE)
+    world.export.arming.scan_abort(mount.guest)
+    scanned(world, mount, hint(mount))
+    assert not world.export.interest.marks(mount.guest)
+
+
+def test_hints_are_self_clocked(world: World, mount: Service) -> None:
+    """One hint is out at a time, however often is looked up; none is lost."""
+    look_up(world, mount, "d")
+    number = hint(mount)
+    for _ in range(100):
+        look_up(world, mount, "d")
+    assert not mount.guest.has_outgoing
+    scanned(world, mount, number)
+    assert hint(mount) == number + 1
+
+
+def test_the_replayers_own_look_ups_hint_nothing(world: World, mount: Service) -> None:
+    mount.lookup(AGENT, 1, b"d")
+    mount.getattr(AGENT, 1)
+    assert not mount.guest.has_outgoing

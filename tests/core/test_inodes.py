@@ -1,0 +1,279 @@
+"""Identity: (nodeid, generation) is one host object for ever; reference counts are exact."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+
+import pytest
+
+from fsd import host
+from fsd.inodes import LookupCountError
+from fsd.passthrough import Changes
+from protocol.handles import NodeKey
+from protocol.masks import Mask
+
+from .support import ALL, STRUCTURE, USER, World, plain
+
+
+def reuse(world: World, kind: str = "file") -> tuple[NodeKey, NodeKey, int]:
+    """Remove x and make it again until the host reuses its inode number; keys before and after.
+
+    The first x is held by nothing of ours but the guest's kernel.
+    """
+    path = world.source / "x"
+    make, remove = (path.touch, path.unlink) if kind == "file" else (path.mkdir, path.rmdir)
+    for _ in range(200):
+        make()
+        old = world.export.fs.lookup(world.root, b"x").inode
+        key, ino = old.key, old.identity[1]
+        remove()
+        make()
+        if path.stat().st_ino == ino:
+            return key, world.export.fs.lookup(world.root, b"x").inode.key, ino
+        world.table.forget(key.nodeid, 1)
+        remove()
+    raise AssertionError("this file system does not reuse inode numbers: the test proves nothing")
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_reused_inode_number_is_another_generation(world: World, kind: str) -> None:
+    old, new, ino = reuse(world, kind)
+    assert new != old
+    assert new.nodeid == old.nodeid == ino
+    with pytest.raises(OSError, match="generation") as error:
+        world.table.find(old)
+    assert error.value.errno == errno.ESTALE
+    inode = world.table.find(new)
+    assert inode.is_dir == (kind == "directory")
+    assert inode.lookups == 2  # FORGET names no generation: the counts go on together
+    world.table.forget(new.nodeid, 2)
+    assert len(world.table) == 1
+
+
+def test_a_mark_on_the_old_object_is_not_one_on_the_new(world: World) -> None:
+    path = world.source / "x"
+    guest = world.observer()
+    for _ in range(200):
+        path.touch()
+        old = world.mark(guest, "x")
+        path.unlink()
+        path.touch()
+        new = world.node("x")
+        if path.stat().st_ino == old.identity[1]:
+            break
+        path.unlink()
+    else:
+        raise AssertionError("this file system does not reuse inode numbers")
+    assert new is not old
+    assert new.key != old.key
+    world.take(guest)
+    path.write_text("x")
+    assert world.take(guest) == []
+    world.mark(guest, "x", int(Mask.MODIFY))
+    with open(path, "a") as file:
+        file.write("x")
+    assert plain(world.take(guest)) == [(b"x", "modify")]
+
+
+def test_late_requests_for_the_old_object_fail(world: World) -> None:
+    """A guest's kernel still holding the old node must not reach the new object through it."""
+    old, _, _ = reuse(world)
+    guest = world.observer()
+    with pytest.raises(OSError, match="generation"):
+        world.export.update(guest, old, ALL)
+
+
+def test_an_unlinked_file_is_not_found_by_its_name(world: World) -> None:
+    (world.source / "x").write_text("old")
+    inode = world.node("x")
+    os.replace(_written(world, "new"), world.source / "x")
+    with pytest.raises(OSError, match=r"Stale|No such") as error:
+        world.export.fs.getattr(inode)
+    assert error.value.errno in (errno.ESTALE, errno.ENOENT)
+    with pytest.raises(OSError, match=r"Stale|No such"):
+        world.export.fs.setattr(inode, Changes(size=0), None)
+    assert (world.source / "x").read_text() == "new"
+
+
+def test_opening_what_was_replaced_does_not_confuse_the_two(world: World) -> None:
+    """To open a path is two requests, and the host may put another file there in between."""
+    (world.source / "x").write_text("old")
+    inode = world.node("x")
+    os.replace(_written(world, "new"), world.source / "x")
+    mount = world.mount()
+    fh = mount.open(USER, inode.nodeid, os.O_RDONLY)
+    assert mount.read(fh, 0, 10) == b"new"
+    with suppress(OSError), world.table.opened(inode) as fd:
+        assert world.table.identify(fd)[0] == inode.identity
+
+
+def _written(world: World, text: str) -> str:
+    path = world.source / "tmp"
+    path.write_text(text)
+    return str(path)
+
+
+def test_an_open_unlinked_file_is_reached_by_its_handle(world: World) -> None:
+    mount = world.mount()
+    entry, fh = mount.create(USER, 1, b"x", 0o644, os.O_RDWR | os.O_CREAT)
+    mount.write(fh, 0, b"content")
+    mount.unlink(USER, 1, b"x")
+    (world.source / "x").write_text("another")
+    assert mount.read(fh, 0, 100) == b"content"
+    assert mount.getattr(USER, entry.inode.nodeid)[1].st_nlink == 0
+    mount.setattr(USER, entry.inode.nodeid, Changes(size=3), None)
+    assert mount.read(fh, 0, 100) == b"con"
+    assert (world.source / "x").read_text() == "another"
+    mount.release(fh)
+
+
+# Reference counts
+
+
+def test_a_count_below_zero_is_loud(world: World) -> None:
+    (world.source / "x").touch()
+    inode = world.node("x")
+    with pytest.raises(LookupCountError, match="forgotten more often"):
+        world.table.forget(inode.nodeid, 2)
+
+
+def test_forgetting_what_is_unknown_is_nothing(world: World) -> None:
+    world.table.forget(987654, 1)
+    assert len(world.table) == 1
+
+
+def test_every_answer_that_hands_out_a_node_counts_it(world: World) -> None:
+    mount = world.mount()
+    (world.source / "file").touch()
+    entries = [
+        mount.lookup(USER, 1, b"file"),
+        mount.mkdir(USER, 1, b"d", 0o755),
+        mount.mknod(USER, 1, b"n", stat.S_IFREG | 0o644, 0),
+        mount.symlink(USER, 1, b"s", b"t"),
+        mount.create(USER, 1, b"c", 0o644, os.O_RDWR | os.O_CREAT)[0],
+    ]
+    file = entries[0].inode
+    assert mount.link(USER, file.nodeid, 1, b"l").inode is file
+    assert file.lookups == 2
+    assert all(entry.inode.lookups == 1 for entry in entries[1:])
+    for entry in entries:
+        mount.forget(entry.inode.nodeid, entry.inode.lookups)
+    mount.close()
+    assert len(world.table) == 1
+
+
+def test_a_look_without_a_reference_stays_without_one(world: World) -> None:
+    """Else a directory of a million names would be kept for ever by one readdir."""
+    mount = world.mount()
+    for i in range(50):
+        (world.source / str(i)).touch()
+    for i in range(50):
+        entry = mount.entry(world.root, b"%d" % i)
+        assert entry is not None
+        world.table.release(entry.inode)  # as the door does when the kernel took no reference
+    assert len(world.table) == 1
+
+
+def test_events_hold_nothing_once_told(world: World) -> None:
+    guest = world.observer()
+    world.mark(guest, mask=ALL)
+    for i in range(100):
+        (world.source / f"f{i}").write_text("x")
+        (world.source / f"d{i}").mkdir()
+        os.rename(world.source / f"f{i}", world.source / f"d{i}/f")
+        (world.source / f"d{i}/f").unlink()
+        (world.source / f"d{i}").rmdir()
+    assert len(world.take(guest)) > 500
+    assert len(world.table) == 1
+    assert world.root.pins == 1 + 1 + 1  # its own, the mark's, the watch's
+
+
+def test_replays_hold_nothing_once_done(world: World) -> None:
+    mount = world.mount()
+    world.mark(mount.guest, mask=ALL)
+    for i in range(50):
+        (world.source / f"f{i}").write_text("x")
+        os.rename(world.source / f"f{i}", world.source / f"g{i}")
+        (world.source / f"g{i}").unlink()
+    while world.orders(mount):
+        pass
+    assert not mount.guest.depth
+    assert len(world.table) == 1
+
+
+# What cannot be reached
+
+
+@pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"nul\0byte", b"/etc"])
+def test_a_name_is_one_component(world: World, name: bytes) -> None:
+    mount = world.mount()
+    for call in (
+        lambda: mount.mkdir(USER, 1, name, 0o755),
+        lambda: mount.unlink(USER, 1, name),
+        lambda: mount.rename(USER, 1, b"x", 1, name, 0),
+        lambda: mount.symlink(USER, 1, name, b"t"),
+    ):
+        with pytest.raises((OSError, ValueError)):
+            call()
+    assert os.listdir(world.source) == []
+
+
+def test_dotdot_of_the_root_is_the_root(world: World) -> None:
+    mount = world.mount()
+    assert mount.lookup(USER, 1, b"..").inode is world.root
+
+
+def test_a_symlink_leads_nowhere(world: World) -> None:
+    outside = world.source.parent / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("s")
+    (world.source / "link").symlink_to(outside)
+    mount = world.mount()
+    entry = mount.lookup(USER, 1, b"link")
+    assert stat.S_ISLNK(entry.attr.st_mode)
+    with pytest.raises(OSError, match="directory"):
+        mount.lookup(USER, entry.inode.nodeid, b"secret")
+    with pytest.raises(OSError, match=r"symbolic|Too many"):
+        mount.open(USER, entry.inode.nodeid, os.O_RDONLY)
+
+
+def test_a_directory_replaced_by_a_symlink_in_a_race(world: World) -> None:
+    """Known by handle, not by path: the old directory is meant, not where the link points."""
+    outside = world.source.parent / "outside"
+    outside.mkdir()
+    (world.source / "d").mkdir()
+    mount = world.mount()
+    node = world.node("d")
+    os.rename(world.source / "d", world.source / "aside")
+    (world.source / "d").symlink_to(outside)
+    mount.mkdir(USER, node.nodeid, b"made", 0o755)
+    assert os.listdir(outside) == []
+    assert os.listdir(world.source / "aside") == ["made"]
+
+
+def test_hard_links_are_one_inode_with_two_names(world: World) -> None:
+    (world.source / "one").write_text("x")
+    os.link(world.source / "one", world.source / "two")
+    assert world.node("one") is world.node("two")
+    guest = world.observer()
+    world.mark(guest, mask=STRUCTURE | int(Mask.MODIFY))
+    with open(world.source / "one", "a") as file:
+        file.write("y")
+    (world.source / "one").unlink()
+    with open(world.source / "two", "a") as file:
+        file.write("y")
+    assert plain(world.take(guest)) == [(b"one", "modify"), (b"one", "delete"), (b"two", "modify")]
+    assert (world.source / "two").read_bytes() == b"xyy"
+    assert world.export.fs.getattr(world.node("two")).st_nlink == 1
+
+
+def test_a_handle_is_of_one_object(world: World) -> None:
+    """The host's own file handle is the identity: it changes where the inode number is reused."""
+    (world.source / "x").touch()
+    fd = os.open(world.source / "x", os.O_PATH)
+    handle = host.file_handle(fd)
+    os.close(fd)
+    assert handle == world.node("x").identity[2]

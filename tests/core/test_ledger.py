@@ -1,0 +1,320 @@
+"""The safety rule: nothing that the replayer asks for changes the backing store (DESIGN 2.2)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fsd.passthrough import Changes
+from fsd.service import Service
+from protocol import frames
+from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
+from protocol.masks import Mask
+
+from .support import AGENT, ALL, USER, World, snapshot
+
+Call = Callable[[World, Service], object]
+
+
+def at(world: World, path: str) -> int:
+    return world.node(path).nodeid
+
+
+# Every operation that could change something, as an agent gone wrong (or mad) would call it.
+CHANGING: dict[str, Call] = {
+    "mknod": lambda w, s: s.mknod(AGENT, 1, b"new", stat.S_IFREG | 0o644, 0),
+    "mknod fifo": lambda w, s: s.mknod(AGENT, 1, b"new", stat.S_IFIFO | 0o644, 0),
+    "mkdir": lambda w, s: s.mkdir(AGENT, 1, b"new", 0o755),
+    "symlink": lambda w, s: s.symlink(AGENT, 1, b"new", b"t"),
+    "link": lambda w, s: s.link(AGENT, at(w, "file"), 1, b"new"),
+    "unlink": lambda w, s: s.unlink(AGENT, 1, b"file"),
+    "rmdir": lambda w, s: s.rmdir(AGENT, 1, b"empty"),
+    "rename": lambda w, s: s.rename(AGENT, 1, b"file", 1, b"new", 0),
+    "rename over": lambda w, s: s.rename(AGENT, 1, b"file", at(w, "dir"), b"inner", 0),
+    "exchange": lambda w, s: s.rename(AGENT, 1, b"file", at(w, "dir"), b"inner", 2),
+    "to staging": lambda w, s: s.rename(AGENT, 1, b"file", STAGING, b"x", 0),
+    "out of staging": lambda w, s: s.rename(AGENT, STAGING, b"x", 1, b"new", 0),
+    "create": lambda w, s: s.create(AGENT, 1, b"new", 0o644, os.O_RDWR | os.O_CREAT),
+    "create over": lambda w, s: s.create(AGENT, 1, b"file", 0o644, os.O_RDWR | os.O_CREAT),
+    "chmod": lambda w, s: s.setattr(AGENT, at(w, "file"), Changes(mode=0), None),
+    "chown": lambda w, s: s.setattr(AGENT, at(w, "file"), Changes(uid=1), None),
+    "truncate": lambda w, s: s.setattr(AGENT, at(w, "file"), Changes(size=0), None),
+    "utime": lambda w, s: s.setattr(AGENT, at(w, "file"), Changes(mtime_ns=1), None),
+    "setxattr": lambda w, s: s.setxattr(AGENT, at(w, "file"), b"user.x", b"y", 0),
+    "removexattr": lambda w, s: s.removexattr(AGENT, at(w, "file"), b"user.kept"),
+    "open": lambda w, s: s.open(AGENT, at(w, "file"), os.O_RDONLY),
+    "open for writing": lambda w, s: s.open(AGENT, at(w, "file"), os.O_RDWR),
+    "open truncating": lambda w, s: s.open(AGENT, at(w, "file"), os.O_RDWR | os.O_TRUNC),
+    "opendir": lambda w, s: s.opendir(AGENT, at(w, "dir")),
+}
+
+
+@pytest.fixture
+def tree(world: World) -> World:
+    (world.source / "dir").mkdir()
+    (world.source / "empty").mkdir()
+    (world.source / "file").write_text("content")
+    (world.source / "dir/inner").write_text("inner")
+    os.setxattr(world.source / "file", "user.kept", b"1")
+    return world
+
+
+@pytest.mark.parametrize("what", CHANGING)
+def test_what_no_order_covers_is_refused_and_counted(tree: World, what: str) -> None:
+    mount = tree.mount()
+    before = snapshot(tree.source)
+    with pytest.raises(OSError, match="ledger") as error:
+        CHANGING[what](tree, mount)
+    assert error.value.errno == errno.EACCES
+    assert mount.guest.counts["refused"] == 1
+    assert snapshot(tree.source) == before
+    assert os.listxattr(tree.source / "file") == ["user.kept"]
+
+
+@pytest.mark.parametrize("what", CHANGING)
+def test_also_while_it_has_other_orders(tree: World, what: str) -> None:
+    """An order covers one call on one name, and nothing else."""
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=ALL)
+    tree.mark(mount.guest, "dir", mask=ALL)
+    (tree.source / "host").write_text("x")
+    (tree.source / "host").rename(tree.source / "dir/host")
+    (tree.source / "dir/host").unlink()
+    orders = tree.orders(mount)
+    assert len(orders) >= 5
+    before = snapshot(tree.source)
+    with pytest.raises(OSError, match="ledger") as error:
+        CHANGING[what](tree, mount)
+    assert error.value.errno == errno.EACCES
+    assert snapshot(tree.source) == before
+    assert replay_all(mount, orders) == len(orders)
+
+
+def replay_all(mount: Service, orders: list[Order]) -> int:
+    """Do what a true agent's kernel would: look up and call. Returns how many were answered."""
+    opened: dict[int, int] = {}
+    for order in orders:
+        kind = stat.S_IFMT(order.mode)
+        if order.op == Op.CREATE:
+            with pytest.raises(FileNotFoundError):
+                mount.lookup(AGENT, order.nodeid, order.name)
+            make = {
+                stat.S_IFDIR: lambda o: mount.mkdir(AGENT, o.nodeid, o.name, 0o777),
+                stat.S_IFLNK: lambda o: mount.symlink(AGENT, o.nodeid, o.name, b"?"),
+            }
+            default = lambda o: mount.mknod(AGENT, o.nodeid, o.name, o.mode, o.rdev)  # noqa: E731
+            make.get(kind, default)(order)
+            continue
+        if order.op == Op.CLOSE:
+            mount.release(opened.pop(order.arg))
+            continue
+        child = mount.lookup(AGENT, order.nodeid, order.name).inode if order.name else None
+        node = child.nodeid if child is not None else order.nodeid
+        if order.op == Op.REMOVE:
+            (mount.rmdir if kind == stat.S_IFDIR else mount.unlink)(AGENT, order.nodeid, order.name)
+        elif order.op == Op.RENAME:
+            mount.rename(AGENT, order.nodeid, order.name, order.nodeid2, order.name2, order.arg)
+        elif order.op == Op.TOUCH:
+            mount.setattr(AGENT, node, Changes(mtime_ns=5, atime_ns=5), None)
+        elif order.op == Op.OPEN:
+            opened[order.seq] = mount.open(AGENT, node, os.O_WRONLY if order.arg else os.O_RDONLY)
+    return len(orders)
+
+
+def test_true_replays_change_nothing_either(tree: World) -> None:
+    mount = tree.mount()
+    for path in ("", "dir", "empty"):
+        tree.mark(mount.guest, path, mask=ALL)
+    source = tree.source
+    (source / "new").write_text("content")
+    os.chmod(source / "new", 0o4755)
+    os.utime(source / "new", (1, 1))
+    (source / "new").read_text()
+    os.rename(source / "new", source / "dir/inner")
+    os.link(source / "file", source / "link")
+    os.symlink("file", source / "sym")
+    os.mkfifo(source / "fifo")
+    (source / "made").mkdir()
+    os.rename(source / "empty", source / "made/empty")
+    os.rename(source / "sym", source.parent / "out")
+    os.rename(source.parent / "out", source / "in")
+    (source / "fifo").unlink()
+    before = snapshot(source)
+    done = 0
+    while orders := tree.orders(mount):
+        done += replay_all(mount, orders)
+    assert done >= 15
+    assert mount.guest.counts["refused"] == 0
+    assert snapshot(source) == before
+
+
+def test_create_write_delete_replays_completely_on_a_tombstone(tree: World) -> None:
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=ALL)
+    (tree.source / "gone").write_text("x")
+    (tree.source / "gone").unlink()
+    orders = tree.orders(mount)
+    ops = [Op(order.op).name for order in orders]
+    assert ops == ["CREATE", "OPEN", "TOUCH", "CLOSE", "REMOVE"]
+    assert {order.name for order in orders} - {b""} <= {b"gone"}
+    assert replay_all(mount, orders) == len(orders)
+    assert "gone" not in os.listdir(tree.source)
+
+
+def test_answers_are_as_of_the_event(tree: World) -> None:
+    """The name stands for another object by the time that its first one's end is replayed."""
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=ALL & ~int(Mask.OPEN | Mask.CLOSE_WRITE | Mask.MODIFY))
+    old = tree.node("file")
+    (tree.source / "file").unlink()
+    (tree.source / "file").mkdir()
+    remove, create = tree.orders(mount)
+    assert mount.lookup(AGENT, 1, b"file").inode is old
+    mount.unlink(AGENT, 1, b"file")
+    assert (remove.op, create.op) == (Op.REMOVE, Op.CREATE)
+    with pytest.raises(FileNotFoundError):
+        mount.lookup(AGENT, 1, b"file")
+    entry = mount.mkdir(AGENT, 1, b"file", 0o777)
+    assert entry.inode is tree.node("file")
+
+
+def test_a_rename_over_a_watched_file_names_that_file(tree: World) -> None:
+    """Else its watcher in the guest would never see its end (DELETE_SELF)."""
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=ALL)
+    tree.mark(mount.guest, "dir", mask=ALL)
+    victim = tree.mark(mount.guest, "dir/inner", mask=ALL)
+    os.rename(tree.source / "file", tree.source / "dir/inner")
+    order = next(order for order in tree.orders(mount) if order.op == Op.RENAME)
+    assert mount.lookup(AGENT, order.nodeid2, order.name2).inode is victim
+
+
+def test_users_see_the_present_while_the_replayer_sees_the_past(tree: World) -> None:
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=ALL)
+    (tree.source / "file").unlink()
+    tree.orders(mount)
+    assert mount.lookup(AGENT, 1, b"file").inode.kind == stat.S_IFREG
+    with pytest.raises(FileNotFoundError):
+        mount.lookup(USER, 1, b"file")
+
+
+def test_the_replayers_handles_do_nothing(tree: World) -> None:
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=ALL)
+    with open(tree.source / "file", "a") as file:
+        file.write("y")
+    orders = tree.orders(mount)
+    opening = next(order for order in orders if order.op == Op.OPEN)
+    node = mount.lookup(AGENT, opening.nodeid, opening.name).inode
+    fh = mount.open(AGENT, node.nodeid, os.O_WRONLY)
+    before = snapshot(tree.source)
+    for call in (lambda: mount.write(fh, 0, b"z"), lambda: mount.read(fh, 0, 1)):
+        with pytest.raises(OSError, match="ledger") as error:
+            call()
+        assert error.value.errno == errno.EACCES
+    assert mount.file_fd(fh) == -1
+    mount.release(fh)
+    assert snapshot(tree.source) == before
+
+
+def test_an_order_that_fails_in_the_guest_is_counted_and_the_next_goes_on(tree: World) -> None:
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=int(Mask.CREATE))
+    for name in "abc":
+        (tree.source / name).mkdir()
+    first, second, third = tree.orders(mount)
+    replay_all(mount, [first])
+    mount.guest.acknowledge(second.seq, errno.EEXIST)
+    replay_all(mount, [third])
+    assert mount.guest.counts["failed"] == 1
+    assert mount.guest.counts["failed.create"] == 1
+    assert tree.orders(mount) == []
+    assert mount.guest.counts["replayed"] == 2
+
+
+def test_orders_of_an_agent_that_died_wait_for_the_next(tree: World) -> None:
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=int(Mask.CREATE))
+    for name in "abc":
+        (tree.source / name).mkdir()
+    orders = tree.orders(mount)
+    replay_all(mount, orders[:1])
+    mount.guest.disconnect()
+    (tree.source / "d").mkdir()
+    tree.pump()
+    mount.guest.connect(AGENT.pid, frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL))
+    rest = tree.orders(mount)
+    assert [order.name for order in rest] == [b"b", b"c", b"d"]
+    assert replay_all(mount, rest) == 3
+
+
+@given(st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_sequence_of_calls_changes_anything(tree: World, data: st.DataObject) -> None:
+    """Whatever is in the ledger, and whatever the replayer does."""
+    mount = tree.services[0] if tree.services else tree.mount()
+    tree.mark(mount.guest, mask=ALL)
+    tree.mark(mount.guest, "dir", mask=ALL)
+    host = data.draw(st.lists(st.sampled_from("cwdm"), max_size=5), label="host")
+    for step in host:
+        path = tree.source / data.draw(st.sampled_from(["new", "dir/new"]))
+        if step == "c":
+            path.touch()
+        elif step == "w":
+            path.write_text("x")
+        elif step == "d":
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            os.rename(path, path.with_name("moved"))
+    tree.orders(mount)
+    before = snapshot(tree.source)
+    names = [b"new", b"file", b"moved", b"inner", b"x", b"empty", b"dir"]
+    nodes = [1, at(tree, "dir"), at(tree, "file"), STAGING, ALIAS, FSD_DIR, CONTROL, 77]
+    name, node = st.sampled_from(names), st.sampled_from(nodes)
+    for _ in range(data.draw(st.integers(1, 8))):
+        call = data.draw(
+            st.sampled_from(
+                ["mknod", "mkdir", "symlink", "unlink", "rmdir", "rename", "setattr", "open"]
+            )
+        )
+        n, what = data.draw(node), data.draw(name)
+        try:
+            if call == "mknod":
+                mount.mknod(AGENT, n, what, stat.S_IFREG | 0o600, 0)
+            elif call == "mkdir":
+                mount.mkdir(AGENT, n, what, 0o777)
+            elif call == "symlink":
+                mount.symlink(AGENT, n, what, b"?")
+            elif call == "unlink":
+                mount.unlink(AGENT, n, what)
+            elif call == "rmdir":
+                mount.rmdir(AGENT, n, what)
+            elif call == "rename":
+                mount.rename(AGENT, n, what, data.draw(node), data.draw(name), 0)
+            elif call == "setattr":
+                mount.setattr(AGENT, n, Changes(size=0, mode=0), None)
+            elif n != CONTROL:
+                mount.release(mount.open(AGENT, n, os.O_RDWR | os.O_TRUNC))
+        except OSError:
+            pass
+    assert snapshot(tree.source) == before
+
+
+def test_publishing_interest_changes_nothing(tree: World) -> None:
+    """Taking listings to compare with reads directories: their atime stays what it was."""
+    for name in ("dir", "empty", ""):
+        os.utime(tree.source / name, (1, 2))  # so old that relatime would set it anew
+    before = snapshot(tree.source)
+    observer = tree.observer()
+    for path in ("", "dir", "empty", "file"):
+        tree.mark(observer, path)
+    tree.export._resync(tree.export.watcher.inodes())
+    tree.pump()
+    assert snapshot(tree.source) == before
