@@ -1,0 +1,174 @@
+"""Sustained replay: a burst of host operations, until the mount's inotify reader has the last.
+
+The same burst is read natively, too, in turn: what is lost or merged there is no fault of the mount.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from protocol.masks import EVENTS, Mask
+from tests.support.mounts import Mount, mounted, wait_until
+
+from .readers import Seen, reading
+from .report import Report, median, number
+from .usage import Usage
+
+ROUNDS = 3
+Burst = Callable[[Path, int], None]
+
+
+def create(host: Path, count: int) -> None:
+    """CREATE each."""
+    for index in range(count):
+        os.mknod(host / f"n{index}")
+
+
+def modify(host: Path, count: int) -> None:
+    """MODIFY each; the files are there."""
+    for index in range(count):
+        os.truncate(host / f"f{index}", 1)
+
+
+def delete(host: Path, count: int) -> None:
+    """DELETE each; the files are there."""
+    for index in range(count):
+        os.unlink(host / f"f{index}")
+
+
+def mixed(host: Path, count: int) -> None:
+    """CREATE, MODIFY, DELETE of files that live for microseconds, as compilers' do."""
+    for index in range(count // 3):
+        path = host / f"m{index}"
+        with path.open("w") as file:
+            file.write("x")
+        path.unlink()
+
+
+def rename(host: Path, count: int) -> None:
+    """MOVED_FROM and MOVED_TO each; the files are there."""
+    for index in range(count // 2):
+        (host / f"f{index}").rename(host / f"r{index}")
+
+
+class Case(NamedTuple):
+    """A burst of ``events`` events under a mask; ``files`` files are there before."""
+
+    title: str
+    burst: Burst
+    mask: Mask
+    events: int
+    files: int
+
+
+# Bursts stay below 16,384 events, the kernel's default of fs.inotify.max_queued_events.
+NAMES = Mask.CREATE | Mask.DELETE | Mask.MODIFY
+CASES = [
+    Case("CREATE", create, NAMES, 6000, 0),
+    Case("MODIFY", modify, NAMES, 6000, 6000),
+    Case("DELETE", delete, NAMES, 6000, 6000),
+    Case("CREATE, MODIFY, DELETE mixed", mixed, NAMES, 6000, 0),
+    Case("renames", rename, Mask.MOVED_FROM | Mask.MOVED_TO, 6000, 3000),
+    Case("mixed, all events", mixed, EVENTS, 6000, 0),
+]
+
+
+class Result(NamedTuple):
+    """One burst: when the host was done and the reader had the last event, in seconds."""
+
+    host: float
+    reader: float
+    cpu: float  # of server and agent, in seconds
+    seen: list[Seen]
+
+
+def measure() -> Report:
+    """Run it: some 60 s."""
+    report = Report("throughput")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        source, mountpoint = Path(scratch, "source"), Path(scratch, "mount")
+        source.mkdir()
+        mountpoint.mkdir()
+        with mounted(source, mountpoint) as mount:
+            for index, case in enumerate(CASES):
+                natives, mounts = [], []
+                for number_ in range(ROUNDS):
+                    natives.append(_round(case, mount, f"{index}.{number_}n", native=True))
+                    mounts.append(_round(case, mount, f"{index}.{number_}", native=False))
+                rate = median([len(result.seen) / result.reader for result in mounts])
+                cpu = median([result.cpu / len(result.seen) * 1e6 for result in mounts])
+                native = median([len(result.seen) / result.reader for result in natives])
+                host = median([len(result.seen) / result.host for result in mounts])
+                pairs = zip(natives, mounts, strict=True)
+                lost = sum(len(_kinds(one.seen) - _kinds(other.seen)) for one, other in pairs)
+                numbers = [number(value) for value in (host, native, rate, cpu)]
+                rows.append([case.title, *numbers, str(lost)])
+                goal = None if case.mask == EVENTS else 5000.0
+                report.add(f"replayed, {case.title}", rate, "events/s", goal=goal, at_least=True)
+            state = _state(mount)
+    overflows = sum(guest["overflows"] for guest in state["guests"])
+    overflows += state["counts"].get("overflows", 0)
+    report.table(
+        f"a burst, from its first call to the reader's last wake-up (medians of {ROUNDS})",
+        ["burst", "host makes/s", "native/s", "fsd/s", "server+agent CPU, us/event", "lost"],
+        rows,
+    )
+    failed = sum(guest["failed"] for guest in state["guests"])
+    report.notes.append(f"overflows: {overflows}, orders that failed: {failed}")
+    return report
+
+
+def _round(case: Case, mount: Mount, name: str, *, native: bool) -> Result:
+    mask = case.mask | Mask.CREATE  # for ~end
+    with _directory(mount, name, case.files) as host:
+        watched = host if native else mount.mountpoint / name
+        with reading(host, watched, mask) as reader:
+            if not native:
+                mount.wait_armed(watched, pid=reader.process.pid)
+            cpu = _cpu(mount)
+            start = time.monotonic_ns()
+            case.burst(host, case.events)
+            done = time.monotonic_ns()
+            events = [event for event in reader.finish() if event.name != "~end"]
+            cpu = _cpu(mount) - cpu
+    seen = [event for event in events if event.mask & int(case.mask)]
+    return Result((done - start) / 1e9, (seen[-1].when - start) / 1e9, cpu, seen)
+
+
+def _kinds(events: list[Seen]) -> set[tuple[str, int]]:
+    """Without how often, as repeats are merged by how fast they are read."""
+    return {(event.name, event.mask) for event in events}
+
+
+def _cpu(mount: Mount) -> float:
+    agent = _state(mount)["guests"][0]["agent_pid"]
+    return sum(Usage(pid).seconds for pid in (mount.process.pid, agent))
+
+
+@contextmanager
+def _directory(mount: Mount, name: str, files: int) -> Iterator[Path]:
+    """A new directory on the host; waits until the server is at rest again."""
+    host = mount.source / name
+    host.mkdir()
+    for index in range(files):
+        (host / f"f{index}").write_text("some text")
+    yield host
+    wait_until(lambda: not _depth(mount), 30, "the queues are empty")
+
+
+def _depth(mount: Mount) -> int:
+    state = _state(mount)
+    return int(state["backlog"] + sum(guest["depth"] for guest in state["guests"]))
+
+
+def _state(mount: Mount) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((mount.mountpoint / ".fsd" / "status").read_text())
+    return state
