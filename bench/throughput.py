@@ -1,6 +1,6 @@
 """Sustained replay: a burst of host operations, until the mount's inotify reader has the last.
 
-The same burst is read natively, too, in turn: what is lost or merged there is no fault of the mount.
+The same burst is read natively, in turn: what is lost or merged there is not the mount's fault.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 
 import structlog
@@ -101,6 +102,11 @@ class SocketDoor:
 
 def _unlink_stale(path: str) -> None:
     """Remove a socket that nobody listens on. Raises OSError EADDRINUSE through bind otherwise."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return  # somebody's file: it answers a connect just as a dead socket does
+    except OSError:
+        return
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         probe.connect(path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,6 @@ from protocol.frames import Order
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
 AGENT_PID = 4_000_000_001  # above any pid of this machine
 USER = Identity(os.geteuid(), os.getegid(), os.getpid())
 AGENT = Identity(os.geteuid(), os.getegid(), AGENT_PID)
@@ -51,8 +48,9 @@ class World:
     ) -> None:
         self.source = source
         limits = {} if outbox_limit is None else {"outbox_limit": outbox_limit}
-        with max_queued_events(queue):
-            self.export = Export(str(source), watch_limit=watch_limit, **limits)
+        self.export = Export(
+            str(source), watch_limit=watch_limit, max_queued_events=queue, **limits
+        )
         self.table = self.export.table
         self.root = self.table.root
         self.services: list[Service] = []
@@ -154,20 +152,6 @@ def merged(seen: list[Seen]) -> list[tuple[bytes, str]]:
     """``plain`` after collapsing consecutive repeats, as the kernel may or may not do."""
     events = plain(seen)
     return [event for i, event in enumerate(events) if not i or event != events[i - 1]]
-
-
-@contextmanager
-def max_queued_events(limit: int | None) -> Iterator[None]:
-    """A small host queue for the inotify instances that are made within."""
-    if limit is None:
-        yield
-        return
-    before = QUEUE.read_text()
-    QUEUE.write_text(str(limit))
-    try:
-        yield
-    finally:
-        QUEUE.write_text(before)
 
 
 def snapshot(source: Path) -> dict[bytes, tuple[object, ...]]:
