@@ -118,7 +118,7 @@ def measure() -> Report:
     overflows += state["counts"].get("overflows", 0)
     report.table(
         f"a burst, from its first call to the reader's last wake-up (medians of {ROUNDS})",
-        ["burst", "host makes/s", "native/s", "fsd/s", "server+agent CPU, us/event", "lost"],
+        ["burst", "host makes/s", "native/s", "fsd/s", "CPU, us/event", "lost"],
         rows,
     )
     failed = sum(guest["failed"] for guest in state["guests"])
