@@ -16,6 +16,7 @@ from protocol import frames
 from protocol.masks import EVENTS
 from tests.support.mounts import Mount, wait_until
 
+_TIMEOUT = 20.0
 WATCH = "create,delete,move,modify,attrib,close_write,delete_self,move_self"
 
 
@@ -108,7 +109,7 @@ class SimulatedGuest:
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect(os.fspath(path))
-        self.socket.settimeout(20)
+        self.socket.settimeout(_TIMEOUT)
         self._reader = frames.FrameReader()
         self._requests = 0
         self.events: list[frames.Event] = []
@@ -158,9 +159,11 @@ class SimulatedGuest:
 
     def take(self) -> list[frames.Event]:
         """All events that have come up to now."""
+        self.socket.setblocking(False)
         with suppress(BlockingIOError):
-            while data := self.socket.recv(1 << 20, socket.MSG_DONTWAIT):
+            while data := self.socket.recv(1 << 20):
                 self._reader.feed(data)
+        self.socket.settimeout(_TIMEOUT)
         self._sort()
         return self.events
 

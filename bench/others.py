@@ -1,0 +1,52 @@
+"""Passthrough file systems to compare with: bindfs and libfuse's example passthrough_ll, in C."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.debian import source_files
+from tests.support.mounts import mounts_at, wait_until
+
+_FILES = ("example/passthrough_ll.c", "example/passthrough_helpers.h")
+
+
+def passthrough_ll() -> Path:
+    """The example's binary, compiled from Debian's source package when it is not there yet."""
+    folder = source_files("fuse3", _FILES)
+    binary = folder / "passthrough_ll"
+    if not binary.exists():
+        flags = subprocess.run(
+            ["pkg-config", "--cflags", "--libs", "fuse3"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        part = folder / "passthrough_ll.part"
+        source = str(folder / "passthrough_ll.c")
+        subprocess.run(["gcc", "-O2", "-w", "-o", str(part), source, *flags], check=True)
+        part.rename(binary)
+    return binary
+
+
+@contextmanager
+def served_by(command: list[str], mountpoint: Path) -> Iterator[None]:
+    """A file system of somebody else, in the foreground, for the time of the block."""
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: mounts_at(mountpoint), 10, f"{command[0]} has mounted")
+            yield
+        finally:
+            if mounts_at(mountpoint):
+                tool = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+                subprocess.run([*tool, str(mountpoint)], check=True)
+            process.terminate()
+
+
+def bindfs(source: Path, mountpoint: Path) -> list[str]:
+    """Its command; empty where it is not there."""
+    return ["bindfs", "-f", str(source), str(mountpoint)] if shutil.which("bindfs") else []
