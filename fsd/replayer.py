@@ -147,7 +147,9 @@ class ReplayGuest(Guest):
     @property
     def has_outgoing(self) -> bool:
         """Whether ``take`` would return something."""
-        return bool(self._outgoing or self._tasks or (self._hinted and not self._scanning))
+        overflowed = self.missing and not self._held  # a read then tells that the rest is done
+        hints = self._hinted and not self._scanning
+        return bool(self._outgoing or self._tasks or hints or overflowed)
 
     def take(self, limit: int) -> list[frames.Message]:
         """The next messages for the agent, which has executed all it was given before."""

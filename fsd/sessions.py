@@ -218,6 +218,7 @@ class Session:
             self._unsent = b"".join(map(frames.encode, messages))
             if guest is not None and guest.missing and not guest.depth:
                 self._export.catch_up(guest)
+                self._export.watcher.on_arrival()  # for the planning of what is told
         data, self._unsent = self._unsent[:size], self._unsent[size:]
         return data
 

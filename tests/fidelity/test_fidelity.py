@@ -99,7 +99,7 @@ def test_equal_with_other_masks(tmp_path: Path, mask: str, burst: bool) -> None:
 def test_equal_for_a_random_seed(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"random seed {seed}")
-    fidelity(tmp_path, Case(seed, 150, files=True, without=LIMITS))
+    fidelity(tmp_path, Case(seed, 150, without=LIMITS))
 
 
 def test_equal_after_a_long_burst(tmp_path: Path) -> None:
