@@ -18,7 +18,7 @@ import structlog
 
 from protocol import masks
 from protocol.handles import NodeKey
-from protocol.masks import EVENTS, STRUCTURE, Mask
+from protocol.masks import EVENTS, Mask
 
 from . import listings
 from .arming import Arming
@@ -30,7 +30,7 @@ from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
 from .resync import Changes, difference, told
-from .watcher import HOST, SERVER, HostWatcher
+from .watcher import DIRECTORY, HOST, SERVER, HostWatcher
 
 log = structlog.get_logger()
 _LEAVES = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
@@ -156,7 +156,7 @@ class Export:
             if inode in self.arming:
                 mask = EVENTS
             if mask or inode in self._cared_for:
-                mask |= STRUCTURE
+                mask |= DIRECTORY
         return mask
 
     def set_watch(self, inode: Inode) -> None:

@@ -31,15 +31,14 @@ def _check(result: int, what: object = None) -> int:
     return result
 
 
-def file_handle(fd: int) -> bytes:
-    """{int type, f_handle} of the object that fd refers to: name_to_handle_at(2).
+def file_handle(fd: int, name: bytes = b"") -> bytes:
+    """{int type, f_handle} of what fd refers to, or of a name in it: name_to_handle_at(2).
 
     Raises OSError (EOPNOTSUPP where the file system has no handles). Not reentrant.
     """
     struct.pack_into("=Ii", _handle_buffer, 0, _MAX_HANDLE_SZ, 0)
-    _check(
-        _libc.name_to_handle_at(fd, b"", _handle_buffer, ctypes.byref(_mount_id), _AT_EMPTY_PATH)
-    )
+    flags = 0 if name else _AT_EMPTY_PATH
+    _check(_libc.name_to_handle_at(fd, name, _handle_buffer, ctypes.byref(_mount_id), flags))
     (size,) = struct.unpack_from("=I", _handle_buffer)
     return _handle_buffer.raw[4 : 8 + size]
 

@@ -39,8 +39,8 @@ class Inode:
     """One object of the export, as long as a guest, an event or a handle needs it."""
 
     __slots__ = (
-        "children", "fd", "generation", "identity", "kind", "listing", "lookups", "name", "nlink",
-        "nodeid", "open_fds", "parent", "pins",
+        "attr_given", "children", "fd", "generation", "identity", "kind", "listing", "lookups",
+        "name", "nlink", "nodeid", "open_fds", "parent", "pins",
     )  # fmt: skip
 
     def __init__(self, nodeid: int, generation: int, identity: Identity, kind: int) -> None:
@@ -55,6 +55,7 @@ class Inode:
         self.children: dict[bytes, Inode] = {}  # of a directory: names that were looked up
         self.fd = -1  # O_PATH pin, only where handles cannot be opened
         self.nlink = 1  # as last seen
+        self.attr_given = False  # to a kernel, for longer than a moment
         self.open_fds: list[int] = []  # of open file handles: reach it after its unlink
         self.listing: Listing | None = None  # of a watched directory
 
@@ -340,6 +341,20 @@ class InodeTable:
         if inode.open_fds:
             return os.open(f"/proc/self/fd/{inode.open_fds[-1]}", os.O_PATH)
         return self._by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+
+    def stat_by_name(self, inode: Inode) -> os.stat_result | None:
+        """Attributes of a file by the name it was last known by; None if that is not it now."""
+        if inode.parent is None or inode.is_placeholder:
+            return None
+        device, ino, handle = inode.identity
+        try:
+            with self.directory(inode.parent) as parent_fd:
+                if handle and host.file_handle(parent_fd, inode.name) != handle:
+                    return None
+                status = os.stat(inode.name, dir_fd=parent_fd, follow_symlinks=False)
+        except OSError:
+            return None
+        return status if (status.st_dev, status.st_ino) == (device, ino) else None
 
     def _is(self, fd: int, inode: Inode) -> bool:
         device, ino, _ = inode.identity

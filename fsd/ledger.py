@@ -62,6 +62,7 @@ class Ledger:
         self._fs = fs
         self._table = fs.table
         self._tasks: deque[Task] = deque()
+        self._begun = False
         self.done: list[Task] = []  # taken over by the guest's counters
 
     def __len__(self) -> int:
@@ -69,7 +70,14 @@ class Ledger:
 
     def add(self, task: Task) -> None:
         """An order goes out to the agent."""
+        if not self._tasks:
+            self._begun = False
         self._tasks.append(task)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the agent is in the middle of its orders: its next request comes at once."""
+        return self._begun and bool(self._tasks)
 
     def finish(self) -> None:
         """The agent asks for more: all it had is executed."""
@@ -103,6 +111,7 @@ class Ledger:
 
     def _head(self, *ops: Op) -> Task | None:
         """The order being executed. A CLOSE needs no answer, so what comes after it has begun."""
+        self._begun = True
         while self._tasks and self._tasks[0].order.op == Op.CLOSE:
             self._pop()
         if self._tasks and (not ops or self._tasks[0].order.op in ops):
@@ -112,7 +121,13 @@ class Ledger:
     # Answers
 
     def lookup(self, nodeid: int, name: bytes) -> Entry | None:
-        """LOOKUP as of the event; None where no order concerns that name."""
+        """LOOKUP as of the event; None where no order concerns that name.
+
+        Raises OSError ESTALE for "..", by which the agent's kernel would look for the place of a
+        directory that it knows by handle only: the agent then walks there, as of the event.
+        """
+        if name in (b".", b".."):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         task = self._head()
         if task is None:
             return None

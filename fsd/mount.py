@@ -128,7 +128,8 @@ class Mounted:
             pyfuse3.init(FuseDoor(service), options.mountpoint, self._fuse_options())
         except RuntimeError as error:
             raise StartError(f"mounting on {options.mountpoint} failed: {error}") from None
-        trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: len(guest.ledger) > 0))
+        export.watcher.on_changed = FuseDoor.invalidate
+        trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: guest.ledger.is_at_work))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Pump(export).run)

@@ -35,6 +35,6 @@ def is_open_for_writing(device: int, ino: int) -> bool:
 
 def _mounts_of(device: int) -> set[int]:
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo") as mountinfo:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mountinfo:
         fields = (line.split(" ", 3) for line in mountinfo)
         return {int(mount_id) for mount_id, _parent, number, _rest in fields if number == wanted}

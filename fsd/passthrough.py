@@ -196,6 +196,9 @@ class PassthroughFS:
         if inode.is_dir:
             with self.table.directory(inode) as fd:
                 return os.fstat(fd)
+        status = self.table.stat_by_name(inode)
+        if status is not None:
+            return status
         with self.table.opened(inode) as fd:
             return os.fstat(fd)
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pyinotify
 
 from protocol.inotify import RawEvent, parse_events
-from protocol.masks import Mask
+from protocol.masks import STRUCTURE, Mask
 
 from .inodes import Inode, InodeTable
 
@@ -35,6 +35,9 @@ BACKLOG_LIMIT = 524_288
 """Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
 _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
+DIRECTORY = STRUCTURE | Mask.ATTRIB
+"""What a directory is always watched for: its names, and all that changes its attributes."""
+_CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
 _REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
 """Events that one call may make several times: reading a directory, chown and chmod at once."""
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
@@ -92,6 +95,8 @@ class HostWatcher:
         self._leaving: dict[tuple[int, bytes], int] = {}
         self.events_in = 0
         self.on_arrival: Callable[[], None] = _nobody
+        self.on_changed: Callable[[Inode], None] = _nobody_knows
+        """A directory's own attributes have changed, which a kernel was given for long."""
 
     def close(self) -> None:
         """Drop all watches."""
@@ -103,6 +108,11 @@ class HostWatcher:
     def mask_of(self, inode: Inode) -> Mask:
         """The host mask of an inode, 0 where it is not watched."""
         return self._mask_of.get(inode, Mask(0))
+
+    def tells_changes(self, inode: Inode) -> bool:
+        """Whether a change of a directory's attributes, its own rename included, is an event."""
+        nodes = (inode, inode.parent)
+        return all(node is None or DIRECTORY in self.mask_of(node) for node in nodes)
 
     def inodes(self) -> list[Inode]:
         """Everything that is watched."""
@@ -135,10 +145,13 @@ class HostWatcher:
         self._by_wd[wd] = inode
         self._wd_of[inode] = wd
         self._mask_of[inode] = mask
+        if inode.attr_given and not self.tells_changes(inode):
+            self._withdraw(inode)
 
     def _remove(self, inode: Inode) -> None:
         del self._mask_of[inode]
         wd = self._wd_of.pop(inode)
+        self._withdraw(inode)
         if self._by_wd.get(wd) is inode:
             del self._by_wd[wd]
             self._manager.rm_watch(wd, quiet=True)
@@ -156,6 +169,7 @@ class HostWatcher:
         if inode is not None:
             self._wd_of.pop(inode, None)
             self._mask_of.pop(inode, None)
+            self._withdraw(inode)
             self._table.unpin(inode)
         return inode
 
@@ -200,9 +214,24 @@ class HostWatcher:
             return
         self._arrivals.append(arrival)
         raw = arrival.raw
+        if raw.mask & _CHANGING:
+            self._note_change(raw)
         if raw.mask & _LEAVING:
             key = (raw.wd, raw.name)
             self._leaving[key] = self._leaving.get(key, 0) + 1
+
+    def _note_change(self, raw: RawEvent) -> None:
+        """A directory's attributes have changed, or those of one in it."""
+        if raw.mask & Mask.Q_OVERFLOW:
+            self._withdraw(*self._mask_of)
+        elif (inode := self._by_wd.get(raw.wd)) is not None:
+            self._withdraw(inode, inode.children.get(raw.name))
+
+    def _withdraw(self, *inodes: Inode | None) -> None:
+        for inode in inodes:
+            if inode is not None and inode.attr_given:
+                inode.attr_given = False
+                self.on_changed(inode)
 
     def pop(self) -> Arrival:
         """The next event in queue order."""
@@ -296,3 +325,7 @@ def _queue_of(length: int | None) -> Iterator[None]:
 
 def _nobody() -> None:
     """No pump runs yet."""
+
+
+def _nobody_knows(inode: Inode) -> None:
+    """No door gives attributes for long."""

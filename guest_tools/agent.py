@@ -13,7 +13,7 @@ from protocol import frames
 
 from . import kernel
 from .channel import ChannelError, FileChannel
-from .marks import device_of, pids
+from .marks import device_of, mount_ids, pids
 from .replayer import Replayer
 from .scanner import Scanner
 
@@ -31,7 +31,7 @@ class Agent:
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
         self._device = device_of(status)
-        self._replayer = Replayer(self._root_fd, fsd_fd)
+        self._replayer = Replayer(self._root_fd, fsd_fd, self._channel.fileno())
         self._scanner = Scanner(self._device, self._channel.send, self._still_mounted)
         self._reader = frames.FrameReader()
 
@@ -49,10 +49,8 @@ class Agent:
         return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY)
 
     def _still_mounted(self) -> bool:
-        with open("/proc/self/mountinfo") as mountinfo:
-            device = self._device.sdev
-            number = f"{device >> 20}:{device & 0xFFFFF}"
-            return any(line.split(" ", 3)[2] == number for line in mountinfo)
+        device = self._device.sdev
+        return bool(mount_ids(device >> 20, device & 0xFFFFF))
 
     def run(self, ready_fd: int) -> int:
         """Serve until the mount or the server goes. Returns the exit status."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_OPEN_TREE = 428  # the same on every architecture since Linux 5.2
@@ -34,6 +35,14 @@ def clone_mount(path: str) -> int:
     """A private copy of the mount at ``path``, which does not keep that one busy: open_tree(2)."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
     return _check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
+
+
+def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int) -> int:
+    """open_by_handle_at(2); ``mount_fd`` must not be O_PATH. Raises OSError, EPERM where the
+    process lacks CAP_DAC_READ_SEARCH.
+    """
+    data = struct.pack("=Ii", len(handle), kind) + handle
+    return _check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
 
 
 def touch(dir_fd: int, name: bytes, *, atime: bool, mtime: bool) -> None:

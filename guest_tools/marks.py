@@ -39,10 +39,14 @@ class Device(NamedTuple):
 def device_of(status: os.stat_result) -> Device:
     """The device of anything on the mount, from its stat."""
     major, minor = os.major(status.st_dev), os.minor(status.st_dev)
-    with open("/proc/self/mountinfo") as mountinfo:
-        rows = [line.split(" ", 3) for line in mountinfo]
-    ids = frozenset(int(row[0]) for row in rows if row[2] == f"{major}:{minor}")
-    return Device(major << 20 | minor, ids)
+    return Device(major << 20 | minor, mount_ids(major, minor))
+
+
+def mount_ids(major: int, minor: int) -> frozenset[int]:
+    """The ids under which a device is mounted here; none once it is not."""
+    with open("/proc/self/mountinfo", "rb") as mountinfo:
+        rows = [line.split(b" ", 3) for line in mountinfo]
+    return frozenset(int(row[0]) for row in rows if row[2] == b"%d:%d" % (major, minor))
 
 
 def pids() -> list[int]:

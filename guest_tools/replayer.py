@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from protocol.frames import ALIAS, FSD_DIR, STAGING, Op, Order
+from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
 from protocol.masks import Mask
 
 from . import kernel
@@ -26,8 +27,9 @@ _RETRIES = 3
 class Replayer:
     """Executes orders on one mount. Owner of the descriptors that it opened for OPEN."""
 
-    def __init__(self, root_fd: int, fsd_fd: int) -> None:
+    def __init__(self, root_fd: int, fsd_fd: int, channel_fd: int) -> None:
         self._root_fd = root_fd
+        self._mount_fd = channel_fd  # for open_by_handle_at, which takes no O_PATH descriptor
         # Directories of this batch. Not kept longer: an open one would delay its IN_DELETE_SELF.
         self._directories: dict[tuple[int, int], int] = {}
         self._hidden = {
@@ -35,6 +37,7 @@ class Replayer:
             ALIAS: os.open("alias", _O_DIR, dir_fd=fsd_fd),
         }
         self._files: dict[int, int] = {}
+        self._walking = False
         self._actions = {
             Op.CREATE: self._create,
             Op.REMOVE: self._remove,
@@ -50,8 +53,12 @@ class Replayer:
             if fd >= 0:
                 os.close(fd)
             return 0
+        self._walking = False
         if stat.S_ISDIR(order.mode) and order.op in (Op.REMOVE, Op.RENAME):
             self.batch_done()
+            # A rename of a directory is refused where the kernel believes the one to be in the
+            # other; a walk tells it where they are.
+            self._walking = order.op == Op.RENAME
         error: OSError | None = None
         for _ in range(_RETRIES):
             try:
@@ -61,6 +68,7 @@ class Replayer:
             except OSError as caught:
                 error = caught
                 self.batch_done()
+                self._walking = True
         assert error is not None
         return error.errno or 5
 
@@ -71,16 +79,28 @@ class Replayer:
             return self._root_fd
         fd = self._directories.get((nodeid, generation))
         if fd is None:
-            fd = self._walk(path)
+            fd = self._by_handle(nodeid, generation)
+            if fd < 0:
+                fd = self._walk(path)
             self._directories[nodeid, generation] = fd
         return fd
 
-    def _walk(self, path: bytes) -> int:
-        """Open a directory by its path; the server answers each step as of the event.
+    def _by_handle(self, nodeid: int, generation: int) -> int:
+        """Open a directory that the kernel holds, without a request; -1 where it does not.
 
-        Not by handle: for a dentry that the kernel has dropped, open_by_handle_at reads the
-        parent directory to find the name again, which its watchers would see.
+        For a dentry that the kernel has dropped, it would look for the name in the parent, where
+        watchers would see it read: the server refuses that look-up.
         """
+        if self._walking:
+            return -1
+        try:
+            handle = encode_fh(NodeKey(nodeid, generation))
+            return kernel.open_by_handle(self._mount_fd, FILEID_INO64_GEN, handle, _O_DIR)
+        except OSError:
+            return -1
+
+    def _walk(self, path: bytes) -> int:
+        """Open a directory by its path; the server answers each step as of the event."""
         fd = self._root_fd
         for part in _parts(path):
             below = os.open(part, _O_DIR | os.O_NOFOLLOW, dir_fd=fd)

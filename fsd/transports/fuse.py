@@ -10,8 +10,8 @@ import errno
 import functools
 import os
 import select
-import stat
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import pyfuse3
@@ -32,6 +32,8 @@ LONG_POLL = 1.0
 it is short; an agent with nothing to do waits in poll(2) instead, without end."""
 DIRECTORY_TIMEOUT = 0.01
 """Seconds that a directory's attributes, as given to the replayer, are good for."""
+WATCHED_TIMEOUT = 3600.0
+"""The same for a directory that the host is watched for: its kernel is told of changes."""
 _READY = select.POLLIN | select.POLLOUT
 
 
@@ -126,12 +128,18 @@ class FuseDoor(pyfuse3.Operations):
         self._service = service
         self._channels: dict[int, _Channel] = {}
 
+    @staticmethod
+    def invalidate(inode: Inode) -> None:
+        """Make the kernel ask for an inode's attributes anew."""
+        with suppress(OSError):  # the kernel has forgotten it
+            pyfuse3.invalidate_inode(inode.nodeid, attr_only=True)
+
     @_guarded
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        entry = _entry(self._service.lookup(_caller(ctx), parent_inode, name))
-        return self._brief(entry, ctx)
+        entry = self._service.lookup(_caller(ctx), parent_inode, name)
+        return self._lasting(entry.inode, _entry(entry), ctx)
 
     @_guarded
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -140,17 +148,18 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        entry = self._own_ino(*self._service.getattr(_caller(ctx), inode))
-        return self._brief(entry, ctx)
+        node, attr = self._service.getattr(_caller(ctx), inode)
+        return self._lasting(node, self._own_ino(node, attr), ctx)
 
-    def _brief(
-        self, entry: pyfuse3.EntryAttributes, ctx: pyfuse3.RequestContext
+    def _lasting(
+        self, inode: Inode, entry: pyfuse3.EntryAttributes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """For the replayer a directory's attributes hold a moment, else its kernel asks for them
-        at every step. What changes a directory is replayed, and that makes the kernel ask anew.
+        """For the replayer a directory's attributes hold, else its kernel asks for them at every
+        step (docs/decisions/timeouts.md).
         """
-        if stat.S_ISDIR(entry.st_mode) and self._service.is_replayer(_caller(ctx)):
-            entry.attr_timeout = DIRECTORY_TIMEOUT
+        if inode.is_dir and self._service.is_replayer(_caller(ctx)):
+            inode.attr_given = self._service.export.watcher.tells_changes(inode)
+            entry.attr_timeout = WATCHED_TIMEOUT if inode.attr_given else DIRECTORY_TIMEOUT
         return entry
 
     @staticmethod

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fsd import listings
+from fsd import listings, watcher
 from fsd.export import Export
 from fsd.guests import Guest, Observer
 from fsd.inodes import Inode
@@ -24,6 +24,7 @@ USER = Identity(os.geteuid(), os.getegid(), os.getpid())
 AGENT = Identity(os.geteuid(), os.getegid(), AGENT_PID)
 ALL = int(EVENTS)
 STRUCTURE = int(masks.STRUCTURE)
+DIRECTORY = int(watcher.DIRECTORY)
 WHOLE = NodeKey(0, 0)
 
 

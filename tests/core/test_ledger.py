@@ -318,3 +318,15 @@ def test_publishing_interest_changes_nothing(tree: World) -> None:
     tree.export._resync(tree.export.watcher.inodes())
     tree.pump()
     assert snapshot(tree.source) == before
+
+
+@pytest.mark.parametrize("name", [b".", b".."])
+def test_the_replayers_kernel_may_not_search_for_a_directory(world: World, name: bytes) -> None:
+    """open_by_handle_at of a dropped dentry would read the parent, where watchers would see it."""
+    (world.source / "d").mkdir()
+    mount = world.mount()
+    node = world.node("d")
+    with pytest.raises(OSError, match="Stale") as error:
+        mount.lookup(AGENT, node.nodeid, name)
+    assert error.value.errno == errno.ESTALE
+    assert mount.lookup(USER, node.nodeid, name).inode in (node, world.root)
