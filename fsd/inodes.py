@@ -241,24 +241,13 @@ class InodeTable:
     def _new(self, identity: Identity, kind: int) -> Inode:
         device, ino, handle = identity
         nodeid = ino
-        generation = zlib.crc32(handle) or 1
-        lookups = 0
-        old = self._by_node.get(nodeid)
-        if (
-            device != self.device
-            or not ROOT_ID < ino < _SYNTHETIC
-            or (old and (old.pins or old.children))
-        ):
+        if (old := self._by_node.get(ino)) is not None:
+            self.release(old)
+        if device != self.device or not ROOT_ID < ino < _SYNTHETIC or ino in self._by_node:
+            # Also where the host reused the number: a guest's requests name only the nodeid, so the
+            # old object keeps it for as long as anybody refers to it.
             nodeid = next(self._synthetic)
-        elif old is not None:
-            # The host reused the number, and nothing here needs the old object. FORGET names only
-            # the nodeid, so the counts of both generations go on together.
-            lookups = old.lookups
-            if generation == old.generation:
-                generation = (generation + 1) & 0xFFFF_FFFF or 1
-            self._drop(old)
-        inode = Inode(nodeid, generation, identity, kind)
-        inode.lookups = lookups
+        inode = Inode(nodeid, zlib.crc32(handle) or 1, identity, kind)
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
         return inode

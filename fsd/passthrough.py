@@ -277,8 +277,10 @@ class PassthroughFS:
         try:
             fd = self.table.open(inode)
         except OSError as error:
-            if error.errno != errno.ESTALE or inode.parent is None:
+            if error.errno != errno.ESTALE:
                 raise
+            if inode.parent is None:  # removed since: for a moment, nothing was there
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
             with self.table.directory(inode.parent) as dir_fd:
                 fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
