@@ -252,7 +252,10 @@ class Service:
         """GETXATTR; the replayer's calls have no privileges to kill."""
         if nodeid >= FSD_DIR or (self.is_replayer(who) and name == b"security.capability"):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        return self._fs.getxattr(self._table.get(nodeid), name)
+        try:
+            return self._fs.getxattr(self._table.get(nodeid), name)
+        except FileNotFoundError:  # a removed directory: the kernel asks for its ACL at each use
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA)) from None
 
     def listxattr(self, nodeid: int) -> list[bytes]:
         """LISTXATTR."""
