@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,9 +18,14 @@ from .daemon import Daemon
 from .mount import Mounted, Options, StartError, check, reductions
 from .status import mounts, render
 
+log = structlog.get_logger()
+
 
 def main() -> None:
     """Entry point: one line on stderr and status 1 for what fails, 2 for wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="surrogateescape")  # paths are any bytes
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:
@@ -80,8 +86,8 @@ def mount(
         check(options)
         if behind is not None:
             behind.detach()
-        if reduced := reductions():
-            print(f"fsd: {reduced}", file=sys.stderr)
+        for line in reductions(options):
+            print(f"fsd: {line}", file=sys.stderr)
         _run(options, f"fsd: ready: {source} on {mountpoint}", behind)
     except StartError as error:
         if behind is not None:
@@ -117,9 +123,12 @@ def _notify_systemd(state: bytes) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.connect("\0" + address[1:] if address[0] == "@" else address)
-        notify.sendall(state)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.connect("\0" + address[1:] if address[0] == "@" else address)
+            notify.sendall(state)
+    except OSError as error:
+        log.warning("no one hears NOTIFY_SOCKET", address=address, reason=error.strerror or error)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from contextlib import suppress
-from types import FrameType
 
 from protocol import frames
 
@@ -34,6 +32,7 @@ class Agent:
         self._replayer = Replayer(self._root_fd, fsd_fd, self._channel.fileno())
         self._scanner = Scanner(self._device, self._channel.send, self._still_mounted)
         self._reader = frames.FrameReader()
+        self._refusals = {0}  # errnos that need not be shown (again)
 
     def _explain(self, error: OSError) -> str:
         if error.errno == errno.EBUSY:
@@ -52,18 +51,17 @@ class Agent:
         device = self._device.sdev
         return bool(mount_ids(device >> 20, device & 0xFFFFF))
 
-    def run(self, ready_fd: int) -> int:
-        """Serve until the mount or the server goes. Returns the exit status."""
+    def run(self) -> int:
+        """Serve until the mount goes; prints a line when it is ready. Returns 0, the exit status
+        that says so: whoever started the agent need not start another.
+        """
         os.chdir("/")
         os.umask(0)
-        signal.signal(signal.SIGTERM, _leave)
         hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF)
         self._channel.send(frames.encode(hello))
         self._scanner.scan(pids(), full=True)
         self._scanner.start()
-        if ready_fd >= 0:
-            os.write(ready_fd, b"ready\n")
-            os.close(ready_fd)
+        print(f"fsd-guest: ready: {self._mountpoint}", flush=True)
         try:
             while True:
                 self._reader.feed(self._channel.receive())
@@ -86,11 +84,11 @@ class Agent:
                 self._channel.send(frames.encode(frames.Ack(message.seq, failure)))
         elif isinstance(message, frames.Hint):
             self._scanner.hint(message.hint, message.pid)
-        elif isinstance(message, frames.Result) and message.errno:
+        elif isinstance(message, frames.Result) and message.errno not in self._refusals:
+            self._refusals.add(message.errno)
             reason = os.strerror(message.errno)
-            print(f"fsd-guest: mark on node {message.nodeid} refused: {reason}", file=sys.stderr)
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    """End at once: the kernel closes what is open, and nothing is left to save."""
-    os._exit(0)
+            print(
+                f"fsd-guest: mark on node {message.nodeid} refused: {reason}; "
+                "more of the same are not shown, see fsd-guest marks",
+                file=sys.stderr,
+            )

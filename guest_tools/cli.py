@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import stat
@@ -25,6 +26,9 @@ class Failure(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status (0 done, 1 failed, 2 wrong usage)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="surrogateescape")  # paths are any bytes
     arguments = _parser().parse_args(argv)
     try:
         result: int = arguments.run(arguments)
@@ -50,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
 
     agent = commands.add_parser("agent", help="announce the host's changes on a mount")
     agent.add_argument("mountpoint")
-    agent.add_argument("--ready-fd", type=int, default=-1, help="write a line there when ready")
     agent.set_defaults(run=_agent)
 
     marks = commands.add_parser("marks", help="list every mark that programs hold on a mount")
@@ -76,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _agent(arguments: argparse.Namespace) -> int:
-    return Agent(arguments.mountpoint).run(arguments.ready_fd)
+    return Agent(arguments.mountpoint).run()
 
 
 # Marks
