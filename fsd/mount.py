@@ -16,8 +16,8 @@ import trio
 
 from protocol.frames import FSD_NAME
 
-from .agent import AgentError, AgentProcess
 from .export import Export
+from .mount_agent import AgentError, AgentProcess
 from .service import Service
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump

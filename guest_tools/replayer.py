@@ -123,7 +123,7 @@ class Replayer:
         elif kind == stat.S_IFLNK:
             os.symlink(b"?", order.name, dir_fd=dir_fd)
         else:
-            os.mknod(order.name, kind | 0o600, order.rdev, dir_fd=dir_fd)
+            os.mknod(order.name, kind | 0o600, dir_fd=dir_fd)
 
     @staticmethod
     def _remove(order: Order, dir_fd: int) -> None:

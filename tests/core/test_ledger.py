@@ -108,7 +108,7 @@ def replay_all(mount: Service, orders: list[Order]) -> int:
                 stat.S_IFDIR: lambda o: mount.mkdir(AGENT, o.nodeid, o.name, 0o777),
                 stat.S_IFLNK: lambda o: mount.symlink(AGENT, o.nodeid, o.name, b"?"),
             }
-            default = lambda o: mount.mknod(AGENT, o.nodeid, o.name, o.mode, o.rdev)  # noqa: E731
+            default = lambda o: mount.mknod(AGENT, o.nodeid, o.name, o.mode, 0)  # noqa: E731
             make.get(kind, default)(order)
             continue
         if order.op == Op.CLOSE:

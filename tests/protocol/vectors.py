@@ -18,7 +18,7 @@ from protocol.frames import ALIAS, STAGING, Message, Op, Role
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask, MaskError
 
-from . import norm
+from . import kernel, norm
 
 VECTORS = Path(__file__).with_name("vectors.json")
 _BEGIN, _END = "<!-- vectors: begin -->\n", "<!-- vectors: end -->\n"
@@ -33,7 +33,7 @@ def _order(
     seq: int, op: Op, mode: int, node: tuple[int, int], name: bytes, *, path: bytes = b"",
     node2: tuple[int, int] = NO, name2: bytes = b"", path2: bytes = b"", arg: int = 0,
 ) -> frames.Order:  # fmt: skip
-    return frames.Order(seq, op, mode, 0, *node, *node2, arg, name, name2, path, path2)
+    return frames.Order(seq, op, mode, *node, *node2, arg, name, name2, path, path2)
 
 
 FRAMES: dict[str, Message] = {
@@ -190,7 +190,7 @@ def generate() -> dict[str, Any]:
                 "name": name,
                 "type": handles.FILEID_INO64_GEN,
                 "fields": _fields(key),
-                "hex": handles.encode_fh(key).hex(),
+                "hex": kernel.fuse_handle(key).hex(),
             }
             for name, key in HANDLES.items()
         ],
