@@ -23,13 +23,17 @@ class Agent:
         self._mountpoint = os.path.abspath(mountpoint)
         try:
             status = os.stat(self._mountpoint)
-            self._root_fd = self._open_root()
-            fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=self._root_fd)
-            self._channel = FileChannel(fsd_fd, "control")
+            root_fd = self._open_root()
+            fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=root_fd)
+            try:
+                self._channel = FileChannel(fsd_fd, "control")
+            finally:
+                os.close(fsd_fd)
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
         self._device = device_of(status)
-        self._replayer = Replayer(self._root_fd, fsd_fd, self._channel.fileno())
+        self._st_dev = status.st_dev
+        self._replayer = Replayer(root_fd, self._open_mountpoint, self._channel.fileno())
         self._scanner = Scanner(self._device, self._channel.send, self._still_mounted)
         self._reader = frames.FrameReader()
         self._refusals = {0}  # errnos that need not be shown (again)
@@ -46,6 +50,14 @@ class Agent:
         with suppress(OSError):
             return kernel.clone_mount(self._mountpoint)
         return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY)
+
+    def _open_mountpoint(self) -> int:
+        """The root as users of the mount have it. Raises OSError where something else is there."""
+        fd = os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if os.fstat(fd).st_dev != self._st_dev:
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self._mountpoint)
+        return fd
 
     def _still_mounted(self) -> bool:
         device = self._device.sdev
@@ -65,6 +77,7 @@ class Agent:
         try:
             while True:
                 self._reader.feed(self._channel.receive())
+                self._replayer.visibly = self._scanner.knows_fanotify
                 for message in self._reader:
                     self._handle(message)
                 self._replayer.batch_done()

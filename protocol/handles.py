@@ -21,6 +21,11 @@ class NodeKey(NamedTuple):
     generation: int
 
 
+def encode_fh(key: NodeKey) -> bytes:
+    """The f_handle bytes by which open_by_handle_at(2) finds the inode on the mount."""
+    return _FH.pack(key.nodeid >> 32, key.nodeid & 0xFFFF_FFFF, key.generation)
+
+
 def decode_fh(kind: int, handle: bytes) -> NodeKey:
     """NodeKey of a FUSE handle. Raises ValueError for any other kind of handle."""
     if kind not in (FILEID_INO64_GEN, FILEID_INO64_GEN_PARENT) or len(handle) < _FH.size:

@@ -648,7 +648,7 @@ import ctypes, os, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
 flags, path = int(sys.argv[1], 0), sys.argv[2].encode()
 fd = libc.fanotify_init(0, os.O_RDONLY)
-mask = 0x2 | 0x8  # MODIFY, CLOSE_WRITE
+mask = 0x2 | 0x8  # FAN_MODIFY, FAN_CLOSE_WRITE
 mask |= 0x08000000 if flags == 1 else 0  # EVENT_ON_CHILD: for an inode mark on a directory
 result = libc.fanotify_mark(fd, flags, ctypes.c_uint64(mask), -100, path)
 if fd < 0 or result < 0:
@@ -663,6 +663,7 @@ while True:
         buffer = buffer[length:]
 """
 FAN_MARK_ADD, FAN_MARK_MOUNT, FAN_MARK_FILESYSTEM = 0x1, 0x10, 0x100
+FAN_MODIFY, FAN_CLOSE_WRITE = 0x2, 0x8
 
 
 @pytest.mark.parametrize(
@@ -684,12 +685,65 @@ def test_fanotify_marks_show_up_armed_and_work(share: Mount, kind: int, nodeid: 
         assert mark["nodeid"] == (os.stat(where).st_ino if nodeid is None else nodeid)
         with open(share.source / "deep/file", "a") as file:
             file.write("y")
-        masks = 0
-        while not masks & 0x8:
-            bits, path = line_of(watcher).split(" ", 1)
-            masks |= int(bits, 0)
-            assert path == str(share.mountpoint / "deep/file")
-        assert masks & 0x2
+        told = until_closed(watcher, share.mountpoint / "deep/file")
+        # A limit: a mark on the whole file system is one on the agent's channel, too.
+        channel = {"/.fsd/control"} if kind == FAN_MARK_FILESYSTEM else set()
+        assert told == channel
+        # And between events the mountpoint is as idle as without such a mark.
+        wait_until(lambda: not status_of(share.mountpoint)["guests"][0]["depth"], 10, "rest")
+        held = [os.readlink(fd) for fd in Path(f"/proc/{agent_of(share)}/fd").iterdir()]
+        assert not [path for path in held if path.startswith(str(share.mountpoint))]
+
+
+def until_closed(watcher: subprocess.Popen[bytes], file: Path) -> set[str]:
+    """Read what fanotify tells, until the file's change is told; what else it told of."""
+    told: dict[str, int] = {}
+    while not told.get(str(file), 0) & FAN_CLOSE_WRITE:
+        bits, path = line_of(watcher).split(" ", 1)
+        told[path] = told.get(path, 0) | int(bits, 0)
+    assert told.pop(str(file)) & FAN_MODIFY
+    return set(told)
+
+
+def agent_of(share: Mount) -> int:
+    pid: int = status_of(share.mountpoint)["guests"][0]["agent_pid"]
+    return pid
+
+
+def test_a_mount_mark_on_a_bind_mount_hears_nothing(share: Mount, tmp_path: Path) -> None:
+    """A limit: the agent works through the mountpoint, and events carry the mount."""
+    (tmp_path / "bound").mkdir()
+    subprocess.run(["mount", "--bind", share.mountpoint, tmp_path / "bound"], check=True)
+    kind = hex(FAN_MARK_ADD | FAN_MARK_MOUNT)
+    try:
+        with (
+            background(sys.executable, "-c", FANOTIFY, kind, tmp_path / "bound") as bound,
+            background(sys.executable, "-c", FANOTIFY, kind, share.mountpoint) as direct,
+        ):
+            for watcher in (bound, direct):
+                assert line_of(watcher) == "marked", line_of(watcher, stderr=True)
+            share.wait_armed(share.mountpoint, pid=direct.pid, timeout=45)
+            (share.source / "file").write_text("x")
+            assert until_closed(direct, share.mountpoint / "file") == set()
+            (tmp_path / "bound/own").write_text("x")
+            assert line_of(bound).endswith("/own")
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "bound"], check=True)
+
+
+@pytest.mark.parametrize("name", ["control", "session"])
+def test_a_channel_opened_for_reading_is_an_empty_file(share: Mount, name: str) -> None:
+    path = share.mountpoint / ".fsd" / name
+    before = len(status_of(share.mountpoint)["guests"])
+    with open(path, "rb", buffering=0) as file:
+        assert file.read() == b""
+        assert len(status_of(share.mountpoint)["guests"]) == before
+    with pytest.raises(PermissionError):
+        os.open(path, os.O_WRONLY)
+    with background("inotifywait", "-m", "-q", share.mountpoint) as watcher:
+        share.wait_armed(share.mountpoint, pid=watcher.pid)
+        (share.source / "x").mkdir()
+        assert line_of(watcher) == f"{share.mountpoint}/ CREATE,ISDIR x"
 
 
 # fsd-guest mark

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from protocol.handles import NodeKey
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fanotify_mark.argtypes = [
@@ -45,11 +42,6 @@ def directory() -> Iterator[Path]:
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="fsd-", dir=place) as path:
         yield Path(path)
-
-
-def fuse_handle(key: NodeKey) -> bytes:
-    """The f_handle of a FUSE inode, as fs/fuse/inode.c, fuse_encode_fh, writes it."""
-    return struct.pack("=III", key.nodeid >> 32, key.nodeid & 0xFFFF_FFFF, key.generation)
 
 
 @contextmanager

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.fdinfo import MarkInfo, parse_fdinfo
-from protocol.handles import NodeKey, decode_fh
+from protocol.handles import NodeKey, decode_fh, encode_fh
 from protocol.masks import EVENTS, Mask
 
 from . import kernel
-from .kernel import fuse_handle
 from .strategies import integers
 
 NO_HANDLE = (0, b"")
@@ -104,7 +103,7 @@ def test_marks_survive(marks: list[MarkInfo]) -> None:
 @given(integers("u64"), integers("u32"))
 def test_a_fuse_node_comes_out_of_its_line(nodeid: int, generation: int) -> None:
     key = NodeKey(nodeid, generation)
-    mark = MarkInfo("inotify", 1, 1, 0x27, 0, 0xFFF, 0, 0x81, fuse_handle(key))
+    mark = MarkInfo("inotify", 1, 1, 0x27, 0, 0xFFF, 0, 0x81, encode_fh(key))
     (found,) = parse_fdinfo(line(mark))
     assert decode_fh(found.handle_type, found.handle) == key
 

@@ -18,7 +18,7 @@ from protocol.frames import ALIAS, STAGING, Message, Op, Role
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask, MaskError
 
-from . import kernel, norm
+from . import norm
 
 VECTORS = Path(__file__).with_name("vectors.json")
 _BEGIN, _END = "<!-- vectors: begin -->\n", "<!-- vectors: end -->\n"
@@ -190,7 +190,7 @@ def generate() -> dict[str, Any]:
                 "name": name,
                 "type": handles.FILEID_INO64_GEN,
                 "fields": _fields(key),
-                "hex": kernel.fuse_handle(key).hex(),
+                "hex": handles.encode_fh(key).hex(),
             }
             for name, key in HANDLES.items()
         ],
