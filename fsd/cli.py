@@ -19,6 +19,7 @@ from .mount import Mounted, Options, StartError, check, reductions
 from .status import mounts, render
 
 log = structlog.get_logger()
+_POSITIVE = click.IntRange(1, 2**31 - 1)  # what the kernel takes
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         cli(standalone_mode=False)
     except click.UsageError as error:
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
-        print(f"fsd: {error.format_message()}{hint}", file=sys.stderr)
+        print(f"fsd: {error.format_message().rstrip('.')}{hint}", file=sys.stderr)
         sys.exit(2)
     except click.ClickException as error:
         print(f"fsd: {error.format_message()}", file=sys.stderr)
@@ -39,20 +40,29 @@ def main() -> None:
         sys.exit(130)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fsd", prog_name="fsd")
 def cli() -> None:
     """Shared directories whose guests' inotify works."""
 
 
+def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Not an empty one, which would be the working directory."""
+    if path == "":
+        raise click.BadParameter("it is empty", ctx, parameter)
+    return path
+
+
 @cli.command()
-@click.argument("source")
-@click.argument("mountpoint")
+@click.argument("source", callback=_path)
+@click.argument("mountpoint", callback=_path)
 @click.option("--daemon", is_flag=True, help="Return when the mount is usable; go on behind.")
 @click.option("--no-agent", is_flag=True, help="Start no agent: host changes are not announced.")
-@click.option("--socket", "socket_path", help="Listen there for guests without a mount.")
-@click.option("--max-queued-events", type=click.IntRange(min=1), help="Queue of host inotify.")
-@click.option("--max-watches", type=click.IntRange(min=1), help="Host watches to use at most.")
+@click.option(
+    "--socket", "socket_path", callback=_path, help="Listen there for guests without a mount."
+)
+@click.option("--max-queued-events", type=_POSITIVE, help="Queue of host inotify.")
+@click.option("--max-watches", type=_POSITIVE, help="Host watches to use at most.")
 @click.option(
     "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
 )
@@ -145,7 +155,7 @@ def _log_to_stderr(level: str) -> None:
 
 
 @cli.command()
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", required=False, callback=_path)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the state of one mount, or of all."""

@@ -146,7 +146,9 @@ class Mounted:
             )
         except OSError as error:
             where = error.filename or options.source
-            raise StartError(f"{where}: {error.strerror}") from None
+            raise StartError(
+                f"{where}: {error.strerror or error}"
+            ) from None  # pyinotify's has none
 
     async def _bind(self, export: Export, cleanup: ExitStack) -> SocketDoor | None:
         if not self._options.socket:

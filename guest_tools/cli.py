@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from protocol import masks
 from protocol.frames import FSD_NAME, Role
@@ -46,8 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        print(f"fsd-guest: {message}; see '{self.prog} --help'", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fsd-guest", description="Guest side of fsd: inotify on a shared directory works."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
