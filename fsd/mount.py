@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -171,7 +172,8 @@ class Mounted:
     def _fuse_options(self) -> set[str]:
         # Not pyfuse3's own default_permissions where the server is an ordinary user: the kernel
         # would judge by mode bits what the host's file system judges better.
-        options = {f"fsname={self._options.source.replace(',', '_')}", "subtype=fsd"}
+        shown = re.sub(r"[^ -~]|[,\\]", "_", self._options.source)  # pyfuse3 takes ASCII alone
+        options = {f"fsname={shown}", "subtype=fsd"}
         root = os.geteuid() == 0
         if root:
             options.add("default_permissions")

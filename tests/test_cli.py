@@ -183,8 +183,10 @@ def test_dev_fuse_of_something_else(places: tuple[Path, Path], daemon: list[str]
     """Found out only by mounting: after the daemon's fork."""
     source, mountpoint = places
     setup = "mount --bind /dev/null /dev/fuse"
-    done = run(private(setup, FSD, "mount", source, mountpoint, *daemon))
+    name = source.parent / "socket"
+    done = run(private(setup, FSD, "mount", source, mountpoint, "--socket", name, *daemon))
     assert done.returncode == 1
+    assert not name.exists()
     assert done.stdout == ""
     last = done.stderr.splitlines()[-1]
     assert last.startswith("fsd: mounting on")
@@ -253,6 +255,22 @@ def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
 )
 def test_wrong_usage_of_the_guests_command(arguments: list[str]) -> None:
     refused(run([GUEST, *arguments]), "--help'", status=2, who="fsd-guest")
+
+
+def test_an_entry_that_the_hidden_directory_covers(places: tuple[Path, Path]) -> None:
+    source, mountpoint = places
+    (source / ".fsd").mkdir()
+    (source / ".fsd/mine").touch()
+    with background(FSD, "mount", source, mountpoint) as process:
+        said = line_of(process, stderr=True)
+        assert said.startswith(f"fsd: source {source} has an entry named .fsd, ")
+        assert line_of(process).startswith("fsd: ready")
+        assert os.listdir(mountpoint / ".fsd") == []
+        assert sorted(os.listdir(mountpoint)) == [".fsd", "file"]
+        process.terminate()
+        ended(process, mountpoint)
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
 
 
 def test_help_and_version() -> None:
@@ -450,12 +468,18 @@ def test_a_signal_while_the_mount_is_in_use(places: tuple[Path, Path]) -> None:
             os.close(fd)
 
 
-def test_a_signal_during_the_start(places: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("pause", [0.0, 0.05, 0.2])
+def test_a_signal_during_the_start(
+    places: tuple[Path, Path], number: signal.Signals, pause: float
+) -> None:
+    """After the mount, before or while the agent starts: wherever the pause happens to end."""
     source, mountpoint = places
     with background(FSD, "mount", source, mountpoint) as process:
         wait_until(lambda: mounts_at(mountpoint), 20, "the mount")
-        process.terminate()
-        assert process.wait(20) in (0, -signal.SIGTERM)
+        time.sleep(pause)
+        process.send_signal(number)
+        assert process.wait(20) == 0
         wait_until(lambda: not mounts_at(mountpoint), 5, "the unmount")
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
@@ -507,12 +531,13 @@ def test_two_mounts_of_one_source(places: tuple[Path, Path], tmp_path: Path) -> 
 # fsd status
 
 
-def test_status_table(share: Mount) -> None:
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_status_table(share: Mount, columns: str) -> None:
     with background("inotifywait", "-m", "-q", share.mountpoint) as watcher:
         share.wait_armed(share.mountpoint, pid=watcher.pid)
         (share.source / "x").mkdir()
         line_of(watcher)
-        os.environ["COLUMNS"] = "200"
+        os.environ["COLUMNS"] = columns
         try:
             done = run([FSD, "status", share.mountpoint])
         finally:
@@ -560,10 +585,11 @@ def test_status_of_nothing(tmp_path: Path) -> None:
 def test_status_of_odd_names(tmp_path: Path) -> None:
     """Blanks and brackets in paths, which mountinfo and the table's markup would change."""
     source, mountpoint = tmp_path / "a [red]source,x", tmp_path / "b [bold] mount\\ \u00fc"
-    source.mkdir()
-    mountpoint.mkdir()
+    source, mountpoint = source / ("long" * 30), mountpoint / ("long" * 30)
+    source.mkdir(parents=True)
+    mountpoint.mkdir(parents=True)
     with mounted(source, mountpoint, "--no-agent"):
-        os.environ["COLUMNS"] = "200"
+        os.environ["COLUMNS"] = "80"
         try:
             done = run([FSD, "status", mountpoint])
         finally:
@@ -572,6 +598,33 @@ def test_status_of_odd_names(tmp_path: Path) -> None:
         assert str(mountpoint) in done.stdout
         assert str(source) in done.stdout
         assert str(mountpoint) in json.loads(run([FSD, "status", "--json"]).stdout)
+
+
+def test_names_of_any_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the locale's encoding has no place for them, as in most: shown as they are."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    source, mountpoint = tmp_path / "s\udcff", tmp_path / "m\udcfe"
+    source.mkdir()
+    mountpoint.mkdir()
+    refused(run([FSD, "mount", source, mountpoint / "no\udcfd"]), "no\udcfd does not exist")
+    with daemon_of(source, mountpoint):
+        (source / "d\udcfc").mkdir()
+        path = mountpoint / "d\udcfc"
+        shown = run([FSD, "status", mountpoint])
+        assert f"{mountpoint} shares {source}\n" in shown.stdout, shown.stderr
+        assert str(mountpoint) in json.loads(run([FSD, "status", "--json"]).stdout)
+        assert mark("add", path, "--mask", "create").startswith(f"{path} (nodeid ")
+        with (
+            background("inotifywait", "-m", "-q", path) as inotifywait,
+            background(GUEST, "watch", path) as watcher,
+        ):
+            established(watcher)
+            share = Mount(source, mountpoint, inotifywait)
+            share.wait_armed(path, pid=inotifywait.pid)
+            assert str(path) in run([GUEST, "marks", mountpoint]).stdout
+            (source / "d\udcfc/x\udcfb").mkdir()
+            assert line_of(inotifywait) == f"{path}/ CREATE,ISDIR x\udcfb"
+            assert line_of(watcher) == f"{path}/ CREATE,ISDIR x\udcfb"
 
 
 def test_other_users_get_no_status(share: Mount) -> None:
@@ -863,6 +916,17 @@ def test_watch_recursive_json(share_no_agent: Mount) -> None:
         assert json.loads(line_of(watcher))["path"] == path
 
 
+def test_watch_recursive_loses_nothing_while_it_asks(share_no_agent: Mount) -> None:
+    """Events of the root come while the answers for new directories are waited for."""
+    share = share_no_agent
+    with background(GUEST, "watch", "-r", "--mask", "create", share.mountpoint) as watcher:
+        established(watcher)
+        for number in range(100):
+            (share.source / f"d{number}").mkdir()
+        told = [line_of(watcher) for _ in range(100)]
+    assert told == [f"{share.mountpoint}/ CREATE,ISDIR d{number}" for number in range(100)]
+
+
 def _is_watched(share: Mount, path: str) -> bool:
     guests = status_of(share.mountpoint)["guests"]
     return any(mark["path"] == path for guest in guests for mark in guest["armed"])
@@ -984,6 +1048,14 @@ def test_an_ordinary_users_mount_without_an_agent(tmp_path: Path) -> None:
             (share.source / "host").mkdir()
             run([*user, "mkdir", share.mountpoint / "own"])
             assert line_of(watcher) == f"{share.mountpoint}/ CREATE,ISDIR own"
+
+
+def test_an_ordinary_users_removed_working_directory(tmp_path: Path) -> None:
+    with users_mount(tmp_path) as (share, _):
+        user = inside(share.process.pid, *as_user())
+        script = "mkdir d && cd d && rmdir ../d && ls -a . && stat -c %h . && getfacl -c ."
+        done = run([*user, "sh", "-c", f"cd {share.mountpoint} && {script}"])
+        assert (done.returncode, done.stdout.split()[0]) == (0, "0"), done
 
 
 def test_an_ordinary_user_unmounts(tmp_path: Path) -> None:
