@@ -96,8 +96,6 @@ def mount(
         check(options)
         if behind is not None:
             behind.detach()
-        for line in reductions(options):
-            print(f"fsd: {line}", file=sys.stderr)
         _run(options, f"fsd: ready: {source} on {mountpoint}", behind)
     except StartError as error:
         if behind is not None:
@@ -109,6 +107,8 @@ def _run(options: Options, line: str, behind: Daemon | None) -> None:
     import trio
 
     def ready() -> None:
+        for reduced in reductions(options):
+            print(f"fsd: {reduced}", file=sys.stderr)
         print(line, flush=True)
         _notify_systemd(b"READY=1")
         if behind is not None:

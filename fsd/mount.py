@@ -7,8 +7,9 @@ import os
 import re
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, suppress
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,10 +165,14 @@ class Mounted:
 
     def _mount(self, service: Service) -> None:
         mountpoint = self._options.mountpoint
-        try:
-            pyfuse3.init(FuseDoor(service), mountpoint, self._fuse_options())
-        except RuntimeError as error:
-            raise StartError(f"mounting on {mountpoint} failed: {error}") from None
+        with tempfile.TemporaryFile() as said:
+            try:
+                with _stderr_in(said.fileno()):
+                    pyfuse3.init(FuseDoor(service), mountpoint, self._fuse_options())
+            except RuntimeError as error:
+                said.seek(0)
+                reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or error
+                raise StartError(f"mounting on {mountpoint} failed: {reason}") from None
 
     def _fuse_options(self) -> set[str]:
         # Not pyfuse3's own default_permissions where the server is an ordinary user: the kernel
@@ -210,6 +215,18 @@ class Mounted:
                 raise StartError(str(error)) from None
         if starting.cancelled_caught:
             raise StartError(f"{mountpoint} is not usable after {READY_TIMEOUT:.0f} s")
+
+
+@contextmanager
+def _stderr_in(fd: int) -> Iterator[None]:
+    """libfuse and fusermount3 say why they fail on stderr only; in here that goes to ``fd``."""
+    own = os.dup(2)
+    try:
+        os.dup2(fd, 2)
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _raise_file_limit() -> None:

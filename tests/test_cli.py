@@ -185,13 +185,9 @@ def test_dev_fuse_of_something_else(places: tuple[Path, Path], daemon: list[str]
     setup = "mount --bind /dev/null /dev/fuse"
     name = source.parent / "socket"
     done = run(private(setup, FSD, "mount", source, mountpoint, "--socket", name, *daemon))
-    assert done.returncode == 1
+    refused(done, f"mounting on {mountpoint} failed: ", mountpoint)
+    assert "fuse_session_mount" not in done.stderr  # but why it failed
     assert not name.exists()
-    assert done.stdout == ""
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("fsd: mounting on")
-    assert "Traceback" not in done.stderr
-    assert mounts_at(mountpoint) == []
 
 
 def test_no_permission_for_dev_fuse(tmp_path: Path) -> None:
@@ -214,6 +210,23 @@ def test_no_permission_for_the_mountpoint(tmp_path: Path) -> None:
         setup = f"{device_of_everybody(tmp_path)}\n{python_of_everybody(tmp_path)}"
         done = run(private(setup, *as_user(), FSD, "mount", source, mountpoint))
         refused(done, "no permission to write", mountpoint)
+
+
+@pytest.mark.parametrize("daemon", [[], ["--daemon"]], ids=["foreground", "daemon"])
+def test_fusermount_refuses(tmp_path: Path, daemon: list[str]) -> None:
+    with world_readable() as top:
+        source, mountpoint = top / "source", top / "mount"
+        for directory in (source, mountpoint):
+            directory.mkdir()
+            os.chown(directory, UID, UID)
+        setup = f"{device_of_everybody(tmp_path)}\n{python_of_everybody(tmp_path)}"
+        (tmp_path / "fuse.conf").touch()
+        setup += f"\ntouch /etc/fuse.conf; mount --bind {tmp_path}/fuse.conf /etc/fuse.conf"
+        user = as_user()
+        done = run(
+            private(setup, *user, FSD, "mount", source, mountpoint, "--allow-other", *daemon)
+        )
+        refused(done, "failed: fusermount3: option allow_other only allowed", mountpoint)
 
 
 def test_a_socket_that_cannot_be_made(places: tuple[Path, Path], tmp_path: Path) -> None:
@@ -753,6 +766,19 @@ def until_closed(watcher: subprocess.Popen[bytes], file: Path) -> set[str]:
         told[path] = told.get(path, 0) | int(bits, 0)
     assert told.pop(str(file)) & FAN_MODIFY
     return set(told)
+
+
+def test_what_was_open_before_the_mark_has_no_modify(share: Mount) -> None:
+    """A limit for groups that report by descriptor: the agent has no file of it to write to."""
+    path = share.mountpoint / "file"
+    with open(share.source / "file", "w") as file:
+        kind = hex(FAN_MARK_ADD)
+        with background(sys.executable, "-c", FANOTIFY, kind, share.mountpoint) as watcher:
+            assert line_of(watcher) == "marked", line_of(watcher, stderr=True)
+            share.wait_armed(share.mountpoint, pid=watcher.pid, timeout=45)
+            file.write("x")
+            file.close()
+            assert line_of(watcher) == f"{FAN_CLOSE_WRITE:#x} {path}"
 
 
 def agent_of(share: Mount) -> int:
