@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,14 +18,20 @@ from .daemon import Daemon
 from .mount import Mounted, Options, StartError, check, reductions
 from .status import mounts, render
 
+log = structlog.get_logger()
+_POSITIVE = click.IntRange(1, 2**31 - 1)  # what the kernel takes
+
 
 def main() -> None:
     """Entry point: one line on stderr and status 1 for what fails, 2 for wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="surrogateescape")  # paths are any bytes
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
-        print(f"fsd: {error.format_message()}{hint}", file=sys.stderr)
+        print(f"fsd: {error.format_message().rstrip('.')}{hint}", file=sys.stderr)
         sys.exit(2)
     except click.ClickException as error:
         print(f"fsd: {error.format_message()}", file=sys.stderr)
@@ -33,20 +40,29 @@ def main() -> None:
         sys.exit(130)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fsd", prog_name="fsd")
 def cli() -> None:
     """Shared directories whose guests' inotify works."""
 
 
+def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Not an empty one, which would be the working directory."""
+    if path == "":
+        raise click.BadParameter("it is empty", ctx, parameter)
+    return path
+
+
 @cli.command()
-@click.argument("source")
-@click.argument("mountpoint")
+@click.argument("source", callback=_path)
+@click.argument("mountpoint", callback=_path)
 @click.option("--daemon", is_flag=True, help="Return when the mount is usable; go on behind.")
 @click.option("--no-agent", is_flag=True, help="Start no agent: host changes are not announced.")
-@click.option("--socket", "socket_path", help="Listen there for guests without a mount.")
-@click.option("--max-queued-events", type=click.IntRange(min=1), help="Queue of host inotify.")
-@click.option("--max-watches", type=click.IntRange(min=1), help="Host watches to use at most.")
+@click.option(
+    "--socket", "socket_path", callback=_path, help="Listen there for guests without a mount."
+)
+@click.option("--max-queued-events", type=_POSITIVE, help="Queue of host inotify.")
+@click.option("--max-watches", type=_POSITIVE, help="Host watches to use at most.")
 @click.option(
     "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
 )
@@ -80,8 +96,6 @@ def mount(
         check(options)
         if behind is not None:
             behind.detach()
-        if reduced := reductions():
-            print(f"fsd: {reduced}", file=sys.stderr)
         _run(options, f"fsd: ready: {source} on {mountpoint}", behind)
     except StartError as error:
         if behind is not None:
@@ -93,6 +107,8 @@ def _run(options: Options, line: str, behind: Daemon | None) -> None:
     import trio
 
     def ready() -> None:
+        for reduced in reductions(options):
+            print(f"fsd: {reduced}", file=sys.stderr)
         print(line, flush=True)
         _notify_systemd(b"READY=1")
         if behind is not None:
@@ -117,9 +133,12 @@ def _notify_systemd(state: bytes) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.connect("\0" + address[1:] if address[0] == "@" else address)
-        notify.sendall(state)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.connect("\0" + address[1:] if address[0] == "@" else address)
+            notify.sendall(state)
+    except OSError as error:
+        log.warning("no one hears NOTIFY_SOCKET", address=address, reason=error.strerror or error)
 
 
 def _log_to_stderr(level: str) -> None:
@@ -136,7 +155,7 @@ def _log_to_stderr(level: str) -> None:
 
 
 @cli.command()
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", required=False, callback=_path)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the state of one mount, or of all."""

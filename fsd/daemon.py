@@ -23,7 +23,7 @@ class Daemon:
                 said = pipe.read()
             if said == _READY:
                 os._exit(0)
-            reason = said.decode(errors="replace") or "the server ended before the mount was ready"
+            reason = os.fsdecode(said) or "the server ended before the mount was ready"
             print(f"fsd: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         os.close(read_fd)
@@ -42,7 +42,7 @@ class Daemon:
     def failed(self, reason: str) -> None:
         """The reason for the parent to print; this process ends."""
         if self._pipe is not None:
-            self._say(reason.encode())
+            self._say(os.fsencode(reason))
             os._exit(1)
 
     def _say(self, data: bytes) -> None:

@@ -320,10 +320,10 @@ class Export:
         self.unwatched.pop(inode, None)
 
     def _route(self, event: Event) -> None:
-        self.arming.remember(event)
         if event.origin is SERVER:
             self.counts["own"] += 1
             return
+        self.arming.remember(event)
         for guest in self._candidates(event):
             halves = self.wanted_halves(guest, event)
             if not halves:

@@ -78,10 +78,21 @@ class HiddenFiles:
         attr = Attr(mode, nodeid, 0, 1, uid, gid, 0, 0, 4096, 0, born, born, born)
         return self._inodes[nodeid], attr
 
-    def open(self, nodeid: int, who: Identity) -> HiddenHandle:
-        """OPEN, OPENDIR. A second agent gets EBUSY."""
+    def open(self, nodeid: int, who: Identity, flags: int) -> HiddenHandle:
+        """OPEN, OPENDIR. A second agent gets EBUSY.
+
+        Only O_RDWR opens a channel. Opened for reading it is an empty file: so does the kernel
+        itself, for a fanotify group that watches the whole file system.
+        """
         handle = HiddenHandle(nodeid)
-        if nodeid == frames.CONTROL:
+        access = flags & os.O_ACCMODE
+        if access == os.O_WRONLY:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if nodeid == frames.STATUS:
+            handle.text = json.dumps(snapshot(self._export)).encode()
+        elif access != os.O_RDWR:
+            return handle
+        elif nodeid == frames.CONTROL:
             if not who.pid:  # the safety rule needs to know the replayer by its pid
                 raise PermissionError(errno.EPERM, "the agent is in another pid namespace")
             if self.control is not None:
@@ -90,8 +101,6 @@ class HiddenFiles:
             self.control = handle
         elif nodeid == frames.SESSION:
             handle.session = Session(self._export, f"session of process {who.pid}", who.pid)
-        elif nodeid == frames.STATUS:
-            handle.text = json.dumps(snapshot(self._export)).encode()
         return handle
 
     def dismiss(self) -> None:

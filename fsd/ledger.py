@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from protocol import frames
 from protocol.frames import FSD_DIR, Op
+from protocol.masks import Mask
 
 from .attributes import StatLike, placeholder_attr, with_nlink
 from .events import Event
@@ -186,6 +187,13 @@ class Ledger:
             raise UnexpectedCall(f"setattr of node {nodeid}")
         self._pop()
         return task.attr or self.attributes(task.child)
+
+    def touch(self, inode: Inode, event: Mask) -> None:
+        """READ, WRITE of an open file that make the event; no data is moved."""
+        task = self._head(Op.TOUCH)
+        if task is None or task.child is not inode or task.order.arg != event:
+            raise UnexpectedCall(f"data of node {inode.nodeid}")
+        self._pop()
 
     def open(self, nodeid: int) -> Inode:
         """OPEN, OPENDIR: the caller answers with a handle that does nothing."""

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import resource
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyfuse3
-import structlog
 import trio
 
+from protocol.frames import FSD_NAME
+
 from .export import Export
+from .mount_agent import AgentError, AgentProcess
 from .service import Service
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump
 from .transports.socket import SocketDoor
 from .transports.spin import SpinBeforeSleep
 
-log = structlog.get_logger()
-AGENT_STABLE = 10.0
-"""Seconds after which an agent counts as having worked; restarts of one that keeps dying come
-0, 1, 3, 7 and then always this many seconds apart."""
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to come up, on a busy machine."""
 
@@ -81,14 +80,20 @@ def check(options: Options) -> None:
         )
 
 
-def reductions() -> str | None:
-    """What an ordinary user's mount lacks, in one line."""
-    if os.geteuid() == 0:
-        return None
-    return (
-        "not root: only your own processes can use and watch this mount, hosts' IN_DELETE_SELF of "
-        "directories may come late, and umount needs -z while the agent runs"
-    )
+def reductions(options: Options) -> list[str]:
+    """What this mount will lack, a line each, to be said once at its start."""
+    lines = []
+    if os.geteuid() != 0:
+        lines.append(
+            "not root: only your own processes can use and watch this mount, hosts' "
+            "IN_DELETE_SELF of directories may come late, and umount needs -z while the agent runs"
+        )
+    if os.path.lexists(os.path.join(os.fsencode(options.source), FSD_NAME)):
+        lines.append(
+            f"source {options.source} has an entry named .fsd, which cannot be reached through the "
+            "mount: its own hidden directory has that name; rename the entry to share it"
+        )
+    return lines
 
 
 class Mounted:
@@ -97,60 +102,83 @@ class Mounted:
     def __init__(self, options: Options, on_ready: Callable[[], None]) -> None:
         self._options = options
         self._on_ready = on_ready
-        self._stopping = False
-        self._agent: trio.Process | None = None
-        self._nudge: Callable[[], None] | None = None
+        self._agent: AgentProcess | None = None
 
     async def run(self) -> None:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
         options = self._options
         _raise_file_limit()
+        os.umask(0)  # the guest's kernel applies its callers' umask
+        with (
+            trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+            ExitStack() as cleanup,
+        ):
+            export = self._open_export()
+            cleanup.callback(export.close)
+            guest = export.add_replayer(options.mountpoint)
+            service = Service(export, guest)
+            cleanup.callback(service.close)
+            if options.agent:
+                self._agent = AgentProcess(options.mountpoint, service.hidden.dismiss)
+            door = await self._bind(export, cleanup)
+            self._mount(service)
+            cleanup.callback(pyfuse3.close)
+            export.watcher.on_changed = FuseDoor.invalidate
+            trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: guest.ledger.is_at_work))
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(Pump(export).run)
+                    if door is not None:
+                        nursery.start_soon(door.run)
+                    nursery.start_soon(self._end_on, signals)
+                    nursery.start_soon(self._come_up)
+                    await pyfuse3.main()
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop_agent()
+
+    def _open_export(self) -> Export:
+        options = self._options
         try:
-            export = Export(
+            return Export(
                 options.source,
                 watch_limit=options.watch_limit,
                 max_queued_events=options.max_queued_events,
             )
         except OSError as error:
             where = error.filename or options.source
-            raise StartError(f"{where}: {error.strerror}") from None
-        guest = export.add_replayer(options.mountpoint)
-        service = Service(export, guest)
-        self._nudge = service.hidden.dismiss
-        os.umask(0)  # the guest's kernel applies its callers' umask
-        door = SocketDoor(export, options.socket) if options.socket else None
-        if door is not None:
+            raise StartError(
+                f"{where}: {error.strerror or error}"
+            ) from None  # pyinotify's has none
+
+    async def _bind(self, export: Export, cleanup: ExitStack) -> SocketDoor | None:
+        if not self._options.socket:
+            return None
+        door = SocketDoor(export, self._options.socket)
+        cleanup.callback(door.close)
+        try:
+            await door.bind()
+        except OSError as error:
+            raise StartError(f"socket {door.path}: {error.strerror}") from None
+        return door
+
+    def _mount(self, service: Service) -> None:
+        mountpoint = self._options.mountpoint
+        with tempfile.TemporaryFile() as said:
             try:
-                await door.bind()
-            except OSError as error:
-                raise StartError(f"socket {options.socket}: {error.strerror}") from None
-        try:
-            pyfuse3.init(FuseDoor(service), options.mountpoint, self._fuse_options())
-        except RuntimeError as error:
-            raise StartError(f"mounting on {options.mountpoint} failed: {error}") from None
-        export.watcher.on_changed = FuseDoor.invalidate
-        trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: guest.ledger.is_at_work))
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(Pump(export).run)
-                if door is not None:
-                    nursery.start_soon(door.run)
-                nursery.start_soon(self._signals, nursery)
-                nursery.start_soon(self._come_up, guest)
-                await pyfuse3.main()
-                self._stopping = True
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._stop_agent()
-            pyfuse3.close()
-            service.close()
-            export.close()
+                with _stderr_in(said.fileno()):
+                    pyfuse3.init(FuseDoor(service), mountpoint, self._fuse_options())
+            except RuntimeError as error:
+                said.seek(0)
+                reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or error
+                raise StartError(f"mounting on {mountpoint} failed: {reason}") from None
 
     def _fuse_options(self) -> set[str]:
         # Not pyfuse3's own default_permissions where the server is an ordinary user: the kernel
         # would judge by mode bits what the host's file system judges better.
-        options = {f"fsname={self._options.source.replace(',', '_')}", "subtype=fsd"}
+        shown = re.sub(r"[^ -~]|[,\\]", "_", self._options.source)  # pyfuse3 takes ASCII alone
+        options = {f"fsname={shown}", "subtype=fsd"}
         root = os.geteuid() == 0
         if root:
             options.add("default_permissions")
@@ -158,69 +186,47 @@ class Mounted:
             options.add("allow_other")
         return options
 
-    async def _signals(self, nursery: trio.Nursery) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                if not self._stopping:
-                    self._stopping = True
-                    await self._stop_agent()
-                    pyfuse3.terminate()
-
-    # The agent
-
-    async def _come_up(self, guest: object) -> None:
-        mountpoint = self._options.mountpoint
-        with trio.fail_after(READY_TIMEOUT):
-            await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
-        if not self._options.agent:
-            self._on_ready()
-            return
-        restarts = 0
-        while True:
-            begun = trio.current_time()
-            status = await self._run_agent(self._on_ready if not restarts else _nothing)
-            if status == 0:  # it was told to go, or saw the mount go
-                return
-            restarts = 1 if trio.current_time() - begun > AGENT_STABLE else restarts + 1
-            log.warning("agent ended, starting another", status=status)
-            await trio.sleep(min(AGENT_STABLE, 2.0 ** (restarts - 1) - 1))
-
-    async def _run_agent(self, on_ready: Callable[[], None]) -> int | None:
-        command = [sys.executable, "-m", "guest_tools", "agent", "--ready-fd", "1"]
-        self._agent = await trio.lowlevel.open_process(
-            [*command, self._options.mountpoint],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            process_group=0,  # a Ctrl-C is for the server, which then ends the agent
-            cwd="/",
-        )
-        process = self._agent
-        assert process.stdout is not None
-        ready = await process.stdout.receive_some(64)
-        if ready:
-            on_ready()
-        elif on_ready is not _nothing:
-            await process.wait()
-            raise StartError(f"the agent did not start (exit status {process.returncode})")
-        await process.wait()
-        return process.returncode
+    async def _end_on(self, signals: AsyncIterator[int]) -> None:
+        async for _ in signals:
+            await self._stop_agent()
+            pyfuse3.terminate()
 
     async def _stop_agent(self) -> None:
-        process, self._agent = self._agent, None
-        if process is None or process.returncode is not None:
-            return
-        with suppress(ProcessLookupError):
-            process.terminate()
-        if self._nudge is not None:
-            self._nudge()  # a waiting read is answered, so that the signal is handled now
-        with trio.move_on_after(3):
-            await process.wait()
-            return
-        process.kill()
+        if self._agent is not None:
+            await self._agent.stop()
+
+    async def _come_up(self) -> None:
+        mountpoint = self._options.mountpoint
+        with trio.move_on_after(READY_TIMEOUT) as starting:
+
+            def ready() -> None:
+                starting.deadline = math.inf
+                self._on_ready()
+
+            try:
+                await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+                if self._agent is None:
+                    ready()
+                else:
+                    await self._agent.run(ready)
+            except OSError as error:
+                raise StartError(f"{mountpoint}: {error.strerror}") from None
+            except AgentError as error:
+                raise StartError(str(error)) from None
+        if starting.cancelled_caught:
+            raise StartError(f"{mountpoint} is not usable after {READY_TIMEOUT:.0f} s")
 
 
-def _nothing() -> None:
-    """Ready was told already."""
+@contextmanager
+def _stderr_in(fd: int) -> Iterator[None]:
+    """libfuse and fusermount3 say why they fail on stderr only; in here that goes to ``fd``."""
+    own = os.dup(2)
+    try:
+        os.dup2(fd, 2)
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _raise_file_limit() -> None:

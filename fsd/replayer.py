@@ -422,7 +422,7 @@ class ReplayGuest(Guest):
         for inode in pinned:
             self._table.pin(inode)
         order = frames.Order(
-            next(self._seq), op, child.kind, 0, nodeid, generation, to[0], to[1], arg, name, to[2],
+            next(self._seq), op, child.kind, nodeid, generation, to[0], to[1], arg, name, to[2],
             _path(held.way), _path(held.way2),
         )  # fmt: skip
         counted = None if op == Op.OPEN and event.kind & _CLOSE else event

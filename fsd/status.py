@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -22,36 +23,53 @@ def mounts() -> list[str]:
     return paths
 
 
+_ROWS = (
+    ("agent", "agent"), ("marks", "marks"), ("queued", "depth"), ("forwarded", "forwarded"),
+    ("own echo", "echo"), ("coalesced", "coalesced"), ("replayed", "replayed"),
+    ("failed", "failed"), ("refused", "refused"), ("missed", "missed"),
+    ("overflows", "overflows"), ("resyncs", "resyncs"),
+)  # fmt: skip
+_BESIDE = 4
+"""Guests shown side by side: their columns fit an ordinary terminal."""
+
+
 def render(path: str, state: dict[str, Any]) -> None:
     """Print one mount's state."""
-    console = Console()
+    console = Console(highlight=False)
     counts = state["counts"]
-    console.print(f"[bold]{path}[/bold] shares {state['source']} (server pid {state['pid']})")
-    console.print(
-        f"  inodes {state['inodes']}, host watches {state['host_watches']}"
-        f" ({len(state['unwatched'])} refused by the host), events in {counts.get('in', 0)},"
-        f" backlog {state['backlog']}, host overflows {counts.get('overflows', 0)},"
-        f" resyncs {counts.get('resyncs', 0)}"
-    )
+    for line in (
+        f"[bold]{escape(path)}[/bold] shares {escape(state['source'])}",
+        f"  server pid {state['pid']}, inodes {state['inodes']}, host watches"
+        f" {state['host_watches']} ({len(state['unwatched'])} refused by the host)",
+        f"  events in {counts.get('in', 0)}, backlog {state['backlog']}, host overflows"
+        f" {counts.get('overflows', 0)}, resyncs {counts.get('resyncs', 0)}",
+    ):
+        console.print(line, soft_wrap=True)
+    guests = state["guests"]
+    for start in range(0, len(guests), _BESIDE):
+        console.print(_table(guests[start : start + _BESIDE]))
+
+
+def _table(guests: list[dict[str, Any]]) -> Table:
+    """A column a guest: more fit beside one another than rows of as many figures would."""
     table = Table()
-    columns = ["guest", "agent", "marks", "forwarded", "echo", "coalesced", "replayed", "failed"]
-    columns += ["queued", "overflows", "resyncs", "p50 ms", "p99 ms"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "guest" else "right")
-    for guest in state["guests"]:
-        agent = {True: "yes", False: "no", None: "-"}[guest.get("agent")]
-        latency = guest["latency_ms"]
-        cells = [guest["name"], agent, guest["marks"], guest["forwarded"], guest["echo"]]
-        cells += [guest["coalesced"], guest["replayed"], guest["failed"], guest["depth"]]
-        cells += [guest["overflows"], guest["resyncs"], latency["p50"], latency["p99"]]
-        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
-    console.print(table)
-    kinds = Table()
-    kinds.add_column("event")
-    for guest in state["guests"]:
-        kinds.add_column(guest["name"], justify="right")
-    for kind in sorted({kind for guest in state["guests"] for kind in guest["by_kind"]}):
-        cells = [str(guest["by_kind"].get(kind, 0)) for guest in state["guests"]]
-        kinds.add_row(kind.replace(".", " "), *cells)
-    if kinds.row_count:
-        console.print(kinds)
+    table.add_column("guest", no_wrap=True)
+    for guest in guests:
+        table.add_column(escape(guest["name"]), justify="right", overflow="fold")
+    rows = [(title, [guest.get(key) for guest in guests]) for title, key in _ROWS]
+    kinds = sorted({kind for guest in guests for kind in guest["by_kind"]})
+    rows += [
+        (kind.replace(".", " "), [g["by_kind"].get(kind, 0) for g in guests]) for kind in kinds
+    ]
+    rows += [(f"{p} ms", [guest["latency_ms"][p] for guest in guests]) for p in ("p50", "p99")]
+    for title, cells in rows:
+        table.add_row(title, *map(_cell, cells))
+    return table
+
+
+def _cell(value: object) -> str:
+    return (
+        {True: "yes", False: "no", None: "-"}[value]
+        if isinstance(value, bool | None)
+        else str(value)
+    )

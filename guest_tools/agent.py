@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from contextlib import suppress
-from types import FrameType
 
 from protocol import frames
 
@@ -25,15 +23,20 @@ class Agent:
         self._mountpoint = os.path.abspath(mountpoint)
         try:
             status = os.stat(self._mountpoint)
-            self._root_fd = self._open_root()
-            fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=self._root_fd)
-            self._channel = FileChannel(fsd_fd, "control")
+            root_fd = self._open_root()
+            fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=root_fd)
+            try:
+                self._channel = FileChannel(fsd_fd, "control")
+            finally:
+                os.close(fsd_fd)
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
         self._device = device_of(status)
-        self._replayer = Replayer(self._root_fd, fsd_fd, self._channel.fileno())
+        self._st_dev = status.st_dev
+        self._replayer = Replayer(root_fd, self._open_mountpoint, self._channel.fileno())
         self._scanner = Scanner(self._device, self._channel.send, self._still_mounted)
         self._reader = frames.FrameReader()
+        self._refusals = {0}  # errnos that need not be shown (again)
 
     def _explain(self, error: OSError) -> str:
         if error.errno == errno.EBUSY:
@@ -48,25 +51,33 @@ class Agent:
             return kernel.clone_mount(self._mountpoint)
         return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY)
 
+    def _open_mountpoint(self) -> int:
+        """The root as users of the mount have it. Raises OSError where something else is there."""
+        fd = os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if os.fstat(fd).st_dev != self._st_dev:
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self._mountpoint)
+        return fd
+
     def _still_mounted(self) -> bool:
         device = self._device.sdev
         return bool(mount_ids(device >> 20, device & 0xFFFFF))
 
-    def run(self, ready_fd: int) -> int:
-        """Serve until the mount or the server goes. Returns the exit status."""
+    def run(self) -> int:
+        """Serve until the mount goes; prints a line when it is ready. Returns 0, the exit status
+        that says so: whoever started the agent need not start another.
+        """
         os.chdir("/")
         os.umask(0)
-        signal.signal(signal.SIGTERM, _leave)
         hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF)
         self._channel.send(frames.encode(hello))
         self._scanner.scan(pids(), full=True)
         self._scanner.start()
-        if ready_fd >= 0:
-            os.write(ready_fd, b"ready\n")
-            os.close(ready_fd)
+        print(f"fsd-guest: ready: {self._mountpoint}", flush=True)
         try:
             while True:
                 self._reader.feed(self._channel.receive())
+                self._replayer.visibly = self._scanner.knows_fanotify
                 for message in self._reader:
                     self._handle(message)
                 self._replayer.batch_done()
@@ -86,11 +97,11 @@ class Agent:
                 self._channel.send(frames.encode(frames.Ack(message.seq, failure)))
         elif isinstance(message, frames.Hint):
             self._scanner.hint(message.hint, message.pid)
-        elif isinstance(message, frames.Result) and message.errno:
+        elif isinstance(message, frames.Result) and message.errno not in self._refusals:
+            self._refusals.add(message.errno)
             reason = os.strerror(message.errno)
-            print(f"fsd-guest: mark on node {message.nodeid} refused: {reason}", file=sys.stderr)
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    """End at once: the kernel closes what is open, and nothing is left to save."""
-    os._exit(0)
+            print(
+                f"fsd-guest: mark on node {message.nodeid} refused: {reason}; "
+                "more of the same are not shown, see fsd-guest marks",
+                file=sys.stderr,
+            )

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,7 +108,7 @@ class Client:
         self._channel = channel
         self._reader = frames.FrameReader()
         self._requests = 0
-        self._events: list[frames.Event] = []
+        self._events: deque[frames.Event] = deque()
         hello = frames.Hello(frames.VERSION, role, 0xFFF)
         channel.send(frames.encode(hello))
         for message in self._messages():
@@ -174,8 +175,9 @@ class Client:
     def events(self) -> Iterator[frames.Event]:
         """Events as they come, without end."""
         while True:
-            while self._events:
-                yield self._events.pop(0)
-            for message in self._messages():
-                if isinstance(message, frames.Event):
-                    yield message
+            if self._events:  # also those that came while the caller asked something
+                yield self._events.popleft()
+                continue
+            message = next(self._messages())
+            if isinstance(message, frames.Event):
+                yield message

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import stat
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from protocol import masks
 from protocol.frames import FSD_NAME, Role
@@ -25,6 +26,9 @@ class Failure(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status (0 done, 1 failed, 2 wrong usage)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="surrogateescape")  # paths are any bytes
     arguments = _parser().parse_args(argv)
     try:
         result: int = arguments.run(arguments)
@@ -42,15 +46,23 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        print(f"fsd-guest: {message}; see '{self.prog} --help'", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fsd-guest", description="Guest side of fsd: inotify on a shared directory works."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     agent = commands.add_parser("agent", help="announce the host's changes on a mount")
     agent.add_argument("mountpoint")
-    agent.add_argument("--ready-fd", type=int, default=-1, help="write a line there when ready")
     agent.set_defaults(run=_agent)
 
     marks = commands.add_parser("marks", help="list every mark that programs hold on a mount")
@@ -76,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _agent(arguments: argparse.Namespace) -> int:
-    return Agent(arguments.mountpoint).run(arguments.ready_fd)
+    return Agent(arguments.mountpoint).run()
 
 
 # Marks

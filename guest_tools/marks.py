@@ -97,7 +97,7 @@ def _event_bits(mark: MarkInfo) -> int:
 def process_name(pid: int) -> str:
     """The command name of a process."""
     try:
-        with open(f"/proc/{pid}/comm") as comm:
+        with open(f"/proc/{pid}/comm", errors="surrogateescape") as comm:
             return comm.read().strip()
     except OSError:
         return "?"

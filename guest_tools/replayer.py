@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
 from protocol.frames import ALIAS, FSD_DIR, STAGING, Op, Order
 from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
@@ -22,21 +23,54 @@ _PATH_LIMIT = 4000
 """Bytes of a path walked at once, below PATH_MAX."""
 _RETRIES = 3
 """Tries of one order: a user's own look-up of the same name can come between two of its steps."""
+_HIDDEN = {STAGING: b".fsd/staging", ALIAS: b".fsd/alias"}
+
+
+class _Name(NamedTuple):
+    """What a file was opened as, and whether for writing."""
+
+    nodeid: int
+    name: bytes
+    writing: bool
+
+
+class _View:
+    """A way into the mount, owner of its descriptors. Events carry the mount they are made on."""
+
+    def __init__(self, root_fd: int) -> None:
+        self.root_fd = root_fd
+        self._hidden: dict[int, int] = {}
+
+    def hidden(self, nodeid: int) -> int:
+        """The hidden directory of that node."""
+        fd = self._hidden.get(nodeid)
+        if fd is None:
+            fd = self._hidden[nodeid] = os.open(_HIDDEN[nodeid], _O_DIR, dir_fd=self.root_fd)
+        return fd
+
+    def close(self) -> None:
+        """Let go of the mount."""
+        for fd in (self.root_fd, *self._hidden.values()):
+            os.close(fd)
 
 
 class Replayer:
-    """Executes orders on one mount. Owner of the descriptors that it opened for OPEN."""
+    """Executes orders on one mount, ``root_fd`` being its root.
 
-    def __init__(self, root_fd: int, fsd_fd: int, channel_fd: int) -> None:
-        self._root_fd = root_fd
+    While ``visibly`` is set it works through ``open_mountpoint`` instead, which raises OSError:
+    marks of fanotify may know the mount, and tell paths. That mount is busy until ``batch_done``.
+    Owner of the descriptors that it opened for OPEN.
+    """
+
+    def __init__(self, root_fd: int, open_mountpoint: Callable[[], int], channel_fd: int) -> None:
+        self._private = self._view = _View(root_fd)
+        self._open_mountpoint = open_mountpoint
         self._mount_fd = channel_fd  # for open_by_handle_at, which takes no O_PATH descriptor
         # Directories of this batch. Not kept longer: an open one would delay its IN_DELETE_SELF.
         self._directories: dict[tuple[int, int], int] = {}
-        self._hidden = {
-            STAGING: os.open("staging", _O_DIR, dir_fd=fsd_fd),
-            ALIAS: os.open("alias", _O_DIR, dir_fd=fsd_fd),
-        }
         self._files: dict[int, int] = {}
+        self._visible: dict[_Name, int] = {}  # those that were opened visibly
+        self.visibly = False
         self._walking = False
         self._actions = {
             Op.CREATE: self._create,
@@ -52,13 +86,17 @@ class Replayer:
             fd = self._files.pop(order.arg, -1)
             if fd >= 0:
                 os.close(fd)
+                self._visible = {name: file for name, file in self._visible.items() if file != fd}
             return 0
         self._walking = False
         if stat.S_ISDIR(order.mode) and order.op in (Op.REMOVE, Op.RENAME):
-            self.batch_done()
+            self._leave_directories()
             # A rename of a directory is refused where the kernel believes the one to be in the
             # other; a walk tells it where they are.
             self._walking = order.op == Op.RENAME
+        if self.visibly and self._view is self._private:
+            with suppress(OSError):  # not where it was: those who watch inodes are served
+                self._view = _View(self._open_mountpoint())
         error: OSError | None = None
         for _ in range(_RETRIES):
             try:
@@ -67,16 +105,16 @@ class Replayer:
                 return 0
             except OSError as caught:
                 error = caught
-                self.batch_done()
+                self._leave_directories()
                 self._walking = True
         assert error is not None
         return error.errno or 5
 
     def _directory(self, nodeid: int, generation: int, path: bytes) -> int:
         if nodeid > FSD_DIR:
-            return self._hidden[nodeid]
+            return self._view.hidden(nodeid)
         if not path:
-            return self._root_fd
+            return self._view.root_fd
         fd = self._directories.get((nodeid, generation))
         if fd is None:
             fd = self._by_handle(nodeid, generation)
@@ -91,7 +129,7 @@ class Replayer:
         For a dentry that the kernel has dropped, it would look for the name in the parent, where
         watchers would see it read: the server refuses that look-up.
         """
-        if self._walking:
+        if self._walking or self._view is not self._private:
             return -1
         try:
             handle = encode_fh(NodeKey(nodeid, generation))
@@ -101,16 +139,22 @@ class Replayer:
 
     def _walk(self, path: bytes) -> int:
         """Open a directory by its path; the server answers each step as of the event."""
-        fd = self._root_fd
+        fd = root = self._view.root_fd
         for part in _parts(path):
             below = os.open(part, _O_DIR | os.O_NOFOLLOW, dir_fd=fd)
-            if fd != self._root_fd:
+            if fd != root:
                 os.close(fd)
             fd = below
         return fd
 
     def batch_done(self) -> None:
-        """No order is at hand: let go of the directories."""
+        """No order is at hand: let go of the directories, and of the mountpoint."""
+        self._leave_directories()
+        if self._view is not self._private:
+            self._view.close()
+            self._view = self._private
+
+    def _leave_directories(self) -> None:
         for fd in self._directories.values():
             os.close(fd)
         self._directories.clear()
@@ -123,7 +167,7 @@ class Replayer:
         elif kind == stat.S_IFLNK:
             os.symlink(b"?", order.name, dir_fd=dir_fd)
         else:
-            os.mknod(order.name, kind | 0o600, order.rdev, dir_fd=dir_fd)
+            os.mknod(order.name, kind | 0o600, dir_fd=dir_fd)
 
     @staticmethod
     def _remove(order: Order, dir_fd: int) -> None:
@@ -140,8 +184,15 @@ class Replayer:
             os.close(os.open(order.name, _O_DIR, dir_fd=dir_fd))
         kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
 
-    @staticmethod
-    def _touch(order: Order, dir_fd: int) -> None:
+    def _touch(self, order: Order, dir_fd: int) -> None:
+        fd = self._visible.get(_Name(order.nodeid, order.name, order.arg == Mask.MODIFY))
+        if fd is not None and order.arg in (Mask.ACCESS, Mask.MODIFY):
+            with suppress(OSError):  # of another file by now
+                if order.arg == Mask.MODIFY:
+                    os.pwrite(fd, b"\0", 0)
+                else:
+                    os.pread(fd, 1, 0)
+                return
         both = bool(order.arg & Mask.ATTRIB)
         atime, mtime = bool(order.arg & Mask.ACCESS), bool(order.arg & Mask.MODIFY)
         kernel.touch(dir_fd, order.name, atime=both or atime, mtime=both or mtime)
@@ -156,13 +207,17 @@ class Replayer:
         else:
             fd = os.open(f"/proc/self/fd/{dir_fd}", flags)
         self._files[order.seq] = fd
+        if self._view is not self._private and not stat.S_ISDIR(order.mode):
+            self._visible[_Name(order.nodeid, order.name, bool(order.arg))] = fd
 
     def close(self) -> None:
         """Close what is still open for the host's programs."""
-        for fd in [*self._files.values(), *self._hidden.values()]:
+        for fd in self._files.values():
             with suppress(OSError):
                 os.close(fd)
         self._files.clear()
+        self.batch_done()
+        self._private.close()
 
 
 def _parts(path: bytes) -> Iterator[bytes]:

@@ -15,8 +15,9 @@ from typing import Callable
 
 from protocol import frames
 from protocol.handles import NodeKey
+from protocol.masks import Mask
 
-from .marks import Device, marks_of, pids
+from .marks import Device, Mark, marks_of, pids
 
 HOT = 3.0
 """Seconds for which a hinted process is scanned again and again: as long as the server keeps its
@@ -33,6 +34,7 @@ FULL_EVERY = 30.0
 RECHECK = 2.0
 """Seconds after which the known watchers are read again, while events flow to them."""
 _WRITE = 32 * 1024
+_CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
 
 
 class Scanner(threading.Thread):
@@ -57,11 +59,17 @@ class Scanner(threading.Thread):
         self._hint = 0
         self._last_hint = 0.0
         self._active = False
+        self._fanotify: set[int] = set()  # processes with marks of fanotify
 
     def hint(self, number: int, pid: int) -> None:
         """From the server: process ``pid`` looked something up."""
         self._inbox.put((number, pid))
         self._poke()
+
+    @property
+    def knows_fanotify(self) -> bool:
+        """Whether some mark is fanotify's: it may know the mount and paths, not only the inode."""
+        return bool(self._fanotify)
 
     def orders_came(self) -> None:
         """Events are flowing: see now and then whether anybody still wants them."""
@@ -153,14 +161,18 @@ class Scanner(threading.Thread):
         if full:
             self._marks.clear()
         own = os.getpid()
+        fanotify = set() if full else self._fanotify - set(processes)
         for pid in dict.fromkeys(processes):
             marks: dict[NodeKey, int] = {}
             for mark in marks_of(pid, self._device) if pid != own else ():
-                marks[mark.node] = marks.get(mark.node, 0) | mark.mask
+                marks[mark.node] = marks.get(mark.node, 0) | _needed(mark)
+                if mark.wd < 0:
+                    fanotify.add(pid)
             if marks:
                 self._marks[pid] = marks
             else:
                 self._marks.pop(pid, None)
+        self._fanotify = fanotify
         wanted: dict[NodeKey, int] = {}
         for marks in self._marks.values():
             for node, mask in marks.items():
@@ -179,3 +191,10 @@ class Scanner(threading.Thread):
             batch += frames.encode(frames.ScanEnd(hint, int(first)))
             self._send(bytes(batch))
             self._answered = hint
+
+
+def _needed(mark: Mark) -> int:
+    """The events that a mark needs replayed. fanotify hears of data only through an open file."""
+    if mark.wd < 0 and mark.mask & (Mask.ACCESS | Mask.MODIFY):
+        return mark.mask | int(Mask.OPEN | _CLOSE)
+    return mark.mask

@@ -142,7 +142,7 @@ class Event(NamedTuple):
 class Order(NamedTuple):
     """One system call for the agent to make on the mount.
 
-    CREATE name in node (mode: file type, rdev); REMOVE it (mode tells rmdir from unlink);
+    CREATE name in node (mode: file type); REMOVE it (mode tells rmdir from unlink);
     RENAME to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB);
     OPEN (arg 1: for writing); CLOSE what order ``arg`` opened. An empty name means the
     directory itself. The paths lead to node and node2 from the root, as of the event.
@@ -151,7 +151,6 @@ class Order(NamedTuple):
     seq: int
     op: int
     mode: int
-    rdev: int
     nodeid: int
     generation: int
     nodeid2: int
@@ -206,7 +205,7 @@ _TABLE: list[tuple[int, type[Message], struct.Struct, int]] = [
     (16, Welcome, struct.Struct("<HQQ"), 0),
     (17, Result, struct.Struct("<IIQQI"), 0),
     (18, Event, struct.Struct("<QQQI"), 1),
-    (19, Order, struct.Struct("<QBIIQQQQQ"), 4),
+    (19, Order, struct.Struct("<QBIQQQQQ"), 4),
     (20, Hint, struct.Struct("<QI"), 0),
     (21, Stats, struct.Struct("<IB"), 1),
     (22, Name, struct.Struct("<IB"), 1),

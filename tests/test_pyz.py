@@ -54,6 +54,14 @@ def test_runs(archive: Path, python: str) -> None:
     assert "usage" in run(python, "-I", "-S", archive, "--help").lower()
 
 
+def test_an_older_python_is_refused_in_one_line(archive: Path) -> None:
+    script = "import runpy, sys; sys.version_info = (3, 8, 20); runpy.run_path(sys.argv[1])"
+    command = [sys.executable, "-I", "-S", "-c", script, str(archive)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "fsd-guest: Python 3.9 or later is needed, this is 3.8\n"
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_imports_only_the_standard_library_and_itself(archive: Path, python: str) -> None:
     # -I -S: without that Python's site-packages, which could hide what is missing.

@@ -22,7 +22,7 @@ from ..attributes import StatLike
 from ..hidden import HiddenHandle
 from ..inodes import Inode
 from ..passthrough import Changes, Entry
-from ..service import Caller, Service
+from ..service import Caller, IdleHandle, Service
 
 log = structlog.get_logger()
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
@@ -242,10 +242,10 @@ class FuseDoor(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         fh = self._service.open(_caller(ctx), inode, flags)
         handle = self._service.handle(fh)
-        hidden = isinstance(handle, HiddenHandle)
+        bare = isinstance(handle, HiddenHandle | IdleHandle)  # no data of it may be cached
         if isinstance(handle, HiddenHandle) and handle.session is not None:
             self._channels[fh] = _Channel(handle)
-        return pyfuse3.FileInfo(fh=fh, direct_io=hidden, keep_cache=False, nonseekable=False)
+        return pyfuse3.FileInfo(fh=fh, direct_io=bare, keep_cache=False, nonseekable=False)
 
     @_guarded
     async def create(

@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
 
 import structlog
 import trio
@@ -31,6 +32,7 @@ class SocketDoor:
         self._export = export
         self.path = path
         self._sessions = 0
+        self._bound = False
         self._listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
     async def bind(self) -> None:
@@ -41,18 +43,23 @@ class SocketDoor:
             await self._listener.bind(self.path)
         finally:
             os.umask(old)
+        self._bound = True
         self._listener.listen(128)
 
+    def close(self) -> None:
+        """Stop listening; the socket file is gone."""
+        self._listener.close()
+        if self._bound:
+            self._bound = False
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
+
     async def run(self) -> None:
-        """Serve until cancelled; then the socket file is gone."""
-        try:
-            async with trio.open_nursery() as nursery:
-                while True:
-                    connection, _ = await self._listener.accept()
-                    nursery.start_soon(self._serve, connection)
-        finally:
-            self._listener.close()
-            os.unlink(self.path)
+        """Serve until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                connection, _ = await self._listener.accept()
+                nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
         pid, uid, _gid = struct.unpack(

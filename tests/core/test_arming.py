@@ -67,6 +67,20 @@ def test_an_event_before_the_mark_arrives_is_told(world: World, mount: Service) 
     assert replays(world, mount) == [(Op.CREATE, b"x"), (Op.CREATE, b"y"), (Op.CREATE, b"z")]
 
 
+def test_the_servers_own_doings_before_the_mark_arrives_are_not_told(
+    world: World, mount: Service
+) -> None:
+    """Another guest's mark makes the server read the directory, after the look-up."""
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    world.mark(world.observer(), "d", ALL)
+    world.pump()
+    assert world.export.counts["own"] >= 3  # OPEN, ACCESS, CLOSE_NOWRITE
+    (world.source / "d/x").mkdir()
+    scanned(world, mount, number, (key, ALL))
+    assert replays(world, mount) == [(Op.CREATE, b"x")]
+
+
 def test_without_a_mark_nothing_is_told(world: World, mount: Service) -> None:
     """The twin."""
     look_up(world, mount, "d")

@@ -159,7 +159,7 @@ def send(session: Session, message: frames.Message) -> frames.Message:
 
 BAD = {
     "a second hello": frames.encode(frames.Hello(frames.VERSION, frames.Role.OBSERVER, 1)),
-    "an order": frames.encode(frames.Order(1, 1, 0, 0, 1, 0, 0, 0, 0, b"x", b"", b"", b"")),
+    "an order": frames.encode(frames.Order(1, 1, 0, 1, 0, 0, 0, 0, b"x", b"", b"", b"")),
     "an acknowledgement": frames.encode(frames.Ack(1, 0)),
     "the end of a scan": frames.encode(frames.ScanEnd(1, 1)),
     "garbage": b"\x09\0\0\0\xff\xff\0\0x",

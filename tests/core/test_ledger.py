@@ -108,7 +108,7 @@ def replay_all(mount: Service, orders: list[Order]) -> int:
                 stat.S_IFDIR: lambda o: mount.mkdir(AGENT, o.nodeid, o.name, 0o777),
                 stat.S_IFLNK: lambda o: mount.symlink(AGENT, o.nodeid, o.name, b"?"),
             }
-            default = lambda o: mount.mknod(AGENT, o.nodeid, o.name, o.mode, o.rdev)  # noqa: E731
+            default = lambda o: mount.mknod(AGENT, o.nodeid, o.name, o.mode, 0)  # noqa: E731
             make.get(kind, default)(order)
             continue
         if order.op == Op.CLOSE:
@@ -215,13 +215,44 @@ def test_the_replayers_handles_do_nothing(tree: World) -> None:
     node = mount.lookup(AGENT, opening.nodeid, opening.name).inode
     fh = mount.open(AGENT, node.nodeid, os.O_WRONLY)
     before = snapshot(tree.source)
-    for call in (lambda: mount.write(fh, 0, b"z"), lambda: mount.read(fh, 0, 1)):
-        with pytest.raises(OSError, match="ledger") as error:
-            call()
-        assert error.value.errno == errno.EACCES
+
+    def write() -> int:
+        return mount.write(fh, 0, b"z")
+
+    def read() -> bytes:
+        return mount.read(fh, 0, 1)
+
+    _refused(read)
+    assert write() == 1  # the order behind the OPEN: its MODIFY
+    _refused(write)
+    _refused(read)
     assert mount.file_fd(fh) == -1
     mount.release(fh)
     assert snapshot(tree.source) == before
+
+
+def test_data_of_another_file_than_the_orders_is_refused(tree: World) -> None:
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=ALL)
+    tree.mark(mount.guest, "dir", mask=ALL)
+    handles = []
+    for name in ("file", "dir/inner"):
+        with open(tree.source / name, "a") as file:
+            file.write("y")
+        opening, *rest = tree.orders(mount)
+        node = mount.lookup(AGENT, opening.nodeid, opening.name).inode
+        handles.append(mount.open(AGENT, node.nodeid, os.O_WRONLY))
+        assert [order.op for order in rest] == [Op.TOUCH, Op.CLOSE]
+    before = snapshot(tree.source)
+    _refused(lambda: mount.write(handles[0], 0, b"z"))
+    assert mount.write(handles[1], 0, b"z") == 1
+    assert snapshot(tree.source) == before
+
+
+def _refused(call: Callable[[], object]) -> None:
+    with pytest.raises(OSError, match="ledger") as error:
+        call()
+    assert error.value.errno == errno.EACCES
 
 
 def test_an_order_that_fails_in_the_guest_is_counted_and_the_next_goes_on(tree: World) -> None:

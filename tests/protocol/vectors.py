@@ -33,7 +33,7 @@ def _order(
     seq: int, op: Op, mode: int, node: tuple[int, int], name: bytes, *, path: bytes = b"",
     node2: tuple[int, int] = NO, name2: bytes = b"", path2: bytes = b"", arg: int = 0,
 ) -> frames.Order:  # fmt: skip
-    return frames.Order(seq, op, mode, 0, *node, *node2, arg, name, name2, path, path2)
+    return frames.Order(seq, op, mode, *node, *node2, arg, name, name2, path, path2)
 
 
 FRAMES: dict[str, Message] = {

@@ -1,0 +1,113 @@
+"""The agent's process: started with the mount, replaced when it dies, ended before the unmount.
+
+Apart because the server and its agent share nothing but the mount and this process's life.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import structlog
+import trio
+
+log = structlog.get_logger()
+STABLE = 10.0
+"""Seconds after which an agent counts as having worked."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+"""Seconds before another agent is started: doubled each time, until one has worked."""
+STOP_TIMEOUT = 3.0
+"""Seconds that an agent has to end; it does nothing that could take longer."""
+_READY = b"fsd-guest: ready"
+_OUTPUT = 4096
+
+
+class AgentError(Exception):
+    """Why the agent did not start, in one line for people."""
+
+
+class AgentProcess:
+    """Keeps one agent running on a mount. ``dismiss`` makes the server answer what it waits for."""
+
+    def __init__(self, mountpoint: str, dismiss: Callable[[], None]) -> None:
+        self._mountpoint = mountpoint
+        self._dismiss = dismiss
+        self._process: trio.Process | None = None
+        self._stopping = False
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Until ``stop``, or until an agent finds that its mount is gone. ``on_ready`` is called
+        once. Raises AgentError if the first one does not come up.
+        """
+        pause = FIRST_PAUSE
+        came_up = False
+        while True:
+            begun = trio.current_time()
+            self._process = process = await self._start()
+            assert process.stdout is not None
+            ready, said = await _first_words(process.stdout)
+            if ready and not came_up:
+                on_ready()
+                came_up = True
+            if came_up:
+                await _pass_on(said, process.stdout)
+            status = await process.wait()
+            if self._stopping or (came_up and status == 0):
+                return
+            if not came_up:
+                reason = said.decode(errors="replace").strip().rpartition("\n")[2]
+                error = f"the agent did not start (exit status {status})"
+                raise AgentError(f"{error}: {reason}" if reason else error)
+            log.warning("agent ended, starting another", status=status)
+            if trio.current_time() - begun > STABLE:
+                pause = FIRST_PAUSE
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _start(self) -> trio.Process:
+        return await trio.lowlevel.open_process(
+            [sys.executable, "-m", "guest_tools", "agent", self._mountpoint],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # never ours: who waits for a daemon may read it to its end
+            process_group=0,  # a Ctrl-C is for the server, which then ends the agent
+            cwd="/",
+        )
+
+    async def stop(self) -> None:
+        """End it. Its unfinished orders stay with the server."""
+        self._stopping = True
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            process.terminate()
+        self._dismiss()  # a process in a read of the mount ends when that is answered
+        with trio.move_on_after(STOP_TIMEOUT):
+            await process.wait()
+            return
+        process.kill()
+
+
+async def _first_words(output: trio.abc.ReceiveStream) -> tuple[bool, bytes]:
+    """Whether it has become ready, and what else it has said up to then or up to its end."""
+    said = b""
+    while data := await output.receive_some(_OUTPUT):
+        said = (said + data)[-_OUTPUT:]
+        before, ready, after = said.partition(_READY)
+        if ready and b"\n" in after:
+            return True, before + after.partition(b"\n")[2]
+    return False, said
+
+
+async def _pass_on(said: bytes, output: trio.abc.ReceiveStream) -> None:
+    """To our stderr, until it ends. In a thread: nobody may be reading that."""
+    while True:
+        with suppress(OSError):
+            await trio.to_thread.run_sync(os.write, 2, said, abandon_on_cancel=True)
+        said = bytes(await output.receive_some(_OUTPUT))
+        if not said:
+            return
