@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from protocol.masks import Mask
+
 from . import host
 from .attributes import StatLike
 from .inodes import Inode, InodeTable
@@ -53,6 +55,22 @@ class Changes(NamedTuple):
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+
+    @property
+    def events(self) -> Mask:
+        """The events that they make (include/linux/fsnotify.h, fsnotify_change)."""
+        events = Mask(0)
+        if any(value is not None for value in (self.mode, self.uid, self.gid)):
+            events |= Mask.ATTRIB
+        if self.size is not None:
+            events |= Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
+        if self.atime_ns is not None and self.mtime_ns is not None:
+            return events | Mask.ATTRIB
+        if self.atime_ns is not None:
+            events |= Mask.ACCESS
+        if self.mtime_ns is not None:
+            events |= Mask.MODIFY
+        return events
 
 
 # O_APPEND: the guest's kernel sends offsets. O_DIRECT: data comes through unaligned buffers.

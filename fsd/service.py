@@ -30,7 +30,6 @@ from .watcher import Expected
 
 log = structlog.get_logger()
 Caller = Identity
-_CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
 
 
 @dataclass(slots=True, eq=False)
@@ -242,8 +241,7 @@ class Service:
             except UnexpectedCall as error:
                 raise self._refused(error) from None
         handle = self._handles.get(fh) if fh is not None else None
-        own = Mask.ATTRIB | Mask.MODIFY | Mask.ACCESS
-        with self._own(*self._about(inode, own)):
+        with self._own(*self._about(inode, changes.events)):
             return inode, self._fs.setattr(
                 inode, changes, handle if isinstance(handle, Handle) else None
             )
@@ -309,9 +307,9 @@ class Service:
         """CREATE."""
         self._refuse_replayer(who, "create")
         node = self._names(nodeid, name)
-        made = Mask.CREATE | Mask.OPEN | Mask.MODIFY
+        opened = _opening(flags)
         child = node.children.get(name)
-        with self._own((node, name, made), (child, b"", Mask.OPEN | Mask.MODIFY)):
+        with self._own((node, name, Mask.CREATE | opened), (child, b"", opened)):
             entry, handle = self._fs.create(node, name, mode, flags, who)
         return entry, self._new(handle)
 
@@ -323,7 +321,7 @@ class Service:
         if self.is_replayer(who):
             return self._replay_open(nodeid)
         inode = self._table.get(nodeid)
-        with self._own(*self._about(inode, Mask.OPEN | Mask.MODIFY)):
+        with self._own(*self._about(inode, _opening(flags))):
             return self._new(self._fs.open(inode, flags))
 
     def _replay_open(self, nodeid: int) -> int:
@@ -399,7 +397,14 @@ class Service:
         """RELEASE, RELEASEDIR."""
         handle = self._handles.pop(fh, None)
         if isinstance(handle, Handle):
-            with self._own(*self._about(handle.inode, _CLOSE)):
+            reading = handle.flags & os.O_ACCMODE == os.O_RDONLY
+            closing = Mask.CLOSE_NOWRITE if reading else Mask.CLOSE_WRITE
+            with self._own(*self._about(handle.inode, closing)):
                 self._fs.release(handle)
         elif isinstance(handle, HiddenHandle):
             self.hidden.release(handle)
+
+
+def _opening(flags: int) -> Mask:
+    """The events of an open."""
+    return Mask.OPEN | (Mask.MODIFY if flags & os.O_TRUNC else Mask(0))
