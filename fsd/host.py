@@ -6,6 +6,7 @@ Apart because it is all of the server's ctypes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -44,9 +45,18 @@ def file_handle(fd: int, name: bytes = b"") -> bytes:
 
 
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
-    """A descriptor of the object with that handle: open_by_handle_at(2), CAP_DAC_READ_SEARCH."""
+    """A descriptor of the object with that handle: open_by_handle_at(2), CAP_DAC_READ_SEARCH.
+
+    Raises OSError, ESTALE where there is no such object: also for the ENOMEM that ext4 answers (seen
+    on Linux 6.18) while the object is being freed.
+    """
     data = struct.pack("=I", len(handle) - 4) + handle
-    return _check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
+    try:
+        return _check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
