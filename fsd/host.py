@@ -47,8 +47,8 @@ def file_handle(fd: int, name: bytes = b"") -> bytes:
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
     """A descriptor of the object with that handle: open_by_handle_at(2), CAP_DAC_READ_SEARCH.
 
-    Raises OSError, ESTALE where there is no such object: also for the ENOMEM that ext4 answers (seen
-    on Linux 6.18) while the object is being freed.
+    Raises OSError, ESTALE where there is no such object: also for the ENOMEM that ext4 answers
+    while the object is being freed (seen on Linux 6.18).
     """
     data = struct.pack("=I", len(handle) - 4) + handle
     try:
