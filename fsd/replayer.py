@@ -403,6 +403,10 @@ class ReplayGuest(Guest):
     ) -> Task:
         event = held.event
         nodeid, generation, name = at or _place(event)
+        lost = held.way and held.way[-1].parent == STAGING
+        if at is None and not event.name and event.node.is_dir and lost:
+            # Not where the guest's kernel has it, whose parent's watchers would see this.
+            nodeid, generation, name = _out_of_sight(event.node, b"")
         target = event.replaced if op == Op.RENAME else None
         if target is child:  # two links of one file: the kernel would do nothing
             exchanged = event.exchanged
