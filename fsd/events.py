@@ -33,7 +33,9 @@ class Event:
     node2: Inode | None = None  # of a rename: the new directory
     name2: bytes = b""
     replaced: Inode | None = None  # what a MOVED_TO overwrote
-    implied: bool = False  # a guest's kernel makes it by itself, as part of what is replayed next
+    implied: bool = False  # a guest's kernel makes it by itself, as part of what is replayed
+    implied_by: Event | None = None  # as part of this one, told before; else of the next DELETE
+    twin: bool = False  # the same event of the child itself goes with it
     exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 
     @property

@@ -33,7 +33,7 @@ from .resync import Changes, difference, told
 from .watcher import DIRECTORY, HOST, SERVER, HostWatcher
 
 log = structlog.get_logger()
-_LEAVES = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
+_LEAVES = int(Mask.DELETE | Mask.DELETE_SELF | Mask.MOVED_FROM | Mask.MOVED_TO)
 _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _OWN = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 _CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
@@ -361,8 +361,8 @@ class Export:
             halves = FIRST if (int(of(guest, event.node)) | whole) & kind else 0
         if halves or not isinstance(guest, ReplayGuest) or not kind & _LEAVES:
             return halves
-        watched = any(i is not None and of(guest, i) for i in (event.child, event.replaced))
-        return FIRST if watched else 0
+        ends = (event.child, event.replaced) if event.name else (event.node,)
+        return FIRST if any(i is not None and of(guest, i) for i in ends) else 0
 
     # After lost events
 
@@ -381,6 +381,7 @@ class Export:
                 self._cover_arrival(event, event.child)
                 if event.kind & _OWN and self.interest.aggregate(event.child):
                     own = Event(event.child, event.mask, b"", 0, HOST, event.stamp, event.child)
+                    own.implied, own.implied_by = True, event
                     self._route(own)
 
     def _check_watch(self, inode: Inode) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from protocol import frames
-from protocol.frames import FSD_DIR, Op
+from protocol.frames import ALIAS, FSD_DIR, Op
 from protocol.masks import Mask
 
 from .attributes import StatLike, placeholder_attr, with_nlink
@@ -141,7 +141,18 @@ class Ledger:
             return self._step(task, nodeid, name)
         if order.op == Op.CREATE:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if order.op == Op.REMOVE and nodeid == ALIAS:
+            return self._death(task)
         entry = self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
+        task.attr = entry.attr
+        return entry
+
+    def _death(self, task: Task) -> Entry:
+        """The end of an object without a name: there is no link to it, and then it is not there."""
+        if task.attr is not None:
+            self._pop()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        entry = self._entry(task.child, 0)
         task.attr = entry.attr
         return entry
 

@@ -2,7 +2,8 @@
 
 Rules (DESIGN 2.2): an event is replayed once though the host queue has it twice (by name in the
 directory and nameless on the file); DELETE_SELF and MOVE_SELF follow by the guest kernel's own
-rules; an OPEN waits until it is known how the file was opened.
+rules where the resolver says so, else they are replayed out of sight; an OPEN waits until it is
+known how the file was opened.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ _CLOSE = _CLOSE_WRITE | _CLOSE_NOWRITE
 _ATTRIB = int(Mask.ATTRIB)
 _DELETE_SELF, _MOVE_SELF = int(Mask.DELETE_SELF), int(Mask.MOVE_SELF)
 _TOUCH = _MODIFY | _ACCESS | _ATTRIB
-_TWINNED = _TOUCH | _OPEN | _CLOSE
-_TWIN_AGE = 1.0
-"""Seconds after which an expected twin has been merged or lost: the kernel queues both at once."""
+_OWN = _TOUCH | _OPEN | _CLOSE | _DELETE_SELF | _MOVE_SELF
+_RECENT = 64
+"""Events queued last, among which the one stands that implies an object's own event."""
 
 
 class ReplayGuest(Guest):
@@ -63,11 +64,11 @@ class ReplayGuest(Guest):
         "_open_close",
         "_opened",
         "_outgoing",
+        "_recent",
         "_scanning",
         "_seq",
         "_table",
         "_tasks",
-        "_twins",
         "_watcher",
         "_ways",
         "ledger",
@@ -86,7 +87,7 @@ class ReplayGuest(Guest):
         self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
         self._opened: dict[tuple[Inode, bool], list[_Open]] = {}
-        self._twins: dict[tuple[Inode, int], tuple[int, float]] = {}
+        self._recent: deque[Event] = deque(maxlen=_RECENT)  # that imply others
         self._seq = itertools.count(1)
         self._hint = 0
         self._hinted: set[int] = set()  # processes for the next hints
@@ -201,16 +202,9 @@ class ReplayGuest(Guest):
             if self._follows(event):
                 return
             event.child = event.node
+        elif event.twin or kind & RENAME:
+            self._recent.append(event)
         assert event.child is not None
-        if event.name and kind & _TWINNED:
-            self._expect_twin(event.child, kind, event.stamp)
-        elif kind & RENAME:
-            self._expect_twin(event.child, _MOVE_SELF, event.stamp)
-            if event.exchanged and event.replaced is not None:
-                self._expect_twin(event.replaced, _MOVE_SELF, event.stamp)
-        if event.replaced is not None and not event.exchanged:
-            # Its lost link is announced on the object itself; the guest's kernel does so too.
-            self._expect_twin(event.replaced, _ATTRIB, event.stamp)
         if event.replaced is not None:
             event.replaced = self._table.revive(event.replaced)
         event.child = self._table.revive(event.child)
@@ -225,29 +219,16 @@ class ReplayGuest(Guest):
         held = _Held(event, time.monotonic(), self._way(event.node), way2, pinned)
         self._held.append(held)
 
-    def _expect_twin(self, inode: Inode, kind: int, stamp: float) -> None:
-        if int(self._watcher.mask_of(inode)) & kind:
-            count, _ = self._twins.get((inode, kind), (0, 0.0))
-            self._twins[inode, kind] = (count + 1, stamp)
-
     def _follows(self, event: Event) -> bool:
         """Whether an object's own event comes by itself from the replay of a named one."""
-        if event.kind & _DELETE_SELF:  # queued before its DELETE, if that has a name we hear of
-            parent = event.node.parent
-            return parent is not None and bool(self._watcher.mask_of(parent))
-        if event.implied or not event.kind & (_TWINNED | _MOVE_SELF):
+        if not event.kind & _OWN:
             return True
-        return self._is_twin(event)
-
-    def _is_twin(self, event: Event) -> bool:
-        """Whether the nameless event repeats a named one that is replayed already."""
-        count, stamp = self._twins.pop((event.node, event.kind), (0, 0.0))
-        if not count or event.stamp - stamp > _TWIN_AGE:
-            return False
-        if count > 1:
-            self._twins[event.node, event.kind] = (count - 1, stamp)
-        self.counts["coalesced"] += 1
-        return True
+        if event.implied_by is not None:
+            follows = any(event.implied_by is named for named in self._recent)
+        else:
+            follows = event.implied
+        self.counts["coalesced"] += follows
+        return follows
 
     # Planning
 
@@ -356,9 +337,6 @@ class ReplayGuest(Guest):
             yield self._task(
                 held, Op.RENAME, child, at=_out_of_sight(child, b""), to=_out_of_sight(child, b"+")
             )
-            yield self._task(
-                held, Op.RENAME, child, at=_out_of_sight(child, b"+"), to=_out_of_sight(child, b"")
-            )
         elif kind & _TOUCH:
             yield self._task(held, Op.TOUCH, child, arg=kind & _TOUCH)
         elif kind & _OPEN:
@@ -388,19 +366,30 @@ class ReplayGuest(Guest):
     def _close(self, held: _Held, child: Inode, writing: bool) -> Iterator[Task]:
         place = (held.event.node, held.event.name)
         key = (child, writing)
-        if key not in self._opened:  # the name may stand for another object by now
-            keys = (k for k, o in self._opened.items() if k[1] == writing and place in _places(o))
-            key = next(keys, key)
+        if place not in self._places(key):  # the name stood for another object by then
+            keys = (k for k in self._opened if k[1] == writing and place in self._places(k))
+            other = next(keys, None)
+            if other is not None and key not in self._opened:
+                key = other
+            elif other is not None and held.event.twin:
+                # Opened apart, under the name and as itself.
+                yield self._closing(held, child, other, place)
         if key not in self._opened:  # opened before anybody was interested
             yield self._open(held, child, writing)
+        yield self._closing(held, child, key, place)
+
+    def _closing(
+        self, held: _Held, child: Inode, key: tuple[Inode, bool], place: tuple[Inode, bytes]
+    ) -> Task:
         # Of several links of one file, the one that was opened under this name.
-        opened = self._opened[key]
-        places = _places(opened)
-        index = places.index(place) if place in places else 0
-        seq = opened.pop(index).seq
-        if not opened:
+        places = self._places(key)
+        seq = self._opened[key].pop(places.index(place) if place in places else 0).seq
+        if not self._opened[key]:
             del self._opened[key]
-        yield self._task(held, Op.CLOSE, child, arg=seq)
+        return self._task(held, Op.CLOSE, child, arg=seq)
+
+    def _places(self, key: tuple[Inode, bool]) -> list[tuple[Inode, bytes]]:
+        return [(file.node, file.name) for file in self._opened.get(key, ())]
 
     def _task(
         self,
@@ -414,6 +403,10 @@ class ReplayGuest(Guest):
     ) -> Task:
         event = held.event
         nodeid, generation, name = at or _place(event)
+        lost = held.way and held.way[-1].parent == STAGING
+        if at is None and not event.name and event.node.is_dir and lost:
+            # Not where the guest's kernel has it, whose parent's watchers would see this.
+            nodeid, generation, name = _out_of_sight(event.node, b"")
         target = event.replaced if op == Op.RENAME else None
         if target is child:  # two links of one file: the kernel would do nothing
             exchanged = event.exchanged
@@ -451,10 +444,6 @@ class _Open(NamedTuple):
     name: bytes
 
 
-def _places(opened: list[_Open]) -> list[tuple[Inode, bytes]]:
-    return [(file.node, file.name) for file in opened]
-
-
 class _Held(NamedTuple):
     """An event to be planned, with time.monotonic() of its arrival and the ways to its places."""
 
@@ -482,7 +471,7 @@ def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:
 def _place(event: Event) -> _Place:
     """Where an order acts: the name; the object itself; or a file apart from any name."""
     node = event.node
-    if event.kind & _DELETE_SELF:
+    if event.kind & _DELETE_SELF and node.is_dir:
         return _out_of_sight(node, b"")
     if event.name or node.is_dir:
         return node.nodeid, node.generation, event.name

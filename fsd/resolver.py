@@ -3,6 +3,16 @@
 By the time an event is read the name may be gone, or stand for something newer. The watched
 directory's listing, moved on by each event, says what the name stood for; where it does not know,
 the server looks, and believes what it sees only if no later event of that name is waiting.
+
+A watched object's own events prove or disprove that, for one system call queues them side by side:
+
+    a touch or an open      NAME, self
+    unlink, rmdir           self ATTRIB (files), if that was the end DELETE_SELF and IGNORED, NAME
+    rename                  NAME, NAME, ATTRIB of what was overwritten, MOVE_SELF of what was moved
+
+(fs/notify/fsnotify.c, include/linux/fsnotify.h, fs/namei.c, fs/dcache.c.) Only an own event that
+stands where it belongs is taken for implied by the one with the name. Any other is told by itself,
+and the name then stands for a placeholder: so guests see each event once, whatever is not known.
 """
 
 from __future__ import annotations
@@ -11,9 +21,10 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from protocol.frames import FSD_NAME
-from protocol.masks import Mask
+from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
 from .events import RENAME, Event
 from .inodes import Inode
@@ -26,18 +37,38 @@ _DELETE = int(Mask.DELETE)
 _MOVED_FROM = int(Mask.MOVED_FROM)
 _MOVED_TO = int(Mask.MOVED_TO)
 _ISDIR = int(Mask.ISDIR)
-_MOVE_SELF = int(Mask.MOVE_SELF)
+_MOVE_SELF, _DELETE_SELF = int(Mask.MOVE_SELF), int(Mask.DELETE_SELF)
 _ATTRIB = int(Mask.ATTRIB)
 _IGNORED = int(Mask.IGNORED)
+_TOUCHES = int(EVENTS & ~STRUCTURE & ~SELF)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
 
 RENAME_WAIT = 0.005
 """Seconds that a MOVED_FROM waits for its other half: the kernel queues both in one system call,
 microseconds apart, unless the renaming process is preempted between them."""
-_EXCHANGE_WINDOW = 8
-"""Events among which the second pair of a RENAME_EXCHANGE stands (MOVE_SELFs come between)."""
+OWN_WAIT = 0.0002
+"""Seconds that an object's own event, which the kernel queues right after the one with the name, is
+waited for: the queue may have been read between the two."""
+_TWIN_WINDOW = 8
+"""Events behind one with a name among which its nameless twin stands: other processes' come
+between."""
 RENAME_WINDOW = 128
 """Events behind a MOVED_FROM after which its other half is no longer expected."""
+
+
+class _Own(NamedTuple):
+    """A watched object's own event that stands ahead."""
+
+    inode: Inode
+    number: int
+
+
+class _Moved(NamedTuple):
+    """What the own events behind a rename's names say."""
+
+    moved: _Own | None = None
+    lost: _Own | None = None  # a link: what was overwritten
+    length: int = 0  # how many arrivals they are
 
 
 class Resolver:
@@ -48,6 +79,11 @@ class Resolver:
         self._table = fs.table
         self._watcher = watcher
         self.waiting_until: float | None = None
+        # Arrivals that come by themselves with the replay of another, by their number: of the
+        # Event before them, or (None) of the DELETE behind them.
+        self._implied: dict[int, Event | None] = {}
+        self._ended: dict[int, tuple[Inode, bool]] = {}  # by DELETE: what it was, whether it died
+        self._lost_link: Inode | None = None  # the last arrival was its ATTRIB
 
     def next(self) -> Iterator[Event]:
         """Events of the next arrival (none, one, or more). ``waiting_until`` is set, and nothing
@@ -59,16 +95,10 @@ class Resolver:
             yield Event(self._table.root, _OVERFLOW, b"", 0, arrival.origin, arrival.stamp)
             return
         node = self._watcher.inode_of(raw.wd)
-        if raw.mask & _IGNORED:
-            self._watcher.forget(raw.wd)
         if node is None or (node is self._table.root and raw.name == FSD_NAME):
             return
         if not raw.name:
-            if raw.mask & _MOVE_SELF and node.is_dir and not self._is_placed(node):
-                self._table.lose(node)
-            event = Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
-            event.implied = bool(raw.mask & _ATTRIB) and self._is_unlinked_next(node)
-            yield event
+            yield from self._own(node, arrival)
             return
         if raw.mask & _MOVED_FROM:
             other = self._other_half(arrival)
@@ -79,22 +109,72 @@ class Resolver:
                 yield from self._renamed(node, arrival, other)
                 return
         yield self._named(node, arrival)
+        self._lost_link = None
 
-    def _is_unlinked_next(self, node: Inode) -> bool:
-        """Whether an ATTRIB is the lost link of a DELETE, queued just before it."""
-        self._watcher.drain()
-        for raw in (ahead.raw for ahead in self._watcher.peek(3)):
-            if raw.name:
-                parent = self._watcher.inode_of(raw.wd)
-                if not raw.mask & _DELETE or parent is None:
-                    return False
-                before = listing(parent).names.get(raw.name)
-                return self._known_child(parent, raw.name, before) is node
+    def _own(self, node: Inode, arrival: Arrival) -> Iterator[Event]:
+        """An event of the watched object itself."""
+        raw = arrival.raw
+        event = Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
+        if arrival.number in self._implied:
+            event.implied_by = self._implied.pop(arrival.number)
+            event.implied = True
+        elif raw.mask & (_ATTRIB | _DELETE_SELF | _IGNORED):
+            event.implied = self._is_unlinked_next(node, arrival)
+        if node.is_dir and not event.implied and self._is_elsewhere(node, arrival):
+            self._table.lose(node)
+        self._lost_link = node if raw.mask & _ATTRIB else None
+        if raw.mask & _IGNORED:
+            unseen = not int(self._watcher.mask_of(node)) & _DELETE_SELF
+            self._watcher.forget(raw.wd)
+            if unseen and not event.implied:
+                yield Event(node, _DELETE_SELF, b"", 0, arrival.origin, arrival.stamp)
+        yield event
+
+    def _is_elsewhere(self, directory: Inode, arrival: Arrival) -> bool:
+        """Whether it is not where it is known to be: its own event came without the name's."""
+        if arrival.raw.mask & _MOVE_SELF:
+            return True
+        bits = arrival.raw.mask & _TOUCHES
+        parent = directory.parent
+        return parent is not None and self._watcher.reports(parent, bits, arrival.number)
+
+    def _is_unlinked_next(self, node: Inode, arrival: Arrival) -> bool:
+        """Whether an ATTRIB or a death belongs to the unlink or rmdir whose DELETE stands next."""
+        died = not arrival.raw.mask & _ATTRIB
+        if died != node.is_dir and int(self._watcher.mask_of(node)) & _ATTRIB:
+            return False  # a chmod; or the last link of a file went before, while it was open
+        numbers = []
+        for ahead in self._ahead(3):
+            raw = ahead.raw
+            if raw.wd == arrival.raw.wd and raw.mask & (_DELETE_SELF | _IGNORED):
+                died = True
+                numbers.append(ahead.number)
+                continue
+            parent = self._watcher.inode_of(raw.wd)
+            is_dir = bool(raw.mask & _ISDIR)
+            if not raw.name or not raw.mask & _DELETE or parent is None or is_dir != node.is_dir:
+                return False
+            known = self._known_child(parent, raw.name, listing(parent).names.get(raw.name))
+            if known is not node and not (died and (known is None or known.is_placeholder)):
+                return False
+            self._implied.update(dict.fromkeys(numbers))
+            self._ended[ahead.number] = (node, died)
+            return True
         return False
 
-    def _is_placed(self, node: Inode) -> bool:
-        """Whether its directory is watched, so that its removals and renames come with a name."""
-        return node.parent is not None and bool(self._watcher.mask_of(node.parent))
+    def _ahead(self, count: int) -> list[Arrival]:
+        """The next arrivals."""
+        if self._watcher.backlog < count:
+            self._watcher.drain()
+        return self._watcher.peek(count)
+
+    def _look_again(self, arrival: Arrival) -> bool:
+        """Whether more may come of the system call that queued ``arrival``; reads what has."""
+        if self._watcher.backlog >= _TWIN_WINDOW:
+            return False
+        os.sched_yield()
+        self._watcher.drain()
+        return time.monotonic() < arrival.stamp + OWN_WAIT
 
     def _other_half(self, arrival: Arrival) -> Arrival | None:
         self.waiting_until = None
@@ -121,46 +201,139 @@ class Resolver:
         name, name2 = first.raw.name, second.raw.name
         replaced = self._overwritten(node2, name2)
         before = listing(node).names.pop(name, None)
-        child = self._self_moved(first) or self._known_child(node, name, before)
+        child = self._known_child(node, name, before)
+        own = self._moved(first, node, child, replaced)
+        child = self._proved(first, node, child, own)
         if child is None or child.is_dir != bool(first.raw.mask & _ISDIR):
-            child = self._look(node2, second)
+            looked = self._look(node2, second)
+            child = self._proved(first, node, looked, own) or looked
         event = Event(
             node, RENAME | (first.raw.mask & _ISDIR), name, first.raw.cookie, first.origin,
             first.stamp, child, before=before, node2=node2, name2=name2,
         )  # fmt: skip
+        exchanged = 0
+        if replaced is not None and own.lost is None:
+            exchanged = self._exchanged(event, replaced, own.length)
+        if not exchanged:
+            replaced = self._lost(first, replaced, own)
+        event.exchanged = exchanged
         self._replace(event, node2, name2, child, replaced)
+        self._imply(event, own)
         self._table.displace(node, name, child)
         self._table.place(child, node2, name2)
-        if event.replaced is not None:
-            event.exchanged = self._exchanged(event, event.replaced)
-            if event.exchanged:
-                listing(node).names[name] = of_inode(event.replaced)
-                self._table.place(event.replaced, node, name)
+        if exchanged and replaced is not None:
+            listing(node).names[name] = of_inode(replaced)
+            self._table.place(replaced, node, name)
         return event
 
-    def _exchanged(self, event: Event, replaced: Inode) -> int:
+    def _moved(
+        self, arrival: Arrival, node: Inode | None, child: Inode | None, replaced: Inode | None
+    ) -> _Moved:
+        """The own events of a rename of what is taken for ``child``; out of ``node``, if known."""
+        expected = child is not None and self._reports(child, _MOVE_SELF, arrival)
+        lost_expected = replaced is not None and self._reports(replaced, _ATTRIB, arrival)
+        while True:
+            own = self._own_moves(arrival, node, child, replaced)
+            if own.moved is not None or not (expected or (lost_expected and own.lost is None)):
+                return own
+            if not self._look_again(arrival):
+                return own
+
+    def _own_moves(
+        self, arrival: Arrival, node: Inode | None, child: Inode | None, replaced: Inode | None
+    ) -> _Moved:
+        ahead = self._ahead(2)
+        lost = None
+        if ahead and not ahead[0].raw.name and ahead[0].raw.mask & _ATTRIB:
+            inode = self._watcher.inode_of(ahead[0].raw.wd)
+            if inode is not None:
+                lost = _Own(inode, ahead[0].number)
+        if lost is not None:
+            ahead = ahead[1:]
+        if ahead and not ahead[0].raw.name and ahead[0].raw.mask & _MOVE_SELF:
+            inode = self._watcher.inode_of(ahead[0].raw.wd)
+            is_dir = bool(arrival.raw.mask & _ISDIR)
+            if inode is not None and inode.is_dir == is_dir and self._may_be(inode, node, child):
+                moved = _Own(inode, ahead[0].number)
+                return _Moved(moved, lost, 2 if lost is not None else 1)
+        if lost is not None and lost.inode is replaced:
+            return _Moved(None, lost, 1)
+        return _Moved()
+
+    def _may_be(self, inode: Inode, node: Inode | None, known: Inode | None) -> bool:
+        """Whether what moved itself can be what a rename's name, in ``node``, is taken for.
+
+        Where it is not, it was renamed right after that, in directories that are not watched.
+        """
+        if known is not None and not known.is_placeholder:
+            return known is inode
+        here = (None, self._table.outside) if node is None else (None, self._table.outside, node)
+        return not inode.is_dir or inode.parent in here
+
+    def _reports(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
+        return self._watcher.reports(inode, bits, arrival.number)
+
+    def _proved(
+        self, arrival: Arrival, node: Inode, child: Inode | None, own: _Moved
+    ) -> Inode | None:
+        """What was renamed, where its own MOVE_SELF says so or would have to."""
+        if own.moved is not None:
+            return own.moved.inode
+        if child is not None and self._reports(child, _MOVE_SELF, arrival):
+            return self._gone(node, arrival.raw.name, arrival.raw.mask)
+        return child
+
+    def _lost(self, arrival: Arrival, replaced: Inode | None, own: _Moved) -> Inode | None:
+        """What was overwritten, where its own ATTRIB says so or would have to."""
+        if own.lost is not None:
+            return own.lost.inode
+        if replaced is not None and self._reports(replaced, _ATTRIB, arrival):
+            return None
+        return replaced
+
+    def _imply(self, event: Event, own: _Moved) -> None:
+        """The own events of a rename come with its replay; so does the end of what it replaced."""
+        if own.moved is not None:
+            self._implied[own.moved.number] = event
+        if own.lost is None:
+            return
+        self._implied[own.lost.number] = event
+        wd = self._watcher.wd_of(own.lost.inode)
+        event.nlink = 2
+        for ahead in self._ahead(own.length + 2)[own.length :]:
+            if ahead.raw.wd != wd or not ahead.raw.mask & (_DELETE_SELF | _IGNORED):
+                break
+            self._implied[ahead.number] = event
+            event.nlink = 1
+
+    def _exchanged(self, event: Event, replaced: Inode, skip: int) -> int:
         """Cookie of the second pair, back, that RENAME_EXCHANGE queues; 0 for a plain rename."""
-        self._watcher.drain()
-        ahead = [arrival.raw for arrival in self._watcher.peek(_EXCHANGE_WINDOW)]
-        pair = [raw for raw in ahead if raw.mask & RENAME][:2]
-        if [raw.name for raw in pair] != [event.name2, event.name]:
+        ahead = self._ahead(skip + 3)[skip:]
+        if len(ahead) < 2:
             return 0
-        back, there = pair
+        back, there = (arrival.raw for arrival in ahead[:2])
+        if not back.mask & _MOVED_FROM or back.cookie != there.cookie:
+            return 0
+        if [back.name, there.name] != [event.name2, event.name]:
+            return 0
         nodes = (self._watcher.inode_of(back.wd), self._watcher.inode_of(there.wd))
-        if back.cookie != there.cookie or nodes != (event.node2, event.node):
+        if nodes != (event.node2, event.node):
             return 0
-        moved = [
-            self._watcher.inode_of(raw.wd)
-            for raw in ahead[ahead.index(there) + 1 :]
-            if raw.mask & _MOVE_SELF
-        ]
+        moved = self._moved_self(ahead[2:])
         assert event.child is not None
-        if not self._is_exchange(event.child, replaced, moved[:1]):
+        if not self._is_exchange(event.child, replaced, moved):
             return 0
-        self._watcher.drop_rename(back.cookie, _EXCHANGE_WINDOW)
+        if moved is replaced:
+            self._implied[ahead[2].number] = event
+        self._watcher.drop_rename(back.cookie, skip + 2)
         return back.cookie
 
-    def _is_exchange(self, child: Inode, replaced: Inode, moved: list[Inode | None]) -> bool:
+    def _moved_self(self, ahead: list[Arrival]) -> Inode | None:
+        if ahead and ahead[0].raw.mask & _MOVE_SELF:
+            return self._watcher.inode_of(ahead[0].raw.wd)
+        return None
+
+    def _is_exchange(self, child: Inode, replaced: Inode, moved: Inode | None) -> bool:
         """Tell an exchange from a rename over and a rename back, which queue the same names.
 
         By what moved itself last, where one of the two is watched; else by their kinds, or by
@@ -168,23 +341,27 @@ class Resolver:
         """
         if child.is_dir != replaced.is_dir:
             return True
-        if self._watcher.mask_of(child):
-            return child not in moved
-        if self._watcher.mask_of(replaced):
-            return replaced in moved
+        if int(self._watcher.mask_of(child)) & _MOVE_SELF:
+            return moved is not child
+        if int(self._watcher.mask_of(replaced)) & _MOVE_SELF:
+            return moved is replaced
         return bool(self._links(replaced))
 
-    def _swapped(self, event: Event, wd: int, replaced: Inode) -> int:
+    def _swapped(self, event: Event, wd: int, replaced: Inode, skip: int) -> int:
         """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
-        self._watcher.drain()
-        ahead = [a.raw for a in self._watcher.peek(_EXCHANGE_WINDOW) if a.raw.mask & RENAME][:1]
-        if not ahead or (ahead[0].wd, ahead[0].name) != (wd, event.name):
+        ahead = self._ahead(skip + 2)[skip:]
+        if not ahead or not ahead[0].raw.mask & _MOVED_FROM:
+            return 0
+        back = ahead[0].raw
+        if (back.wd, back.name) != (wd, event.name):
             return 0
         assert event.child is not None
         if event.child.is_dir == replaced.is_dir and not self._links(replaced):
             return 0
-        self._watcher.drop_rename(ahead[0].cookie, _EXCHANGE_WINDOW)
-        return ahead[0].cookie
+        if self._moved_self(ahead[1:]) is replaced:
+            self._implied[ahead[1].number] = event
+        self._watcher.drop_rename(back.cookie, skip + 1)
+        return back.cookie
 
     def _overwritten(self, node: Inode, name: bytes) -> Inode | None:
         """What a MOVED_TO node/name overwrites; asked before a look at the newcomer, which takes
@@ -215,66 +392,126 @@ class Resolver:
         event = Event(node, mask, name, raw.cookie, arrival.origin, arrival.stamp)
         names = listing(node).names
         before = event.before = names.get(name)
-        if mask & (_DELETE | _MOVED_FROM):
+        if mask & _DELETE:
             names.pop(name, None)
-            child = self._self_moved(arrival) or self._known_child(node, name, before)
+            event.child = removed = self._deleted(event, arrival, before)
+            self._table.displace(node, name, removed)
+            if (removed.parent, removed.name) == (node, name):
+                removed.parent = None  # other links may be left, at names that nobody looked up
+        elif mask & _MOVED_FROM:
+            names.pop(name, None)
+            child = self._known_child(node, name, before)
+            own = self._moved(arrival, node, child, None)
+            child = self._proved(arrival, node, child, own)
             if child is None or child.is_dir != bool(mask & _ISDIR):
-                child = self._gone(node, raw.name, mask)
+                child = self._gone(node, name, mask)
             event.child = child
-            if mask & _DELETE:
-                event.nlink = self._links_before(child)
+            self._imply(event, own)
             self._table.displace(node, name, child)
-            if mask & _MOVED_FROM and child.is_dir:
+            if child.is_dir:
                 self._table.lose(child)
             elif (child.parent, child.name) == (node, name):
-                child.parent = None  # other links may be left, at names that nobody looked up
+                child.parent = None
         elif mask & _MOVED_TO:
             replaced = self._overwritten(node, name)
-            event.child = self._self_moved(arrival) or self._look(node, arrival)
-            self._replace(event, node, name, event.child, replaced)
-            self._table.place(event.child, node, name)
-            if event.replaced is not None:
-                event.exchanged = self._swapped(event, raw.wd, event.replaced)
-        else:
-            if mask & _CREATE:
-                child = None
-                if name in node.children:
-                    self._table.displace(node, name, node.children[name])
+            own = self._moved(arrival, None, None, replaced)
+            if own.moved is not None:
+                event.child = own.moved.inode
             else:
-                child = self._known_child(node, name, before)
-                if child is not None and child.is_dir != bool(mask & _ISDIR):
-                    # A file that is still open under a name that stands for another by now.
-                    event.child = self._gone(node, name, mask)
-                    return event
-            event.child = child or self._look(node, arrival)
+                looked = self._look(node, arrival)
+                own = self._moved(arrival, None, looked, replaced)
+                event.child = self._proved(arrival, node, looked, own) or looked
+            if replaced is not None and own.lost is None:
+                event.exchanged = self._swapped(event, raw.wd, replaced, own.length)
+            if not event.exchanged:
+                replaced = self._lost(arrival, replaced, own)
+            self._replace(event, node, name, event.child, replaced)
+            self._imply(event, own)
+            self._table.place(event.child, node, name)
+        elif mask & _CREATE:
+            if name in node.children:
+                self._table.displace(node, name, node.children[name])
+            event.child = self._look(node, arrival)
+            names[name] = of_inode(event.child)
+        elif (ghost := self._ghost(event)) is not None:
+            event.child = ghost
+        else:
+            child = self._known_child(node, name, before)
+            if child is not None and child.is_dir != bool(mask & _ISDIR):
+                # A file that is still open under a name that stands for another by now.
+                event.child = self._gone(node, name, mask)
+                return event
+            event.child = self._touched(event, arrival, child or self._look(node, arrival))
             names[name] = of_inode(event.child)
         return event
 
-    def _self_moved(self, arrival: Arrival) -> Inode | None:
-        """What was renamed, if it is watched: its own MOVE_SELF is queued by the same call."""
-        if not arrival.raw.mask & RENAME:
-            return None
-        self._watcher.drain()
-        for raw in (ahead.raw for ahead in self._watcher.peek(2)):
-            if raw.mask & _MOVE_SELF:
-                inode = self._watcher.inode_of(raw.wd)
-                is_dir = bool(arrival.raw.mask & _ISDIR)
-                return inode if inode is not None and inode.is_dir == is_dir else None
-            if raw.name:
+    def _deleted(self, event: Event, arrival: Arrival, before: Known | None) -> Inode:
+        """What a DELETE removed."""
+        node, name, mask = event.node, event.name, event.mask
+        if arrival.number in self._ended:
+            child, died = self._ended.pop(arrival.number)
+            event.nlink = 1 if died else 2
+            return child
+        known = self._known_child(node, name, before)
+        if known is None or known.is_dir != bool(mask & _ISDIR):
+            return self._gone(node, name, mask)
+        if self._reports(known, _DELETE_SELF if known.is_dir else _ATTRIB, arrival):
+            if known.is_dir or known is not self._lost_link:
+                return self._gone(node, name, mask)
+            event.nlink = 2
+        else:
+            event.nlink = self._links_before(known)
+        return known
+
+    def _ghost(self, event: Event) -> Inode | None:
+        """The watched object that this was, if it is open under a name that it has no more, or
+        has lost since: its own event stands next.
+        """
+        for ahead in self._ahead(1):
+            inode = self._watcher.inode_of(ahead.raw.wd)
+            if inode is None or ahead.raw.name or ahead.raw.mask != event.mask:
                 return None
+            known = listing(event.node).names.get(event.name)
+            if known is not None and known.inode is None:
+                if known.ino != inode.identity[1]:
+                    return None
+            else:
+                here = inode.name == event.name and inode.parent in (event.node, None)
+                if inode.is_dir or not here or (known is not None and known.inode is inode):
+                    return None
+            self._implied[ahead.number] = event
+            event.twin = True
+            return inode
         return None
+
+    def _touched(self, event: Event, arrival: Arrival, child: Inode) -> Inode:
+        """What an event of a name's object is about, given what the name is taken for."""
+        bits = event.kind
+        wd = self._watcher.wd_of(child)
+        if not int(self._watcher.mask_of(child)) & bits:
+            return child
+        while True:
+            for ahead in self._ahead(_TWIN_WINDOW):
+                if ahead.raw.wd == wd and ahead.raw.mask == event.mask:
+                    self._implied[ahead.number] = event
+                    event.twin = True
+                    return child
+            if not self._look_again(arrival):
+                break
+        if not self._reports(child, bits, arrival):
+            event.twin = True
+            return child
+        self._table.displace(event.node, event.name, child)
+        return self._gone(event.node, event.name, event.mask)
 
     def _known_child(self, node: Inode, name: bytes, before: Known | None) -> Inode | None:
         """What the name stood for: from the listing, or from what a guest looked up where the
-        listing has nothing, or only a placeholder for what was gone when it was made.
+        listing has nothing.
         """
-        listed = before.inode if before is not None else None
-        if listed is not None and not listed.is_placeholder:
-            return self._table.current(listed)
+        if before is not None and before.inode is not None:
+            return self._table.current(before.inode)
         child = node.children.get(name)
-        if child is None or child.is_placeholder:
-            return listed
-        if before is not None and listed is None and child.identity[1] != before.ino:
+        if child is not None and before is not None and child.identity[1] != before.ino:
             return None
         return child
 
@@ -284,6 +521,7 @@ class Resolver:
     def _look(self, node: Inode, arrival: Arrival) -> Inode:
         """The object behind a name now, unless a waiting event says that it is another by now."""
         name, mask, wd = arrival.raw.name, arrival.raw.mask, arrival.raw.wd
+        self._watcher.drain()
         if not self._watcher.is_leaving(wd, name):
             try:
                 inode = self._fs.peek(node, name).inode
@@ -298,7 +536,7 @@ class Resolver:
 
     def _links_before(self, child: Inode) -> int:
         """Link count of a removed object just before the removal."""
-        return 1 if child.is_placeholder or child.is_dir else self._links(child) + 1
+        return self._links(child) + 1 if child.nlink > 1 and not child.is_dir else 1
 
     def _links(self, inode: Inode) -> int:
         """Link count now; 0 where the object is gone."""

@@ -60,11 +60,12 @@ SERVER = Origin("server")
 
 
 class Arrival(NamedTuple):
-    """One event as it left the queue; ``stamp`` is time.monotonic()."""
+    """One event as it left the queue; ``stamp`` is time.monotonic(), ``number`` counts them."""
 
     raw: RawEvent
     origin: Origin
     stamp: float
+    number: int
 
 
 Expected = tuple[Inode | None, bytes, Mask]
@@ -90,9 +91,11 @@ class HostWatcher:
         self._by_wd: dict[int, Inode] = {}
         self._wd_of: dict[Inode, int] = {}
         self._mask_of: dict[Inode, Mask] = {}
+        self._since: dict[Inode, int] = {}
         self._limit = watch_limit
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
+        self._number = 0
         self.events_in = 0
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
@@ -113,6 +116,17 @@ class HostWatcher:
         """Whether a change of a directory's attributes, its own rename included, is an event."""
         nodes = (inode, inode.parent)
         return all(node is None or DIRECTORY in self.mask_of(node) for node in nodes)
+
+    def wd_of(self, inode: Inode) -> int:
+        """The watch descriptor of an inode, -1 where it has none."""
+        return self._wd_of.get(inode, -1)
+
+    def reports(self, inode: Inode, bits: int, number: int) -> bool:
+        """Whether the events ``bits`` of an inode are in the queue beside the arrival of that
+        number: they are watched for, and were before it.
+        """
+        watched = bool(int(self.mask_of(inode)) & bits)
+        return watched and number >= self._since.get(inode, 0)
 
     def inodes(self) -> list[Inode]:
         """Everything that is watched."""
@@ -144,12 +158,16 @@ class HostWatcher:
             self._table.pin(inode)
         self._by_wd[wd] = inode
         self._wd_of[inode] = wd
+        if mask & ~self.mask_of(inode):
+            self.drain()
+            self._since[inode] = self._number
         self._mask_of[inode] = mask
         if inode.attr_given and not self.tells_changes(inode):
             self._withdraw(inode)
 
     def _remove(self, inode: Inode) -> None:
         del self._mask_of[inode]
+        self._since.pop(inode, None)
         wd = self._wd_of.pop(inode)
         self._withdraw(inode)
         if self._by_wd.get(wd) is inode:
@@ -170,6 +188,7 @@ class HostWatcher:
             self._wd_of.pop(inode, None)
             self._mask_of.pop(inode, None)
             self._withdraw(inode)
+            self._since.pop(inode, None)
             self._table.unpin(inode)
         return inode
 
@@ -197,7 +216,7 @@ class HostWatcher:
         if self._readable():
             now = time.monotonic()
             for raw in self._read():
-                self._push(Arrival(raw, HOST, now))
+                self._push(raw, HOST, now)
             self.on_arrival()
 
     # What was read and is not processed yet
@@ -207,15 +226,18 @@ class HostWatcher:
         """How many events wait to be processed."""
         return len(self._arrivals)
 
-    def _push(self, arrival: Arrival) -> None:
+    def _push(self, raw: RawEvent, origin: Origin, stamp: float) -> None:
         if len(self._arrivals) >= BACKLOG_LIMIT:
             if self._arrivals[-1].raw is not _OVERFLOW:
-                self._arrivals.append(Arrival(_OVERFLOW, HOST, arrival.stamp))
+                self._arrivals.append(Arrival(_OVERFLOW, HOST, stamp, self._number))
             return
-        self._arrivals.append(arrival)
-        raw = arrival.raw
+        self._arrivals.append(Arrival(raw, origin, stamp, self._number))
+        self._number += 1
         if raw.mask & _CHANGING:
             self._note_change(raw)
+        self._pushed(raw)
+
+    def _pushed(self, raw: RawEvent) -> None:
         if raw.mask & _LEAVING:
             key = (raw.wd, raw.name)
             self._leaving[key] = self._leaving.get(key, 0) + 1
@@ -241,8 +263,8 @@ class HostWatcher:
 
     def push_back(self, arrival: Arrival) -> None:
         """Undo a pop."""
-        self._push(arrival)
-        self._arrivals.rotate(1)
+        self._arrivals.appendleft(arrival)
+        self._pushed(arrival.raw)
 
     def _popped(self, raw: RawEvent) -> None:
         if raw.mask & _LEAVING:
@@ -303,7 +325,7 @@ class HostWatcher:
                     mine = left & seen
                     if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
                         bits[raw.wd, raw.name] = left & (~seen | _REPEATED)
-                    self._push(Arrival(raw, origin if mine else HOST, now))
+                    self._push(raw, origin if mine else HOST, now)
                 self.on_arrival()
 
 
