@@ -26,6 +26,7 @@ from .events import RENAME, Event
 from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
 from .interest import Interest
+from .locks import LockWaiters
 from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
@@ -67,6 +68,7 @@ class Export:
         self._resolver = Resolver(self.fs, self.watcher)
         self.interest = Interest()
         self.guests: list[Guest] = []
+        self.lock_waiters = LockWaiters()
         self.arming = Arming(self)
         self.counts: Counter[str] = Counter()
         self.unwatched: dict[Inode, str] = {}  # wanted, but the host gave no watch: why

@@ -96,6 +96,10 @@ class HiddenFiles:
             if not who.pid:  # the safety rule needs to know the replayer by its pid
                 raise PermissionError(errno.EPERM, "the agent is in another pid namespace")
             if self.control is not None:
+                # A killed agent stays in its read until that is answered; then it lets go of the
+                # channel, and the newcomer's next try succeeds.
+                if self.control.session is not None:
+                    self.control.session.let_go()
                 raise OSError(errno.EBUSY, "an agent is connected")
             handle.session = Session(self._export, "agent", who.pid, self._guest)
             self.control = handle

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -82,28 +82,87 @@ def supplementary_groups(pid: int) -> list[int]:
 
 
 @contextmanager
-def acting_as(uid: int, gid: int, pid: int) -> Iterator[None]:
-    """Make this thread's file system identity the caller's (its groups too), then come back.
+def acting_as(
+    uid: int, gid: int, groups: Sequence[int], *, umask: int = 0, judged: bool = False
+) -> Iterator[None]:
+    """Make this thread's file system identity the caller's, then come back.
 
-    Changes only the calling thread. No-op where the server is no root or the caller is root.
+    ``judged``: a guest's kernel has checked permissions already, with groups and ACLs that are not
+    known here; so this thread may enter and write any directory. The umask is the process's: other
+    threads must not create files. The identity stays where the server is no root, or the caller is.
     """
-    if not _is_root() or _SYS is None or (uid == 0 and gid == 0):
+    before = os.umask(umask) if umask else 0
+    try:
+        if not _is_root() or _SYS is None or (uid == 0 and gid == 0):
+            yield
+            return
+        if _NOBODY in (uid, gid):  # setfsuid(2) would leave us root, and say nothing
+            raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
+        setfsuid, setfsgid, setgroups = _SYS
+        own = os.getgroups()
+        effective = _capabilities()[0]  # before any is dropped
+        try:
+            _set_groups(setgroups, groups)
+            _libc.syscall(setfsgid, gid)
+            _libc.syscall(setfsuid, uid)
+            if judged and uid:
+                lowered = effective & ~_CAP_FS_SET | _CAP_DAC_OVERRIDE
+                _check(_libc.capset(_CAP_HEADER, _effective(lowered)))
+            yield
+        finally:
+            _libc.syscall(setfsuid, 0)
+            _libc.syscall(setfsgid, 0)
+            _set_groups(setgroups, own)
+            if judged:
+                _check(_libc.capset(_CAP_HEADER, _effective(effective)))
+    finally:
+        if umask:
+            os.umask(before)
+
+
+_NOBODY = 0xFFFF_FFFF
+"""No valid uid or gid: what a kernel sends for one that its mount does not map."""
+_CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+_CAP_DAC_OVERRIDE, _CAP_FSETID = 1 << 1, 1 << 4
+_CAP_FS_SET = 0x1F | 1 << 9 | 1 << 27 | 1 << 32
+"""What setfsuid(2) takes away: CAP_FS_SET of linux/capability.h."""
+
+
+@cache
+def _capabilities() -> tuple[int, int, int]:
+    """Effective, permitted and inheritable capabilities, as of the first request."""
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.capget(_CAP_HEADER, data))
+    low = struct.unpack_from("=III", data)
+    high = struct.unpack_from("=III", data, 12)
+    effective, permitted, inheritable = (a | b << 32 for a, b in zip(low, high, strict=True))
+    return effective, permitted, inheritable
+
+
+@cache
+def _effective(effective: int) -> bytes:
+    """The argument of capset(2) for these effective capabilities."""
+    sets = (effective, *_capabilities()[1:])
+    return struct.pack("=6I", *(s & 0xFFFF_FFFF for s in sets), *(s >> 32 for s in sets))
+
+
+@contextmanager
+def killing_suid() -> Iterator[None]:
+    """Let writes and truncations of this thread clear suid and sgid bits, as an ordinary user's do:
+    without CAP_FSETID.
+    """
+    effective = _capabilities()[0]
+    if not effective & _CAP_FSETID:
         yield
         return
-    setfsuid, setfsgid, setgroups = _SYS
-    own = os.getgroups()
-    _set_groups(setgroups, supplementary_groups(pid))
-    _libc.syscall(setfsgid, gid)
-    _libc.syscall(setfsuid, uid)
+    _check(_libc.capset(_CAP_HEADER, _effective(effective & ~_CAP_FSETID)))
     try:
         yield
     finally:
-        _libc.syscall(setfsuid, 0)
-        _libc.syscall(setfsgid, 0)
-        _set_groups(setgroups, own)
+        _check(_libc.capset(_CAP_HEADER, _effective(effective)))
 
 
-def _set_groups(number: int, groups: list[int]) -> None:
+def _set_groups(number: int, groups: Sequence[int]) -> None:
     _check(_libc.syscall(number, len(groups), (ctypes.c_uint32 * len(groups))(*groups)))
 
 
@@ -112,8 +171,11 @@ _statx_buffer = ctypes.create_string_buffer(256)
 
 
 def born_ns(dir_fd: int, name: bytes) -> int:
-    """Time of creation; 0 where the file system has none: statx(2). Not reentrant."""
-    _check(_libc.statx(dir_fd, name, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _statx_buffer), name)
+    """Time of creation, of dir_fd itself for b""; 0 where the file system has none: statx(2). Not
+    reentrant.
+    """
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH
+    _check(_libc.statx(dir_fd, name, flags, _STATX_BTIME, _statx_buffer), name)
     (mask,) = struct.unpack_from("=I", _statx_buffer)
     seconds, nanoseconds = struct.unpack_from("=qI", _statx_buffer, 80)
     born: int = seconds * 10**9 + nanoseconds if mask & _STATX_BTIME else 0
@@ -124,13 +186,41 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
 
 
-_UTIME_OMIT = (1 << 30) - 2
+_UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
+NOW = 1 << 80
+"""A time for ``set_times`` that no file can have: the kernel's clock."""
 _AT_FDCWD = -100
 
 
 def set_times(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
-    """utimensat(2) with UTIME_OMIT for None, which os.utime cannot say."""
+    """utimensat(2) with UTIME_OMIT for None and UTIME_NOW for NOW, which os.utime cannot say."""
     times = (_Timespec * 2)()
     for slot, value in zip(times, (atime_ns, mtime_ns), strict=True):
-        slot.sec, slot.nsec = (0, _UTIME_OMIT) if value is None else divmod(value, 10**9)
+        if value is None:
+            slot.nsec = _UTIME_OMIT
+        elif value == NOW:
+            slot.nsec = _UTIME_NOW
+        else:
+            slot.sec, slot.nsec = divmod(value, 10**9)
     _check(_libc.utimensat(_AT_FDCWD, path.encode(), times, 0))
+
+
+IOCTLS = {
+    0x8008_6601: 8,  # FS_IOC_GETFLAGS; an int, though its number says long
+    0x4008_6602: 8,  # FS_IOC_SETFLAGS
+    0x8008_7601: 8,  # FS_IOC_GETVERSION
+    0x801C_581F: 28,  # FS_IOC_FSGETXATTR
+    0x401C_5820: 28,  # FS_IOC_FSSETXATTR
+}
+"""What guests may ask of a file's file system: number and bytes of the argument (linux/fs.h)."""
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    long = ctypes.c_long
+    _check(_libc.fallocate(fd, mode, long(offset), long(length)))
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2) of the file system that fd is on."""
+    _check(_libc.syncfs(fd))

@@ -169,6 +169,16 @@ class InodeTable:
         self.place(inode, parent, name)
         return inode, status
 
+    def intern_nameless(self, fd: int, directory: Inode) -> tuple[Inode, os.stat_result]:
+        """The inode of a file that was opened in a directory with O_TMPFILE. Its events go by the
+        name that the kernel shows for it.
+        """
+        identity, status = self.identify(fd)
+        inode = self._new(identity, stat.S_IFMT(status.st_mode))
+        inode.nlink = status.st_nlink
+        inode.parent, inode.name = directory, b"#%d" % status.st_ino
+        return inode, status
+
     def place(self, inode: Inode, parent: Inode, name: bytes) -> None:
         """Note that the inode is now known as parent/name."""
         if inode is self.root:

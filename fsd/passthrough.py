@@ -7,10 +7,11 @@ name below a directory descriptor, so no symlink and no race leads out of the ex
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,11 +23,17 @@ from .inodes import Inode, InodeTable
 
 
 class Identity(NamedTuple):
-    """Who asks: what creating a file needs."""
+    """Who asks: what creating a file needs.
+
+    ``groups`` None: a process of this machine, and /proc has them. Else a guest's, whose kernel
+    has checked permissions and names just those that matter.
+    """
 
     uid: int
     gid: int
     pid: int
+    groups: tuple[int, ...] | None = None
+    umask: int = 0
 
 
 class Entry(NamedTuple):
@@ -36,6 +43,14 @@ class Entry(NamedTuple):
     attr: StatLike
 
 
+class DirEntry(NamedTuple):
+    """A name in a directory, with what the listing says of it."""
+
+    name: bytes
+    ino: int
+    type: int  # DT_* of readdir(3), 0 = unknown
+
+
 @dataclass(slots=True, eq=False)
 class Handle:
     """An open file or directory; owner of its descriptor."""
@@ -43,7 +58,7 @@ class Handle:
     inode: Inode
     fd: int
     flags: int = 0
-    names: list[bytes] = field(default_factory=list)  # of a directory: the listing being read
+    names: list[DirEntry] = field(default_factory=list)  # of a directory: the listing being read
 
 
 class Changes(NamedTuple):
@@ -55,6 +70,7 @@ class Changes(NamedTuple):
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    kill_suid: bool = False  # with ``size``: as an ordinary user's truncate does
 
     @property
     def events(self) -> Mask:
@@ -71,6 +87,15 @@ class Changes(NamedTuple):
         if self.mtime_ns is not None:
             events |= Mask.MODIFY
         return events
+
+
+def _check_regular(kind: int) -> None:
+    """Raises OSError for what must not be opened here: a FIFO could wait for ever, a device is no
+    part of the export. Guests' kernels open these themselves and do not ask.
+    """
+    if kind != stat.S_IFREG:
+        number = {stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO)
+        raise OSError(number, os.strerror(number))
 
 
 # O_APPEND: the guest's kernel sends offsets. O_DIRECT: data comes through unaligned buffers.
@@ -118,8 +143,16 @@ class PassthroughFS:
     @contextmanager
     def _creating(self, parent: Inode, name: bytes, who: Identity) -> Iterator[int]:
         self._check_name(name)
-        with self.table.directory(parent) as dir_fd, host.acting_as(*who):
+        with self.table.directory(parent) as dir_fd, self._acting_as(who):
             yield dir_fd
+
+    @staticmethod
+    def _acting_as(who: Identity, *, judged: bool = True) -> AbstractContextManager[None]:
+        groups: Sequence[int] = who.groups or ()
+        if who.groups is None and (who.uid or who.gid):
+            groups = host.supplementary_groups(who.pid)
+        judged = judged and who.groups is not None
+        return host.acting_as(who.uid, who.gid, groups, umask=who.umask, judged=judged)
 
     def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Identity) -> Entry:
         """MKNOD."""
@@ -143,16 +176,45 @@ class PassthroughFS:
         self, parent: Inode, name: bytes, mode: int, flags: int, who: Identity
     ) -> tuple[Entry, Handle]:
         """CREATE: make (or open) a regular file."""
-        excl = flags & os.O_EXCL
-        flags = flags & ~_DROPPED_FLAGS | excl | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with self._creating(parent, name, who) as dir_fd:
-            fd = os.open(name, flags, mode, dir_fd=dir_fd)
+        exclusive = flags & os.O_EXCL
+        flags = flags & ~_DROPPED_FLAGS | os.O_CLOEXEC
+        try:
+            with self._creating(parent, name, who) as dir_fd:
+                new = flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                fd = os.open(name, new, mode, dir_fd=dir_fd)
+        except FileExistsError:  # made by somebody else since the guest looked
+            if exclusive:
+                raise
+            fd = self._open_existing(parent, name, flags, who)
         try:
             entry = self.referenced(Entry(*self.table.intern(fd, parent, name)))
         except BaseException:
             os.close(fd)
             raise
         return entry, self._handle(entry.inode, fd, flags)
+
+    def tmpfile(self, parent: Inode, mode: int, flags: int, who: Identity) -> tuple[Entry, Handle]:
+        """TMPFILE: a regular file without a name."""
+        flags = flags & ~_DROPPED_FLAGS | flags & os.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC
+        with self.table.directory(parent) as dir_fd, self._acting_as(who):
+            fd = os.open(".", flags, mode, dir_fd=dir_fd)
+        try:
+            entry = self.referenced(Entry(*self.table.intern_nameless(fd, parent)))
+        except BaseException:
+            os.close(fd)
+            raise
+        return entry, self._handle(entry.inode, fd, flags)
+
+    def _open_existing(self, parent: Inode, name: bytes, flags: int, who: Identity) -> int:
+        """Open what a CREATE has found there. No guest's kernel has checked permissions."""
+        with self.table.directory(parent) as dir_fd:
+            path_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
+            with self._acting_as(who, judged=False):
+                return os.open(f"/proc/self/fd/{path_fd}", flags)
+        finally:
+            os.close(path_fd)
 
     def link(self, inode: Inode, parent: Inode, name: bytes) -> Entry:
         """LINK."""
@@ -241,20 +303,26 @@ class PassthroughFS:
 
     def _setattr(self, fd: int, changes: Changes, write_fd: int | None) -> os.stat_result:
         path = f"/proc/self/fd/{fd}"
-        mode, uid, gid, size, atime_ns, mtime_ns = changes
+        mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = changes
         if uid is not None or gid is not None:
             # By descriptor, as a path would follow a symlink: fchownat(AT_EMPTY_PATH) is not in os.
             os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
         if mode is not None:
             os.chmod(path, stat.S_IMODE(mode))
         if size is not None:
-            if write_fd is not None:
-                os.ftruncate(write_fd, size)
-            else:
-                os.truncate(path, size)
+            with host.killing_suid() if kill_suid else nullcontext():
+                if write_fd is not None:
+                    os.ftruncate(write_fd, size)
+                else:
+                    os.truncate(path, size)
         if atime_ns is not None or mtime_ns is not None:
             host.set_times(path, atime_ns, mtime_ns)
         return os.fstat(fd)
+
+    def born_ns(self, inode: Inode) -> int:
+        """Time of creation; 0 where the file system has none."""
+        with self.table.opened(inode) as fd:
+            return host.born_ns(fd, b"")
 
     def getxattr(self, inode: Inode, name: bytes) -> bytes:
         """GETXATTR."""
@@ -314,7 +382,8 @@ class PassthroughFS:
         return Handle(inode, fd, flags)
 
     def open(self, inode: Inode, flags: int) -> Handle:
-        """OPEN."""
+        """OPEN of a regular file."""
+        _check_regular(inode.kind)
         with self._opened_or_successor(inode) as path_fd:
             fd = os.open(f"/proc/self/fd/{path_fd}", flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
         if inode.parent is not None and self.table.identify(fd)[0] != inode.identity:
@@ -327,11 +396,19 @@ class PassthroughFS:
             fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._handle(inode, fd, os.O_RDONLY)
 
+    def ioctl(self, handle: Handle, who: Identity, command: int, data: bytes) -> bytes:
+        """IOCTL, one of fsd.host.IOCTLS: permission to change flags is the caller's."""
+        with self._acting_as(who, judged=False):
+            return fcntl.ioctl(handle.fd, command, data)
+
     @staticmethod
-    def list_names(handle: Handle) -> list[bytes]:
+    def list_names(handle: Handle) -> list[DirEntry]:
         """READDIR: read the names afresh, without "." and ".."."""
         os.lseek(handle.fd, 0, os.SEEK_SET)
-        return [os.fsencode(name) for name in os.listdir(handle.fd)]
+        with os.scandir(handle.fd) as entries:
+            return [
+                DirEntry(os.fsencode(entry.name), entry.inode(), _type(entry)) for entry in entries
+            ]
 
     def release(self, handle: Handle) -> None:
         """RELEASE, RELEASEDIR. Closes the descriptor once."""
@@ -341,3 +418,11 @@ class PassthroughFS:
         handle.inode.open_fds.remove(fd)
         os.close(fd)
         self.table.unpin(handle.inode)
+
+
+def _type(entry: os.DirEntry[str]) -> int:
+    if entry.is_file(follow_symlinks=False):
+        return stat.S_IFREG >> 12
+    if entry.is_dir(follow_symlinks=False):
+        return stat.S_IFDIR >> 12
+    return stat.S_IFLNK >> 12 if entry.is_symlink() else 0

@@ -54,7 +54,8 @@ class Session:
         self.guest: ReplayGuest | Observer | HandMarks | None = None
         self.said_bye = False
         self._closed = False
-        self.wake: Callable[[], None] = lambda: None
+        self.wake: Callable[[], None] = lambda: None  # there is something to read
+        self.let_go: Callable[[], None] = lambda: None  # answer waiting reads with nothing
 
     def close(self) -> None:
         """The peer is gone. An observer's marks go with it; the mount's wait for a new agent."""

@@ -68,8 +68,9 @@ class Arrival(NamedTuple):
     number: int
 
 
-Expected = tuple[Inode | None, bytes, Mask]
-"""A watch (the inode's), a name in it or b"" for itself, and the events that a call makes."""
+Expected = tuple[Inode | None, bytes | None, Mask]
+"""A watch (the inode's), a name in it, b"" for itself or None for any, and the events that a call
+makes."""
 
 
 class HostWatcher:
@@ -306,7 +307,7 @@ class HostWatcher:
     @contextmanager
     def attributed(self, origin: Origin, *expected: Expected) -> Iterator[None]:
         """Run one of the server's own calls: its expected events get this origin, others HOST."""
-        bits: dict[tuple[int, bytes], int] = {}
+        bits: dict[tuple[int, bytes | None], int] = {}
         for inode, name, mask in expected:
             if inode is not None and (wd := self._wd_of.get(inode)) is not None:
                 bits[wd, name] = bits.get((wd, name), 0) | int(mask)
@@ -320,11 +321,12 @@ class HostWatcher:
             if self._readable():
                 now = time.monotonic()
                 for raw in self._read():
-                    left = bits.get((raw.wd, raw.name), 0)
+                    key: tuple[int, bytes | None] = (raw.wd, raw.name)
+                    left = bits.get(key, 0) or bits.get(key := (raw.wd, None), 0)
                     seen = raw.mask & 0xFFF
                     mine = left & seen
                     if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
-                        bits[raw.wd, raw.name] = left & (~seen | _REPEATED)
+                        bits[key] = left & (~seen | _REPEATED)
                     self._push(raw, origin if mine else HOST, now)
                 self.on_arrival()
 

@@ -56,16 +56,17 @@ class FileChannel:
         """The next bytes, waiting as long as it takes. Raises ChannelError at the end.
 
         A read is answered within the server's bound, fast for what comes soon; after it, poll
-        sleeps without end, where a signal reaches it at once.
+        sleeps without end, where a signal reaches it at once. Over virtiofs, where nothing could
+        wake it, it does not sleep, and the reads go on waiting.
         """
-        ended = False  # poll said ready, and there was nothing: the session is over
+        ended = False  # POLLHUP: what a last read brings, and then no more
         while True:
             data = os.pread(self._fd, _READ, 0)
             if data:
                 return data
             if ended:
                 raise ChannelError("the server closed the channel")
-            ended = bool(self._poll.poll())
+            ended = any(events & select.POLLHUP for _, events in self._poll.poll())
 
 
 class SocketChannel:

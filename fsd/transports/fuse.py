@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import select
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -19,6 +18,7 @@ import structlog
 import trio
 
 from ..attributes import StatLike
+from ..channel import READY, Channel
 from ..hidden import HiddenHandle
 from ..inodes import Inode
 from ..passthrough import Changes, Entry
@@ -34,7 +34,6 @@ DIRECTORY_TIMEOUT = 0.01
 """Seconds that a directory's attributes, as given to the replayer, are good for."""
 WATCHED_TIMEOUT = 3600.0
 """The same for a directory that the host is watched for: its kernel is told of changes."""
-_READY = select.POLLIN | select.POLLOUT
 
 
 def _guarded(handler: _F) -> _F:
@@ -83,38 +82,15 @@ def _entry(entry: Entry) -> pyfuse3.EntryAttributes:
     return _attributes(entry.inode, entry.attr)
 
 
-class _Channel:
-    """Waiters for the frames of one open channel file."""
-
-    def __init__(self, handle: HiddenHandle) -> None:
-        assert handle.session is not None
-        self.session = handle.session
-        self._event: trio.Event | None = None
-        self._poll: pyfuse3.PollHandle | None = None
-        self.session.wake = self._wake
-
-    def _wake(self) -> None:
-        if self._event is not None:
-            self._event.set()
-        if self._poll is not None:
-            handle, self._poll = self._poll, None
-            handle.notify()
-
-    async def read(self, size: int) -> bytes:
-        """Frames, after waiting for some; b"" at the bound."""
-        if not self.session.has_outgoing and not self.session.said_bye:
-            self._event = trio.Event()
-            with trio.move_on_after(LONG_POLL):
-                await self._event.wait()
-            self._event = None
-        return self.session.outgoing(size)
-
-    def poll(self, handle: pyfuse3.PollHandle | None) -> int:
-        """poll(2): readable when there are frames."""
-        if self.session.has_outgoing or self.session.said_bye:
-            return _READY
-        self._poll = handle
-        return select.POLLOUT
+async def _read(channel: Channel, size: int) -> bytes:
+    """Frames, after waiting for some; b"" at the bound."""
+    if not channel.is_ready:
+        event = trio.Event()
+        cancel = channel.wait(event.set)
+        with trio.move_on_after(LONG_POLL):
+            await event.wait()
+        cancel()
+    return channel.read(size)
 
 
 class FuseDoor(pyfuse3.Operations):
@@ -126,7 +102,7 @@ class FuseDoor(pyfuse3.Operations):
         super().__init__()
         self.enable_acl = os.geteuid() == 0  # makes the kernel judge permissions, ACLs included
         self._service = service
-        self._channels: dict[int, _Channel] = {}
+        self._channels: dict[int, Channel] = {}
 
     @staticmethod
     def invalidate(inode: Inode) -> None:
@@ -244,7 +220,7 @@ class FuseDoor(pyfuse3.Operations):
         handle = self._service.handle(fh)
         bare = isinstance(handle, HiddenHandle | IdleHandle)  # no data of it may be cached
         if isinstance(handle, HiddenHandle) and handle.session is not None:
-            self._channels[fh] = _Channel(handle)
+            self._channels[fh] = Channel(handle.session)
         return pyfuse3.FileInfo(fh=fh, direct_io=bare, keep_cache=False, nonseekable=False)
 
     @_guarded
@@ -263,7 +239,7 @@ class FuseDoor(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         channel = self._channels.get(fh)
         if channel is not None:
-            return await channel.read(size)
+            return await _read(channel, size)
         handle = self._service.handle(fh)
         if isinstance(handle, HiddenHandle):
             return handle.text[off : off + size]
@@ -274,12 +250,7 @@ class FuseDoor(pyfuse3.Operations):
         channel = self._channels.get(fh)
         if channel is None:
             return self._service.write(fh, off, buf)
-        try:
-            channel.session.receive(buf)
-        except ValueError as error:  # no frame of our protocol, or nothing that it can mean
-            log.warning("bad frame from guest", error=str(error))
-            channel.session.close()
-            raise OSError(errno.EPROTO, str(error)) from None
+        channel.write(buf)
         return len(buf)
 
     @_guarded
@@ -291,7 +262,9 @@ class FuseDoor(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> int:
         channel = self._channels.get(fh)
-        return _READY if channel is None else channel.poll(poll_handle)
+        if channel is None:
+            return READY
+        return channel.poll(None if poll_handle is None else poll_handle.notify)
 
     @_guarded
     async def flush(self, fh: int) -> None:
@@ -316,13 +289,14 @@ class FuseDoor(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         node, names = self._service.names(fh, start_id)
         for position in range(start_id, len(names)):
-            entry = self._service.entry(node, names[position])
+            name = names[position].name
+            entry = self._service.entry(node, name)
             if entry is None:
                 continue
             attr = _entry(entry)
-            if not pyfuse3.readdir_reply(token, names[position], attr, position + 1):
+            if not pyfuse3.readdir_reply(token, name, attr, position + 1):
                 break
-            if names[position] not in (b".", b".."):  # of these the kernel takes no reference
+            if name not in (b".", b".."):  # of these the kernel takes no reference
                 entry.inode.lookups += 1
 
     @_guarded

@@ -1,0 +1,88 @@
+"""One open channel file: who waits for its frames. What all doors of a mount share.
+
+Woken in the middle of the core's work, so it only calls back; a door reads once that is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from .sessions import Session
+
+log = structlog.get_logger()
+READY = select.POLLIN | select.POLLOUT
+
+
+class Channel:
+    """Waiters of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._waiters: deque[Callable[[], None]] = deque()
+        self._poller: Callable[[], None] | None = None
+        session.wake = self._wake
+        session.let_go = self._let_go
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a read does not wait."""
+        return self._session.has_outgoing or self._session.said_bye
+
+    def wait(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Call once: when there is something to read, or reads must not wait any longer. Returns
+        what cancels that.
+        """
+        self._waiters.append(call)
+
+        def cancel() -> None:
+            if call in self._waiters:
+                self._waiters.remove(call)
+
+        return cancel
+
+    def read(self, size: int) -> bytes:
+        """Frames, up to ``size`` bytes; b"" where there are none."""
+        return self._session.outgoing(size)
+
+    def write(self, data: bytes) -> None:
+        """Frames from the peer. Raises OSError EPROTO for what is none, and ends the session."""
+        try:
+            self._session.receive(data)
+        except ValueError as error:  # no frame of our protocol, or nothing that it can mean
+            log.warning("bad frame from guest", error=str(error))
+            self._session.close()
+            self._let_go()
+            raise OSError(errno.EPROTO, str(error)) from None
+
+    def poll(self, notify: Callable[[], None] | None) -> int:
+        """poll(2)'s events as of now. ``notify`` is called once when there are more."""
+        if self._session.said_bye:
+            return READY | select.POLLHUP
+        if self.is_ready:
+            return READY
+        if notify is not None:
+            self._poller = notify
+        return select.POLLOUT
+
+    def _wake(self) -> None:
+        if self._session.said_bye:
+            self._let_go()
+        elif self._waiters:
+            self._waiters.popleft()()
+        self._notify()
+
+    def _let_go(self) -> None:
+        waiters, self._waiters = self._waiters, deque()
+        for waiter in waiters:
+            waiter()
+        self._notify()
+
+    def _notify(self) -> None:
+        poller, self._poller = self._poller, None
+        if poller is not None:
+            poller()

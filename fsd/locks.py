@@ -1,0 +1,214 @@
+"""Locks of a guest's processes, held on the host: everyone sees them, the host and other guests.
+
+flock(2) is the open file's own. A fcntl(2) lock belongs to a process there and to an open file
+description here (F_OFD_SETLK): each owner of the guest's has one of its own, borrowed from the
+handle it locks through where no other owner has that. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol.masks import Mask
+
+from .inodes import Inode
+from .passthrough import Handle
+from .watcher import SERVER, HostWatcher
+
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, len, pid
+_OFFSET_MAX = (1 << 63) - 1
+_OPERATIONS = {
+    fcntl.F_RDLCK: fcntl.LOCK_SH,
+    fcntl.F_WRLCK: fcntl.LOCK_EX,
+    fcntl.F_UNLCK: fcntl.LOCK_UN,
+}
+OWNERS_LIMIT = 1 << 16
+"""Owners of one guest that hold locks: each may be a descriptor of the server."""
+
+
+class Lock(tuple[int, int, int, int]):
+    """(type, start, inclusive end, pid) as FUSE and fcntl(2) have them; pid 0 = not known."""
+
+    __slots__ = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Owner:
+    fd: int
+    handle: Handle | None  # whose descriptor it is; None = our own
+    pid: int
+
+
+class LockWaiters:
+    """Who waits for a lock on an object: tried again when a guest gives one up."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[Inode, list[Callable[[], None]]] = {}
+
+    def add(self, inode: Inode, retry: Callable[[], None]) -> Callable[[], None]:
+        """Call ``retry`` whenever it may succeed; returns what ends that."""
+        waiters = self._waiters.setdefault(inode, [])
+        waiters.append(retry)
+
+        def remove() -> None:
+            waiters.remove(retry)
+            if not waiters and self._waiters.get(inode) is waiters:
+                del self._waiters[inode]
+
+        return remove
+
+    def wake(self, inode: Inode) -> None:
+        """A lock of the object was given up."""
+        for retry in list(self._waiters.get(inode, ())):
+            retry()
+
+
+class GuestLocks:
+    """Locks of one guest."""
+
+    def __init__(self, watcher: HostWatcher, waiters: LockWaiters) -> None:
+        self._watcher = watcher
+        self.waiters = waiters
+        self._owners: dict[Inode, dict[int, _Owner]] = {}
+        self._count = 0
+
+    # POSIX locks
+
+    def get(self, handle: Handle, owner: int, lock: Lock) -> Lock:
+        """GETLK: a lock that is in the way of this one, else its type is F_UNLCK."""
+        mine = self._owner(handle, owner, lock[3])
+        kind, start, end, pid = self._ask(mine.fd, lock)
+        if kind == fcntl.F_UNLCK:
+            return Lock((kind, 0, 0, 0))
+        for other in self._owners[handle.inode].values():
+            # Of the holder itself nothing is in the way.
+            if other is not mine and self._ask(other.fd, Lock((kind, start, end, 0)))[0] == 2:
+                pid = other.pid
+        return Lock((kind, start, end, max(pid, 0)))
+
+    def set(self, handle: Handle, owner: int, lock: Lock) -> None:
+        """SETLK. Raises BlockingIOError where a lock is in the way."""
+        if lock[0] == fcntl.F_UNLCK:
+            known = self._owners.get(handle.inode, {}).get(owner)
+            if known is not None:
+                self._set(known.fd, lock)
+                self.waiters.wake(handle.inode)
+            return
+        mine = self._owner(handle, owner, lock[3])
+        try:
+            self._set(mine.fd, lock)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            self._widen(mine, handle)
+            self._set(mine.fd, lock)
+
+    def drop(self, inode: Inode, owner: int) -> None:
+        """FLUSH: a process has closed the object, which takes all its locks."""
+        owners = self._owners.get(inode)
+        mine = owners.pop(owner, None) if owners else None
+        if mine is None:
+            return
+        self._count -= 1
+        if not owners:
+            del self._owners[inode]
+        if mine.handle is None:
+            self._close(inode, mine.fd)
+        else:
+            self._set(mine.fd, Lock((fcntl.F_UNLCK, 0, _OFFSET_MAX, 0)))
+        self.waiters.wake(inode)
+
+    def released(self, handle: Handle) -> None:
+        """RELEASE: the handle is about to be closed, its own locks with it."""
+        for owner, mine in list(self._owners.get(handle.inode, {}).items()):
+            if mine.handle is handle:
+                self.drop(handle.inode, owner)
+
+    def close(self) -> None:
+        """The guest is gone, and its locks with it."""
+        for inode, owners in list(self._owners.items()):
+            for owner in list(owners):
+                self.drop(inode, owner)
+
+    def _owner(self, handle: Handle, owner: int, pid: int) -> _Owner:
+        owners = self._owners.get(handle.inode, {})
+        mine = owners.get(owner)
+        if mine is None:
+            if self._count >= OWNERS_LIMIT:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+            if any(other.handle is handle for other in owners.values()):
+                mine = _Owner(self._open(handle, handle.flags & os.O_ACCMODE), None, pid)
+            else:
+                mine = _Owner(handle.fd, handle, pid)
+            self._owners.setdefault(handle.inode, owners)[owner] = mine
+            self._count += 1
+        return mine
+
+    def _widen(self, mine: _Owner, handle: Handle) -> None:
+        """The owner's description is not open for this type of lock: move to one that is."""
+        fd = self._open(handle, os.O_RDWR)
+        for lock in _held(mine.fd):
+            self._set(mine.fd, Lock((fcntl.F_UNLCK, *lock[1:])))
+            self._set(fd, lock)
+        if mine.handle is None:
+            self._close(handle.inode, mine.fd)
+        mine.fd, mine.handle = fd, None
+
+    def _open(self, handle: Handle, mode: int) -> int:
+        """Another description of the handle's file. Nobody has asked for its OPEN event."""
+        inode = handle.inode
+        opened = (inode.parent, inode.name, Mask.OPEN), (inode, b"", Mask.OPEN)
+        with self._watcher.attributed(SERVER, *opened):
+            return os.open(f"/proc/self/fd/{handle.fd}", mode | os.O_CLOEXEC)
+
+    def _close(self, inode: Inode, fd: int) -> None:
+        mask = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
+        closed = (inode.parent, inode.name, mask), (inode, b"", mask)
+        with self._watcher.attributed(SERVER, *closed):
+            os.close(fd)
+
+    @staticmethod
+    def _set(fd: int, lock: Lock) -> None:
+        fcntl.fcntl(fd, _F_OFD_SETLK, _pack(lock))
+
+    @staticmethod
+    def _ask(fd: int, lock: Lock) -> Lock:
+        answer = fcntl.fcntl(fd, _F_OFD_GETLK, _pack(lock))
+        kind, _, start, length, pid = _FLOCK.unpack(answer)
+        return Lock((kind, start, start + length - 1 if length else _OFFSET_MAX, pid))
+
+    # flock
+
+    def flock(self, handle: Handle, kind: int) -> None:
+        """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way."""
+        if kind not in _OPERATIONS:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fcntl.flock(handle.fd, _OPERATIONS[kind] | fcntl.LOCK_NB)
+        if kind == fcntl.F_UNLCK:
+            self.waiters.wake(handle.inode)
+
+
+def _pack(lock: Lock) -> bytes:
+    kind, start, end, _pid = lock
+    if kind not in _OPERATIONS or not 0 <= start <= end <= _OFFSET_MAX:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return _FLOCK.pack(kind, os.SEEK_SET, start, 0 if end == _OFFSET_MAX else end - start + 1, 0)
+
+
+def _held(fd: int) -> list[Lock]:
+    """The OFD locks of a descriptor: proc_pid_fdinfo(5)."""
+    locks = []
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        for line in info:
+            fields = line.split()
+            if fields[:1] == ["lock:"] and fields[2] == "OFDLCK":
+                kind = fcntl.F_WRLCK if fields[4] == "WRITE" else fcntl.F_RDLCK
+                end = _OFFSET_MAX if fields[8] == "EOF" else int(fields[8])
+                locks.append(Lock((kind, int(fields[7]), end, 0)))
+    return locks
