@@ -66,6 +66,7 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
 @click.option(
     "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
 )
+@click.option("--raw", is_flag=True, hidden=True, help="Without libfuse; root only.")
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning"
 )
@@ -78,6 +79,7 @@ def mount(
     max_queued_events: int | None,
     max_watches: int | None,
     allow_other: bool | None,
+    raw: bool,
     log_level: str,
 ) -> None:
     """Share SOURCE at MOUNTPOINT; inotify there sees what changes in SOURCE."""
@@ -90,6 +92,7 @@ def mount(
         allow_other=allow_other,
         max_queued_events=max_queued_events,
         watch_limit=max_watches,
+        raw=raw,
     )
     behind = Daemon() if daemon else None
     try:

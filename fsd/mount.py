@@ -8,10 +8,11 @@ import re
 import resource
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyfuse3
 import trio
@@ -19,10 +20,12 @@ import trio
 from protocol.frames import FSD_NAME
 
 from .export import Export
+from .fusesession import SessionOptions
 from .mount_agent import AgentError, AgentProcess
 from .service import Service
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump
+from .transports.rawfuse import RawFuseDoor
 from .transports.socket import SocketDoor
 from .transports.spin import SpinBeforeSleep
 
@@ -45,6 +48,7 @@ class Options:
     allow_other: bool | None = None
     max_queued_events: int | None = None
     watch_limit: int | None = None
+    raw: bool = False
 
 
 def check(options: Options) -> None:
@@ -96,6 +100,14 @@ def reductions(options: Options) -> list[str]:
     return lines
 
 
+class Door(NamedTuple):
+    """What a mount is served by: until it is gone, or ``stop`` is called."""
+
+    run: Callable[[], Awaitable[None]]
+    stop: Callable[[], None]
+    close: Callable[[], None]
+
+
 class Mounted:
     """A running mount. ``on_ready`` is called once it can be used."""
 
@@ -103,6 +115,7 @@ class Mounted:
         self._options = options
         self._on_ready = on_ready
         self._agent: AgentProcess | None = None
+        self._unmount: Callable[[], None] = pyfuse3.terminate
 
     async def run(self) -> None:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
@@ -121,9 +134,9 @@ class Mounted:
             if options.agent:
                 self._agent = AgentProcess(options.mountpoint, service.hidden.dismiss)
             door = await self._bind(export, cleanup)
-            self._mount(service)
-            cleanup.callback(pyfuse3.close)
-            export.watcher.on_changed = FuseDoor.invalidate
+            mount = self._mount_raw(service) if options.raw else self._mount(service)
+            cleanup.callback(mount.close)
+            self._unmount = mount.stop
             trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: guest.ledger.is_at_work))
             try:
                 async with trio.open_nursery() as nursery:
@@ -132,7 +145,7 @@ class Mounted:
                         nursery.start_soon(door.run)
                     nursery.start_soon(self._end_on, signals)
                     nursery.start_soon(self._come_up)
-                    await pyfuse3.main()
+                    await mount.run()
                     nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
@@ -163,7 +176,7 @@ class Mounted:
             raise StartError(f"socket {door.path}: {error.strerror}") from None
         return door
 
-    def _mount(self, service: Service) -> None:
+    def _mount(self, service: Service) -> Door:
         mountpoint = self._options.mountpoint
         with tempfile.TemporaryFile() as said:
             try:
@@ -173,6 +186,17 @@ class Mounted:
                 said.seek(0)
                 reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or error
                 raise StartError(f"mounting on {mountpoint} failed: {reason}") from None
+        service.export.watcher.on_changed = FuseDoor.invalidate
+        return Door(pyfuse3.main, pyfuse3.terminate, pyfuse3.close)
+
+    def _mount_raw(self, service: Service) -> Door:
+        mountpoint = self._options.mountpoint
+        options = SessionOptions(posix_acl=True, is_local=True)
+        try:
+            door = RawFuseDoor(service, self._options.source, mountpoint, options)
+        except OSError as error:
+            raise StartError(f"mounting on {mountpoint} failed: {error.strerror}") from None
+        return Door(door.run, door.stop, door.close)
 
     def _fuse_options(self) -> set[str]:
         # Not pyfuse3's own default_permissions where the server is an ordinary user: the kernel
@@ -189,7 +213,7 @@ class Mounted:
     async def _end_on(self, signals: AsyncIterator[int]) -> None:
         async for _ in signals:
             await self._stop_agent()
-            pyfuse3.terminate()
+            self._unmount()
 
     async def _stop_agent(self) -> None:
         if self._agent is not None:

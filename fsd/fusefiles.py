@@ -1,0 +1,340 @@
+"""FUSE requests about open files and directories, as raw messages: data in place, listings."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from protocol import fuse
+from protocol.fuse import Fopen, Opcode
+
+from . import host
+from .channel import READY, Channel
+from .fusemessage import Request
+from .fusenodes import Caching, Nodes
+from .fusewaiting import Loop, Waiting
+from .hidden import HiddenHandle
+from .passthrough import Entry
+from .service import IdleHandle, Service
+
+LONG_POLL = 10.0
+"""Seconds that a read of the channel waits where poll(2) cannot: a killed agent stays in it until
+it is answered, and over virtiofs nothing tells of the kill (docs/protocol.md)."""
+LONG_POLL_WITH_POLL = 1.0
+"""The same where an agent with nothing to do waits in poll(2)."""
+CHANNEL_WRITE_LIMIT = 1 << 20
+"""Bytes of frames in one write: what the kernel sends at most."""
+HANDLES_LIMIT = 1 << 16
+"""Files that one guest may have open: each is a descriptor of the server."""
+_ENTRY_SIZE = fuse.ENTRY_SIZE
+_DIRENT_SIZE = fuse.DIRENT.size
+_NO_ENTRY = bytes(_ENTRY_SIZE)
+_DIRECT_IO, _KEEP_CACHE = int(Fopen.DIRECT_IO), int(Fopen.KEEP_CACHE)
+_CACHE_DIR = int(Fopen.CACHE_DIR)
+
+
+class Files:
+    """Handlers of one guest."""
+
+    def __init__(
+        self,
+        service: Service,
+        nodes: Nodes,
+        loop: Loop,
+        waiting: Waiting,
+        caching: Caching,
+        *,
+        notify: Callable[[bytes], None] | None,
+    ) -> None:
+        self._service = service
+        self._nodes = nodes
+        self._loop = loop
+        self._notify = notify
+        self._handles: set[int] = set()
+        self._channels: dict[int, Channel] = {}
+        self._waiting = waiting
+        keep = _KEEP_CACHE if caching.keep_data else 0
+        self._file_flags = _DIRECT_IO if caching.direct_io else keep
+        self._directory_flags = keep | _CACHE_DIR if caching.keep_data else 0
+        self.handlers: dict[int, Callable[[Request], bytes | None]] = {
+            Opcode.OPEN: self._open,
+            Opcode.CREATE: self._create,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.FLUSH: self._flush,
+            Opcode.RELEASE: self._release,
+            Opcode.FSYNC: self._fsync,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.RELEASEDIR: self._release,
+            Opcode.FSYNCDIR: self._fsync,
+            Opcode.POLL: self._poll,
+            Opcode.TMPFILE: self._tmpfile,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.LSEEK: self._lseek,
+            Opcode.COPY_FILE_RANGE: self._copy_file_range,
+            Opcode.COPY_FILE_RANGE_64: self._copy_file_range_64,
+            Opcode.IOCTL: self._ioctl,
+            Opcode.SYNCFS: self._syncfs,
+        }
+
+    def close(self) -> None:
+        """Close everything."""
+        for fh in list(self._handles):
+            self._close(fh)
+
+    def _close(self, fh: int) -> None:
+        self._handles.discard(fh)
+        self._channels.pop(fh, None)
+        self._service.release(fh)
+
+    def _opened(self, request: Request, fh: int, flags: int) -> bytes:
+        self._handles.add(fh)
+        return fuse.OPEN_OUT.pack(fh, flags, 0)
+
+    def _check_room(self) -> None:
+        if len(self._handles) >= HANDLES_LIMIT:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    def _open(self, request: Request) -> bytes:
+        flags, _more = fuse.OPEN_IN.unpack(request.body)
+        self._check_room()
+        fh = self._service.open(request.who, request.nodeid, flags)
+        request.on_lost = lambda: self._close(fh)
+        handle = self._service.handle(fh)
+        if isinstance(handle, HiddenHandle) and handle.session is not None:
+            self._channels[fh] = Channel(handle.session)
+        if isinstance(handle, HiddenHandle | IdleHandle):  # no data of it may be cached
+            return self._opened(request, fh, _DIRECT_IO)
+        return self._opened(request, fh, self._file_flags)
+
+    def _create(self, request: Request) -> bytes:
+        flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
+        name = fuse.name(request.body, fuse.CREATE_IN.size)
+        self._check_room()
+        self._nodes.check_room()
+        who = request.who._replace(umask=umask & 0o777)
+        return self._made(request, *self._service.create(who, request.nodeid, name, mode, flags))
+
+    def _tmpfile(self, request: Request) -> bytes:
+        flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
+        self._check_room()
+        self._nodes.check_room()
+        who = request.who._replace(umask=umask & 0o777)
+        return self._made(request, *self._service.tmpfile(who, request.nodeid, mode, flags))
+
+    def _made(self, request: Request, entry: Entry, fh: int) -> bytes:
+        forget = self._nodes.hold(entry.inode)
+
+        def undo() -> None:
+            self._close(fh)
+            forget()
+
+        request.on_lost = undo
+        reply = self._nodes.entry(request.who, entry, request.nodeid)
+        return reply + self._opened(request, fh, self._file_flags)
+
+    def _read(self, request: Request) -> bytes | None:
+        fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
+        channel = self._channels.get(fh)
+        if channel is not None:
+            self._read_channel(request, channel, min(size, request.room))
+            return None
+        handle = self._service.handle(fh)
+        if isinstance(handle, HiddenHandle):
+            return handle.text[offset : offset + min(size, request.room)]
+        views = request.data_out(size)
+        request.reply_in_place(self._service.read_into(fh, views, offset) if views else 0)
+        return None
+
+    def _write(self, request: Request) -> bytes:
+        fh, offset, size, flags, *_ = fuse.WRITE_IN.unpack(request.body)
+        views = request.data_in(size)
+        channel = self._channels.get(fh)
+        if channel is not None:
+            if size > CHANNEL_WRITE_LIMIT:
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+            channel.write(b"".join(views))
+            return fuse.WRITE_OUT.pack(size)
+        kill = bool(flags & fuse.WRITE_KILL_SUIDGID)
+        written = self._service.write_from(request.who, fh, views, offset, kill=kill)
+        return fuse.WRITE_OUT.pack(written)
+
+    def _flush(self, request: Request) -> bytes:
+        fh, owner = fuse.FLUSH_IN.unpack(request.body)
+        self._service.flush(fh, owner)
+        return b""
+
+    def _release(self, request: Request) -> bytes:
+        fh, _flags, release_flags, _owner = fuse.RELEASE_IN.unpack(request.body)
+        if release_flags & fuse.RELEASE_FLOCK_UNLOCK:
+            self._service.unlock(fh)
+        self._close(fh)
+        return b""
+
+    def _fallocate(self, request: Request) -> bytes:
+        fh, offset, length, mode = fuse.FALLOCATE_IN.unpack(request.body)
+        self._service.fallocate(request.who, fh, mode, offset, length)
+        return b""
+
+    def _lseek(self, request: Request) -> bytes:
+        fh, offset, whence = fuse.LSEEK_IN.unpack(request.body)
+        return fuse.LSEEK_OUT.pack(self._service.lseek(fh, offset, whence))
+
+    def _copy_file_range(self, request: Request) -> bytes:
+        return fuse.WRITE_OUT.pack(self._copied(request))
+
+    def _copy_file_range_64(self, request: Request) -> bytes:
+        return fuse.COPY_FILE_RANGE_OUT.pack(self._copied(request))
+
+    def _copied(self, request: Request) -> int:
+        fh, offset, nodeid_out, fh_out, offset_out, size, flags = fuse.COPY_FILE_RANGE_IN.unpack(
+            request.body
+        )
+        if flags:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._nodes.check(nodeid_out)
+        return self._service.copy_file_range(request.who, fh, offset, fh_out, offset_out, size)
+
+    def _ioctl(self, request: Request) -> bytes:
+        fh, flags, command, _arg, in_size, out_size = fuse.IOCTL_IN.unpack(request.body)
+        if flags & (fuse.IOCTL_UNRESTRICTED | fuse.IOCTL_COMPAT):
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        start = fuse.IOCTL_IN.size
+        data = request.body[start : start + in_size]
+        result = self._service.ioctl(request.who, fh, command, data)[:out_size]
+        return fuse.IOCTL_OUT.pack(0, 0, 0, 0) + result
+
+    def _syncfs(self, request: Request) -> None:
+        self._in_thread(request, host.syncfs, self._service.export.table.root_fd)
+
+    def _fsync(self, request: Request) -> None:
+        fh, flags = fuse.FSYNC_IN.unpack(request.body)
+        fd = self._service.file_fd(fh)
+        if fd < 0:
+            request.reply(b"")
+            return
+        sync = os.fdatasync if flags & fuse.FSYNC_FDATASYNC else os.fsync
+        self._in_thread(request, sync, fd)
+
+    def _in_thread(self, request: Request, sync: Callable[[int], None], fd: int) -> None:
+        self._waiting.check(request)
+        # A descriptor of its own: the guest may close the file before the thread is done.
+        fd = os.dup(fd)
+        self._waiting.add(request, _nothing, interruptible=False)
+
+        def done(error: BaseException | None) -> None:
+            self._waiting.finish(request, lambda: _nothing_or(error))
+
+        self._loop.in_thread(lambda: _then_close(sync, fd), done)
+
+    # What waits
+
+    def _read_channel(self, request: Request, channel: Channel, size: int) -> None:
+        """The long poll: frames, or nothing when its time is over."""
+        if channel.is_ready:
+            request.reply(channel.read(size))
+            return
+        self._waiting.check(request)
+
+        def answer() -> None:
+            self._waiting.finish(request, lambda: channel.read(size))
+
+        # Not at once: a wake comes from the midst of the core's work.
+        unwait = channel.wait(lambda: self._loop.soon(answer))
+        bound = LONG_POLL if self._notify is None else LONG_POLL_WITH_POLL
+        cancel = self._loop.later(bound, answer)
+
+        def stop() -> None:
+            unwait()
+            cancel()
+
+        self._waiting.add(request, stop)
+
+    def _poll(self, request: Request) -> bytes:
+        fh, kernel_handle, flags, _events = fuse.POLL_IN.unpack(request.body)
+        channel = self._channels.get(fh)
+        if channel is None:
+            self._service.handle(fh)
+            return fuse.POLL_OUT.pack(READY)
+        notify = self._notify
+        if notify is None:  # always readable: the read waits
+            return fuse.POLL_OUT.pack(channel.poll(None) | READY)
+        if not flags & fuse.POLL_SCHEDULE_NOTIFY:
+            return fuse.POLL_OUT.pack(channel.poll(None))
+        size = fuse.OUT_HEADER.size + fuse.NOTIFY_POLL_OUT.size
+        message = fuse.OUT_HEADER.pack(size, fuse.NOTIFY_POLL, 0)
+        message += fuse.NOTIFY_POLL_OUT.pack(kernel_handle)
+        return fuse.POLL_OUT.pack(channel.poll(lambda: notify(message)))
+
+    # Directories
+
+    def _opendir(self, request: Request) -> bytes:
+        self._check_room()
+        fh = self._service.opendir(request.who, request.nodeid)
+        request.on_lost = lambda: self._close(fh)
+        return self._opened(request, fh, self._directory_flags)
+
+    def _readdir(self, request: Request) -> bytes:
+        fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
+        node, names = self._service.names(fh, offset)
+        size = min(size, request.room)
+        reply = bytearray()
+        for position in range(offset, len(names)):
+            name, ino, kind = names[position]
+            if name == b".":
+                ino = node.identity[1]
+            elif name == b"..":
+                ino = (node.parent or node).identity[1]
+            record = fuse.dirent(ino, position + 1, kind, name)
+            if len(reply) + len(record) > size:
+                break
+            reply += record
+        return bytes(reply)
+
+    def _readdirplus(self, request: Request) -> bytes:
+        fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
+        node, names = self._service.names(fh, offset)
+        size = min(size, request.room)
+        reply = bytearray()
+        undo: list[Callable[[], None]] = []
+        request.on_lost = lambda: [forget() for forget in undo].clear()
+        for position in range(offset, len(names)):
+            name, ino, kind = names[position]
+            if len(reply) + _ENTRY_SIZE + _DIRENT_SIZE + len(name) + 7 & ~7 > size:
+                break
+            if name in (b".", b".."):
+                plus = _NO_ENTRY
+                above = node if name == b"." else node.parent or node
+                ino = above.identity[1]
+            elif self._nodes.is_full:
+                plus = _NO_ENTRY
+            else:
+                entry = self._service.entry(node, name)
+                if entry is None:
+                    continue
+                entry.inode.lookups += 1
+                undo.append(self._nodes.hold(entry.inode))
+                plus = self._nodes.entry(request.who, entry, node.nodeid)
+                ino, kind = self._nodes.ino(*entry), entry.attr.st_mode >> 12
+            reply += plus + fuse.dirent(ino, position + 1, kind, name)
+        return bytes(reply)
+
+
+def _then_close(work: Callable[[int], None], fd: int) -> None:
+    try:
+        work(fd)
+    finally:
+        os.close(fd)
+
+
+def _nothing() -> None:
+    """A thread goes on to its end."""
+
+
+def _nothing_or(error: BaseException | None) -> bytes:
+    if error is not None:
+        raise error
+    return b""

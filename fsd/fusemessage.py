@@ -1,0 +1,177 @@
+"""One FUSE request in buffers that a guest owns, and its one reply.
+
+What is decoded is copied first, as the guest may change its memory at any time; file data stays
+where it is and is handed on as memoryviews.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+
+from protocol import fuse
+
+from .passthrough import Identity
+
+BODY_LIMIT = (1 << 20) + 4096
+"""Bytes of a request without file data. A BATCH_FORGET fills the buffer that a door reads into; the
+longest other, a value for an xattr, has 64 KiB."""
+_HEADER = fuse.OUT_HEADER.size
+_pack_header = fuse.OUT_HEADER.pack
+
+Buffers = Sequence[memoryview]
+
+
+def size_of(buffers: Buffers) -> int:
+    """Bytes of all the buffers."""
+    return sum(map(len, buffers))
+
+
+def part(buffers: Buffers, offset: int, size: int) -> list[memoryview]:
+    """The buffers' bytes from ``offset``, at most ``size`` of them, in place."""
+    views: list[memoryview] = []
+    for buffer in buffers:
+        length = len(buffer)
+        if offset >= length:
+            offset -= length
+            continue
+        if not size:
+            break
+        if offset or size < length:
+            buffer = buffer[offset : offset + size]
+        views.append(buffer)
+        size -= len(buffer)
+        offset = 0
+    return views
+
+
+def copy_out(buffers: Buffers, offset: int, size: int) -> bytes:
+    """The buffers' bytes from ``offset``, at most ``size`` of them, as a copy."""
+    if buffers and offset + size <= len(buffers[0]):
+        return bytes(buffers[0][offset : offset + size])
+    return b"".join(part(buffers, offset, size))
+
+
+def copy_in(buffers: Buffers, data: bytes) -> None:
+    """Write ``data`` from the buffers' begin; they must be large enough."""
+    if len(data) <= len(buffers[0]):
+        buffers[0][: len(data)] = data
+        return
+    offset = 0
+    for buffer in buffers:
+        size = min(len(buffer), len(data) - offset)
+        buffer[:size] = data[offset : offset + size]
+        offset += size
+
+
+class Request:
+    """A request with its header decoded. Raises fuse.DecodeError where that is none.
+
+    Exactly one of ``reply``, ``reply_in_place``, ``fail`` and ``drop`` is called, once; what
+    comes after the first is ignored.
+    """
+
+    __slots__ = (
+        "_done", "body", "nodeid", "on_lost", "opcode", "readable", "room", "unique", "who",
+        "writable",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        readable: Buffers,
+        writable: Buffers,
+        done: Callable[[int], None],
+        groups: tuple[int, ...] | None = (),
+    ) -> None:
+        """``groups`` are the caller's where the request names none."""
+        self._done: Callable[[int], None] | None = done
+        self.readable = readable
+        self.writable = writable
+        self.unique = 0
+        self.room = size_of(writable) - _HEADER
+        """Bytes that a reply can have behind its header."""
+        self.on_lost: Callable[[], None] | None = None
+        """Called where the reply did not reach the guest: to take back what it was given."""
+        header = fuse.IN_HEADER.unpack(copy_out(readable, 0, fuse.IN_HEADER.size))
+        length, self.opcode, self.unique, self.nodeid, uid, gid, pid, extensions = header
+        if length < fuse.IN_HEADER.size:
+            raise fuse.DecodeError(f"request of {length} bytes")
+        if self.opcode == fuse.Opcode.WRITE:
+            self.body = copy_out(readable, fuse.IN_HEADER.size, fuse.WRITE_IN.size)
+        else:
+            length -= fuse.IN_HEADER.size
+            self.body = copy_out(readable, fuse.IN_HEADER.size, min(length, BODY_LIMIT))
+            if len(self.body) < length:
+                raise fuse.DecodeError(f"{len(self.body)} bytes of {length}")
+            if extensions:
+                start = length - 8 * extensions
+                if start < 0:
+                    raise fuse.DecodeError(f"extensions of {8 * extensions} bytes in {length}")
+                groups = fuse.supplementary_groups(self.body[start:])
+                self.body = self.body[:start]
+        self.who = Identity(uid, gid, pid, groups)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a reply was made."""
+        return self._done is None
+
+    def reply(self, payload: bytes) -> None:
+        """Success. What does not fit into the guest's buffers is EIO."""
+        if len(payload) > self.room:
+            self._lost()
+            self.fail(errno.EIO)
+            return
+        size = _HEADER + len(payload)
+        if self._done is not None:
+            copy_in(self.writable, _pack_header(size, 0, self.unique) + payload)
+        self._finish(size)
+
+    def reply_in_place(self, size: int) -> None:
+        """Success, with ``size`` bytes that are in ``writable`` already, behind the header."""
+        if self.room < 0:
+            self.drop()
+            return
+        if self._done is not None:
+            copy_in(self.writable, _pack_header(_HEADER + size, 0, self.unique))
+        self._finish(_HEADER + size)
+
+    def fail(self, number: int) -> None:
+        """Failure with an errno."""
+        if self.room < 0:
+            self.drop()
+            return
+        if not 0 < number < 512:  # others are the kernel's own, and it refuses them from us
+            number = errno.EIO
+        if self._done is not None:
+            copy_in(self.writable, _pack_header(_HEADER, -number, self.unique))
+        self._finish(_HEADER)
+
+    def drop(self) -> None:
+        """No reply: the kernel waits for none."""
+        self._finish(0)
+
+    def _finish(self, size: int) -> None:
+        done, self._done = self._done, None
+        if done is None:
+            return
+        try:
+            done(size)
+        except OSError:  # the kernel does not want it any more
+            self._lost()
+
+    def _lost(self) -> None:
+        undo, self.on_lost = self.on_lost, None
+        if undo is not None:
+            undo()
+
+    def data_out(self, size: int) -> list[memoryview]:
+        """Where file data of at most ``size`` bytes goes in the reply."""
+        return part(self.writable, _HEADER, min(size, max(self.room, 0)))
+
+    def data_in(self, size: int) -> list[memoryview]:
+        """The file data of a WRITE. Raises fuse.DecodeError where there is less."""
+        views = part(self.readable, fuse.IN_HEADER.size + fuse.WRITE_IN.size, size)
+        if size_of(views) != size:
+            raise fuse.DecodeError(f"{size_of(views)} bytes of data, not {size}")
+        return views

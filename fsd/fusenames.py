@@ -1,0 +1,226 @@
+"""FUSE requests about names and attributes, as raw messages, on a Service.
+
+A handler returns the payload of the reply; the session checks the node of the header before, and
+turns what is raised into the errno of the reply.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from protocol import fuse
+from protocol.fuse import Fattr, Opcode
+
+from . import host
+from .fusemessage import Request
+from .fusenodes import Nodes
+from .passthrough import Changes, Entry
+from .service import Service
+
+_MODE, _UID, _GID, _SIZE, _FH = (
+    int(bit) for bit in (Fattr.MODE, Fattr.UID, Fattr.GID, Fattr.SIZE, Fattr.FH)
+)
+_ATIME, _MTIME = int(Fattr.ATIME), int(Fattr.MTIME)
+_ATIME_NOW, _MTIME_NOW = int(Fattr.ATIME_NOW), int(Fattr.MTIME_NOW)
+_KILL = int(Fattr.KILL_SUIDGID)
+_SHORT_SETXATTR = 8
+"""Bytes of fuse_setxattr_in before SETXATTR_EXT."""
+_ACL_ACCESS = b"system.posix_acl_access"
+
+
+class Names:
+    """Handlers of one guest."""
+
+    def __init__(self, service: Service, nodes: Nodes, *, xattr: bool) -> None:
+        self._service = service
+        self._nodes = nodes
+        self.long_setxattr = False
+        self.handlers: dict[int, Callable[[Request], bytes | None]] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.STATX: self._statx,
+            Opcode.SETATTR: self._setattr,
+            Opcode.READLINK: self._readlink,
+            Opcode.SYMLINK: self._symlink,
+            Opcode.MKNOD: self._mknod,
+            Opcode.MKDIR: self._mkdir,
+            Opcode.UNLINK: self._unlink,
+            Opcode.RMDIR: self._rmdir,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename2,
+            Opcode.LINK: self._link,
+            Opcode.STATFS: self._statfs,
+            Opcode.ACCESS: self._access,
+        }
+        if xattr:
+            self.handlers |= {
+                Opcode.SETXATTR: self._setxattr,
+                Opcode.GETXATTR: self._getxattr,
+                Opcode.LISTXATTR: self._listxattr,
+                Opcode.REMOVEXATTR: self._removexattr,
+            }
+
+    def _entry(self, request: Request, entry: Entry, parent: int) -> bytes:
+        request.on_lost = self._nodes.hold(entry.inode)
+        return self._nodes.entry(request.who, entry, parent)
+
+    # Names
+
+    def _lookup(self, request: Request) -> bytes:
+        self._nodes.check_room()
+        entry = self._service.lookup(request.who, request.nodeid, fuse.name(request.body))
+        return self._entry(request, entry, request.nodeid)
+
+    def _mknod(self, request: Request) -> bytes:
+        mode, rdev, umask = fuse.MKNOD_IN.unpack(request.body)
+        name = fuse.name(request.body, fuse.MKNOD_IN.size)
+        self._nodes.check_room()
+        who = request.who._replace(umask=umask & 0o777)
+        entry = self._service.mknod(who, request.nodeid, name, mode, rdev)
+        return self._entry(request, entry, request.nodeid)
+
+    def _mkdir(self, request: Request) -> bytes:
+        mode, umask = fuse.MKDIR_IN.unpack(request.body)
+        name = fuse.name(request.body, fuse.MKDIR_IN.size)
+        self._nodes.check_room()
+        who = request.who._replace(umask=umask & 0o777)
+        entry = self._service.mkdir(who, request.nodeid, name, mode)
+        return self._entry(request, entry, request.nodeid)
+
+    def _symlink(self, request: Request) -> bytes:
+        name, target = fuse.names(request.body, 0, 2)
+        self._nodes.check_room()
+        entry = self._service.symlink(request.who, request.nodeid, name, target)
+        return self._entry(request, entry, request.nodeid)
+
+    def _link(self, request: Request) -> bytes:
+        old = fuse.LINK_IN.unpack(request.body)
+        name = fuse.name(request.body, fuse.LINK_IN.size)
+        self._nodes.check(old)
+        entry = self._service.link(request.who, old, request.nodeid, name)
+        return self._entry(request, entry, request.nodeid)
+
+    def _unlink(self, request: Request) -> bytes:
+        self._service.unlink(request.who, request.nodeid, fuse.name(request.body))
+        return b""
+
+    def _rmdir(self, request: Request) -> bytes:
+        self._service.rmdir(request.who, request.nodeid, fuse.name(request.body))
+        return b""
+
+    def _rename(self, request: Request) -> bytes:
+        newdir = fuse.RENAME_IN.unpack(request.body)
+        return self._move(request, newdir, 0, fuse.RENAME_IN.size)
+
+    def _rename2(self, request: Request) -> bytes:
+        newdir, flags = fuse.RENAME2_IN.unpack(request.body)
+        return self._move(request, newdir, flags, fuse.RENAME2_IN.size)
+
+    def _move(self, request: Request, newdir: int, flags: int, offset: int) -> bytes:
+        old, new = fuse.names(request.body, offset, 2)
+        self._nodes.check(newdir)
+        self._service.rename(request.who, request.nodeid, old, newdir, new, flags)
+        return b""
+
+    def _readlink(self, request: Request) -> bytes:
+        return self._service.readlink(request.nodeid)
+
+    # Attributes
+
+    def _getattr(self, request: Request) -> bytes:
+        inode, attr = self._service.getattr(request.who, request.nodeid)
+        return self._nodes.attributes(request.who, inode, attr)
+
+    def _statx(self, request: Request) -> bytes:
+        fuse.STATX_IN.unpack(request.body)
+        inode, attr = self._service.getattr(request.who, request.nodeid)
+        born_ns = self._service.born_ns(request.who, request.nodeid)
+        return self._nodes.statx(request.who, inode, attr, born_ns)
+
+    def _setattr(self, request: Request) -> bytes:
+        asked = fuse.SETATTR_IN.unpack(request.body)
+        valid = asked.valid
+        atime_ns = mtime_ns = None
+        if valid & _ATIME:
+            now = valid & _ATIME_NOW
+            atime_ns = host.NOW if now else asked.atime * 10**9 + asked.atimensec
+        if valid & _MTIME:
+            now = valid & _MTIME_NOW
+            mtime_ns = host.NOW if now else asked.mtime * 10**9 + asked.mtimensec
+        changes = Changes(
+            asked.mode if valid & _MODE else None,
+            asked.uid if valid & _UID else None,
+            asked.gid if valid & _GID else None,
+            asked.size if valid & _SIZE else None,
+            atime_ns,
+            mtime_ns,
+            bool(valid & _KILL),
+        )
+        fh = asked.fh if valid & _FH else None
+        inode, attr = self._service.setattr(request.who, request.nodeid, changes, fh)
+        return self._nodes.attributes(request.who, inode, attr)
+
+    def _statfs(self, request: Request) -> bytes:
+        host = self._service.statfs()
+        return fuse.STATFS_OUT.pack(
+            host.f_blocks, host.f_bfree, host.f_bavail, host.f_files, host.f_ffree,
+            host.f_bsize, host.f_namemax, host.f_frsize,
+        )  # fmt: skip
+
+    def _access(self, request: Request) -> bytes:
+        mask = fuse.ACCESS_IN.unpack(request.body)
+        if not self._service.access(request.nodeid, mask & (os.R_OK | os.W_OK | os.X_OK)):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return b""
+
+    # Extended attributes
+
+    def _setxattr(self, request: Request) -> bytes:
+        if self.long_setxattr:
+            size, flags, more = fuse.SETXATTR_IN.unpack(request.body)
+            offset = fuse.SETXATTR_IN.size
+        else:
+            size, flags, more = fuse.SETXATTR_IN.unpack(request.body[:8] + bytes(8))
+            offset = _SHORT_SETXATTR
+        name = fuse.name(request.body, offset)
+        offset += len(name) + 1
+        value = request.body[offset : offset + size]
+        if len(value) != size:
+            raise fuse.DecodeError(f"a value of {len(value)} bytes, not {size}")
+        self._service.setxattr(request.who, request.nodeid, name, value, flags)
+        if more & fuse.SETXATTR_ACL_KILL_SGID and name == _ACL_ACCESS:
+            self._kill_sgid(request)
+        return b""
+
+    def _kill_sgid(self, request: Request) -> None:
+        """The caller is not in the file's group: to set its ACL takes the sgid bit."""
+        _, attr = self._service.getattr(request.who, request.nodeid)
+        if attr.st_mode & stat.S_ISGID:
+            changes = Changes(mode=attr.st_mode & ~stat.S_ISGID)
+            self._service.setattr(request.who, request.nodeid, changes, None)
+
+    def _getxattr(self, request: Request) -> bytes:
+        size = fuse.GETXATTR_IN.unpack(request.body)
+        name = fuse.name(request.body, fuse.GETXATTR_IN.size)
+        return _sized(self._service.getxattr(request.who, request.nodeid, name), size)
+
+    def _listxattr(self, request: Request) -> bytes:
+        size = fuse.GETXATTR_IN.unpack(request.body)
+        names = self._service.listxattr(request.nodeid)
+        return _sized(b"".join(name + b"\0" for name in names), size)
+
+    def _removexattr(self, request: Request) -> bytes:
+        self._service.removexattr(request.who, request.nodeid, fuse.name(request.body))
+        return b""
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    """A size of 0 asks how long the value is. Raises OSError ERANGE where it is longer."""
+    if not size:
+        return fuse.GETXATTR_OUT.pack(len(value))
+    if len(value) > size:
+        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+    return value

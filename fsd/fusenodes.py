@@ -1,0 +1,179 @@
+"""The nodes that one guest's kernel holds, and how they are told to it.
+
+A guest can use only what it has looked up itself, and can give back only that: the table of inodes
+is shared by all guests of an export.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol import fuse
+from protocol.frames import FSD_DIR
+
+from .attributes import StatLike
+from .inodes import ROOT_ID, Inode
+from .passthrough import Entry
+from .service import Caller, Service
+
+NODES_LIMIT = 1 << 21
+"""Nodes that one guest may hold, some 1.5 GB of memory. Beyond it a look-up is ENFILE."""
+REPLAYER_TIMEOUT_NS = 10_000_000
+"""For which a directory's attributes, as given to the replayer, are good: else its kernel asks at
+every step. What changes a directory is replayed, and that makes the kernel ask anew."""
+_SECOND = 10**9
+_BITS32 = 0xFFFF_FFFF
+_STATX_BASIC, _STATX_BTIME = 0x7FF, 0x800
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What the guest's kernel may keep, and how long (docs/decisions/caching.md)."""
+
+    entry_timeout: float = 0.0
+    attr_timeout: float = 0.0
+    keep_data: bool = False
+    """File data and listings outlive the close."""
+    direct_io: bool = False
+    """File data is never kept."""
+    writeback: bool = False
+
+
+class Nodes:
+    """One guest's references on the export's inodes."""
+
+    def __init__(
+        self, service: Service, caching: Caching, *, submounts: bool, limit: int = NODES_LIMIT
+    ) -> None:
+        self._service = service
+        self._table = service.export.table
+        self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
+        self._attr_timeout = divmod(round(caching.attr_timeout * _SECOND), _SECOND)
+        self._cached = self._entry_timeout != (0, 0) or self._attr_timeout != (0, 0)
+        self._submounts = submounts
+        self._limit = limit
+        self._held: dict[int, int] = {}  # nodeid -> its lookup count
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def close(self) -> None:
+        """Give everything back."""
+        held, self._held = self._held, {}
+        for nodeid, count in held.items():
+            self._service.forget(nodeid, count)
+
+    def check(self, nodeid: int) -> None:
+        """Raises OSError ESTALE for a node that the guest does not hold."""
+        if nodeid not in self._held and nodeid != ROOT_ID:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def check_room(self) -> None:
+        """Raises OSError ENFILE where the guest may hold no more nodes."""
+        if self.is_full:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the guest holds as many nodes as it may."""
+        return len(self._held) >= self._limit
+
+    def forget(self, nodeid: int, count: int) -> None:
+        """FORGET: at most what the guest holds."""
+        held = self._held.get(nodeid, 0)
+        count = min(held, count)
+        if not count:
+            return
+        if count == held:
+            del self._held[nodeid]
+        else:
+            self._held[nodeid] = held - count
+        self._service.forget(nodeid, count)
+
+    def hold(self, inode: Inode) -> Callable[[], None]:
+        """Note a reference that the core has counted already. Returns what gives it back."""
+        nodeid = inode.nodeid
+        self._held[nodeid] = self._held.get(nodeid, 0) + 1
+        return lambda: self.forget(nodeid, 1)
+
+    # Replies
+
+    def entry(self, who: Caller, entry: Entry, parent: int) -> bytes:
+        """struct fuse_entry_out of a node found in or added to the directory ``parent``."""
+        inode, attr = entry
+        seconds = nanoseconds = attr_seconds = attr_nanoseconds = 0
+        if self._service.is_replayer(who):
+            if stat.S_ISDIR(attr.st_mode):
+                attr_nanoseconds = REPLAYER_TIMEOUT_NS
+        elif self._cached and not self._is_watched(parent):
+            seconds, nanoseconds = self._entry_timeout
+            attr_seconds, attr_nanoseconds = self._attr_timeout
+        flags = 0
+        if self._submounts and self._is_mountpoint(inode, parent):
+            flags = fuse.ATTR_SUBMOUNT
+        return fuse.ENTRY_OUT.pack(
+            inode.nodeid, inode.generation, seconds, attr_seconds, nanoseconds, attr_nanoseconds
+        ) + self._attr(inode, attr, flags)
+
+    def attributes(self, who: Caller, inode: Inode, attr: StatLike) -> bytes:
+        """struct fuse_attr_out."""
+        seconds, nanoseconds = self._attr_valid(who, inode, attr)
+        flags = 0
+        if self._submounts and inode.parent and self._is_mountpoint(inode, inode.parent.nodeid):
+            flags = fuse.ATTR_SUBMOUNT
+        return fuse.ATTR_OUT.pack(seconds, nanoseconds) + self._attr(inode, attr, flags)
+
+    def _attr_valid(self, who: Caller, inode: Inode, attr: StatLike) -> tuple[int, int]:
+        """How long attributes hold that come without a name: seconds, nanoseconds."""
+        if self._service.is_replayer(who):
+            return 0, REPLAYER_TIMEOUT_NS if stat.S_ISDIR(attr.st_mode) else 0
+        if not self._cached or self._is_watched(inode.nodeid):
+            return 0, 0
+        parent = inode.parent
+        if parent is not None and self._is_watched(parent.nodeid):
+            return 0, 0
+        return self._attr_timeout
+
+    def statx(self, who: Caller, inode: Inode, attr: StatLike, born_ns: int) -> bytes:
+        """struct fuse_statx_out."""
+        valid = self._attr_valid(who, inode, attr)
+        times = attr.st_atime_ns, born_ns, attr.st_ctime_ns, attr.st_mtime_ns
+        stamps = [part for ns in times for part in divmod(ns, _SECOND)]
+        return fuse.STATX_OUT.pack(
+            *valid, 0, _STATX_BASIC | (_STATX_BTIME if born_ns else 0), attr.st_blksize, 0,
+            attr.st_nlink & _BITS32, attr.st_uid, attr.st_gid, attr.st_mode, self.ino(inode, attr),
+            attr.st_size, attr.st_blocks, 0, *stamps,
+            os.major(attr.st_rdev), os.minor(attr.st_rdev), 0, 0,
+        )  # fmt: skip
+
+    def _is_watched(self, nodeid: int) -> bool:
+        """Whether the guest watches a directory: what is announced there must be seen anew."""
+        if nodeid >= FSD_DIR:
+            return True
+        interest, guest = self._service.export.interest, self._service.guest
+        return bool(interest.of(guest, self._table.get(nodeid)) or interest.of(guest, None))
+
+    def _is_mountpoint(self, inode: Inode, parent: int) -> bool:
+        if not inode.is_dir or inode.is_placeholder or parent >= FSD_DIR:
+            return False
+        return inode.identity[0] != self._table.get(parent).identity[0]
+
+    def ino(self, inode: Inode, attr: StatLike) -> int:
+        """The st_ino that the guest sees: the host's, where that is unique in the mount."""
+        if attr.st_dev == self._table.device or self._submounts:
+            return attr.st_ino
+        return inode.nodeid
+
+    def _attr(self, inode: Inode, attr: StatLike, flags: int) -> bytes:
+        atime, atime_ns = divmod(attr.st_atime_ns, _SECOND)
+        mtime, mtime_ns = divmod(attr.st_mtime_ns, _SECOND)
+        ctime, ctime_ns = divmod(attr.st_ctime_ns, _SECOND)
+        return fuse.ATTR.pack(
+            self.ino(inode, attr), attr.st_size, attr.st_blocks, atime, mtime, ctime,
+            atime_ns, mtime_ns, ctime_ns, attr.st_mode, attr.st_nlink & _BITS32, attr.st_uid,
+            attr.st_gid, attr.st_rdev & _BITS32, attr.st_blksize, flags,
+        )  # fmt: skip

@@ -1,0 +1,209 @@
+"""The FUSE session of one guest: raw requests in, raw replies out. Sans-IO; doors move the bytes.
+
+Serves a virtiofs device's queues or a /dev/fuse descriptor alike. A door of the Service, as
+transports/fuse.py is for pyfuse3: what can be answered at once is, in the call; what has to wait
+(locks, the channel's long poll, fsync) is answered later through the door's ``Loop``.
+
+The guest is not trusted: nothing that it sends raises out of ``serve``.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from protocol import fuse
+from protocol.fuse import Init, Opcode
+
+from .fusefiles import Files
+from .fuselocks import Locks
+from .fusemessage import Buffers, Request, copy_in, copy_out, size_of
+from .fusenames import Names
+from .fusenodes import NODES_LIMIT, Caching, Nodes
+from .fusewaiting import Loop, Waiting
+from .service import Service
+
+log = structlog.get_logger()
+MAX_WRITE = 1 << 20
+"""Bytes of file data in one request: the kernel's own limit (256 pages)."""
+MAX_PAGES = 256
+_MAX_BACKGROUND = 64
+"""Requests that the kernel may have under way beside those that a process waits for."""
+_ALWAYS = (
+    Init.ASYNC_READ | Init.ATOMIC_O_TRUNC | Init.EXPORT_SUPPORT | Init.BIG_WRITES
+    | Init.DONT_MASK | Init.HAS_IOCTL_DIR | Init.AUTO_INVAL_DATA | Init.DO_READDIRPLUS
+    | Init.READDIRPLUS_AUTO | Init.ASYNC_DIO | Init.PARALLEL_DIROPS | Init.ABORT_ERROR
+    | Init.MAX_PAGES | Init.CACHE_SYMLINKS | Init.HANDLE_KILLPRIV_V2 | Init.SETXATTR_EXT
+    | Init.INIT_EXT | Init.CREATE_SUPP_GROUP | Init.DIRECT_IO_ALLOW_MMAP
+)  # fmt: skip
+_FORGETS = (Opcode.FORGET, Opcode.BATCH_FORGET)
+_WITHOUT_NODE = (
+    *_FORGETS, Opcode.INIT, Opcode.DESTROY, Opcode.INTERRUPT, Opcode.RELEASE, Opcode.RELEASEDIR,
+    Opcode.SYNCFS,
+)  # fmt: skip
+"""Requests that name no node, or only a handle."""
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a guest is offered."""
+
+    caching: Caching = field(default_factory=Caching)
+    posix_acl: bool = False
+    """The guest's kernel minds ACLs; the export's file system should have them."""
+    xattr: bool = True
+    locks: bool = True
+    """Locks are the host's, seen by everyone; else each guest's own."""
+    submounts: bool = False
+    """Tell the guest where another file system of the host begins."""
+    is_local: bool = False
+    """The guest's processes are this machine's: /proc has their groups."""
+    notify: Callable[[bytes], None] | None = None
+    """Sends an unsolicited message; None where there is no way, as with virtiofs."""
+    nodes_limit: int = NODES_LIMIT
+
+
+class FuseSession:
+    """One guest's requests on a Service. Call ``close`` at the end."""
+
+    def __init__(self, service: Service, loop: Loop, options: SessionOptions | None = None) -> None:
+        self._service = service
+        self._options = options or SessionOptions()
+        caching, submounts = self._options.caching, self._options.submounts
+        limit = self._options.nodes_limit
+        self.nodes = Nodes(service, caching, submounts=submounts, limit=limit)
+        self._names = Names(service, self.nodes, xattr=self._options.xattr)
+        self._waiting = Waiting()
+        notify = self._options.notify
+        self._files = Files(service, self.nodes, loop, self._waiting, caching, notify=notify)
+        self._handlers: dict[int, Callable[[Request], bytes | None]] = {
+            **self._names.handlers,
+            **self._files.handlers,
+            **(Locks(service, loop, self._waiting).handlers if self._options.locks else {}),
+            Opcode.INIT: self._init,
+            Opcode.DESTROY: self._destroy,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.INTERRUPT: self._interrupt,
+        }
+        self._minor = 0  # as negotiated; 0 before INIT
+        self._groups: tuple[int, ...] | None = ()
+
+    def serve(self, readable: Buffers, writable: Buffers, done: Callable[[int], None]) -> None:
+        """One request: its message in ``readable``, its reply into ``writable``.
+
+        ``done`` is called once, now or later, with the number of bytes written; 0 = no reply. Where
+        it raises OSError, the guest does not have the reply. Never raises.
+        """
+        try:
+            request = Request(readable, writable, done, self._groups)
+        except fuse.DecodeError as error:
+            log.warning("bad request from guest", error=str(error))
+            _refuse(readable, writable, done)
+            return
+        try:
+            self._serve(request)
+        except OSError as error:
+            request.fail(error.errno or errno.EIO)
+        except fuse.DecodeError as error:
+            log.warning("bad request from guest", opcode=request.opcode, error=str(error))
+            request.fail(errno.EINVAL)
+        except (OverflowError, ValueError):  # a number that no system call takes
+            request.fail(errno.EINVAL)
+        except Exception:
+            log.exception("request failed", opcode=request.opcode)
+            request.fail(errno.EIO)
+
+    def _serve(self, request: Request) -> None:
+        opcode = request.opcode
+        if not self._minor and opcode != Opcode.INIT:
+            raise OSError(errno.EIO, "no INIT yet")
+        handler = self._handlers.get(opcode)
+        if handler is None:
+            raise OSError(errno.ENOSYS, f"opcode {opcode}")
+        if opcode not in _WITHOUT_NODE:
+            self.nodes.check(request.nodeid)
+        payload = handler(request)
+        if payload is not None:
+            request.reply(payload)
+
+    def close(self) -> None:
+        """The guest is gone: give back all that it held, answer what still waits."""
+        self._minor = 0
+        self._waiting.close()
+        self._service.locks.close()
+        self._files.close()
+        self.nodes.close()
+
+    # INIT and DESTROY
+
+    def _init(self, request: Request) -> bytes:
+        major, minor, readahead, flags = fuse.INIT_IN.unpack(request.body)
+        if major > fuse.MAJOR:  # the kernel asks again with ours
+            return fuse.INIT_OUT.pack(fuse.MAJOR, fuse.MINOR, *(0,) * 11)
+        if major < fuse.MAJOR or minor < fuse.OLDEST_MINOR:
+            log.error(
+                f"the guest's kernel speaks FUSE {major}.{minor}; "
+                f"{fuse.MAJOR}.{fuse.OLDEST_MINOR} (Linux 5.4) is needed"
+            )
+            raise OSError(errno.EPROTO, "version")
+        if flags & Init.INIT_EXT:
+            flags |= fuse.INIT_FLAGS2.unpack(request.body, fuse.INIT_IN.size) << 32
+        self.close()  # a guest that boots again
+        self._minor = min(minor, fuse.MINOR)
+        agreed = int(self._wanted() & flags)
+        supp_group = agreed & Init.CREATE_SUPP_GROUP
+        self._groups = None if self._options.is_local and not supp_group else ()
+        self._names.long_setxattr = bool(agreed & Init.SETXATTR_EXT)
+        log.debug("guest's kernel is here", version=f"{major}.{minor}", flags=Init(agreed).name)
+        return fuse.INIT_OUT.pack(
+            fuse.MAJOR, self._minor, readahead, agreed & 0xFFFF_FFFF, _MAX_BACKGROUND,
+            _MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_PAGES, 0, agreed >> 32, 0, 0,
+        )  # fmt: skip
+
+    def _wanted(self) -> Init:
+        options = self._options
+        wanted = _ALWAYS
+        if options.locks:
+            wanted |= Init.POSIX_LOCKS | Init.FLOCK_LOCKS
+        if options.posix_acl:
+            wanted |= Init.POSIX_ACL
+        if options.submounts:
+            wanted |= Init.SUBMOUNTS
+        if options.caching.writeback:
+            wanted |= Init.WRITEBACK_CACHE
+        return wanted
+
+    def _destroy(self, request: Request) -> bytes:
+        self.close()
+        return b""
+
+    # FORGET and INTERRUPT
+
+    def _forget(self, request: Request) -> None:
+        self.nodes.forget(request.nodeid, fuse.FORGET_IN.unpack(request.body))
+        request.drop()
+
+    def _batch_forget(self, request: Request) -> None:
+        for nodeid, count in fuse.forgets(request.body):
+            self.nodes.forget(nodeid, count)
+        request.drop()
+
+    def _interrupt(self, request: Request) -> None:
+        self._waiting.interrupt(fuse.INTERRUPT_IN.unpack(request.body))
+        request.drop()
+
+
+def _refuse(readable: Buffers, writable: Buffers, done: Callable[[int], None]) -> None:
+    """Answer what is no request: EINVAL where there is room for it, to the number it may have."""
+    size = fuse.OUT_HEADER.size
+    if size_of(writable) < size:
+        done(0)
+        return
+    begin = copy_out(readable, 0, 16)
+    unique = int.from_bytes(begin[8:16], "little")
+    copy_in(writable, fuse.OUT_HEADER.pack(size, -errno.EINVAL, unique))
+    done(size)

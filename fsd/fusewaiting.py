@@ -1,0 +1,96 @@
+"""Requests of one guest that are answered later: by an event, a timer, a thread."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import structlog
+
+from .fusemessage import Request
+
+log = structlog.get_logger()
+WAITING_LIMIT = 4096
+"""Requests that one guest may have waiting: more than its programs have threads that do."""
+
+
+class Loop(Protocol):
+    """What a session needs of its door's event loop. Calls come on the thread of ``serve``."""
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Call once the present work is done."""
+
+    def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
+        """Call after a time; returns what cancels that (of no effect once it was called)."""
+
+    def in_thread(
+        self, work: Callable[[], None], then: Callable[[BaseException | None], None]
+    ) -> None:
+        """Run ``work`` in a thread, then call ``then`` with what it raised."""
+
+
+class _Entry(NamedTuple):
+    request: Request
+    stop: Callable[[], None]
+    interruptible: bool
+
+
+class Waiting:
+    """The requests that wait, by their number."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, _Entry] = {}
+
+    def check(self, request: Request) -> None:
+        """Whether one more may wait. Raises OSError EAGAIN, EINVAL for a number that is in use."""
+        if len(self._entries) >= WAITING_LIMIT:
+            raise OSError(errno.EAGAIN, "too many requests wait")
+        if request.unique in self._entries:
+            raise OSError(errno.EINVAL, f"request {request.unique} waits already")
+
+    def add(
+        self, request: Request, stop: Callable[[], None], *, interruptible: bool = True
+    ) -> None:
+        """The request waits, after ``check``; ``stop`` ends what would have it answered."""
+        self._entries[request.unique] = _Entry(request, stop, interruptible)
+
+    def interrupt(self, unique: int) -> None:
+        """INTERRUPT, of a request that may be answered already."""
+        entry = self._entries.get(unique)
+        if entry is not None and entry.interruptible:
+            self._end(entry)
+
+    def close(self) -> None:
+        """Answer all with EINTR."""
+        for entry in list(self._entries.values()):
+            self._end(entry)
+
+    def _end(self, entry: _Entry) -> None:
+        del self._entries[entry.request.unique]
+        entry.stop()
+        entry.request.fail(errno.EINTR)
+
+    def waits(self, request: Request) -> bool:
+        """Whether it is still to be answered."""
+        entry = self._entries.get(request.unique)
+        return entry is not None and entry.request is request
+
+    def finish(self, request: Request, payload: Callable[[], bytes]) -> None:
+        """Answer a request, unless that was done already."""
+        if self.waits(request):
+            self._entries.pop(request.unique).stop()
+            answer(request, payload)
+
+
+def answer(request: Request, payload: Callable[[], bytes]) -> None:
+    """Reply outside of ``serve``, with its rule for what is raised."""
+    try:
+        request.reply(payload())
+    except OSError as error:
+        request.fail(error.errno or errno.EIO)
+    except (OverflowError, ValueError):
+        request.fail(errno.EINVAL)
+    except Exception:
+        log.exception("request failed", opcode=request.opcode)
+        request.fail(errno.EIO)

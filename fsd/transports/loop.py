@@ -1,0 +1,47 @@
+"""What FUSE sessions need of an event loop, from trio: timers and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+
+class TrioLoop:
+    """The ``Loop`` of a fusesession, in a nursery. What it calls must not raise."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
+
+    def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
+        """Call after a time; returns what cancels that."""
+        scope = trio.CancelScope()
+        self._nursery.start_soon(self._sleep, scope, seconds, call)
+        return scope.cancel
+
+    @staticmethod
+    async def _sleep(scope: trio.CancelScope, seconds: float, call: Callable[[], None]) -> None:
+        with scope:
+            await trio.sleep(seconds)
+            call()
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Call once the present work is done."""
+        self._token.run_sync_soon(call)
+
+    def in_thread(
+        self, work: Callable[[], None], then: Callable[[BaseException | None], None]
+    ) -> None:
+        """Run ``work`` in a thread, then call ``then`` with what it raised."""
+        self._nursery.start_soon(self._work, work, then)
+
+    @staticmethod
+    async def _work(work: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
+        error: BaseException | None = None
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(work)
+            except Exception as caught:
+                error = caught
+        then(error)
