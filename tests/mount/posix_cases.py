@@ -2,6 +2,13 @@
 raises AssertionError. The cases themselves are in posix_*.py, by what they are about.
 """
 
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
 from tests.mount import (
     posix_data,
     posix_dirs,
@@ -11,7 +18,7 @@ from tests.mount import (
     posix_owners,
     posix_processes,
 )
-from tests.mount.posix_support import CASES, Case
+from tests.mount.posix_support import ALICE, CASES, Case, User, in_child, mkdir
 
 # Their import enters their cases into the map.
 MODULES = (
@@ -24,4 +31,30 @@ MODULES = (
     posix_host,
 )
 
-__all__ = ["CASES", "MODULES", "Case"]
+__all__ = ["CASES", "MODULES", "PARAMETERS", "Case", "run_case"]
+ROOT = os.geteuid() == 0
+
+
+def run_case(case: Case, d: Path, host: Path, user: User | None) -> None:
+    """Run a case in a new directory of the user's; `d` and `host` do not exist yet."""
+    mkdir(host, 0o755)
+    if user is None:
+        case.run(d, host)
+        return
+    os.chown(host, user.uid, user.gid)
+    in_child(partial(case.run, d, host), user)
+
+
+def _parameters() -> Iterator[object]:
+    for name, case in CASES.items():
+        if ROOT or not case.needs_root:
+            yield pytest.param(name, None, id=f"{name}-{'root' if ROOT else 'self'}")
+        else:
+            mark = pytest.mark.skip(reason="needs root: becomes other users")
+            yield pytest.param(name, None, id=f"{name}-root", marks=mark)
+        if ROOT and not case.needs_root:
+            yield pytest.param(name, ALICE, id=f"{name}-user")
+
+
+PARAMETERS = list(_parameters())
+"""(name, user) of each case: as root also under an ordinary user's ids."""

@@ -16,7 +16,8 @@ class Sides:
     """The two directories, in a place that every user can reach (pytest's own temporary
     directories are private). A mount that a test has brought down is made again for the next."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *options: str) -> None:
+        self._options = options
         base.chmod(0o755)
         self.native, self._source, self._mountpoint = (
             base / name for name in ("native", "source", "mount")
@@ -33,7 +34,9 @@ class Sides:
         assert self._starts, "the mount cannot be made: see the first test that needed it"
         if self._mount is None:
             self._starts = False
-            self._mount = self._stack.enter_context(mounted(self._source, self._mountpoint))
+            self._mount = self._stack.enter_context(
+                mounted(self._source, self._mountpoint, *self._options)
+            )
             self._starts = True
         return self._mount
 
@@ -49,11 +52,12 @@ class Sides:
 
 
 @contextmanager
-def two_sides() -> Iterator[Sides]:
+def two_sides(*options: str) -> Iterator[Sides]:
+    """``options`` are those of `fsd mount`."""
     if not Path("/dev/fuse").exists():
         pytest.skip("there is no /dev/fuse: nothing can be mounted")
     with tempfile.TemporaryDirectory(prefix="fsd-sides-") as base:
-        sides = Sides(Path(base))
+        sides = Sides(Path(base), *options)
         try:
             yield sides
         finally:

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,12 @@ pytest.register_assert_rewrite(
 )
 
 from tests.mount.exclusions import POSIX as EXCLUDED  # noqa: E402
-from tests.mount.posix_cases import CASES, Case  # noqa: E402
+from tests.mount.posix_cases import CASES, PARAMETERS, run_case  # noqa: E402
 from tests.mount.posix_support import (  # noqa: E402
-    ALICE,
     RENAME_EXCHANGE,
     Child,
     User,
     fails,
-    in_child,
     mkdir,
     opened,
     renameat2,
@@ -43,36 +40,12 @@ def sides() -> Iterator[Sides]:
         yield both
 
 
-def _run(case: Case, d: Path, host: Path, user: User | None) -> None:
-    """Run a case in a new directory of the user's; `d` and `host` do not exist yet."""
-    mkdir(host, 0o755)
-    if user is None:
-        case.run(d, host)
-        return
-    os.chown(host, user.uid, user.gid)
-    in_child(partial(case.run, d, host), user)
-
-
-def _parameters() -> Iterator[object]:
-    for name, case in CASES.items():
-        if ROOT or not case.needs_root:
-            yield pytest.param(name, None, id=f"{name}-{'root' if ROOT else 'self'}")
-        else:
-            mark = pytest.mark.skip(reason="needs root: becomes other users")
-            yield pytest.param(name, None, id=f"{name}-root", marks=mark)
-        if ROOT and not case.needs_root:
-            yield pytest.param(name, ALICE, id=f"{name}-user")
-
-
-PARAMETERS = list(_parameters())
-
-
 @pytest.mark.parametrize(("name", "user"), PARAMETERS)
 def test_native(name: str, user: User | None, sides: Sides) -> None:
     """The oracle: a case that fails here is wrong itself."""
     d = sides.native / name
     try:
-        _run(CASES[name], d, d, user)
+        run_case(CASES[name], d, d, user)
     finally:
         shutil.rmtree(d)
 
@@ -83,9 +56,9 @@ def test_mount(name: str, user: User | None, sides: Sides) -> None:
     try:
         if name in EXCLUDED:
             with pytest.raises((AssertionError, OSError)):  # it passes now? take it off the list
-                _run(CASES[name], d, host, user)
+                run_case(CASES[name], d, host, user)
         else:
-            _run(CASES[name], d, host, user)
+            run_case(CASES[name], d, host, user)
     finally:
         sides.check_alive()
         shutil.rmtree(d)

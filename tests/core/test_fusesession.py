@@ -1,0 +1,664 @@
+"""The FUSE session on a real export: negotiation, what a guest may use, what waits."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import stat
+import struct
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fsd.fusefiles import LONG_POLL
+from fsd.fusenodes import Caching
+from fsd.fusesession import SessionOptions
+from protocol import frames, fuse
+from protocol.fuse import Init, Opcode
+
+from .fuse_guest import ALL_FLAGS, GuestKernel, entry_of, flags_of
+from .support import AGENT_PID, World
+
+
+@pytest.fixture
+def guest(world: World) -> Iterator[GuestKernel]:
+    kernel = GuestKernel(world.mount(agent=False))
+    yield kernel
+    kernel.session.close()
+
+
+@pytest.fixture
+def other(world: World) -> Iterator[GuestKernel]:
+    """Another guest of the same export."""
+    kernel = GuestKernel(world.mount("other", agent=False))
+    yield kernel
+    kernel.session.close()
+
+
+# INIT
+
+
+@pytest.mark.parametrize(
+    ("minor", "size", "agreed"),
+    [(31, 16, 31), (32, 16, 32), (36, 64, 36), (38, 64, 38), (45, 64, 45), (99, 64, 45)],
+)
+def test_the_older_version_of_both_is_spoken(
+    minor: int, size: int, agreed: int, world: World
+) -> None:
+    guest = GuestKernel(world.mount(agent=False), init=False)
+    flags = ALL_FLAGS if size == 64 else ALL_FLAGS & 0x3FFF_FFFF
+    error, payload = guest.init(7, minor, flags, size=size)
+    assert not error
+    assert len(payload) == 64
+    assert fuse.INIT_OUT.unpack(payload)[:2] == (7, agreed)
+    guest.session.close()
+
+
+def test_a_newer_major_is_asked_to_come_again(world: World) -> None:
+    guest = GuestKernel(world.mount(agent=False), init=False)
+    error, payload = guest.init(8, 0)
+    assert not error
+    assert fuse.INIT_OUT.unpack(payload)[:2] == (7, 45)
+    assert guest.ask(Opcode.STATFS).error == errno.EIO  # no version is agreed yet
+    assert guest.init().error == 0
+
+
+@pytest.mark.parametrize(("major", "minor"), [(7, 30), (6, 99), (0, 0)])
+def test_an_older_kernel_is_refused(major: int, minor: int, world: World) -> None:
+    guest = GuestKernel(world.mount(agent=False), init=False)
+    assert guest.init(major, minor).error == errno.EPROTO
+    assert guest.ask(Opcode.GETATTR, 1, bytes(16)).error == errno.EIO
+
+
+OPTIONAL = {
+    "posix_acl": Init.POSIX_ACL,
+    "submounts": Init.SUBMOUNTS,
+    "locks": Init.POSIX_LOCKS | Init.FLOCK_LOCKS,
+}
+
+
+def test_only_what_both_know_is_agreed(world: World) -> None:
+    guest = GuestKernel(world.mount(agent=False), init=False)
+    assert flags_of(guest.init(flags=Init.BIG_WRITES)) == Init.BIG_WRITES
+    agreed = flags_of(guest.init())
+    assert not agreed & (Init.SPLICE_READ | Init.NO_OPEN_SUPPORT | Init.PASSTHROUGH)
+    assert Init.DONT_MASK | Init.HANDLE_KILLPRIV_V2 | Init.CREATE_SUPP_GROUP in agreed
+    # flags2 counts only where flags says that it is there
+    low = flags_of(guest.init(flags=ALL_FLAGS & ~Init.INIT_EXT))
+    assert low == agreed & 0xFFFF_FFFF & ~Init.INIT_EXT
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_an_option_is_offered_only_if_asked_for(name: str, world: World) -> None:
+    for value in (False, True):
+        options = SessionOptions(**{name: value})  # type: ignore[arg-type]
+        agreed = flags_of(GuestKernel(world.mount(agent=False), options, init=False).init())
+        assert bool(agreed & OPTIONAL[name]) is value
+    writeback = SessionOptions(caching=Caching(writeback=True))
+    agreed = flags_of(GuestKernel(world.mount(agent=False), writeback, init=False).init())
+    assert Init.WRITEBACK_CACHE in agreed
+
+
+def test_nothing_before_init_and_nothing_unknown(world: World) -> None:
+    guest = GuestKernel(world.mount(agent=False), init=False)
+    for known in Opcode:
+        if known != Opcode.INIT:
+            assert guest.ask(known).error == errno.EIO
+    guest.init()
+    for opcode in (0, 7, 19, 37, 48, 49, 54, 4096, 1 << 31, fuse.Opcode.INIT << 24):
+        assert guest.ask(opcode).error == errno.ENOSYS
+
+
+@pytest.mark.parametrize("opcode", [Opcode.INIT, Opcode.DESTROY])
+def test_a_guest_that_starts_anew_holds_nothing(opcode: Opcode, world: World) -> None:
+    (world.source / "f").write_bytes(b"x")
+    guest = GuestKernel(world.mount(agent=False))
+    node = guest.lookup(b"f")
+    fh = guest.open(node.nodeid)
+    assert len(world.table) == 2
+    if opcode == Opcode.INIT:
+        guest.init()
+    else:
+        guest.ok(Opcode.DESTROY, 0)
+        assert guest.ask(Opcode.STATFS).error == errno.EIO
+        guest.init()
+    assert len(world.table) == 1
+    assert guest.ask(Opcode.GETATTR, node.nodeid, bytes(16)).error == errno.ESTALE
+    body = fuse.READ_IN.pack(fh, 0, 10, 0, 0, 0)
+    assert guest.ask(Opcode.READ, 1, body).error == errno.EBADF
+
+
+# What a guest may use
+
+WITH_NODE = sorted(
+    set(Opcode)
+    - {
+        Opcode.INIT, Opcode.DESTROY, Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT,
+        Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.SYNCFS, Opcode.BMAP, Opcode.NOTIFY_REPLY,
+        Opcode.SETUPMAPPING, Opcode.REMOVEMAPPING,
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("opcode", WITH_NODE)
+def test_a_guest_can_use_only_nodes_it_looked_up(
+    opcode: Opcode, world: World, guest: GuestKernel, other: GuestKernel
+) -> None:
+    (world.source / "f").write_bytes(b"x")
+    node = guest.lookup(b"f")
+    for body in (b"", b"f\0", bytes(200)):
+        assert other.ask(opcode, node.nodeid, body).error == errno.ESTALE
+    guest.forget(node.nodeid, 1)
+    assert guest.ask(opcode, node.nodeid, b"f\0").error == errno.ESTALE
+
+
+def test_the_second_node_of_a_request_is_checked_too(
+    world: World, guest: GuestKernel, other: GuestKernel
+) -> None:
+    (world.source / "d").mkdir()
+    (world.source / "f").write_bytes(b"x")
+    theirs = guest.lookup(b"d").nodeid, guest.lookup(b"f").nodeid
+    _, fh = other.create(b"own")
+    for opcode, body in (
+        (Opcode.RENAME, fuse.RENAME_IN.pack(theirs[0]) + b"own\0own\0"),
+        (Opcode.RENAME2, fuse.RENAME2_IN.pack(theirs[0], 0) + b"own\0own\0"),
+        (Opcode.LINK, fuse.LINK_IN.pack(theirs[1]) + b"link\0"),
+        (Opcode.COPY_FILE_RANGE, fuse.COPY_FILE_RANGE_IN.pack(fh, 0, theirs[1], fh, 0, 1, 0)),
+    ):
+        assert other.ask(opcode, 1, body).error == errno.ESTALE
+    assert sorted(os.listdir(world.source)) == ["d", "f", "own"]
+
+
+def test_a_guest_can_use_only_its_own_handles(
+    world: World, guest: GuestKernel, other: GuestKernel
+) -> None:
+    node, fh = guest.create(b"f")
+    guest.write(node.nodeid, fh, b"secret")
+    mine = other.lookup(b"f").nodeid
+    for opcode, body in (
+        (Opcode.READ, fuse.READ_IN.pack(fh, 0, 10, 0, 0, 0)),
+        (Opcode.WRITE, fuse.WRITE_IN.pack(fh, 0, 1, 0, 0, 0) + b"x"),
+        (Opcode.FLUSH, fuse.FLUSH_IN.pack(fh, 0)),
+        (Opcode.FSYNC, fuse.FSYNC_IN.pack(fh, 0)),
+        (Opcode.FALLOCATE, fuse.FALLOCATE_IN.pack(fh, 0, 1, 0)),
+        (Opcode.LSEEK, fuse.LSEEK_IN.pack(fh, 0, os.SEEK_DATA)),
+        (Opcode.SETLK, fuse.LK_IN.pack(fh, 1, 0, 1, fcntl.F_WRLCK, 1, 0)),
+        (Opcode.POLL, fuse.POLL_IN.pack(fh, 0, 0, 0)),
+    ):
+        assert other.ask(opcode, mine, body).error == errno.EBADF
+    other.ok(Opcode.RELEASE, mine, fuse.RELEASE_IN.pack(fh, 0, 0, 0))  # of nothing
+    assert guest.read(node.nodeid, fh) == b"secret"
+
+
+def test_a_guest_forgets_only_what_it_holds(
+    world: World, guest: GuestKernel, other: GuestKernel
+) -> None:
+    (world.source / "f").write_bytes(b"x")
+    node = guest.lookup(b"f").nodeid
+    assert other.lookup(b"f").nodeid == node
+    other.lookup(b"f")
+    inode = world.table.get(node)
+    assert inode.lookups == 3
+    other.forget(node, 1000)
+    assert inode.lookups == 1
+    other.forget(node, 1)
+    body = fuse.BATCH_FORGET_IN.pack(2) + fuse.FORGET_ONE.pack(node, 7) + fuse.FORGET_ONE.pack(1, 7)
+    assert other.begin(Opcode.BATCH_FORGET, 0, body, room=0).lengths == [0]
+    assert inode.lookups == 1
+    guest.ok(Opcode.GETATTR, node, bytes(16))
+    guest.forget(node, 1)
+    assert len(world.table) == 1
+
+
+def test_a_guest_that_leaves_gives_back_everything(world: World) -> None:
+    guest = GuestKernel(world.mount(agent=False))
+    before = set(os.listdir("/proc/self/fd"))
+    for i in range(20):
+        (world.source / f"d{i}").mkdir()
+        (world.source / f"d{i}" / "f").write_bytes(b"x")
+        directory = guest.lookup(b"d%d" % i).nodeid
+        guest.ok(Opcode.OPENDIR, directory, fuse.OPEN_IN.pack(0, 0))
+        node = guest.lookup(b"f", directory).nodeid
+        fh = guest.open(node)
+        guest.ok(Opcode.SETLK, node, fuse.LK_IN.pack(fh, i, 0, 9, fcntl.F_WRLCK, 1, 0))
+        guest.ok(Opcode.SETLK, node, fuse.LK_IN.pack(fh, i + 99, 10, 19, fcntl.F_WRLCK, 1, 0))
+    assert len(world.table) == 41
+    guest.session.close()
+    assert len(world.table) == 1
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("reason", ["room", "withdrawn"])
+def test_what_a_lost_reply_gave_is_taken_back(reason: str, world: World) -> None:
+    (world.source / "f").write_bytes(b"x")
+    (world.source / "d").mkdir()
+    guest = GuestKernel(world.mount(agent=False))
+    node = guest.lookup(b"f").nodeid
+    before = set(os.listdir("/proc/self/fd"))
+    flags = os.O_RDWR | os.O_CREAT
+    for opcode, nodeid, body in (
+        (Opcode.LOOKUP, 1, b"d\0"),
+        (Opcode.OPEN, node, fuse.OPEN_IN.pack(os.O_RDWR, 0)),
+        (Opcode.OPENDIR, 1, fuse.OPEN_IN.pack(0, 0)),
+        (Opcode.CREATE, 1, fuse.CREATE_IN.pack(flags, 0o644, 0, 0) + b"new\0"),
+        (Opcode.TMPFILE, 1, fuse.CREATE_IN.pack(os.O_RDWR, 0o644, 0, 0) + b"/\0"),
+        (Opcode.MKDIR, 1, fuse.MKDIR_IN.pack(0o755, 0) + b"newdir\0"),
+    ):
+        if reason == "room":
+            assert guest.ask(opcode, nodeid, body, room=17).error == errno.EIO
+        else:
+            guest.begin(opcode, nodeid, body, lost=True)
+    assert len(world.table) == 2
+    assert world.table.get(node).lookups == 1
+    assert set(os.listdir("/proc/self/fd")) == before
+    guest.session.close()
+
+
+def test_a_withdrawn_listing_gives_its_nodes_back(world: World, guest: GuestKernel) -> None:
+    for i in range(50):
+        (world.source / f"f{i}").touch()
+    fh = fuse.OPEN_OUT.unpack(guest.ok(Opcode.OPENDIR, 1, fuse.OPEN_IN.pack(0, 0)))[0]
+    body = fuse.READ_IN.pack(fh, 0, 4096, 0, 0, 0)
+    guest.begin(Opcode.READDIRPLUS, 1, body, lost=True)
+    assert len(world.table) == 1
+    guest.ok(Opcode.READDIRPLUS, 1, body)
+    assert len(world.table) > 10
+
+
+def test_the_number_of_nodes_is_limited(world: World) -> None:
+    for i in range(20):
+        (world.source / f"f{i:02}").touch()
+    guest = GuestKernel(world.mount(agent=False), SessionOptions(nodes_limit=5))
+    for i in range(5):
+        guest.lookup(b"f%02d" % i)
+    assert guest.ask(Opcode.LOOKUP, 1, b"f05\0").error == errno.ENFILE
+    flags = os.O_RDWR | os.O_CREAT
+    body = fuse.CREATE_IN.pack(flags, 0o644, 0, 0) + b"new\0"
+    assert guest.ask(Opcode.CREATE, 1, body).error == errno.ENFILE
+    assert not (world.source / "new").exists()
+    # A listing goes on, with names alone.
+    fh = fuse.OPEN_OUT.unpack(guest.ok(Opcode.OPENDIR, 1, fuse.OPEN_IN.pack(0, 0)))[0]
+    payload = guest.ok(Opcode.READDIRPLUS, 1, fuse.READ_IN.pack(fh, 0, ROOM_FOR_ALL, 0, 0, 0))
+    assert {name for name, _, _ in plus_entries(payload)} >= {b"f%02d" % i for i in range(20)}
+    assert len(guest.session.nodes) == 5
+    guest.session.close()
+
+
+ROOM_FOR_ALL = 1 << 15
+
+
+def plus_entries(payload: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, nodeid, offset) of each fuse_direntplus."""
+    at = 0
+    while at < len(payload):
+        nodeid = entry_of(payload[at:]).nodeid
+        _ino, offset, length, _kind = fuse.DIRENT.unpack(payload, at + fuse.ENTRY_SIZE)
+        name_at = at + fuse.ENTRY_SIZE + fuse.DIRENT.size
+        yield payload[name_at : name_at + length], nodeid, offset
+        at = name_at + length + 7 & ~7
+
+
+# What must not be opened
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "link", "directory"])
+def test_only_regular_files_are_opened(kind: str, world: World, guest: GuestKernel) -> None:
+    path = world.source / "x"
+    expected = errno.ENXIO
+    if kind == "fifo":
+        os.mkfifo(path)  # to open it would wait for ever
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    elif kind == "device":
+        if os.geteuid():
+            pytest.skip("needs root: makes a device node")
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero: the host's, not ours
+    elif kind == "link":
+        path.symlink_to("/etc/passwd")
+        expected = errno.ELOOP
+    else:
+        path.mkdir()
+        expected = errno.EISDIR
+    node = guest.lookup(b"x").nodeid
+    for flags in (os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC):
+        assert guest.ask(Opcode.OPEN, node, fuse.OPEN_IN.pack(flags, 0)).error == expected
+    body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o600, 0, 0) + b"x\0"
+    assert guest.ask(Opcode.CREATE, 1, body).error == expected
+
+
+# Buffers
+
+CUTS = st.lists(st.integers(0, 300), max_size=6)
+
+
+@pytest.fixture(scope="module")
+def shared_guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestKernel]:
+    source = tmp_path_factory.mktemp("buffers")
+    (source / "f").write_bytes(bytes(range(256)) * 8)
+    (source / "link").symlink_to("target")
+    world = World(source)
+    yield GuestKernel(world.mount(agent=False))
+    world.close()
+
+
+@given(cut=CUTS)
+def test_how_buffers_are_cut_means_nothing(cut: list[int], shared_guest: GuestKernel) -> None:
+    guest = shared_guest
+    payload = guest.ok(Opcode.LOOKUP, 1, b"f\0", cut=cut)
+    node = entry_of(payload).nodeid
+    fh = guest.open(node)
+    content = bytes(range(256)) * 8
+    assert guest.read(node, fh, 100, 1500, cut=cut) == content[100:1600]
+    assert guest.read(node, fh, 2000, 1500, cut=cut) == content[2000:]
+    assert guest.write(node, fh, content[300:900], 300, cut=cut) == 600
+    assert guest.read(node, fh) == content
+    link = entry_of(guest.ok(Opcode.LOOKUP, 1, b"link\0", cut=cut)).nodeid
+    assert guest.ok(Opcode.READLINK, link, cut=cut) == b"target"
+    guest.release(node, fh)
+
+
+def test_more_buffers_than_one_system_call_takes(guest: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    data = os.urandom(3000)
+    cut = range(80, 3080)  # each byte in a buffer of its own
+    assert guest.write(node.nodeid, fh, data, cut=cut) == 3000
+    assert guest.read(node.nodeid, fh, cut=range(16, 3016)) == data
+
+
+def test_a_write_that_lacks_data_writes_nothing(guest: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    body = fuse.WRITE_IN.pack(fh, 0, 100, 0, 0, 0) + b"short"
+    assert guest.ask(Opcode.WRITE, node.nodeid, body).error == errno.EINVAL
+    assert guest.read(node.nodeid, fh) == b""
+
+
+@pytest.mark.parametrize("room", range(17))
+def test_without_room_for_a_reply_there_is_none(room: int, guest: GuestKernel) -> None:
+    pending = guest.begin(Opcode.STATFS, room=room)
+    assert pending.lengths == ([0] if room < 16 else [16])
+    pending = guest.begin(Opcode.LOOKUP, 1, b"absent\0", room=room)
+    assert pending.lengths == ([0] if room < 16 else [16])
+
+
+# Locks
+
+
+def setlk(
+    guest: GuestKernel, node: int, fh: int, owner: int, kind: int, start: int = 0, end: int = 99
+) -> int:
+    body = fuse.LK_IN.pack(fh, owner, start, end, kind, owner + 1000, 0)
+    return guest.ask(Opcode.SETLK, node, body).error
+
+
+def getlk(
+    guest: GuestKernel, node: int, fh: int, owner: int, kind: int, start: int = 0, end: int = 99
+) -> tuple[int, ...]:
+    body = fuse.LK_IN.pack(fh, owner, start, end, kind, owner + 1000, 0)
+    return fuse.LK_OUT.unpack(guest.ok(Opcode.GETLK, node, body))
+
+
+R, W, U = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
+
+
+def test_locks_of_two_owners_through_one_handle(guest: GuestKernel) -> None:
+    """A forked child has the same open file, and is another owner."""
+    node, fh = guest.create(b"f")
+    assert setlk(guest, node.nodeid, fh, 1, W, 0, 9) == 0
+    assert setlk(guest, node.nodeid, fh, 2, W, 5, 14) == errno.EAGAIN
+    assert setlk(guest, node.nodeid, fh, 2, W, 10, 14) == 0
+    assert getlk(guest, node.nodeid, fh, 2, W, 0, 20) == (0, 9, W, 1001)
+    assert getlk(guest, node.nodeid, fh, 1, R, 0, 20) == (10, 14, W, 1002)
+    assert getlk(guest, node.nodeid, fh, 1, W, 0, 9)[2] == U
+    guest.ok(Opcode.FLUSH, node.nodeid, fuse.FLUSH_IN.pack(fh, 1))  # 1 closes the file
+    assert setlk(guest, node.nodeid, fh, 2, W, 0, 9) == 0
+
+
+def test_locks_of_one_owner_through_two_handles(guest: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    reading = guest.open(node.nodeid, os.O_RDONLY)
+    assert setlk(guest, node.nodeid, reading, 1, R) == 0
+    assert setlk(guest, node.nodeid, fh, 1, W, 50, 59) == 0  # its description is read-only
+    assert setlk(guest, node.nodeid, fh, 2, R, 0, 49) == 0
+    assert setlk(guest, node.nodeid, fh, 2, R, 50, 59) == errno.EAGAIN
+    assert setlk(guest, node.nodeid, fh, 2, W, 0, 49) == errno.EAGAIN  # 1 still reads there
+    guest.ok(Opcode.FLUSH, node.nodeid, fuse.FLUSH_IN.pack(reading, 1))
+    assert setlk(guest, node.nodeid, fh, 2, W) == 0
+
+
+def test_locks_of_two_guests(guest: GuestKernel, other: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    theirs = other.lookup(b"f").nodeid
+    theirs_fh = other.open(theirs)
+    assert setlk(guest, node.nodeid, fh, 1, W) == 0
+    assert setlk(other, theirs, theirs_fh, 1, R) == errno.EAGAIN
+    assert getlk(other, theirs, theirs_fh, 1, W) == (0, 99, W, 0)  # a process of another machine
+    guest.session.close()
+    assert setlk(other, theirs, theirs_fh, 1, R) == 0
+
+
+def test_locks_of_the_host(world: World, guest: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    with open(world.source / "f", "r+b") as host:
+        fcntl.lockf(host, fcntl.LOCK_EX | fcntl.LOCK_NB, 10)
+        # The same process: only an open file description of its own can hold this.
+        data = struct.pack("@hhqqi4x", W, os.SEEK_SET, 50, 10, 0)
+        fcntl.fcntl(host, 37, data)
+        assert setlk(guest, node.nodeid, fh, 1, R, 50, 50) == errno.EAGAIN
+        assert setlk(guest, node.nodeid, fh, 1, R, 60, 70) == 0
+        with pytest.raises(BlockingIOError):
+            fcntl.fcntl(host, 37, struct.pack("@hhqqi4x", W, os.SEEK_SET, 65, 1, 0))
+
+
+def test_flock(world: World, guest: GuestKernel, other: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    theirs = other.lookup(b"f").nodeid
+    theirs_fh = other.open(theirs)
+
+    def flock(kernel: GuestKernel, nodeid: int, handle: int, kind: int) -> int:
+        body = fuse.LK_IN.pack(handle, 7, 0, (1 << 63) - 1, kind, 1, fuse.LK_FLOCK)
+        return kernel.ask(Opcode.SETLK, nodeid, body).error
+
+    assert flock(guest, node.nodeid, fh, W) == 0
+    assert flock(other, theirs, theirs_fh, R) == errno.EAGAIN
+    assert setlk(other, theirs, theirs_fh, 1, W) == 0  # of the other kind
+    release = fuse.RELEASE_IN.pack(fh, 0, fuse.RELEASE_FLOCK_UNLOCK, 7)
+    guest.ok(Opcode.RELEASE, node.nodeid, release)
+    assert flock(other, theirs, theirs_fh, W) == 0
+    with open(world.source / "f") as host, pytest.raises(BlockingIOError):
+        fcntl.flock(host, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_waiting_lock_is_given_when_another_guest_unlocks(
+    guest: GuestKernel, other: GuestKernel
+) -> None:
+    node, fh = guest.create(b"f")
+    theirs = other.lookup(b"f").nodeid
+    theirs_fh = other.open(theirs)
+    assert setlk(guest, node.nodeid, fh, 1, W) == 0
+    waiting = other.begin(Opcode.SETLKW, theirs, fuse.LK_IN.pack(theirs_fh, 1, 0, 9, W, 1, 0))
+    assert waiting.reply() is None
+    other.ok(Opcode.GETATTR, theirs, bytes(16))  # nobody else waits
+    assert setlk(guest, node.nodeid, fh, 1, U, 50, 99) == 0
+    other.loop.turn()
+    assert waiting.reply() is None
+    assert setlk(guest, node.nodeid, fh, 1, U, 0, 49) == 0
+    other.loop.turn()
+    assert waiting.reply() == (0, b"")
+    assert other.loop.timers == []
+    assert setlk(guest, node.nodeid, fh, 1, R, 0, 9) == errno.EAGAIN
+
+
+def test_a_lock_of_the_host_is_waited_for(world: World, guest: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    with open(world.source / "f", "r+b") as host:
+        fcntl.flock(host, fcntl.LOCK_EX)
+        body = fuse.LK_IN.pack(fh, 1, 0, 9, W, 1, fuse.LK_FLOCK)
+        waiting = guest.begin(Opcode.SETLKW, node.nodeid, body)
+        pauses = []
+        for _ in range(12):
+            pauses += guest.loop.timers
+            guest.loop.expire()
+        assert waiting.reply() is None
+        assert pauses == sorted(pauses)
+        assert pauses[-1] == pauses[-2] == 0.25  # it grows no further
+    guest.loop.expire()
+    assert waiting.reply() == (0, b"")
+    assert guest.loop.timers == []
+
+
+@pytest.mark.parametrize("how", ["interrupt", "close"])
+def test_waiting_for_a_lock_can_be_ended(how: str, guest: GuestKernel, other: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    theirs = other.lookup(b"f").nodeid
+    theirs_fh = other.open(theirs)
+    assert setlk(guest, node.nodeid, fh, 1, W) == 0
+    body = fuse.LK_IN.pack(theirs_fh, 1, 0, 9, W, 1, 0)
+    waiting = other.begin(Opcode.SETLKW, theirs, body)
+    if how == "close":
+        other.session.close()
+    else:
+        interrupt = fuse.INTERRUPT_IN.pack(waiting.unique)
+        assert other.begin(Opcode.INTERRUPT, 0, interrupt).lengths == [0]
+    assert waiting.reply() == (errno.EINTR, b"")
+    assert other.loop.timers == []
+    assert setlk(guest, node.nodeid, fh, 1, U) == 0  # tells nobody who has gone
+    other.loop.turn()
+
+
+# The channel
+
+
+def hello() -> bytes:
+    return frames.encode(frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF))
+
+
+def control(guest: GuestKernel) -> tuple[int, int]:
+    """Look `.fsd/control` up and open it: (nodeid, fh)."""
+    directory = guest.lookup(b".fsd").nodeid
+    node = guest.lookup(b"control", directory).nodeid
+    return node, guest.open(node)
+
+
+def test_a_read_of_the_channel_waits_for_frames(world: World, guest: GuestKernel) -> None:
+    node, fh = control(guest)
+    body = fuse.READ_IN.pack(fh, 0, 4096, 0, 0, 0)
+    waiting = guest.begin(Opcode.READ, node, body)
+    assert waiting.reply() is None
+    assert guest.loop.timers == [LONG_POLL]
+    guest.write(node, fh, hello())
+    guest.loop.turn()
+    reply = waiting.reply()
+    assert reply is not None
+    reader = frames.FrameReader()
+    reader.feed(reply.payload)
+    assert [type(message) for message in reader] == [frames.Welcome]
+    assert guest.loop.timers == []
+
+
+def test_a_read_of_the_channel_ends_at_its_bound(guest: GuestKernel) -> None:
+    node, fh = control(guest)
+    waiting = guest.begin(Opcode.READ, node, fuse.READ_IN.pack(fh, 0, 4096, 0, 0, 0))
+    guest.loop.expire()
+    assert waiting.reply() == (0, b"")
+    # Nothing could wake a poll(2): it says that a read is what to wait in.
+    revents = fuse.POLL_OUT.unpack(guest.ok(Opcode.POLL, node, fuse.POLL_IN.pack(fh, 1, 1, 1)))
+    assert revents == select.POLLIN | select.POLLOUT
+
+
+def test_the_end_of_the_channel_is_a_hangup(guest: GuestKernel) -> None:
+    node, fh = control(guest)
+    guest.write(node, fh, hello())
+    guest.read(node, fh)
+    waiting = guest.begin(Opcode.READ, node, fuse.READ_IN.pack(fh, 0, 4096, 0, 0, 0))
+    guest.write(node, fh, frames.encode(frames.Bye()))
+    guest.loop.turn()
+    assert waiting.reply() == (0, b"")
+    assert guest.read(node, fh) == b""  # does not wait any more
+    revents = fuse.POLL_OUT.unpack(guest.ok(Opcode.POLL, node, fuse.POLL_IN.pack(fh, 1, 1, 1)))
+    assert revents == select.POLLIN | select.POLLOUT | select.POLLHUP
+
+
+def test_a_second_agent_makes_the_first_one_look_up(guest: GuestKernel) -> None:
+    """A killed agent cannot end before its read is answered."""
+    node, fh = control(guest)
+    waiting = guest.begin(Opcode.READ, node, fuse.READ_IN.pack(fh, 0, 4096, 0, 0, 0))
+    assert guest.ask(Opcode.OPEN, node, fuse.OPEN_IN.pack(os.O_RDWR, 0)).error == errno.EBUSY
+    guest.loop.turn()
+    assert waiting.reply() == (0, b"")  # so it ends, if it was killed
+    guest.release(node, fh)
+    guest.open(node)
+
+
+def test_a_bad_frame_ends_the_channel(guest: GuestKernel) -> None:
+    node, fh = control(guest)
+    waiting = guest.begin(Opcode.READ, node, fuse.READ_IN.pack(fh, 0, 4096, 0, 0, 0))
+    body = fuse.WRITE_IN.pack(fh, 0, 8, 0, 0, 0) + b"\xff" * 8
+    assert guest.ask(Opcode.WRITE, node, body).error == errno.EPROTO
+    guest.loop.turn()
+    assert waiting.reply() == (0, b"")
+
+
+def test_the_hidden_directory_is_for_root_alone(guest: GuestKernel) -> None:
+    guest.uid = 54321
+    assert guest.ask(Opcode.LOOKUP, 1, b".fsd\0").error == errno.ENOENT
+
+
+# The replayer changes nothing
+
+
+def test_what_the_replayer_asks_for_changes_nothing(world: World) -> None:
+    (world.source / "f").write_bytes(b"data")
+    guest = GuestKernel(world.mount())
+    node = guest.lookup(b"f").nodeid
+    fh = guest.open(node)
+    guest.pid = AGENT_PID
+    before = os.stat(world.source / "f")
+    for opcode, body in (
+        (Opcode.WRITE, fuse.WRITE_IN.pack(fh, 0, 1, 0, 0, 0) + b"x"),
+        (Opcode.FALLOCATE, fuse.FALLOCATE_IN.pack(fh, 0, 100, 0)),
+        (Opcode.COPY_FILE_RANGE, fuse.COPY_FILE_RANGE_IN.pack(fh, 0, node, fh, 9, 4, 0)),
+        (Opcode.COPY_FILE_RANGE_64, fuse.COPY_FILE_RANGE_IN.pack(fh, 0, node, fh, 9, 4, 0)),
+        (Opcode.IOCTL, fuse.IOCTL_IN.pack(fh, 0, 0x4008_6602, 0, 8, 0) + bytes(8)),
+        (Opcode.SETLK, fuse.LK_IN.pack(fh, 1, 0, 9, W, 1, 0)),
+        (Opcode.SETLKW, fuse.LK_IN.pack(fh, 1, 0, 9, W, 1, fuse.LK_FLOCK)),
+        (Opcode.SETATTR, fuse.SETATTR_IN.pack(8, 0, 1, *(0,) * 10)),
+        (Opcode.OPEN, fuse.OPEN_IN.pack(os.O_RDWR | os.O_TRUNC, 0)),
+        (Opcode.SETXATTR, fuse.SETXATTR_IN.pack(1, 0, 0) + b"user.x\0y"),
+    ):
+        assert guest.ask(opcode, node, body).error == errno.EACCES, opcode
+    for opcode, body in (
+        (Opcode.TMPFILE, fuse.CREATE_IN.pack(os.O_RDWR, 0o600, 0, 0) + b"/\0"),
+        (Opcode.CREATE, fuse.CREATE_IN.pack(os.O_RDWR, 0o600, 0, 0) + b"new\0"),
+        (Opcode.MKDIR, fuse.MKDIR_IN.pack(0o700, 0) + b"new\0"),
+        (Opcode.UNLINK, b"f\0"),
+        (Opcode.LINK, fuse.LINK_IN.pack(node) + b"new\0"),
+    ):
+        assert guest.ask(opcode, 1, body).error == errno.EACCES, opcode
+    after = os.stat(world.source / "f")
+    assert (after.st_ctime_ns, after.st_size) == (before.st_ctime_ns, before.st_size)
+    assert os.listdir(world.source) == ["f"]
+    guest.session.close()
+
+
+# Later answers
+
+
+def test_a_file_can_be_closed_while_it_is_synced(guest: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    waiting = guest.begin(Opcode.FSYNC, node.nodeid, fuse.FSYNC_IN.pack(fh, 0))
+    assert waiting.reply() is None
+    guest.release(node.nodeid, fh)
+    guest.loop.run_threads()
+    assert waiting.reply() == (0, b"")
+
+
+def test_a_guest_that_leaves_while_it_waits_is_answered_once(guest: GuestKernel) -> None:
+    node, fh = guest.create(b"f")
+    waiting = guest.begin(Opcode.FSYNC, node.nodeid, fuse.FSYNC_IN.pack(fh, 1))
+    guest.session.close()
+    assert waiting.reply() == (errno.EINTR, b"")
+    guest.loop.run_threads()  # Pending.done fails on a second answer
