@@ -1,10 +1,11 @@
-"""Files out of Debian's source packages, kept in .cache: other people's tests and examples.
+"""Files out of Debian's packages, kept in .cache: other people's tests, and what guests boot.
 
 Apart because tests and benchmarks both want some.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import tarfile
@@ -26,8 +27,7 @@ def source_files(package: str, names: Iterable[str]) -> Path:
     if not missing:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (CACHE / ".gitignore").write_text("*\n")
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+    with tempfile.TemporaryDirectory(dir=cache()) as scratch:
         archive = _download(package, Path(scratch))
         with tarfile.open(archive) as tar:
             members = tar.getmembers()
@@ -39,6 +39,35 @@ def source_files(package: str, names: Iterable[str]) -> Path:
                 part.write_bytes(content.read())
                 shutil.move(part, folder / Path(name).name)  # in one step: there or not
     return folder
+
+
+def cache() -> Path:
+    """The directory for all of it; git does not see it."""
+    CACHE.mkdir(exist_ok=True)
+    (CACHE / ".gitignore").write_text("*\n")
+    return CACHE
+
+
+def depends(package: str, pattern: str) -> str:
+    """What matches of the one dependency of a package that does: the version behind a name."""
+    text = _run("apt-cache", "depends", package)
+    found = [m[1] for line in text.splitlines() if (m := re.search(rf"Depends: {pattern}$", line))]
+    assert len(found) == 1, f"{package} depends on {found}"
+    return found[0]
+
+
+def versions(packages: Iterable[str]) -> list[str]:
+    """A line for each binary package: what apt would install."""
+    lines = _run("apt-get", "download", "--print-uris", *packages).splitlines()
+    return [line.partition(" ")[0] for line in lines if line.startswith("'")]
+
+
+def extract(packages: Iterable[str], tree: Path) -> None:
+    """The files of binary packages, under ``tree``; nothing is installed."""
+    with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+        _run("apt-get", "-oAPT::Sandbox::User=root", "download", *packages, cwd=Path(scratch))
+        for archive in sorted(Path(scratch).glob("*.deb")):
+            _run("dpkg-deb", "-x", str(archive), str(tree))
 
 
 def _download(package: str, folder: Path) -> Path:
@@ -61,9 +90,16 @@ def _apt(*arguments: str, cwd: Path) -> None:
         "Dir::Cache": cwd,
         "APT::Sandbox::User": "root",  # _apt may not be able to write here
     }
-    command = ["apt-get", *(f"-o{name}={value}" for name, value in options.items()), *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, f"{' '.join(arguments)}: {done.stderr}"
+    _run("apt-get", *(f"-o{name}={value}" for name, value in options.items()), *arguments, cwd=cwd)
+
+
+def _run(*command: str, cwd: Path | None = None) -> str:
+    """Its output."""
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=110, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout
 
 
 def _debian() -> list[str]:
