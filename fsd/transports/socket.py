@@ -37,7 +37,7 @@ class SocketDoor:
 
     async def bind(self) -> None:
         """Create the socket file. Raises OSError."""
-        _unlink_stale(self.path)
+        unlink_stale(self.path)
         old = os.umask(0o177)
         try:
             await self._listener.bind(self.path)
@@ -107,7 +107,7 @@ class SocketDoor:
                 session.close()
 
 
-def _unlink_stale(path: str) -> None:
+def unlink_stale(path: str) -> None:
     """Remove a socket that nobody listens on. Raises OSError EADDRINUSE through bind otherwise."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):

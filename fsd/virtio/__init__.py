@@ -1,0 +1,1 @@
+"""The device that a virtual machine sees: guest memory, virtqueues, vhost-user-fs. Synchronous."""

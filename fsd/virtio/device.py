@@ -1,0 +1,456 @@
+"""A vhost-user-fs device: what one VMM has set up, its queues, and the FUSE session behind them.
+
+The order of messages is the front-end's; a queue runs while it has a size, addresses, a kick and
+is enabled. A front-end that stops its queues and starts them where they were (a paused machine)
+goes on with its session; one that starts them anew (a machine reset) gets a new session.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Protocol as Interface
+
+import structlog
+
+from protocol.vhostuser import (
+    F_PROTOCOL_FEATURES,
+    INDEX_MASK,
+    U64,
+    Config,
+    Empty,
+    Payload,
+    Protocol,
+    Region,
+    Regions,
+    Request,
+    Type,
+    VringAddr,
+    VringState,
+    name_of,
+    reply,
+)
+
+from .memory import MAX_REGIONS, GuestMemory, GuestMemoryError, MappedRegion
+from .queue import MAX_SIZE, ChainError, QueueError, VirtQueue
+
+log = structlog.get_logger()
+F_INDIRECT_DESC, F_VERSION_1 = 1 << 28, 1 << 32  # VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_VERSION_1
+FEATURES = F_VERSION_1 | F_INDIRECT_DESC | F_PROTOCOL_FEATURES
+PROTOCOL = (
+    Protocol.MQ
+    | Protocol.REPLY_ACK
+    | Protocol.RESET_DEVICE
+    | Protocol.CONFIGURE_MEM_SLOTS
+    | Protocol.STATUS
+)
+MAX_QUEUES = 65
+"""Queue 0 for FORGET, the rest for requests; more than a guest has processors is of no use."""
+TAG_LENGTH = 36
+_CONFIG = struct.Struct(f"<{TAG_LENGTH}sI")  # struct virtio_fs_config: tag, num_request_queues
+_ONE = struct.pack("=Q", 1)
+
+
+class DeviceError(Exception):
+    """The front-end asked for what makes no sense now, or cannot be done."""
+
+
+class Session(Interface):
+    """What answers FUSE messages: fsd.fusesession.FuseSession."""
+
+    def serve(
+        self,
+        readable: Sequence[memoryview],
+        writable: Sequence[memoryview],
+        done: Callable[[int], None],
+    ) -> None:
+        """One request: ``done`` is called once, now or later, with the length of the reply."""
+
+    def close(self) -> None:
+        """No memory that ``serve`` was given is written to any more."""
+
+
+class Ring:
+    """One queue as the front-end has set it up; owner of its descriptors."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.address: VringAddr | None = None
+        self.position = 0  # where it was stopped, or is to start
+        self.kick = self.call = self.err = -1
+        self.is_enabled = False
+        self.queue: VirtQueue | None = None  # while it runs
+        self.in_flight: set[int] = set()
+        self.held: list[tuple[int, int]] = []  # answered while it was stopped
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can run."""
+        return self.is_enabled and self.size > 0 and self.address is not None and self.kick >= 0
+
+    def signal(self) -> None:
+        """Interrupt the guest: there is a used entry."""
+        _write(self.call)
+
+    def take_fd(self, name: str, request: Request) -> None:
+        """Set one of its descriptors from a message, which may have none. Raises OSError."""
+        fd = -1
+        if request.fds:
+            fd = os.dup(request.fds[0])
+            os.set_blocking(fd, False)
+        self.drop_fd(name)
+        setattr(self, name, fd)
+
+    def drop_fd(self, name: str) -> None:
+        """Close one of its descriptors."""
+        fd = getattr(self, name)
+        setattr(self, name, -1)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _write(eventfd: int) -> None:
+    if eventfd >= 0:
+        with suppress(OSError):  # full: it is signalled; or what it belonged to has gone
+            os.write(eventfd, _ONE)
+
+
+class Device:
+    """The device of one connection. ``on_start`` and ``on_stop`` are told which queue runs from
+    now on, its ``rings[index].kick`` to be waited for, or does not any more.
+    """
+
+    def __init__(
+        self,
+        new_session: Callable[[], Session],
+        *,
+        on_start: Callable[[int], None],
+        on_stop: Callable[[int], None],
+        tag: str = "",
+        request_queues: int = 1,
+    ) -> None:
+        """``tag``: for front-ends that ask the device for it; without one they are not told."""
+        self._new_session = new_session
+        self._session: Session | None = None
+        self._on_start = on_start
+        self._on_stop = on_stop
+        self._config = _CONFIG.pack(tag.encode(), request_queues) if tag else b""
+        self._offered = PROTOCOL | Protocol.CONFIG if tag else PROTOCOL
+        self._features = 0
+        self._status = 0
+        self._memory = GuestMemory()
+        self._life = 0  # counts sessions: an answer of an earlier one is dropped
+        self.rings = [Ring() for _ in range(MAX_QUEUES)]
+        self.counts: Counter[str] = Counter()
+        self._handlers: dict[int, Callable[[Request], Payload | None]] = {
+            Type.GET_FEATURES: lambda _: U64(FEATURES),
+            Type.SET_FEATURES: self._set_features,
+            Type.SET_OWNER: _nothing,
+            Type.RESET_OWNER: _nothing,  # as the norm recommends
+            Type.GET_PROTOCOL_FEATURES: lambda _: U64(self._offered),
+            Type.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            Type.GET_QUEUE_NUM: lambda _: U64(MAX_QUEUES),
+            Type.GET_MAX_MEM_SLOTS: lambda _: U64(MAX_REGIONS),
+            Type.SET_MEM_TABLE: self._set_mem_table,
+            Type.ADD_MEM_REG: self._add_mem_reg,
+            Type.REM_MEM_REG: self._rem_mem_reg,
+            Type.SET_VRING_NUM: self._set_vring_num,
+            Type.SET_VRING_ADDR: self._set_vring_addr,
+            Type.SET_VRING_BASE: self._set_vring_base,
+            Type.GET_VRING_BASE: self._get_vring_base,
+            Type.SET_VRING_KICK: self._set_vring_kick,
+            Type.SET_VRING_CALL: self._set_vring_call,
+            Type.SET_VRING_ERR: self._set_vring_err,
+            Type.SET_VRING_ENABLE: self._set_vring_enable,
+            Type.GET_CONFIG: self._get_config,
+            Type.SET_STATUS: self._set_status,
+            Type.GET_STATUS: lambda _: U64(self._status),
+            Type.RESET_DEVICE: self._reset_device,
+        }
+
+    def close(self) -> None:
+        """The front-end has gone."""
+        self._reset()
+        for ring in self.rings:
+            for name in ("kick", "call", "err"):
+                ring.drop_fd(name)
+        self._memory = GuestMemory()
+
+    # Messages
+
+    def handle(self, request: Request) -> bytes:
+        """Do what a message asks; what is to be sent back. Takes its descriptors.
+
+        Raises DeviceError if it failed and the front-end does not wait to be told.
+        """
+        try:
+            answer = self._dispatch(request)
+        except (DeviceError, GuestMemoryError, QueueError, OSError) as error:
+            if not request.needs_reply:
+                raise DeviceError(f"{name_of(request.type)}: {error}") from None
+            log.warning(
+                "vhost-user request failed", request=name_of(request.type), error=str(error)
+            )
+            return reply(request, U64(1))
+        finally:
+            for fd in request.fds:
+                os.close(fd)
+        if answer is not None:
+            return reply(request, answer)
+        return reply(request, U64(0)) if request.needs_reply else b""
+
+    def _dispatch(self, request: Request) -> Payload | None:
+        handler = self._handlers.get(request.type)
+        if handler is not None:
+            return handler(request)
+        if request.needs_reply:
+            raise DeviceError("not offered")
+        log.warning("vhost-user request ignored", request=name_of(request.type))
+        return None
+
+    def _set_features(self, request: Request) -> None:
+        value = _u64(request)
+        if value & ~FEATURES:
+            raise DeviceError(f"features {value & ~FEATURES:#x} were not offered")
+        self._features = value
+        if not value & F_PROTOCOL_FEATURES:  # then nothing enables them
+            for ring in self.rings:
+                ring.is_enabled = True
+
+    def _set_protocol_features(self, request: Request) -> None:
+        value = _u64(request)
+        if value & ~self._offered:
+            raise DeviceError(f"protocol features {value & ~self._offered:#x} were not offered")
+
+    def _set_mem_table(self, request: Request) -> None:
+        assert isinstance(request.payload, Regions)
+        pairs = zip(request.payload.regions, request.fds, strict=True)
+        self._memory.replace([MappedRegion(region, fd) for region, fd in pairs])
+        self._remap()
+
+    def _add_mem_reg(self, request: Request) -> None:
+        assert isinstance(request.payload, Region)
+        self._memory.add(MappedRegion(request.payload, request.fds[0]))
+
+    def _rem_mem_reg(self, request: Request) -> None:
+        assert isinstance(request.payload, Region)
+        self._memory.remove(request.payload)
+        self._remap()
+
+    def _remap(self) -> None:
+        """Memory has changed under running queues."""
+        for index, ring in enumerate(self.rings):
+            if ring.queue is not None:
+                try:
+                    ring.queue = self._queue(ring, ring.queue.position)
+                except QueueError as error:
+                    self._break(index, error)
+
+    def _ring(self, request: Request) -> tuple[int, Ring, int]:
+        """The queue that a message is about, and its number."""
+        payload = request.payload
+        if isinstance(payload, U64):
+            index, value = payload.value & INDEX_MASK, 0
+        elif isinstance(payload, VringState):
+            index, value = payload
+        else:
+            assert isinstance(payload, VringAddr)
+            index, value = payload.queue, 0
+        if index >= len(self.rings):
+            raise DeviceError(f"queue {index} of {len(self.rings)}")
+        return index, self.rings[index], value
+
+    def _stopped(self, request: Request) -> tuple[int, Ring, int]:
+        found = self._ring(request)
+        if found[1].queue is not None:
+            raise DeviceError(f"queue {found[0]} is running")
+        return found
+
+    def _set_vring_num(self, request: Request) -> None:
+        index, ring, size = self._stopped(request)
+        if not 0 < size <= MAX_SIZE or size & (size - 1):
+            raise DeviceError(f"queue {index} of {size} entries")
+        ring.size = size
+
+    def _set_vring_addr(self, request: Request) -> None:
+        index, ring, _ = self._ring(request)
+        assert isinstance(request.payload, VringAddr)
+        ring.address = request.payload
+        if ring.queue is not None:
+            ring.queue = self._queue(ring, ring.queue.position)
+        self._update(index)
+
+    def _set_vring_base(self, request: Request) -> None:
+        _, ring, position = self._stopped(request)
+        if position > 0xFFFF:
+            raise DeviceError(f"base {position}")
+        if position != ring.position:  # the machine was reset behind our back
+            self._forget_session()
+        ring.position = position
+
+    def _get_vring_base(self, request: Request) -> VringState:
+        index, ring, _ = self._ring(request)
+        self._stop(index)
+        ring.drop_fd("kick")
+        return VringState(index, ring.position)
+
+    def _set_vring_kick(self, request: Request) -> None:
+        index, ring, _ = self._ring(request)
+        if not request.fds:
+            raise DeviceError(f"queue {index} without a kick: polling is not offered")
+        self._stop(index)
+        ring.take_fd("kick", request)
+        self._update(index)
+
+    def _set_vring_call(self, request: Request) -> None:
+        _, ring, _ = self._ring(request)
+        ring.take_fd("call", request)
+        # A used entry may have been signalled to the one before, which nobody reads any more.
+        if ring.queue is not None:
+            ring.signal()
+
+    def _set_vring_err(self, request: Request) -> None:
+        _, ring, _ = self._ring(request)
+        ring.take_fd("err", request)
+
+    def _set_vring_enable(self, request: Request) -> None:
+        index, ring, enable = self._ring(request)
+        ring.is_enabled = bool(enable)
+        if enable:
+            self._update(index)
+        else:
+            self._stop(index)
+
+    def _get_config(self, request: Request) -> Payload:
+        assert isinstance(request.payload, Config)
+        offset, size, flags, _ = request.payload
+        if not self._config:
+            return Empty()  # an error, in the norm's words
+        content = self._config.ljust(offset + size, b"\0")[offset : offset + size]
+        return Config(offset, size, flags, content)
+
+    def _set_status(self, request: Request) -> None:
+        self._status = _u64(request) & 0xFF
+        if not self._status:
+            self._reset()
+
+    def _reset_device(self, _request: Request) -> None:
+        self._reset()
+
+    # Queues
+
+    def _queue(self, ring: Ring, position: int) -> VirtQueue:
+        address = ring.address
+        assert address is not None
+        return VirtQueue(
+            self._memory, ring.size, address.desc, address.avail, address.used, position
+        )
+
+    def _update(self, index: int) -> None:
+        """Start a queue that has all that it needs."""
+        ring = self.rings[index]
+        if ring.queue is not None or not ring.is_ready:
+            return
+        ring.queue = self._queue(ring, ring.position)
+        held, ring.held = ring.held, []
+        for head, length in held:
+            ring.queue.push(head, length)
+            ring.signal()
+        self._on_start(index)
+
+    def _stop(self, index: int) -> None:
+        ring = self.rings[index]
+        if ring.queue is not None:
+            ring.position = ring.queue.position
+            ring.queue = None
+            self._on_stop(index)
+
+    def _break(self, index: int, error: QueueError) -> None:
+        """The guest has broken a queue: it stays stopped until the front-end starts it anew."""
+        self.counts["broken_queues"] += 1
+        log.warning("queue stopped", queue=index, error=str(error))
+        self._stop(index)
+        self.rings[index].is_enabled = False
+        _write(self.rings[index].err)
+
+    def _reset(self) -> None:
+        """Everything about queues as at the start, and no session."""
+        for index, ring in enumerate(self.rings):
+            self._stop(index)
+            ring.position, ring.is_enabled = 0, False
+        self._forget_session()
+
+    def _forget_session(self) -> None:
+        session, self._session = self._session, None
+        self._life += 1
+        for ring in self.rings:
+            ring.in_flight.clear()
+            ring.held.clear()
+        if session is not None:
+            try:
+                session.close()
+            except Exception:
+                log.exception("closing a FUSE session failed")
+
+    # Requests
+
+    def process(self, index: int, budget: int) -> bool:
+        """Serve requests of a queue, ``budget`` at most; whether more are waiting."""
+        ring = self.rings[index]
+        for _ in range(budget):
+            queue = ring.queue
+            if queue is None:
+                return False
+            try:
+                chain = queue.pop()
+                if chain is None:
+                    return False
+                if chain.head in ring.in_flight:
+                    raise QueueError(f"descriptor {chain.head} is in use")
+            except ChainError as error:
+                self._bad_chain(index, error)
+                queue.push(error.head, 0)
+                ring.signal()
+                continue
+            except QueueError as error:
+                self._break(index, error)
+                return False
+            ring.in_flight.add(chain.head)
+            done = partial(self._done, ring, self._life, chain.head)
+            try:
+                if self._session is None:
+                    self._session = self._new_session()
+                self._session.serve(chain.readable, chain.writable, done)
+            except Exception:
+                self.counts["faults"] += 1
+                log.exception("a FUSE request failed in the session")
+                done(0)
+        return ring.queue is not None and not ring.queue.is_empty
+
+    def _bad_chain(self, index: int, error: ChainError) -> None:
+        self.counts["bad_chains"] += 1
+        if self.counts["bad_chains"] == 1:  # a guest shall not fill the log
+            log.warning("bad request, more will only be counted", queue=index, error=str(error))
+
+    def _done(self, ring: Ring, life: int, head: int, length: int) -> None:
+        if life != self._life or head not in ring.in_flight:
+            return  # the machine was reset since; or answered twice
+        ring.in_flight.discard(head)
+        if ring.queue is None:
+            ring.held.append((head, length))
+            return
+        ring.queue.push(head, length)
+        ring.signal()
+
+
+def _u64(request: Request) -> int:
+    assert isinstance(request.payload, U64)
+    return request.payload.value
+
+
+def _nothing(_request: Request) -> None:
+    """Nothing to do."""

@@ -1,0 +1,104 @@
+"""The memory of a guest, mapped here: addresses of the guest and of its VMM become memoryviews.
+
+Apart because everything that a guest says about addresses is judged here, and only here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from bisect import bisect_right
+from itertools import pairwise
+
+from protocol.vhostuser import Region
+
+MAX_REGIONS = 64
+"""Regions of one guest: more than front-ends use (QEMU's RAM slots), and 64 mappings are few."""
+_TOP = 1 << 64
+
+
+class GuestMemoryError(Exception):
+    """An address that is not the guest's memory, or memory that cannot be mapped."""
+
+
+class MappedRegion:
+    """A region and its bytes. They stay mapped as long as any view of them lives."""
+
+    def __init__(self, region: Region, fd: int) -> None:
+        """Maps ``region`` of ``fd``; the descriptor stays the caller's. Raises GuestMemoryError."""
+        if not region.size or max(region.guest_addr, region.user_addr) + region.size > _TOP:
+            raise GuestMemoryError(f"memory region of {region.size:#x} bytes at {region}")
+        self.region = region
+        end = region.mmap_offset + region.size
+        try:
+            if os.fstat(fd).st_size < end:  # touching what is behind the end would be a SIGBUS
+                raise GuestMemoryError(f"memory region up to {end:#x} of a smaller file")
+            # From 0 on: an offset must be a multiple of the page size, of huge pages too.
+            whole = mmap.mmap(fd, end, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError, OverflowError) as error:
+            raise GuestMemoryError(f"memory region cannot be mapped: {error}") from None
+        self.view = memoryview(whole)[region.mmap_offset : end]
+
+
+class GuestMemory:
+    """All regions of a guest; they do not overlap."""
+
+    def __init__(self) -> None:
+        self._regions: list[MappedRegion] = []
+        self._starts: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def replace(self, regions: list[MappedRegion]) -> None:
+        """SET_MEM_TABLE. Raises GuestMemoryError, and leaves what was there."""
+        ordered = sorted(regions, key=lambda mapped: mapped.region.guest_addr)
+        for before, after in pairwise(ordered):
+            if before.region.guest_addr + before.region.size > after.region.guest_addr:
+                raise GuestMemoryError(f"{before.region} and {after.region} overlap")
+        if len(ordered) > MAX_REGIONS:
+            raise GuestMemoryError(f"{len(ordered)} memory regions, limit {MAX_REGIONS}")
+        self._regions = ordered
+        self._starts = [mapped.region.guest_addr for mapped in ordered]
+
+    def add(self, mapped: MappedRegion) -> None:
+        """ADD_MEM_REG. Raises GuestMemoryError."""
+        self.replace([*self._regions, mapped])
+
+    def remove(self, region: Region) -> None:
+        """REM_MEM_REG: by its addresses and its size. Raises GuestMemoryError if there is none."""
+        kept = [mapped for mapped in self._regions if mapped.region[:3] != region[:3]]
+        if len(kept) == len(self._regions):
+            raise GuestMemoryError(f"no memory region {region}")
+        self.replace(kept)
+
+    def at_user(self, address: int, length: int) -> memoryview:
+        """Bytes at an address of the VMM, in one region. Raises GuestMemoryError."""
+        for mapped in self._regions:
+            offset = address - mapped.region.user_addr
+            if offset >= 0 and offset + length <= mapped.region.size:
+                return mapped.view[offset : offset + length]
+        raise GuestMemoryError(f"{length} bytes at user address {address:#x} are not in a region")
+
+    def at_guest(self, address: int, length: int) -> list[memoryview]:
+        """Bytes at an address of the guest, in parts where they span regions.
+
+        Raises GuestMemoryError if one of them is not the guest's memory.
+        """
+        parts = []
+        index = bisect_right(self._starts, address) - 1
+        while length and 0 <= index < len(self._regions):
+            mapped = self._regions[index]
+            offset = address - mapped.region.guest_addr
+            part = mapped.view[offset : offset + length]
+            if not part:
+                break
+            parts.append(part)
+            address += len(part)
+            length -= len(part)
+            index += 1
+            if length and index < len(self._starts) and self._starts[index] != address:
+                break
+        if length:
+            raise GuestMemoryError(f"{length} bytes at {address:#x} are not the guest's memory")
+        return parts

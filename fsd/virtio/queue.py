@@ -1,0 +1,136 @@
+"""A split virtqueue, the device's side (Virtual I/O Device specification 1.2, section 2.7).
+
+Everything in it is the guest's word: each number is read once, and checked before it is used. What
+is wrong with one chain costs that request, what is wrong with a ring costs that queue.
+
+Order of memory accesses: Python has no barriers. The stores here come in program order on x86,
+where neither loads pass loads nor stores pass stores, and each is one machine instruction (an
+element of a cast memoryview). The one order that x86 does not give, load after store, is not
+relied upon: kicks are never suppressed, and every used entry is signalled.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from .memory import GuestMemory, GuestMemoryError
+
+MAX_SIZE = 32768
+"""Entries of a queue: the specification's limit."""
+MAX_CHAIN = 1024
+"""Descriptors of a chain, of QEMU's longest queue and of one preadv (IOV_MAX): 4 MiB of pages."""
+NEXT, WRITE, INDIRECT = 1, 2, 4  # VRING_DESC_F_*
+_DESC = struct.Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
+_USED = struct.Struct("<II")  # struct vring_used_elem: id, len
+
+
+class QueueError(Exception):
+    """The guest has broken a ring: nothing in that queue can be trusted any more."""
+
+
+class ChainError(Exception):
+    """The guest made a bad chain of descriptors available; it goes back unanswered."""
+
+    def __init__(self, head: int, reason: str) -> None:
+        super().__init__(reason)
+        self.head = head
+
+
+class Chain(NamedTuple):
+    """One request: what the device may read, what it may write, and the chain's name."""
+
+    head: int
+    readable: list[memoryview]
+    writable: list[memoryview]
+
+
+class VirtQueue:
+    """A queue with its rings in guest memory. ``position`` is the next entry of the available ring
+    to take (vhost calls it base).
+    """
+
+    def __init__(
+        self, memory: GuestMemory, size: int, desc: int, avail: int, used: int, position: int
+    ) -> None:
+        """``desc``, ``avail``, ``used``: user addresses. Raises QueueError."""
+        if not 0 < size <= MAX_SIZE or size & (size - 1):
+            raise QueueError(f"a queue of {size} entries")
+        if desc % 16 or avail % 2 or used % 4:
+            raise QueueError(f"rings at {desc:#x}, {avail:#x}, {used:#x} are not aligned")
+        self._memory = memory
+        self._size = size
+        try:
+            self._desc = memory.at_user(desc, 16 * size)
+            self._avail = memory.at_user(avail, 4 + 2 * size).cast("H")
+            used_ring = memory.at_user(used, 4 + 8 * size)
+        except GuestMemoryError as error:
+            raise QueueError(f"rings outside of memory: {error}") from None
+        self._used = used_ring[4:]
+        self._used_header = used_ring[:4].cast("H")
+        self.position = position & 0xFFFF
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the guest has made nothing available."""
+        return self._avail[1] == self.position
+
+    def pop(self) -> Chain | None:
+        """The next request, None if there is none. Raises ChainError, QueueError."""
+        waiting = (self._avail[1] - self.position) & 0xFFFF
+        if not waiting:
+            return None
+        if waiting > self._size:
+            raise QueueError(f"{waiting} requests in a queue of {self._size}")
+        head = self._avail[2 + self.position % self._size]
+        if head >= self._size:
+            raise QueueError(f"descriptor {head} in a queue of {self._size}")
+        self.position = (self.position + 1) & 0xFFFF
+        try:
+            return self._walk(head)
+        except GuestMemoryError as error:
+            raise ChainError(head, str(error)) from None
+
+    def _walk(self, head: int) -> Chain:
+        chain = Chain(head, [], [])
+        table, size, index = self._desc, self._size, head
+        is_indirect = False
+        # Neighbours of one direction are one buffer: guests often have pages in a row.
+        start = length = 0
+        writes = False
+        for _ in range(MAX_CHAIN + 2):
+            address, count, flags, following = _DESC.unpack_from(table, 16 * index)
+            if flags & INDIRECT:
+                if is_indirect or flags & NEXT:
+                    raise ChainError(head, "an indirect table inside of a chain")
+                if not count or count % 16 or count > 16 * MAX_CHAIN:
+                    raise ChainError(head, f"an indirect table of {count} bytes")
+                table = memoryview(b"".join(self._memory.at_guest(address, count)))
+                size, index, is_indirect = count // 16, 0, True
+                continue
+            to_write = bool(flags & WRITE)
+            if writes and not to_write:
+                raise ChainError(head, "a part to read behind one to write")
+            if address == start + length and to_write == writes and length:
+                length += count
+            else:
+                self._add(chain, start, length, writes)
+                start, length, writes = address, count, to_write
+            if not flags & NEXT:
+                self._add(chain, start, length, writes)
+                return chain
+            if following >= size:
+                raise ChainError(head, f"descriptor {following} in a table of {size}")
+            index = following
+        raise ChainError(head, f"a chain of more than {MAX_CHAIN} descriptors, or a loop")
+
+    def _add(self, chain: Chain, start: int, length: int, writes: bool) -> None:
+        if length:
+            parts = self._memory.at_guest(start, length)
+            (chain.writable if writes else chain.readable).extend(parts)
+
+    def push(self, head: int, length: int) -> None:
+        """Give a chain back with ``length`` bytes written to it. The guest is to be signalled."""
+        index = self._used_header[1]
+        _USED.pack_into(self._used, 8 * (index % self._size), head, length)
+        self._used_header[1] = (index + 1) & 0xFFFF
