@@ -18,6 +18,9 @@ import trio
 
 from protocol.vhostuser import MAX_FDS, RequestReader, VhostUserError
 
+from ..export import Export
+from ..fusesession import FuseSession, SessionOptions
+from ..service import Service
 from ..virtio.device import Device, DeviceError, Session
 from .loop import TrioLoop
 from .socket import unlink_stale
@@ -56,6 +59,46 @@ def from_fd(fd: int) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
+async def serve(
+    source: socket.socket,
+    export: Export,
+    *,
+    name: str,
+    tag: str = "",
+    request_queues: int = 1,
+    options: SessionOptions | None = None,
+) -> None:
+    """Serve an export's guests: the VMMs that connect to ``source``, one after the other, until
+    cancelled; or the one that ``source`` is connected to, until it has gone. Takes the socket.
+
+    ``name`` is the guest's for people, ``tag`` the share's for VMMs that ask the device for it.
+    """
+
+    def new_session(loop: TrioLoop) -> Session:
+        return ExportSession(export, name, loop, options)
+
+    await serve_sessions(source, new_session, name=name, tag=tag, request_queues=request_queues)
+
+
+class ExportSession:
+    """The requests of one guest's kernel, from its start to the next: a guest of the export."""
+
+    def __init__(
+        self, export: Export, name: str, loop: TrioLoop, options: SessionOptions | None
+    ) -> None:
+        self._export = export
+        self._guest = export.add_replayer(name)
+        self._service = Service(export, self._guest)
+        self._session = FuseSession(self._service, loop, options)
+        self.serve = self._session.serve
+
+    def close(self) -> None:
+        """The guest has gone, and all that it held with it."""
+        self._session.close()
+        self._service.close()
+        self._export.remove_guest(self._guest)
+
+
 async def serve_sessions(
     source: socket.socket,
     new_session: Callable[[TrioLoop], Session],
@@ -64,9 +107,7 @@ async def serve_sessions(
     tag: str = "",
     request_queues: int = 1,
 ) -> None:
-    """Serve the VMMs that connect to ``source``, one after the other, until cancelled; or the one
-    that ``source`` is connected to, until it has gone. Takes the socket.
-    """
+    """As ``serve``, whatever answers the requests."""
     with source:
         source.setblocking(False)
         listens = source.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
