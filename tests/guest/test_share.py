@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import pytest
+
+from tests.support.mounts import wait_until
 from tests.support.share_server import shared
-from tests.support.vm import guest
+from tests.support.vm import Guest, guest
 
 
 def test_a_guest_reads_and_writes_a_share(tmp_path: Path) -> None:
@@ -36,3 +40,44 @@ def test_file_data(tmp_path: Path) -> None:
         vm.run("dd if=/mnt/large of=/mnt/part bs=65537 skip=3 seek=1 count=7")
         part = data[3 * 65537 : 10 * 65537]
         assert (tmp_path / "part").read_bytes() == bytes(65537) + part
+
+
+@pytest.mark.parametrize("agent", [True, False])
+def test_inotify_in_the_guest_sees_what_the_host_does(tmp_path: Path, agent: bool) -> None:
+    (tmp_path / "d").mkdir()
+    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+        vm.mount("share")
+        if agent:
+            process = vm.start(["/fsd-guest.pyz", "agent", "--ready-fd", "1", "/mnt"])
+            process.wait_output("\n", 30)
+        form = ["--format", "%e %w%f", "-m", "-r", "/mnt"]
+        watcher = vm.start(["inotifywait", *form])
+        watcher.wait_output("Watches established.", of="err")
+        if agent:
+            wait_until(lambda: _armed(vm) >= 2, 20, "marks in the server")
+        (tmp_path / "d" / "new").write_text("x")
+        os.rename(tmp_path / "d" / "new", tmp_path / "moved")
+        (tmp_path / "moved").unlink()
+        (tmp_path / "sub").mkdir()
+        if not agent:
+            # A change of the guest's own comes through: what was before it is not coming.
+            vm.run("touch /mnt/own")
+            watcher.wait_output("CREATE /mnt/own")
+            assert watcher.stdout.startswith("CREATE /mnt/own\n")
+            return
+        watcher.wait_output("CREATE,ISDIR /mnt/sub", 20)
+        assert watcher.stdout.splitlines()[:8] == [
+            "CREATE /mnt/d/new",
+            "OPEN /mnt/d/new",
+            "MODIFY /mnt/d/new",
+            "CLOSE_WRITE,CLOSE /mnt/d/new",
+            "MOVED_FROM /mnt/d/new",
+            "MOVED_TO /mnt/moved",
+            "DELETE /mnt/moved",
+            "CREATE,ISDIR /mnt/sub",
+        ]
+
+
+def _armed(vm: Guest) -> int:
+    marks = json.loads(vm.run(["/fsd-guest.pyz", "marks", "/mnt", "--json"]).stdout)
+    return sum(mark["armed"] for mark in marks)
