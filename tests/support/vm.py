@@ -133,10 +133,13 @@ class GuestProcess:
 class Guest:
     """A running machine. ``release`` is its kernel's."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], port: socket.socket) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], port: socket.socket, monitor: Path
+    ) -> None:
         self._name = name
         self.process = process
         self._port = port
+        self._monitor = monitor
         self._numbers = itertools.count(1)
         self._processes: dict[int, GuestProcess] = {}
         self._ready = threading.Event()
@@ -216,6 +219,33 @@ class Guest:
         where = shlex.quote(directory)
         self.run(f"mkdir -p {where} && mount -t virtiofs {more}{shlex.quote(tag)} {where}")
 
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """A command of QEMU's monitor, and what it returns."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
+            monitor.settimeout(STOP_TIMEOUT)
+            monitor.connect(os.fspath(self._monitor))
+            with monitor.makefile("rwb") as lines:
+                for name, options in (("qmp_capabilities", {}), (command, arguments)):
+                    message = {"execute": name, "arguments": options}
+                    lines.write(json.dumps(message).encode() + b"\n")
+                    lines.flush()
+                    answer: dict[str, Any] = {}
+                    while not answer.keys() & {"return", "error"}:  # events, the greeting
+                        answer = json.loads(lines.readline())
+                    if "error" in answer:
+                        raise GuestError(f"{self}: {name}: {answer['error']}")
+        return answer["return"]
+
+    def reset(self) -> None:
+        """As the button does; what ran in it is gone."""
+        self._ready.clear()
+        self.qmp("set-action", reboot="reset")
+        self.qmp("system_reset")
+        self.wait_ready()
+        for process in self._processes.values():
+            if process.status is None:
+                process.receive({"failed": "the guest was reset"})
+
     def power_off(self) -> None:
         """End it, as an administrator would who is in a hurry; check that QEMU ends well."""
         self.send({"poweroff": True})
@@ -233,9 +263,17 @@ class Guest:
 
 @contextmanager
 def guest(
-    shares: Mapping[str, Path], *, name: str = "vm", memory: int = MEMORY, queues: int = 1
+    shares: Mapping[str, Path],
+    *,
+    name: str = "vm",
+    memory: int = MEMORY,
+    machine: str = "pc",
+    queues: int = 1,
 ) -> Iterator[Guest]:
-    """A guest with a device for each share: tag -> socket of its vhost-user server."""
+    """A guest with a device for each share: tag -> socket of its vhost-user server.
+
+    ``memory`` in MiB; ``queues``: each device's for requests.
+    """
     made = image()
     with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch:
         folder = Path(scratch)
@@ -249,7 +287,7 @@ def guest(
             listener.listen(1)
             listener.settimeout(BOOT_TIMEOUT)
             process = subprocess.Popen(
-                _command(folder, made.kernel, shares, memory, queues),
+                _command(folder, made.kernel, shares, memory, machine, queues),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -261,19 +299,19 @@ def guest(
                 process.kill()
                 process.communicate(timeout=STOP_TIMEOUT)
                 raise
-        machine = Guest(name, process, port)
+        vm = Guest(name, process, port, folder / "monitor")
         try:
-            machine.wait_ready()
-            yield machine
+            vm.wait_ready()
+            yield vm
         except BaseException as error:
-            machine.close()
+            vm.close()
             text = console.read_text(errors="replace")[-8000:]
-            error.add_note(f"--- console of {machine}:\n{text}")
+            error.add_note(f"--- console of {vm}:\n{text}")
             assert process.stderr is not None
             error.add_note(f"--- stderr of QEMU:\n{process.stderr.read().decode()}")
             raise
         finally:
-            machine.close()
+            vm.close()
             assert process.stderr is not None
             process.stderr.close()
 
@@ -294,15 +332,16 @@ def _accept(listener: socket.socket, process: subprocess.Popen[bytes]) -> socket
 
 
 def _command(
-    folder: Path, kernel: Path, shares: Mapping[str, Path], memory: int, queues: int
+    folder: Path, kernel: Path, shares: Mapping[str, Path], memory: int, machine: str, queues: int
 ) -> list[str]:
     command = ["setpriv", "--pdeathsig", "KILL", QEMU, "-nodefaults", "-no-user-config"]
     command += ["-display", "none", "-no-reboot", "-accel", "tcg", "-smp", "1"]
-    command += ["-machine", "pc,memory-backend=mem", "-m", f"{memory}M"]
+    command += ["-machine", f"{machine},memory-backend=mem", "-m", f"{memory}M"]
     command += ["-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on"]
     command += ["-kernel", os.fspath(kernel), "-initrd", os.fspath(folder / "initramfs")]
     words = "console=ttyS0 quiet cryptomgr.notests mitigations=off panic=-1 reboot=t"
     command += ["-append", words, "-serial", f"file:{folder / 'console'}"]
+    command += ["-qmp", f"unix:{folder / 'monitor'},server=on,wait=off"]
     command += ["-device", "virtio-serial-pci"]
     command += ["-chardev", f"socket,id=port,path={folder / 'port'}"]
     command += ["-device", f"virtserialport,chardev=port,name={PORT}"]

@@ -1,0 +1,99 @@
+"""What VMMs do to a device that a guest uses: pause, reset, end, many queues, much memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.support.mounts import wait_until
+from tests.support.share_server import shared
+from tests.support.vm import Guest, GuestProcess, guest
+
+
+def start_agent(vm: Guest) -> GuestProcess:
+    """The guest's agent, connected: its long poll is a request that is always under way."""
+    agent = vm.start(["/fsd-guest.pyz", "agent", "--ready-fd", "1", "/mnt"])
+    agent.wait_output("\n", 30)
+    return agent
+
+
+def watched(vm: Guest) -> GuestProcess:
+    watcher = vm.start(["inotifywait", "-m", "--format", "%e %f", "/mnt"])
+    watcher.wait_output("Watches established.", of="err")
+    return watcher
+
+
+def test_pause(tmp_path: Path) -> None:
+    """Requests under way outlive it; what happens meanwhile is told afterwards."""
+    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+        vm.mount("share")
+        vm.run("echo before > /mnt/file; exec 3< /mnt/file")
+        start_agent(vm)
+        watcher = watched(vm)
+        (tmp_path / "one").touch()
+        watcher.wait_output("CREATE one")
+        for name in ("two", "three"):
+            vm.qmp("stop")
+            (tmp_path / name).touch()
+            vm.qmp("cont")
+            watcher.wait_output(f"CREATE {name}")
+        assert vm.run("cat /mnt/file").stdout == "before\n"
+
+
+def test_reset(tmp_path: Path) -> None:
+    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+        for boot in range(3):
+            if boot:
+                vm.reset()
+            vm.mount("share")
+            start_agent(vm)
+            watcher = watched(vm)
+            (tmp_path / f"new{boot}").touch()
+            watcher.wait_output(f"CREATE new{boot}")
+            assert len(vm.run("ls /mnt").stdout.split()) == boot + 1
+
+
+def test_the_next_vmm(tmp_path: Path) -> None:
+    """A VMM that is killed in the middle of things, and another on the same socket."""
+    with shared(tmp_path) as (path,):
+        for boot in range(2):
+            with guest({"share": path}) as vm:
+                vm.mount("share")
+                vm.start(f"while :; do echo {boot} > /mnt/file$((n += 1)); done")
+                wait_until(lambda: len(os.listdir(tmp_path)) > 50 * (boot + 1), 30)  # noqa: B023
+                vm.process.kill()
+
+
+def test_two_guests(tmp_path: Path) -> None:
+    """Each sees the other's changes and the host's once, and its own once."""
+    with (
+        shared(tmp_path, guests=2) as (path1, path2),
+        guest({"share": path1}, name="one") as one,
+        guest({"share": path2}, name="two") as two,
+    ):
+        watchers = []
+        for vm in (one, two):
+            vm.mount("share")
+            start_agent(vm)
+            watchers.append(watched(vm))
+        one.run("mkdir /mnt/of-one")
+        two.run("mkdir /mnt/of-two")
+        (tmp_path / "of-host").mkdir()
+        for watcher in watchers:
+            watcher.wait_output("CREATE,ISDIR of-host")
+            created = [line for line in watcher.stdout.splitlines() if line.startswith("CREATE")]
+            assert created == [f"CREATE,ISDIR of-{who}" for who in ("one", "two", "host")]
+
+
+def test_much_memory_and_many_queues(tmp_path: Path) -> None:
+    """4 GiB on q35 lie in two regions, the kernel's buffers on both sides of the hole."""
+    data = os.urandom(3_000_000)
+    (tmp_path / "file").write_bytes(data)
+    with (
+        shared(tmp_path) as (path,),
+        guest({"share": path}, memory=4096, machine="q35", queues=4) as vm,
+    ):
+        assert "100000000-" in vm.run("grep 'System RAM' /proc/iomem").stdout
+        vm.mount("share")
+        vm.run("cp /mnt/file /mnt/copy && cmp /mnt/file /mnt/copy")
+        assert (tmp_path / "copy").read_bytes() == data
