@@ -50,6 +50,8 @@ PROTOCOL = (
 )
 MAX_QUEUES = 65
 """Queue 0 for FORGET, the rest for requests; more than a guest has processors is of no use."""
+LONGEST_REPLY = (1 << 20) + 4096
+"""Bytes of a FUSE reply: the longest READ and room for headers."""
 TAG_LENGTH = 36
 _CONFIG = struct.Struct(f"<{TAG_LENGTH}sI")  # struct virtio_fs_config: tag, num_request_queues
 _ONE = struct.pack("=Q", 1)
@@ -68,10 +70,12 @@ class Session(Interface):
         writable: Sequence[memoryview],
         done: Callable[[int], None],
     ) -> None:
-        """One request: ``done`` is called once, now or later, with the length of the reply."""
+        """One request: ``done`` is called once, now or later, with the length of the reply. Until
+        then the reply goes into what ``writable`` holds at that time: after a reset, elsewhere.
+        """
 
     def close(self) -> None:
-        """No memory that ``serve`` was given is written to any more."""
+        """The guest has gone."""
 
 
 class Ring:
@@ -84,7 +88,7 @@ class Ring:
         self.kick = self.call = self.err = -1
         self.is_enabled = False
         self.queue: VirtQueue | None = None  # while it runs
-        self.in_flight: set[int] = set()
+        self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
         self.held: list[tuple[int, int]] = []  # answered while it was stopped
 
     @property
@@ -388,6 +392,10 @@ class Device:
         session, self._session = self._session, None
         self._life += 1
         for ring in self.rings:
+            for writable in ring.in_flight.values():
+                # The memory has another use by now: late answers go nowhere.
+                size = min(sum(map(len, writable)), LONGEST_REPLY)
+                writable[:] = [memoryview(bytearray(size))]
             ring.in_flight.clear()
             ring.held.clear()
         if session is not None:
@@ -419,7 +427,7 @@ class Device:
             except QueueError as error:
                 self._break(index, error)
                 return False
-            ring.in_flight.add(chain.head)
+            ring.in_flight[chain.head] = chain.writable
             done = partial(self._done, ring, self._life, chain.head)
             try:
                 if self._session is None:
@@ -439,7 +447,7 @@ class Device:
     def _done(self, ring: Ring, life: int, head: int, length: int) -> None:
         if life != self._life or head not in ring.in_flight:
             return  # the machine was reset since; or answered twice
-        ring.in_flight.discard(head)
+        del ring.in_flight[head]
         if ring.queue is None:
             ring.held.append((head, length))
             return

@@ -155,6 +155,7 @@ def test_a_machine_is_reset(running: Machine, server: Server) -> None:
     running.vmm.start(running.ram, running.queues)
     assert server.sessions[0].is_closed
     server.sessions[0].waiting[0]()
+    assert not any(running.ram.bytes[:]), "a late answer was written to memory of another use"
     fresh = Queue(running.ram)  # the driver knows nothing of before either
     running.queues[1].close()
     running.queues[1] = fresh
