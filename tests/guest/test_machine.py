@@ -25,7 +25,7 @@ def watched(vm: Guest) -> GuestProcess:
 
 def test_pause(tmp_path: Path) -> None:
     """Requests under way outlive it; what happens meanwhile is told afterwards."""
-    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         vm.run("echo before > /mnt/file; exec 3< /mnt/file")
         start_agent(vm)
@@ -41,7 +41,7 @@ def test_pause(tmp_path: Path) -> None:
 
 
 def test_reset(tmp_path: Path) -> None:
-    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         for boot in range(3):
             if boot:
                 vm.reset()
@@ -55,21 +55,53 @@ def test_reset(tmp_path: Path) -> None:
 
 def test_the_next_vmm(tmp_path: Path) -> None:
     """A VMM that is killed in the middle of things, and another on the same socket."""
-    with shared(tmp_path) as (path,):
+    with shared(tmp_path) as server:
+        before = server.descriptors()
         for boot in range(2):
-            with guest({"share": path}) as vm:
+            with guest({"share": server.paths[0]}) as vm:
                 vm.mount("share")
-                vm.start(f"while :; do echo {boot} > /mnt/file$((n += 1)); done")
+                start_agent(vm)
+                watched(vm)
+                vm.start(f"while :; do echo {boot} > /mnt/file{boot}-$((n += 1)); done")
                 wait_until(lambda: len(os.listdir(tmp_path)) > 50 * (boot + 1), 30)  # noqa: B023
                 vm.process.kill()
+            wait_until(lambda: server.descriptors() == before, 10, "what the guest had is closed")
+
+
+def test_locks_between_guests(tmp_path: Path) -> None:
+    """One that waits for a lock keeps nobody else waiting, and outlives a pause."""
+    lock = "import fcntl, os, sys; fd = os.open('/mnt/lock', os.O_RDWR); "
+    hold = lock + "fcntl.{0}(fd, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    (tmp_path / "lock").touch()
+    with (
+        shared(tmp_path, guests=2) as server,
+        guest({"share": server.paths[0]}, name="one") as one,
+        guest({"share": server.paths[1]}, name="two") as two,
+    ):
+        for vm in (one, two):
+            vm.mount("share")
+        for kind in ("flock", "lockf"):
+            holder = one.start(["python3", "-c", hold.format(kind)])
+            assert holder.line() == "held"
+            waiter = two.start(["python3", "-c", hold.format(kind)])
+            two.run(f"until grep -q request_wait /proc/{waiter.pid}/wchan; do :; done")
+            for vm in (one, two):
+                assert "lock" in vm.run("ls /mnt").stdout
+            two.qmp("stop")
+            holder.write(None)
+            assert holder.wait().status == 0
+            two.qmp("cont")
+            assert waiter.line() == "held"
+            waiter.write(None)
+            assert waiter.wait().status == 0
 
 
 def test_two_guests(tmp_path: Path) -> None:
     """Each sees the other's changes and the host's once, and its own once."""
     with (
-        shared(tmp_path, guests=2) as (path1, path2),
-        guest({"share": path1}, name="one") as one,
-        guest({"share": path2}, name="two") as two,
+        shared(tmp_path, guests=2) as server,
+        guest({"share": server.paths[0]}, name="one") as one,
+        guest({"share": server.paths[1]}, name="two") as two,
     ):
         watchers = []
         for vm in (one, two):
@@ -90,8 +122,8 @@ def test_much_memory_and_many_queues(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "file").write_bytes(data)
     with (
-        shared(tmp_path) as (path,),
-        guest({"share": path}, memory=4096, machine="q35", queues=4) as vm,
+        shared(tmp_path) as server,
+        guest({"share": server.paths[0]}, memory=4096, machine="q35", queues=4) as vm,
     ):
         assert "100000000-" in vm.run("grep 'System RAM' /proc/iomem").stdout
         vm.mount("share")

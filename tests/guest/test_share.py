@@ -15,7 +15,7 @@ from tests.support.vm import Guest, guest
 
 def test_a_guest_reads_and_writes_a_share(tmp_path: Path) -> None:
     (tmp_path / "hello").write_text("from the host\n")
-    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         assert vm.run("ls /mnt; cat /mnt/hello").stdout == "hello\nfrom the host\n"
         assert " /mnt virtiofs " in vm.run("cat /proc/mounts").stdout
@@ -33,7 +33,7 @@ def test_file_data(tmp_path: Path) -> None:
     """Both ways, whole and in parts, as large as the kernel's requests become."""
     data = os.urandom(5_000_001)
     (tmp_path / "large").write_bytes(data)
-    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         vm.run("cp /mnt/large /mnt/copy && cmp /mnt/large /mnt/copy")
         assert (tmp_path / "copy").read_bytes() == data
@@ -45,7 +45,7 @@ def test_file_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("agent", [True, False])
 def test_inotify_in_the_guest_sees_what_the_host_does(tmp_path: Path, agent: bool) -> None:
     (tmp_path / "d").mkdir()
-    with shared(tmp_path) as (path,), guest({"share": path}) as vm:
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         if agent:
             process = vm.start(["/fsd-guest.pyz", "agent", "--ready-fd", "1", "/mnt"])

@@ -96,7 +96,7 @@ class Mount:
             raise
 
 
-def _await_ready(process: subprocess.Popen[bytes], stdout: IO[bytes]) -> str:
+def await_ready(process: subprocess.Popen[bytes], stdout: IO[bytes]) -> str:
     """The first line that the server prints, '' if it ends without; bounded by START_TIMEOUT."""
     deadline = time.monotonic() + START_TIMEOUT
     line = b""
@@ -175,7 +175,7 @@ def mounted(source: Path, mountpoint: Path, *options: str) -> Iterator[Mount]:
         )
         assert process.stdout is not None
         try:
-            line = _await_ready(process, process.stdout)
+            line = await_ready(process, process.stdout)
             ready = f"fsd: ready: {source} on {mountpoint}"
             code = process.poll()
             assert line == ready, f"fsd printed {line!r}, not {ready!r} (its exit code: {code})"

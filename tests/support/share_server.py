@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import trio
 from fsd.export import Export
 from fsd.transports.pump import Pump
 from fsd.transports.virtiofs import listen, serve
-from tests.support.mounts import STOP_TIMEOUT, _await_ready
+from tests.support.mounts import STOP_TIMEOUT, await_ready
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,10 +45,26 @@ async def _main(source: str, paths: list[str]) -> None:
         export.close()
 
 
+@dataclass(frozen=True)
+class Share:
+    """A running server; ``paths`` are the guests' sockets."""
+
+    paths: list[Path]
+    pid: int
+
+    def descriptors(self) -> list[str]:
+        """What the server has open."""
+        found = []
+        for fd in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.append(os.readlink(fd))
+        return sorted(found)
+
+
 @contextmanager
-def shared(source: Path, guests: int = 1) -> Iterator[list[Path]]:
-    """Serve ``source`` for the block; the guests' sockets. At the end the server must stop on
-    SIGTERM with exit code 0, and have written no traceback.
+def shared(source: Path, guests: int = 1) -> Iterator[Share]:
+    """Serve ``source`` for the block. At the end the server must stop on SIGTERM with exit code 0,
+    and have written no traceback.
     """
     with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch:
         paths = [Path(scratch, f"socket{number}") for number in range(guests)]
@@ -62,8 +79,8 @@ def shared(source: Path, guests: int = 1) -> Iterator[list[Path]]:
             )
         assert process.stdout is not None
         try:
-            assert _await_ready(process, process.stdout) == "ready"
-            yield paths
+            assert await_ready(process, process.stdout) == "ready"
+            yield Share(paths, process.pid)
             process.terminate()
             assert process.wait(STOP_TIMEOUT) == 0
             assert "Traceback" not in log.read_text(), "the server wrote a traceback"
