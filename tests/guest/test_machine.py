@@ -23,6 +23,11 @@ def watched(vm: Guest) -> GuestProcess:
     return watcher
 
 
+def marks(vm: Guest) -> str:
+    """What fsd-guest lists, as JSON."""
+    return vm.run(["/fsd-guest.pyz", "marks", "/mnt", "--json"]).stdout
+
+
 def test_pause(tmp_path: Path) -> None:
     """Requests under way outlive it; what happens meanwhile is told afterwards."""
     with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
@@ -108,6 +113,8 @@ def test_two_guests(tmp_path: Path) -> None:
             vm.mount("share")
             start_agent(vm)
             watchers.append(watched(vm))
+            # Arming keeps one state a directory for all guests: the gap is open between two.
+            wait_until(lambda: '"armed": true' in marks(vm), 40)  # noqa: B023
         one.run("mkdir /mnt/of-one")
         two.run("mkdir /mnt/of-two")
         (tmp_path / "of-host").mkdir()
