@@ -33,12 +33,25 @@ for the rest of KEEP: it would take the time of those who do watch."""
 
 
 @dataclass(slots=True)
+class _LookUp:
+    """One guest's look-ups of a directory."""
+
+    hint: int  # of the latest
+    since: float | None  # time.monotonic() of the first that no scan of the guest has disproved
+
+
+@dataclass(slots=True)
 class _Provisional:
     expires: float
-    hint: int  # of the latest look-up
-    since: float | None  # time.monotonic() of the first look-up not disproved
+    by: dict[Guest, _LookUp] = field(default_factory=dict)
     history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
     muted: bool = False
+
+    def disprove(self, guest: Guest) -> None:
+        """The guest has no mark here that was set by the look-ups so far."""
+        self.by[guest].since = None
+        if all(look_up.since is None for look_up in self.by.values()):
+            self.history.clear()
 
 
 class Arming:
@@ -60,18 +73,18 @@ class Arming:
         now = time.monotonic()
         node = self._nodes.get(directory)
         if node is None:
-            self._nodes[directory] = _Provisional(now + KEEP, hint, now)
+            self._nodes[directory] = _Provisional(now + KEEP, {guest: _LookUp(hint, now)})
             self._export.set_watch(directory)
             self.deadline = min(self.deadline, now + KEEP)
             self._export.watcher.on_arrival()
             return
-        node.hint = hint
+        look_up = node.by.setdefault(guest, _LookUp(hint, now))
+        look_up.hint = hint
         if node.muted:
             return
         node.expires = now + KEEP
-        if node.since is None:
-            node.since = now
-            node.history.clear()
+        if look_up.since is None:
+            look_up.since = now
 
     def expire(self, now: float) -> None:
         """Drop watches that nobody came for."""
@@ -108,6 +121,14 @@ class Arming:
         """The agent is gone in the middle of a scan."""
         self._updates.pop(guest, None)
 
+    def forget(self, guest: Guest) -> None:
+        """The guest has gone."""
+        self.scan_abort(guest)
+        for node in self._nodes.values():
+            if guest in node.by:
+                node.disprove(guest)
+                del node.by[guest]
+
     def scan_end(
         self, guest: ReplayGuest, hint: int, *, full: bool
     ) -> list[tuple[NodeKey, Exception]]:
@@ -133,18 +154,20 @@ class Arming:
         for event in candidates:
             self._tell(guest, event)
         for node in self._nodes.values():
-            if node.hint <= hint:
-                node.since = None
-                node.history.clear()
+            look_up = node.by.get(guest)
+            if look_up is not None and look_up.hint <= hint:
+                node.disprove(guest)
         return failed
 
     def _untold(self, guest: ReplayGuest) -> list[Event]:
         """Kept events that the guest had not asked for so far, in order."""
         events: dict[Event, None] = {}
         for node in self._nodes.values():
+            look_up = node.by.get(guest)
+            if look_up is None or look_up.since is None:
+                continue
             for event in node.history:
-                late = node.since is not None and event.stamp > node.since
-                if late and not self._is_told(guest, event):
+                if event.stamp > look_up.since and not self._is_told(guest, event):
                     events[event] = None
         return sorted(events, key=lambda event: event.stamp)
 

@@ -110,6 +110,7 @@ class Export:
         """The guest has gone, and its marks with it."""
         for inode in list(self.interest.marks(guest)):
             self._set_interest(guest, inode, Mask(0))
+        self.arming.forget(guest)
         self.guests.remove(guest)
 
     def update(self, guest: Guest, key: NodeKey, bits: int) -> Inode | None:

@@ -81,6 +81,32 @@ def test_the_servers_own_doings_before_the_mark_arrives_are_not_told(
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
+def test_the_scans_of_one_guest_say_nothing_about_another(world: World, mount: Service) -> None:
+    other = world.mount("other")
+    key = look_up(world, mount, "d")
+    look_up(world, other, "d")
+    numbers = hint(mount), hint(other)
+    (world.source / "d/x").mkdir()
+    scanned(world, other, numbers[1], (key, 0))
+    scanned(world, mount, numbers[0], (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"x")]
+    assert replays(world, other) == []
+    scanned(world, other, numbers[1], (key, CREATE))
+    assert replays(world, other) == []
+
+
+def test_a_guest_that_goes_leaves_the_others_history(world: World, mount: Service) -> None:
+    other = world.mount("other")
+    key = look_up(world, mount, "d")
+    look_up(world, other, "d")
+    number = hint(mount)
+    (world.source / "d/x").mkdir()
+    world.pump()
+    world.export.remove_guest(other.guest)
+    scanned(world, mount, number, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"x")]
+
+
 def test_without_a_mark_nothing_is_told(world: World, mount: Service) -> None:
     """The twin."""
     look_up(world, mount, "d")
