@@ -36,13 +36,13 @@ for the rest of KEEP: it would take the time of those who do watch."""
 class _LookUp:
     """One guest's look-ups of a directory."""
 
-    hint: int  # of the latest
-    since: float | None  # time.monotonic() of the first that no scan of the guest has disproved
+    hint: int = 0  # of the latest
+    since: float | None = None  # time.monotonic() of the first that no scan has disproved
 
 
 @dataclass(slots=True)
 class _Provisional:
-    expires: float
+    expires: float = field(default_factory=lambda: time.monotonic() + KEEP)
     by: dict[Guest, _LookUp] = field(default_factory=dict)
     history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
     muted: bool = False
@@ -70,21 +70,20 @@ class Arming:
     def looked_up(self, guest: ReplayGuest, directory: Inode, pid: int) -> None:
         """Process ``pid`` of the guest may be about to watch a directory or something in it."""
         hint = guest.hint(pid)
-        now = time.monotonic()
         node = self._nodes.get(directory)
         if node is None:
-            self._nodes[directory] = _Provisional(now + KEEP, {guest: _LookUp(hint, now)})
+            node = self._nodes[directory] = _Provisional()
             self._export.set_watch(directory)
-            self.deadline = min(self.deadline, now + KEEP)
+            self.deadline = min(self.deadline, node.expires)
             self._export.watcher.on_arrival()
-            return
-        look_up = node.by.setdefault(guest, _LookUp(hint, now))
+        look_up = node.by.setdefault(guest, _LookUp())
         look_up.hint = hint
         if node.muted:
             return
-        node.expires = now + KEEP
+        node.expires = time.monotonic() + KEEP
         if look_up.since is None:
-            look_up.since = now
+            self._export.watcher.drain()  # what is queued happened before
+            look_up.since = time.monotonic()
 
     def expire(self, now: float) -> None:
         """Drop watches that nobody came for."""

@@ -127,6 +127,17 @@ def test_events_before_the_look_up_are_not_told(world: World, mount: Service) ->
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
+def test_what_waits_in_the_queue_at_the_look_up_is_not_told(world: World, mount: Service) -> None:
+    key = look_up(world, mount, "d")
+    scanned(world, mount, hint(mount))
+    (world.source / "d/before").mkdir()
+    look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/after").mkdir()
+    scanned(world, mount, number, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"after")]
+
+
 def test_a_scan_that_found_no_mark_disproves_what_was_before_it(
     world: World, mount: Service
 ) -> None:
