@@ -15,6 +15,8 @@ from .inodes import Inode
 if TYPE_CHECKING:
     from .guests import Guest
 
+_NOTHING = Mask(0)  # made once: an enum's call costs more than the look-up
+
 
 class Interest:
     """Aggregated masks of all guests. The key None stands for the whole file system (nodeid 0)."""
@@ -49,7 +51,7 @@ class Interest:
 
     def of(self, guest: Guest, inode: Inode | None) -> Mask:
         """One guest's mask of an inode, 0 where it has none."""
-        return self._marks.get(inode, {}).get(guest, Mask(0))
+        return self._marks.get(inode, {}).get(guest, _NOTHING)
 
     def guests(self, inode: Inode | None) -> dict[Guest, Mask]:
         """The guests interested in an inode."""

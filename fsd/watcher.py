@@ -33,6 +33,7 @@ _READ_SIZE = 256 * 1024
 _FIONREAD = 0x541B
 BACKLOG_LIMIT = 524_288
 """Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
+_NOTHING = Mask(0)
 _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 DIRECTORY = STRUCTURE | Mask.ATTRIB
@@ -111,7 +112,7 @@ class HostWatcher:
 
     def mask_of(self, inode: Inode) -> Mask:
         """The host mask of an inode, 0 where it is not watched."""
-        return self._mask_of.get(inode, Mask(0))
+        return self._mask_of.get(inode, _NOTHING)
 
     def tells_changes(self, inode: Inode) -> bool:
         """Whether a change of a directory's attributes, its own rename included, is an event."""
