@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import pytest
 from tests.mount.exclusions import STRESSORS as EXCLUDED
 from tests.mount.posix_support import ALICE, User
 from tests.mount.sides import Sides, two_sides
+from tests.support.debian import source_files
 
-CACHE = Path(__file__).parents[2] / ".cache"
 SECONDS = 60  # none takes more than a few; a hung mount is told apart from a slow one
 
 USERS = [pytest.param(None, id="root" if os.geteuid() == 0 else "self")]
@@ -79,67 +78,14 @@ def _run(user: User | None, *command: str | Path, cwd: Path | None = None) -> tu
 # -- libfuse's test_syscalls -----------------------------------------------------------------------
 
 
-def _apt(*arguments: str, cwd: Path) -> str:
-    """Run apt-get on lists of its own, so that the machine's sources stay as they are."""
-    (cwd / "lists" / "partial").mkdir(parents=True, exist_ok=True)
-    options = {
-        "Dir::Etc::SourceList": cwd / "source.list",
-        "Dir::Etc::SourceParts": cwd / "none",
-        "Dir::State::Lists": cwd / "lists",
-        "Dir::Cache": cwd,
-        "APT::Sandbox::User": "root",  # _apt may not be able to write here
-    }
-    command = ["apt-get", *(f"-o{name}={value}" for name, value in options.items()), *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, f"{' '.join(arguments)}: {done.stderr}"
-    return done.stdout
-
-
-def _debian() -> list[str]:
-    """`URI CODENAME COMPONENT` of each source that this machine has of its distribution."""
-    form = "$(REPO_URI) $(CODENAME) $(COMPONENT) $(ORIGIN)"
-    command = ["apt-get", "indextargets", "--format", form, "Created-By: Packages"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = [line.removesuffix(" Debian") for line in lines if line.endswith(" Debian")]
-    assert found, "apt knows no source of Debian's; apt-get update makes it know"
-    return list(dict.fromkeys(found))
-
-
 @pytest.fixture(scope="module")
-def syscalls_source() -> Path:
-    """test_syscalls.c out of Debian's source package of libfuse, kept in .cache."""
-    folder = CACHE / "fuse3"
-    source = folder / "test_syscalls.c"
-    if source.exists():
-        return source
-    folder.mkdir(parents=True, exist_ok=True)
-    (CACHE / ".gitignore").write_text("*\n")
-    keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    signed = f"[signed-by={keys}] " if Path(keys).exists() else ""
-    (folder / "source.list").write_text("".join(f"deb-src {signed}{line}\n" for line in _debian()))
-    _apt("update", cwd=folder)
-    _apt("source", "--download-only", "fuse3", cwd=folder)
-    (archive,) = folder.glob("fuse3_*.orig.tar.*[!c]")  # not the signature, .asc
-    with tarfile.open(archive) as tar:
-        (member,) = (m for m in tar.getmembers() if m.name.endswith("/test/test_syscalls.c"))
-        content = tar.extractfile(member)
-        assert content is not None
-        part = folder / "test_syscalls.part"
-        part.write_bytes(content.read())
-    part.rename(source)  # only now is it there for the next run
-    for rest in folder.iterdir():
-        if rest != source:
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
-    return source
-
-
-@pytest.fixture(scope="module")
-def syscalls_binary(syscalls_source: Path, sides: Sides) -> Path:
+def syscalls_binary(sides: Sides) -> Path:
+    source = source_files("fuse3", ["test/test_syscalls.c"]) / "test_syscalls.c"
     build = sides.native / "build"
     build.mkdir()
     (build / "fuse_config.h").write_text("#define HAVE_COPY_FILE_RANGE 1\n")
     binary = build / "test_syscalls"
-    command = ["gcc", "-w", "-O1", f"-I{build}", str(syscalls_source), "-o", str(binary)]
+    command = ["gcc", "-w", "-O1", f"-I{build}", str(source), "-o", str(binary)]
     subprocess.run(command, check=True, timeout=60)
     build.chmod(0o755)
     return binary
