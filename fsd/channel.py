@@ -37,6 +37,7 @@ class Channel:
         """Call once: when there is something to read, or reads must not wait any longer. Returns
         what cancels that.
         """
+        self._session.asked()
         self._waiters.append(call)
 
         def cancel() -> None:

@@ -152,10 +152,14 @@ class ReplayGuest(Guest):
         hints = self._hinted and not self._scanning
         return bool(self._outgoing or self._tasks or hints or overflowed)
 
-    def take(self, limit: int) -> list[frames.Message]:
-        """The next messages for the agent, which has executed all it was given before."""
+    def asked(self) -> None:
+        """The agent asks for more: it has executed all it was given."""
         self.ledger.finish()
         self._settle()
+
+    def take(self, limit: int) -> list[frames.Message]:
+        """The next messages for the agent, which has executed all it was given before."""
+        self.asked()
         messages: list[frames.Message] = []
         if self._hinted and not self._scanning:
             self._scanning = True

@@ -206,6 +206,11 @@ class Session:
             isinstance(guest, Observer) and guest.depth > 0
         )
 
+    def asked(self) -> None:
+        """The peer asks, and waits where there is nothing."""
+        if isinstance(self.guest, ReplayGuest):
+            self.guest.asked()
+
     def outgoing(self, size: int) -> bytes:
         """Up to ``size`` bytes for the peer. From a replayer, asking means that all orders it was
         given are executed.

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fsd.channel import Channel
 from fsd.passthrough import Changes
 from fsd.service import Service
+from fsd.sessions import Session
 from protocol import frames
 from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
 from protocol.masks import Mask
@@ -361,3 +363,21 @@ def test_the_replayers_kernel_may_not_search_for_a_directory(world: World, name:
         mount.lookup(AGENT, node.nodeid, name)
     assert error.value.errno == errno.ESTALE
     assert mount.lookup(USER, node.nodeid, name).inode in (node, world.root)
+
+
+def test_an_agent_that_waits_for_more_is_done(world: World) -> None:
+    """An event is replayed when the agent asks again, not when it is answered."""
+    mount = world.mount(agent=False)
+    session = Session(world.export, "agent", AGENT.pid, mount.guest)
+    channel = Channel(session)
+    session.receive(frames.encode(frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)))
+    world.mark(mount.guest)
+    (world.source / "x").mkdir()
+    world.pump()
+    assert channel.is_ready
+    channel.read(1 << 20)
+    mount.mkdir(AGENT, 1, b"x", 0o755)
+    assert mount.guest.counts["replayed"] == 0
+    channel.wait(lambda: None)
+    assert mount.guest.counts["replayed"] == 1
+    assert mount.guest.depth == 0
