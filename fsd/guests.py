@@ -85,13 +85,13 @@ class Guest(Origin):
             else:
                 self.missed[node, name] = Missed(old.before, old.mask | event.mask)
 
-    def delivered(self, mask: int, stamp: float) -> None:
-        """Count an event as delivered."""
+    def delivered(self, mask: int, latency: float) -> None:
+        """Count an event as delivered, ``latency`` seconds after it was read from the host."""
         self.counts["replayed"] += 1
         for name, bit in _NAMED_BITS:
             if mask & bit:
                 self.counts[f"replayed.{name}"] += 1
-        self.latencies.append(time.monotonic() - stamp)
+        self.latencies.append(latency)
 
 
 _NAMED_BITS = [
@@ -148,7 +148,7 @@ class Observer(Guest):
         while self._outbox and len(messages) < limit:
             frame, stamp = self._outbox.popleft()
             messages.append(frame)
-            self.delivered(frame.mask, stamp)
+            self.delivered(frame.mask, time.monotonic() - stamp)
         return messages
 
 
@@ -164,7 +164,7 @@ class HandMarks(Guest):
 
     def enqueue(self, event: Event, halves: int) -> None:
         """Count it."""
-        self.delivered(event.mask, event.stamp)
+        self.delivered(event.mask, time.monotonic() - event.stamp)
 
     def take(self, limit: int) -> list[frames.Message]:
         """Nothing is sent."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,6 +48,7 @@ class Task:
     way: Way = ()  # look-ups on the way to where the order acts
     pinned: tuple[Inode, ...] = ()
     attr: StatLike | None = None  # of the child, once it was asked for
+    done: float = 0.0  # time.monotonic() at which it was executed
 
 
 class UnexpectedCall(OSError):
@@ -103,6 +105,7 @@ class Ledger:
 
     def _pop(self) -> None:
         task = self._tasks.popleft()
+        task.done = time.monotonic()
         self.done.append(task)
         self._release(task)
 

@@ -189,7 +189,7 @@ class ReplayGuest(Guest):
     def _settle(self) -> None:
         for task in self.ledger.done:
             if task.event is not None:
-                self.delivered(task.event.mask, task.event.stamp)
+                self.delivered(task.event.mask, task.done - task.event.stamp)
         self.ledger.done.clear()
 
     # Events in
