@@ -31,7 +31,7 @@ HANDLERS = sorted(
     if not name.startswith("_") and name in vars(FuseDoor)
 )
 CTX = SimpleNamespace(uid=0, gid=0, pid=1, umask=0)
-NO_SERVICE = {"flush", "poll"}  # ask nothing of it
+NO_SERVICE = {"poll"}  # ask nothing of it
 
 
 class Bug(Exception):
