@@ -1,0 +1,331 @@
+"""Open files and their data, as a door offers them to one mount: passthrough, own echo, replay.
+
+The half of the Service below its names and attributes: who asks, and what is done with a handle.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import structlog
+
+from protocol.frames import FSD_DIR
+from protocol.masks import Mask
+
+from . import host
+from .export import Export
+from .hidden import HiddenFiles, HiddenHandle
+from .inodes import Inode
+from .ledger import UnexpectedCall
+from .locks import GuestLocks, Lock
+from .passthrough import DirEntry, Entry, Handle, Identity
+from .replayer import ReplayGuest
+from .watcher import Expected
+
+log = structlog.get_logger()
+Caller = Identity
+COPY_LIMIT = 1 << 24
+"""Bytes of one COPY_FILE_RANGE: some 10 ms, for which other guests wait. Callers ask again."""
+_DOT, _DOTDOT = (DirEntry(name, 0, stat.S_IFDIR >> 12) for name in (b".", b".."))
+
+
+@dataclass(slots=True, eq=False)
+class IdleHandle:
+    """A handle that does nothing: what the replayer opened, or a directory that is removed."""
+
+    inode: Inode
+
+
+AnyHandle = Handle | IdleHandle | HiddenHandle
+
+
+class FileService:
+    """Operations on open files of one mount. ``guest`` is the mount."""
+
+    """Operations of one mount on an export. ``guest`` is the mount."""
+
+    def __init__(self, export: Export, guest: ReplayGuest) -> None:
+        self.export = export
+        self.guest = guest
+        self._fs = export.fs
+        self._table = export.table
+        self.hidden = HiddenFiles(export, guest)
+        self._handles: dict[int, AnyHandle] = {}
+        self._numbers = itertools.count(1)
+        self.locks = GuestLocks(export.watcher, export.lock_waiters)
+
+    def close(self) -> None:
+        """Release every lock and every handle."""
+        self.locks.close()
+        for fh in list(self._handles):
+            self.release(fh)
+
+    # Who asks
+
+    def is_replayer(self, who: Caller) -> bool:
+        """Whether the mount's agent asks."""
+        return who.pid == self.guest.pid and who.pid != 0
+
+    def _refuse_replayer(self, who: Caller, what: str) -> None:
+        """The safety rule: nothing that the replayer asks for changes the backing store."""
+        if self.is_replayer(who):
+            raise self._refused(UnexpectedCall(what))
+
+    def _refused(self, error: UnexpectedCall) -> UnexpectedCall:
+        self.guest.counts["refused"] += 1
+        log.debug("replayer refused", reason=error.strerror)
+        return error
+
+    def _own(self, *expected: Expected) -> AbstractContextManager[None]:
+        return self.export.watcher.attributed(self.guest, *expected)
+
+    @staticmethod
+    def _about(inode: Inode, mask: Mask) -> tuple[Expected, Expected]:
+        """An event of an object: by name in its directory, and on itself."""
+        return (inode.parent, inode.name, mask), (inode, b"", mask)
+
+    def _looked_up(self, who: Caller, inode: Inode) -> None:
+        if self.guest.pid and who.pid:
+            directory = inode if inode.is_dir else inode.parent
+            if directory is not None and not directory.is_placeholder:
+                self.export.arming.looked_up(self.guest, directory, who.pid)
+
+    # Handles
+
+    def _new(self, handle: AnyHandle) -> int:
+        fh = next(self._numbers)
+        self._handles[fh] = handle
+        return fh
+
+    def handle(self, fh: int) -> AnyHandle:
+        """The open file of a request. Raises OSError EBADF."""
+        try:
+            return self._handles[fh]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def file(self, fh: int) -> Handle:
+        """The open file or directory of a request that is about its data. Raises OSError EBADF,
+        EACCES for the replayer's, which have none.
+        """
+        handle = self.handle(fh)
+        if not isinstance(handle, Handle):
+            raise self._refused(UnexpectedCall("data"))
+        return handle
+
+    def open(self, who: Caller, nodeid: int, flags: int) -> int:
+        """OPEN."""
+        if nodeid >= FSD_DIR:
+            self.hidden.check(who)
+            return self._new(self.hidden.open(nodeid, who, flags))
+        if self.is_replayer(who):
+            return self._replay_open(nodeid)
+        inode = self._table.get(nodeid)
+        with self._own(*self._about(inode, opening(flags))):
+            return self._new(self._fs.open(inode, flags))
+
+    def _replay_open(self, nodeid: int) -> int:
+        try:
+            return self._new(IdleHandle(self.guest.ledger.open(nodeid)))
+        except UnexpectedCall as error:
+            raise self._refused(error) from None
+
+    def opendir(self, who: Caller, nodeid: int) -> int:
+        """OPENDIR."""
+        if nodeid >= FSD_DIR:
+            self.hidden.check(who)
+            return self._new(self.hidden.open(nodeid, who, os.O_RDONLY))
+        if self.is_replayer(who):
+            return self._replay_open(nodeid)
+        inode = self._table.get(nodeid)
+        self._looked_up(who, inode)
+        with self._own(*self._about(inode, Mask.OPEN)):
+            try:
+                return self._new(self._fs.opendir(inode))
+            except FileNotFoundError:  # a removed one that somebody works in: it is empty
+                return self._new(IdleHandle(inode))
+
+    def names(self, fh: int, position: int) -> tuple[Inode, list[DirEntry]]:
+        """READDIR: the directory and its names; read afresh at position 0."""
+        handle = self.handle(fh)
+        if not isinstance(handle, Handle):
+            return self.hidden.root, []
+        if position == 0:
+            with self._own(*self._about(handle.inode, Mask.ACCESS)):
+                handle.names = [_DOT, _DOTDOT, *self._fs.list_names(handle)]
+        return handle.inode, handle.names
+
+    def entry(self, node: Inode, name: bytes) -> Entry | None:
+        """READDIRPLUS: the entry of a name, not referenced yet; None if it is gone by now."""
+        try:
+            return self._fs.peek(node, name)
+        except OSError:
+            return None
+
+    def read(self, fh: int, offset: int, size: int) -> bytes:
+        """READ."""
+        handle = self.handle(fh)
+        if isinstance(handle, IdleHandle):
+            self._replay_data(handle, Mask.ACCESS)
+            return b"\0"  # of nothing the kernel would make no event
+        handle = self.file(fh)
+        with self._own(*self._about(handle.inode, Mask.ACCESS)):
+            return os.pread(handle.fd, size, offset)
+
+    def write(self, fh: int, offset: int, data: bytes) -> int:
+        """WRITE."""
+        handle = self.handle(fh)
+        if isinstance(handle, IdleHandle):
+            self._replay_data(handle, Mask.MODIFY)
+            return len(data)
+        handle = self.file(fh)
+        with self._own(*self._about(handle.inode, Mask.MODIFY | Mask.ATTRIB)):
+            return os.pwrite(handle.fd, data, offset)
+
+    def _replay_data(self, handle: IdleHandle, event: Mask) -> None:
+        try:
+            self.guest.ledger.touch(handle.inode, event)
+        except UnexpectedCall as error:
+            raise self._refused(error) from None
+
+    def read_into(self, fh: int, views: list[memoryview], offset: int) -> int:
+        """READ into buffers; returns the number of bytes."""
+        handle = self.handle(fh)
+        if isinstance(handle, IdleHandle):
+            self._replay_data(handle, Mask.ACCESS)
+            views[0][:1] = b"\0"  # of nothing the kernel would make no event
+            return 1
+        handle = self.file(fh)
+        with self._own(*self._about(handle.inode, Mask.ACCESS)):
+            return sum(_by_parts(os.preadv, handle.fd, views, offset))
+
+    def write_from(
+        self, who: Caller, fh: int, views: list[memoryview], offset: int, *, kill: bool
+    ) -> int:
+        """WRITE from buffers; ``kill`` suid and sgid bits. Returns the number of bytes."""
+        idle = self.handle(fh)
+        if isinstance(idle, IdleHandle):
+            self._replay_data(idle, Mask.MODIFY)
+            return sum(map(len, views))
+        self._refuse_replayer(who, "write")
+        handle = self.file(fh)
+        with (
+            self._own(*self._about(handle.inode, Mask.MODIFY | Mask.ATTRIB)),
+            host.killing_suid() if kill else nullcontext(),
+        ):
+            return sum(_by_parts(os.pwritev, handle.fd, views, offset))
+
+    def fallocate(self, who: Caller, fh: int, mode: int, offset: int, length: int) -> None:
+        """FALLOCATE."""
+        handle = self._changing(who, fh, "fallocate")
+        with self._own(*self._about(handle.inode, Mask.MODIFY | Mask.ATTRIB)), _as_user(who):
+            host.fallocate(handle.fd, mode, offset, length)
+
+    def lseek(self, fh: int, offset: int, whence: int) -> int:
+        """LSEEK: the next data or hole."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE, os.SEEK_END, os.SEEK_SET):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return os.lseek(self.file(fh).fd, offset, whence)
+
+    def copy_file_range(
+        self, who: Caller, fh: int, offset: int, fh_out: int, offset_out: int, size: int
+    ) -> int:
+        """COPY_FILE_RANGE, COPY_LIMIT bytes at most; returns how many."""
+        source, target = self.file(fh), self._changing(who, fh_out, "copy_file_range")
+        read, written = self._about(source.inode, Mask.ACCESS), Mask.MODIFY | Mask.ATTRIB
+        with self._own(*read, *self._about(target.inode, written)), _as_user(who):
+            size = min(size, COPY_LIMIT)
+            return os.copy_file_range(source.fd, target.fd, size, offset, offset_out)
+
+    def _changing(self, who: Caller, fh: int, what: str) -> Handle:
+        self._refuse_replayer(who, what)
+        return self.file(fh)
+
+    def ioctl(self, who: Caller, fh: int, command: int, data: bytes) -> bytes:
+        """IOCTL. Raises OSError ENOTTY for all but host.IOCTLS."""
+        size = host.IOCTLS.get(command)
+        handle = self.handle(fh)
+        if size is None or isinstance(handle, HiddenHandle):
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        handle = self._changing(who, fh, "ioctl")
+        with self._own(*self._about(handle.inode, Mask.ATTRIB)):
+            return self._fs.ioctl(handle, who, command, data[:size].ljust(size, b"\0"))
+
+    def file_fd(self, fh: int) -> int:
+        """The descriptor to fsync; -1 where there is nothing to sync."""
+        handle = self.handle(fh)
+        return handle.fd if isinstance(handle, Handle) else -1
+
+    # Locks
+
+    def getlk(self, who: Caller, fh: int, owner: int, lock: Lock) -> Lock:
+        """GETLK."""
+        self._refuse_replayer(who, "getlk")
+        return self.locks.get(self.file(fh), owner, lock)
+
+    def setlk(self, who: Caller, fh: int, owner: int, lock: Lock) -> None:
+        """SETLK. Raises BlockingIOError where a lock is in the way."""
+        self._refuse_replayer(who, "setlk")
+        self.locks.set(self.file(fh), owner, lock)
+
+    def flock(self, who: Caller, fh: int, kind: int) -> None:
+        """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way."""
+        self._refuse_replayer(who, "flock")
+        self.locks.flock(self.file(fh), kind)
+
+    def unlock(self, fh: int) -> None:
+        """RELEASE of a file that flock(2) was used on."""
+        handle = self._handles.get(fh)
+        if isinstance(handle, Handle):
+            self.locks.flock(handle, fcntl.F_UNLCK)
+
+    def flush(self, fh: int, owner: int) -> None:
+        """FLUSH: a process closes the file, which takes the locks that it has on it."""
+        handle = self.handle(fh)
+        if isinstance(handle, Handle):
+            self.locks.drop(handle.inode, owner)
+
+    def release(self, fh: int) -> None:
+        """RELEASE, RELEASEDIR."""
+        handle = self._handles.pop(fh, None)
+        if isinstance(handle, Handle):
+            self.locks.released(handle)
+            reading = handle.flags & os.O_ACCMODE == os.O_RDONLY
+            closing = Mask.CLOSE_NOWRITE if reading else Mask.CLOSE_WRITE
+            with self._own(*self._about(handle.inode, closing)):
+                self._fs.release(handle)
+        elif isinstance(handle, HiddenHandle):
+            self.hidden.release(handle)
+
+
+def opening(flags: int) -> Mask:
+    """The events of an open."""
+    return Mask.OPEN | (Mask.MODIFY if flags & os.O_TRUNC else Mask(0))
+
+
+def _as_user(who: Caller) -> AbstractContextManager[None]:
+    """Changing a file's data clears its suid and sgid bits unless the caller is root."""
+    return host.killing_suid() if who.uid else nullcontext()
+
+
+_IOV_MAX = 1024
+
+
+def _by_parts(
+    move: Callable[[int, list[memoryview], int], int], fd: int, views: list[memoryview], offset: int
+) -> Iterator[int]:
+    """preadv(2) or pwritev(2), as often as their limit of buffers asks."""
+    for start in range(0, len(views), _IOV_MAX):
+        some = views[start : start + _IOV_MAX]
+        moved = move(fd, some, offset)
+        yield moved
+        offset += moved
+        if moved < sum(map(len, some)):
+            return
