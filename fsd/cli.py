@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
-import structlog
 
+from . import systemd
 from .daemon import Daemon
+from .logs import log_to_stderr
 from .mount import Mounted, Options, StartError, check, reductions
 from .status import mounts, render
+from .virtiofsd_cli import virtiofs
 
-log = structlog.get_logger()
 _POSITIVE = click.IntRange(1, 2**31 - 1)  # what the kernel takes
 
 
@@ -27,8 +26,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it was closed
             stream.reconfigure(errors="surrogateescape")  # paths are any bytes
+    run(cli)
+
+
+def run(command: click.Command) -> None:
+    """Run a command as ``main`` does; ends the process."""
     try:
-        cli(standalone_mode=False)
+        status = command(standalone_mode=False)
     except click.UsageError as error:
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
         print(f"fsd: {error.format_message().rstrip('.')}{hint}", file=sys.stderr)
@@ -38,12 +42,16 @@ def main() -> None:
         sys.exit(1)
     except click.Abort:
         sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fsd", prog_name="fsd")
 def cli() -> None:
     """Shared directories whose guests' inotify works."""
+
+
+cli.add_command(virtiofs)
 
 
 def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
@@ -83,7 +91,7 @@ def mount(
     log_level: str,
 ) -> None:
     """Share SOURCE at MOUNTPOINT; inotify there sees what changes in SOURCE."""
-    _log_to_stderr(log_level)
+    log_to_stderr(log_level)
     options = Options(
         source=os.path.abspath(source),
         mountpoint=os.path.abspath(mountpoint),
@@ -109,11 +117,13 @@ def mount(
 def _run(options: Options, line: str, behind: Daemon | None) -> None:
     import trio
 
+    notify = systemd.notifier()
+
     def ready() -> None:
         for reduced in reductions(options):
             print(f"fsd: {reduced}", file=sys.stderr)
         print(line, flush=True)
-        _notify_systemd(b"READY=1")
+        notify(b"READY=1")
         if behind is not None:
             behind.ready()
 
@@ -129,32 +139,6 @@ def _first(group: BaseExceptionGroup[StartError]) -> StartError:
         error = error.exceptions[0]
     assert isinstance(error, StartError)
     return error
-
-
-def _notify_systemd(state: bytes) -> None:
-    """sd_notify(3): tell the service manager, where it asked for it."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.connect("\0" + address[1:] if address[0] == "@" else address)
-            notify.sendall(state)
-    except OSError as error:
-        log.warning("no one hears NOTIFY_SOCKET", address=address, reason=error.strerror or error)
-
-
-def _log_to_stderr(level: str) -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 @cli.command()

@@ -20,7 +20,7 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from . import listings
+from . import host, listings
 from .arming import Arming
 from .events import RENAME, Event
 from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
@@ -49,17 +49,22 @@ COMPARE_EVERY = 2.0
 
 
 class Export:
-    """One shared directory. Raises OSError where ``source`` cannot be opened."""
+    """One shared directory. Raises OSError where ``source`` cannot be opened.
+
+    ``read_only``: to its guests; what the host changes is announced all the same.
+    """
 
     def __init__(
         self,
         source: str,
         *,
+        read_only: bool = False,
         outbox_limit: int = OUTBOX_LIMIT,
         watch_limit: int | None = None,
         max_queued_events: int | None = None,
     ) -> None:
         self.source = source
+        self.read_only = read_only
         self.table = InodeTable(source)
         self.fs = PassthroughFS(self.table)
         self.watcher = HostWatcher(
@@ -196,7 +201,7 @@ class Export:
         """The names of a directory now; empty where it is gone. Our own echo is no one's event."""
         try:
             with self.table.directory(inode) as path_fd, self._own(inode):
-                fd = _open_quietly(f"/proc/self/fd/{path_fd}")
+                fd = _open_quietly(host.fd_path(path_fd))
                 try:
                     return listings.read(fd)
                 finally:

@@ -22,6 +22,25 @@ _mount_id = ctypes.c_int()
 _SYS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}.get(os.uname().machine)
 """Numbers of setfsuid, setfsgid, setgroups: raw, as glibc would change every thread."""
 
+_own_process = "/proc/self"
+
+
+def fd_path(fd: int) -> str:
+    """A path that leads to what a descriptor refers to: proc_pid_fd(5)."""
+    return f"{_own_process}/fd/{fd}"
+
+
+def fdinfo_path(fd: int) -> str:
+    """proc_pid_fdinfo(5)."""
+    return f"{_own_process}/fdinfo/{fd}"
+
+
+def use_working_directory_as_process() -> None:
+    """The working directory is /proc/self, and must stay: where a sandbox has no /proc."""
+    global _own_process
+    _own_process = "."
+
+
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 
@@ -213,6 +232,7 @@ IOCTLS = {
     0x401C_5820: 28,  # FS_IOC_FSSETXATTR
 }
 """What guests may ask of a file's file system: number and bytes of the argument (linux/fs.h)."""
+CHANGING_IOCTLS = (0x4008_6602, 0x401C_5820)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

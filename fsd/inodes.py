@@ -164,7 +164,7 @@ class InodeTable:
         if inode is None:
             inode = self._new(identity, stat.S_IFMT(status.st_mode))
             if inode.is_dir and not self._handle_opens(identity):
-                inode.fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_DIRECTORY)
+                inode.fd = os.open(host.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
         inode.nlink = status.st_nlink
         self.place(inode, parent, name)
         return inode, status
@@ -338,7 +338,7 @@ class InodeTable:
                     return fd
                 os.close(fd)
         if inode.open_fds:
-            return os.open(f"/proc/self/fd/{inode.open_fds[-1]}", os.O_PATH)
+            return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
         return self._by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
 
     def stat_by_name(self, inode: Inode) -> os.stat_result | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from protocol.masks import Mask
 
+from . import host
 from .inodes import Inode
 from .passthrough import Handle
 from .watcher import SERVER, HostWatcher
@@ -165,7 +166,7 @@ class GuestLocks:
         inode = handle.inode
         opened = (inode.parent, inode.name, Mask.OPEN), (inode, b"", Mask.OPEN)
         with self._watcher.attributed(SERVER, *opened):
-            return os.open(f"/proc/self/fd/{handle.fd}", mode | os.O_CLOEXEC)
+            return os.open(host.fd_path(handle.fd), mode | os.O_CLOEXEC)
 
     def _close(self, inode: Inode, fd: int) -> None:
         mask = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
@@ -204,7 +205,7 @@ def _pack(lock: Lock) -> bytes:
 def _held(fd: int) -> list[Lock]:
     """The OFD locks of a descriptor: proc_pid_fdinfo(5)."""
     locks = []
-    with open(f"/proc/self/fdinfo/{fd}") as info:
+    with open(host.fdinfo_path(fd)) as info:
         for line in info:
             fields = line.split()
             if fields[:1] == ["lock:"] and fields[2] == "OFDLCK":

@@ -212,7 +212,7 @@ class PassthroughFS:
         try:
             _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
             with self._acting_as(who, judged=False):
-                return os.open(f"/proc/self/fd/{path_fd}", flags)
+                return os.open(host.fd_path(path_fd), flags)
         finally:
             os.close(path_fd)
 
@@ -220,7 +220,7 @@ class PassthroughFS:
         """LINK."""
         self._check_name(name)
         with self.table.opened(inode) as fd, self.table.directory(parent) as dir_fd:
-            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=dir_fd, follow_symlinks=True)
+            os.link(host.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self.lookup(parent, name)
 
     def unlink(self, parent: Inode, name: bytes) -> None:
@@ -302,7 +302,7 @@ class PassthroughFS:
             return self._setattr(fd, changes, None)
 
     def _setattr(self, fd: int, changes: Changes, write_fd: int | None) -> os.stat_result:
-        path = f"/proc/self/fd/{fd}"
+        path = host.fd_path(fd)
         mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = changes
         if uid is not None or gid is not None:
             # By descriptor, as a path would follow a symlink: fchownat(AT_EMPTY_PATH) is not in os.
@@ -327,27 +327,27 @@ class PassthroughFS:
     def getxattr(self, inode: Inode, name: bytes) -> bytes:
         """GETXATTR."""
         with self.table.opened(inode) as fd:
-            return os.getxattr(f"/proc/self/fd/{fd}", name)
+            return os.getxattr(host.fd_path(fd), name)
 
     def listxattr(self, inode: Inode) -> list[bytes]:
         """LISTXATTR."""
         with self.table.opened(inode) as fd:
-            return [os.fsencode(name) for name in os.listxattr(f"/proc/self/fd/{fd}")]
+            return [os.fsencode(name) for name in os.listxattr(host.fd_path(fd))]
 
     def setxattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         """SETXATTR."""
         with self.table.opened(inode) as fd:
-            os.setxattr(f"/proc/self/fd/{fd}", name, value, flags)
+            os.setxattr(host.fd_path(fd), name, value, flags)
 
     def removexattr(self, inode: Inode, name: bytes) -> None:
         """REMOVEXATTR."""
         with self.table.opened(inode) as fd:
-            os.removexattr(f"/proc/self/fd/{fd}", name)
+            os.removexattr(host.fd_path(fd), name)
 
     def access(self, inode: Inode, mode: int) -> bool:
         """ACCESS, as the server's own user."""
         with self.table.opened(inode) as fd:
-            return os.access(f"/proc/self/fd/{fd}", mode)
+            return os.access(host.fd_path(fd), mode)
 
     def statfs(self) -> os.statvfs_result:
         """STATFS."""
@@ -385,7 +385,7 @@ class PassthroughFS:
         """OPEN of a regular file."""
         _check_regular(inode.kind)
         with self._opened_or_successor(inode) as path_fd:
-            fd = os.open(f"/proc/self/fd/{path_fd}", flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
+            fd = os.open(host.fd_path(path_fd), flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
         if inode.parent is not None and self.table.identify(fd)[0] != inode.identity:
             inode, _ = self.table.intern(fd, inode.parent, inode.name)
         return self._handle(inode, fd, flags)
@@ -393,7 +393,7 @@ class PassthroughFS:
     def opendir(self, inode: Inode) -> Handle:
         """OPENDIR."""
         with self.table.directory(inode) as path_fd:
-            fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(host.fd_path(path_fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._handle(inode, fd, os.O_RDONLY)
 
     def ioctl(self, handle: Handle, who: Identity, command: int, data: bytes) -> bytes:

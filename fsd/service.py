@@ -139,6 +139,7 @@ class Service(FileService):
         """A directory in which names may change: not the hidden one, nor its name."""
         if nodeid >= FSD_DIR or (nodeid == ROOT_ID and name == FSD_NAME):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        self._check_writable()
         return self._table.get(nodeid)
 
     def create(
@@ -156,6 +157,7 @@ class Service(FileService):
     def tmpfile(self, who: Caller, nodeid: int, mode: int, flags: int) -> tuple[Entry, int]:
         """TMPFILE."""
         self._refuse_replayer(who, "tmpfile")
+        self._check_writable()
         node = self._node(nodeid)
         with self._own((node, None, Mask.OPEN)):
             entry, handle = self._fs.tmpfile(node, mode, flags, who)
@@ -207,6 +209,7 @@ class Service(FileService):
                 return inode, self.guest.ledger.setattr(nodeid)
             except UnexpectedCall as error:
                 raise self._refused(error) from None
+        self._check_writable()
         handle = self._handles.get(fh) if fh is not None else None
         with self._own(*self._about(inode, changes.events)):
             return inode, self._fs.setattr(
@@ -230,6 +233,7 @@ class Service(FileService):
         """SETXATTR."""
         self._refuse_replayer(who, "setxattr")
         inode = self._node(nodeid)
+        self._check_writable()
         with self._own(*self._about(inode, Mask.ATTRIB)):
             self._fs.setxattr(inode, name, value, flags)
 
@@ -237,6 +241,7 @@ class Service(FileService):
         """REMOVEXATTR."""
         self._refuse_replayer(who, "removexattr")
         inode = self._node(nodeid)
+        self._check_writable()
         with self._own(*self._about(inode, Mask.ATTRIB)):
             self._fs.removexattr(inode, name)
 

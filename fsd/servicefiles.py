@@ -83,6 +83,13 @@ class FileService:
         log.debug("replayer refused", reason=error.strerror)
         return error
 
+    def _check_writable(self) -> None:
+        """Raises OSError EROFS for users of a share that they may not change. Not for the replayer:
+        what it asks for changes nothing.
+        """
+        if self.export.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     def _own(self, *expected: Expected) -> AbstractContextManager[None]:
         return self.export.watcher.attributed(self.guest, *expected)
 
@@ -127,6 +134,8 @@ class FileService:
             return self._new(self.hidden.open(nodeid, who, flags))
         if self.is_replayer(who):
             return self._replay_open(nodeid)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            self._check_writable()
         inode = self._table.get(nodeid)
         with self._own(*self._about(inode, opening(flags))):
             return self._new(self._fs.open(inode, flags))
@@ -255,6 +264,8 @@ class FileService:
         if size is None or isinstance(handle, HiddenHandle):
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         handle = self._changing(who, fh, "ioctl")
+        if command in host.CHANGING_IOCTLS:
+            self._check_writable()
         with self._own(*self._about(handle.inode, Mask.ATTRIB)):
             return self._fs.ioctl(handle, who, command, data[:size].ljust(size, b"\0"))
 

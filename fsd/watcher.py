@@ -26,6 +26,7 @@ import pyinotify
 from protocol.inotify import RawEvent, parse_events
 from protocol.masks import STRUCTURE, Mask
 
+from . import host
 from .inodes import Inode, InodeTable
 
 _QUEUE_LIMIT = Path("/proc/sys/fs/inotify/max_queued_events")
@@ -151,7 +152,7 @@ class HostWatcher:
         if self._limit is not None and inode not in self._wd_of and len(self) >= self._limit:
             raise OSError(errno.ENOSPC, "limit on host watches reached")
         with self._table.opened(inode) as fd:
-            path = f"/proc/self/fd/{fd}"
+            path = host.fd_path(fd)
             wd: int = self._manager.add_watch(path, int(mask), quiet=True)[path]
             if wd < 0:
                 number = ctypes.get_errno() or errno.EIO

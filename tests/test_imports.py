@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 OURS = {"fsd", "protocol", "guest_tools"}
 STDLIB = sys.stdlib_module_names
 # The edges of fsd, where trio and pyfuse3 live.
-EDGES = ("fsd/transports/*", "fsd/cli.py", "fsd/mount*.py", "fsd/daemon*.py")
+EDGES = ("fsd/transports/*", "fsd/cli.py", "fsd/mount*.py", "fsd/daemon*.py", "fsd/virtiofsd*.py")
 
 
 def imports(source: str, path: str) -> Iterator[tuple[int, str]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fsd import listings, watcher
 from fsd.export import Export
-from fsd.guests import Guest, Observer
+from fsd.guests import OUTBOX_LIMIT, Guest, Observer
 from fsd.inodes import Inode
 from fsd.passthrough import Identity
 from fsd.service import Service
@@ -46,11 +46,15 @@ class World:
         outbox_limit: int | None = None,
         watch_limit: int | None = None,
         queue: int | None = None,
+        read_only: bool = False,
     ) -> None:
         self.source = source
-        limits = {} if outbox_limit is None else {"outbox_limit": outbox_limit}
         self.export = Export(
-            str(source), watch_limit=watch_limit, max_queued_events=queue, **limits
+            str(source),
+            read_only=read_only,
+            outbox_limit=OUTBOX_LIMIT if outbox_limit is None else outbox_limit,
+            watch_limit=watch_limit,
+            max_queued_events=queue,
         )
         self.table = self.export.table
         self.root = self.table.root

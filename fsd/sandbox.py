@@ -1,0 +1,212 @@
+"""What a server that guests reach can still do: a root and namespaces of its own, few capabilities.
+
+The process that was started stays outside: it forwards the end, and removes the sockets. What is
+left to the one inside is one file system, no other process, no network, no program to execute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import linecache
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from . import host
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
+    0x0002_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000,
+)  # fmt: skip
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_SLAVE = 2, 4, 8, 0x4000, 0x80000
+_MNT_DETACH = 2
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, -1)
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
+_MOUNT_ATTR_RDONLY = 1
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+CAPABILITIES = (
+    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID",
+    "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW",
+    "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT",
+    "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD",
+    "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
+    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+)  # fmt: skip
+"""Names by number: capabilities(7)."""
+NEEDED = frozenset(
+    {"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETGID", "SETUID", "MKNOD", "SETFCAP"}
+)
+"""What serving files as other users takes; file handles take DAC_READ_SEARCH too."""
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+# The process outside
+
+
+def supervise(inside: Callable[[int], int], on_ready: Callable[[], object]) -> int:
+    """Run ``inside`` in a child; returns its exit status.
+
+    It is given the child's end of a socket pair: a byte written says that it is ready, whereupon
+    ``on_ready`` is called here; the end of it means to stop, be it that a signal to stop came or
+    that this process is gone.
+    """
+    ours, theirs = socket.socketpair()
+    ending = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {*ending, signal.SIGCHLD})
+    child = os.fork()
+    if not child:
+        ours.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        _exit_with(inside, theirs.detach())
+    theirs.close()
+    _ready_or_end(ours, on_ready)
+    while True:
+        with suppress(ChildProcessError):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+        if signal.sigwait({*ending, signal.SIGCHLD}) in ending:
+            ours.close()
+
+
+def _ready_or_end(ours: socket.socket, on_ready: Callable[[], object]) -> None:
+    """Wait for the child's word; a signal to stop ends the wait through sigwait afterwards."""
+    pending = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    while not select.select([ours], [], [], 0.05)[0]:
+        if signal.sigpending() & pending:
+            return
+    with suppress(OSError):
+        if ours.recv(1):
+            on_ready()
+
+
+def _exit_with(inside: Callable[[int], int], lifeline: int) -> None:
+    status = 1
+    try:
+        status = inside(lifeline)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+
+
+def own_processes() -> None:
+    """The next child is the first process of a pid namespace; for an ordinary user, also of a user
+    namespace that has this user alone. Raises OSError.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    if uid == 0:
+        _check(_libc.unshare(_CLONE_NEWPID))
+        return
+    _check(_libc.unshare(_CLONE_NEWUSER | _CLONE_NEWPID))
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{uid} {uid} 1"),
+        ("gid_map", f"{gid} {gid} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+# The process inside
+
+
+def isolate(directory: str, *, read_only: bool) -> None:
+    """Mount and network namespaces, of which ``directory`` is the root. Raises OSError.
+
+    The working directory becomes this process's directory in a /proc of its pid namespace, as a
+    mount of its own: no ".." leads out of it.
+    """
+    _last_of_the_old_root()
+    _check(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET))
+    _check(_libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None))
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    _check(_libc.mount(b"proc", b"/proc", b"proc", flags, None))
+    process = _clone("/proc/self")
+    root = _clone(directory, _AT_RECURSIVE)
+    if read_only:
+        attributes = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
+        _check(
+            _libc.syscall(
+                _MOUNT_SETATTR, root, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes,
+                ctypes.c_size_t(len(attributes)),
+            )
+        )  # fmt: skip
+    where = os.fsencode(directory)
+    _check(_libc.syscall(_MOVE_MOUNT, root, b"", _AT_FDCWD, where, _MOVE_MOUNT_F_EMPTY_PATH))
+    os.fchdir(root)
+    _check(_libc.syscall(_PIVOT_ROOT, b".", b"."))
+    _check(_libc.umount2(b".", _MNT_DETACH))  # the old root, which lies upon the new one
+    os.close(root)
+    os.fchdir(process)  # and it stays open: the mount ends with it
+    host.use_working_directory_as_process()
+
+
+def confine(directory: str) -> None:
+    """``directory`` is the root: chroot(2). Raises OSError. The working directory is outside."""
+    _last_of_the_old_root()
+    os.chdir("/proc/self")
+    os.chroot(directory)
+    host.use_working_directory_as_process()
+
+
+def _clone(path: str, flags: int = 0) -> int:
+    flags |= _OPEN_TREE_CLONE | os.O_CLOEXEC
+    return _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
+
+
+def _last_of_the_old_root() -> None:
+    """Nothing is loaded by path any more: the files there are guests'."""
+    import encodings.idna
+    import encodings.utf_8
+
+    del encodings
+    with suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1")  # which glibc loads when a thread ends
+    time.localtime()  # which reads /etc/localtime
+    sys.path.clear()
+    sys.path_importer_cache.clear()
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, "path_hooks")]
+    sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__name__", "") != "PathFinder"]
+    sys.path_hooks.clear()
+    linecache.updatecache = _no_source
+
+
+def _no_source(filename: str, module_globals: dict[str, Any] | None = None) -> list[str]:
+    return []
+
+
+def drop_capabilities(keep: Iterable[str]) -> None:
+    """Keep those at most of the capabilities there are, and never get another. Raises OSError."""
+    wanted = sum(1 << CAPABILITIES.index(name) for name in keep)
+    header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, data))
+    words = struct.unpack("=6I", data.raw)
+    kept = (words[1] | words[4] << 32) & wanted
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for number in range(64):
+        if not kept >> number & 1:  # refused where it is not ours to drop, or no capability
+            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    low, high = kept & 0xFFFF_FFFF, kept >> 32
+    _check(_libc.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)))
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

@@ -1,0 +1,296 @@
+"""`fsd virtiofs`: one export for virtual machines, a socket a guest, from start to clean end."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+import trio
+
+from . import sandbox, systemd
+from .export import Export
+from .fusenodes import Caching
+from .fusesession import SessionOptions
+from .sandbox import NEEDED
+from .seccomp import Filter
+from .transports.pump import Pump
+from .transports.virtiofs import from_fd, listen, serve
+
+log = structlog.get_logger()
+FILES = 1_000_000
+"""Descriptors that a server may have, where its user does not say."""
+CACHING = {
+    "never": Caching(direct_io=True),
+    "metadata": Caching(entry_timeout=86400, attr_timeout=86400, direct_io=True),
+    "auto": Caching(entry_timeout=1, attr_timeout=1),
+    "always": Caching(entry_timeout=86400, attr_timeout=86400, keep_data=True),
+}
+"""What `--cache` stands for. A directory that the guest watches is never cached."""
+
+
+class StartError(Exception):
+    """Why nothing can be shared, in one line for people."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fsd virtiofs` was asked for."""
+
+    source: str
+    socket_paths: tuple[str, ...] = ()
+    fds: tuple[int, ...] = ()
+    socket_group: str | None = None
+    tag: str = ""
+    session: SessionOptions = field(default_factory=SessionOptions)
+    read_only: bool = False
+    file_handles: str = "prefer"
+    sandbox: str = "namespace"
+    seccomp: str = "refuse"
+    capabilities: frozenset[str] = NEEDED
+    file_limit: int | None = None
+    threads: int = 0
+
+
+class Source(NamedTuple):
+    """Where a guest's machine connects; ``path`` is None for an inherited descriptor."""
+
+    name: str
+    socket: socket.socket
+    path: str | None = None
+    ino: int = 0
+
+
+def run(options: Options) -> int:
+    """Serve until a signal, or until every connection that was handed over is gone. Returns the
+    exit status. Raises StartError.
+    """
+    _check(options)
+    _limit_files(options.file_limit)
+    with ExitStack() as cleanup:
+        sources = _sources(options, cleanup)
+        ready = _announcement(options, sources)
+        if options.sandbox == "none":
+            return _inside(options, sources, ready)
+        if options.sandbox == "namespace":
+            try:
+                sandbox.own_processes()
+            except OSError as error:
+                raise _no_namespaces(error) from None
+
+        def inside(lifeline: int) -> int:
+            try:
+                return _inside(options, sources, lambda: os.write(lifeline, b"\0"), lifeline)
+            except StartError as error:
+                print(f"fsd: {error}", file=sys.stderr)
+                return 1
+
+        return sandbox.supervise(inside, ready)
+
+
+def _check(options: Options) -> None:
+    source = Path(options.source)
+    try:
+        if not source.is_dir():
+            kind = "is not a directory" if source.exists() else "does not exist"
+            raise StartError(f"shared directory {source} {kind}")
+    except OSError as error:
+        raise StartError(f"shared directory {source}: {error.strerror}") from None
+    if not os.access(source, os.R_OK | os.X_OK):
+        raise StartError(f"shared directory {source}: no permission to read it")
+    if options.sandbox == "chroot" and os.geteuid() != 0:
+        raise StartError("--sandbox=chroot needs root; take --sandbox=namespace or none")
+
+
+def _limit_files(limit: int | None) -> None:
+    if limit == 0:
+        return
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit is None:
+        most = int(Path("/proc/sys/fs/nr_open").read_text())
+        wanted = min(FILES, most)
+    else:
+        wanted = limit
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
+    except (OSError, ValueError):
+        if limit is not None:
+            raise StartError(f"--rlimit-nofile={limit}: the limit is {hard}") from None
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# Sockets
+
+
+def _sources(options: Options, cleanup: ExitStack) -> list[Source]:
+    sources: list[Source] = []
+    for fd in options.fds:
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                raise StartError(f"--fd={fd} is not a socket")
+            endpoint = from_fd(fd)
+        except OSError as error:
+            raise StartError(f"--fd={fd}: {error.strerror}") from None
+        if endpoint.family != socket.AF_UNIX or endpoint.type != socket.SOCK_STREAM:
+            raise StartError(f"--fd={fd} is not a Unix stream socket")
+        cleanup.callback(endpoint.close)
+        sources.append(Source(f"fd {fd}", endpoint))
+    for path in options.socket_paths:
+        try:
+            listener = listen(path, options.socket_group)
+        except LookupError:
+            raise StartError(f"there is no group {options.socket_group}") from None
+        except OSError as error:
+            raise StartError(f"socket {path}: {_why(error, path)}") from None
+        cleanup.callback(listener.close)
+        source = Source(path, listener, path, os.stat(path).st_ino)
+        cleanup.callback(_unlink, source)
+        sources.append(source)
+    return sources
+
+
+def _why(error: OSError, path: str) -> str:
+    if "too long" in str(error):
+        return "the path is too long; 107 bytes are the most"
+    reason = error.strerror or str(error)
+    if os.path.exists(path) and "in use" in reason:
+        return "another server listens there, or a file that is no socket has the name"
+    return reason
+
+
+def _unlink(source: Source) -> None:
+    """The socket file, unless it is another server's by now."""
+    assert source.path is not None
+    with suppress(OSError):
+        if os.stat(source.path).st_ino == source.ino:
+            os.unlink(source.path)
+
+
+def _announcement(options: Options, sources: list[Source]) -> Callable[[], object]:
+    """What is to be called once guests can come; made before the sandbox takes everything away."""
+    names = ", ".join(source.name for source in sources)
+    notify = systemd.notifier()
+
+    def ready() -> None:
+        print(f"fsd: ready: {options.source} for virtual machines on {names}", flush=True)
+        notify(b"READY=1")
+
+    return ready
+
+
+# The process that guests reach
+
+
+def _inside(
+    options: Options,
+    sources: list[Source],
+    ready: Callable[[], object],
+    lifeline: int | None = None,
+) -> int:
+    """In the sandbox; the end of the socket ``lifeline`` means to stop."""
+    os.umask(0)  # guests' kernels apply their callers' umask
+    directory = _enter(options)
+    try:
+        export = Export(directory, read_only=options.read_only)
+    except OSError as error:
+        raise StartError(f"{options.source}: {error.strerror or error}") from None
+    export.source = options.source
+    if options.file_handles == "mandatory" and not export.table.by_handle:
+        raise StartError(
+            f"{options.source}: its file system or this user's rights give no file handles, "
+            "which --inode-file-handles=mandatory asks"
+        )
+    try:
+        trio.run(partial(_serve, options, sources, export, ready, lifeline))
+    finally:
+        export.close()
+    return 0
+
+
+def _enter(options: Options) -> str:
+    """Enter the sandbox; returns where the shared directory is in it."""
+    directory = os.path.realpath(options.source)
+    filtering = None
+    if options.seccomp != "none":
+        try:
+            filtering = Filter(options.seccomp)
+        except OSError as error:
+            raise StartError(
+                f"system calls cannot be filtered: {error}; install libseccomp2 or give "
+                "--seccomp=none"
+            ) from None
+    try:
+        if options.sandbox == "namespace":
+            sandbox.isolate(directory, read_only=options.read_only)
+        elif options.sandbox == "chroot":
+            sandbox.confine(directory)
+    except OSError as error:
+        raise _no_namespaces(error) from None
+    keep = set(options.capabilities)
+    if options.file_handles != "never":
+        keep.add("DAC_READ_SEARCH")
+    try:
+        sandbox.drop_capabilities(keep)
+        if filtering is not None:
+            filtering.install()
+    except OSError as error:
+        raise StartError(f"privileges cannot be dropped: {error.strerror}") from None
+    return directory if options.sandbox == "none" else "/"
+
+
+def _no_namespaces(error: OSError) -> StartError:
+    return StartError(
+        f"the sandbox cannot be made: {error.strerror}; where containers forbid it, "
+        "take --sandbox=chroot or none"
+    )
+
+
+async def _serve(
+    options: Options,
+    sources: list[Source],
+    export: Export,
+    ready: Callable[[], object],
+    lifeline: int | None,
+) -> None:
+    threads = trio.to_thread.current_default_thread_limiter()
+    threads.total_tokens = max(1, options.threads)
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def end_on_signal() -> None:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+            async def end_with_outside(fd: int) -> None:
+                await trio.lowlevel.wait_readable(fd)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(Pump(export).run)
+            nursery.start_soon(end_on_signal)
+            if lifeline is not None:
+                nursery.start_soon(end_with_outside, lifeline)
+            ready()
+            async with trio.open_nursery() as guests:
+                for source in sources:
+                    guests.start_soon(
+                        partial(
+                            serve,
+                            source.socket,
+                            export,
+                            name=source.name,
+                            tag=options.tag,
+                            options=options.session,
+                        )
+                    )
+            nursery.cancel_scope.cancel()  # no guest can come any more

@@ -1,0 +1,272 @@
+"""`fsd virtiofs`, also installed as `fsd-virtiofsd`: the command line of virtiofsd (Rust) 1.13.
+
+So that whoever starts that one can start this one. An option that cannot be honoured is refused
+(docs/virtiofs.md has the table); `-o` takes what the older virtiofsd in C took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from . import sandbox, systemd
+from .fusesession import SessionOptions
+from .logs import log_to_stderr, log_to_syslog
+from .seccomp import ACTIONS
+from .virtio.device import TAG_LENGTH
+from .virtiofsd import CACHING, Options, StartError, run
+
+CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
+"""--print-capabilities: docs/interop/vhost-user.json of QEMU, and what libvirt asks for. There is
+no migrate-precopy."""
+LEVELS = {
+    "error": "error", "warn": "warning", "info": "info", "debug": "debug", "trace": "debug",
+    "off": "critical",
+}  # fmt: skip
+_SOCKETS = "--socket-path, --fd or a socket of systemd's"
+_REFUSED = {
+    "--writeback": "the guest would not see what the host does to files that it writes",
+    "--allow-direct-io": "files are opened without O_DIRECT on the host",
+    "--no-readdirplus": "the guest decides",
+    "--no-killpriv-v2": "suid bits are cleared by the server in any case",
+    "--security-label": "there are no labels at the creation of files",
+    "--xattrmap": "names of attributes are not translated",
+    "--uid-map": "users are not mapped",
+    "--gid-map": "groups are not mapped",
+    "--translate-uid": "users are not mapped",
+    "--translate-gid": "groups are not mapped",
+    "--migration-mode": "there is no migration",
+    "--migration-on-error": "there is no migration",
+    "--migration-verify-handles": "there is no migration",
+    "--migration-confirm-paths": "there is no migration",
+}
+"""Options of virtiofsd's that are not honoured, and why."""
+_FLAGS = {
+    "--writeback", "--allow-direct-io", "--no-readdirplus", "--no-killpriv-v2", "--security-label",
+    "--migration-verify-handles", "--migration-confirm-paths",
+}  # fmt: skip
+_COMPAT_FLAGS: dict[str, tuple[str, Any]] = {
+    "xattr": ("xattr", True),
+    "no_xattr": ("xattr", False),
+    "posix_acl": ("posix_acl", True),
+    "no_posix_acl": ("posix_acl", False),
+    "announce_submounts": ("announce_submounts", True),
+    "flock": ("flock", True),
+    "no_flock": ("flock", False),
+    "posix_lock": ("posix_lock", True),
+    "no_posix_lock": ("posix_lock", False),
+    "debug": ("log_level", "debug"),
+    # As it is:
+    "readdirplus": ("", None),
+    "killpriv_v2": ("", None),
+    "no_writeback": ("", None),
+    "no_allow_direct_io": ("", None),
+    "no_security_label": ("", None),
+}
+_COMPAT_VALUES: dict[str, tuple[str, dict[str, str] | None]] = {
+    "source": ("shared_dir", None),
+    "vhost_user_socket": ("socket_path", None),
+    "modcaps": ("modcaps", None),
+    "cache": ("cache", {"auto": "auto", "always": "always", "none": "never",
+                        "never": "never", "metadata": "metadata"}),
+    "sandbox": ("sandbox", {"namespace": "namespace", "chroot": "chroot", "none": "none"}),
+    "loglevel": ("log_level", {"debug": "debug", "info": "info", "warn": "warn", "err": "error"}),
+    "log_level": ("log_level", {"debug": "debug", "info": "info", "warn": "warn", "err": "error"}),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of `fsd-virtiofsd`."""
+    from .cli import run as run_command
+
+    run_command(virtiofs)
+
+
+def _print_capabilities(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        print(json.dumps(CAPABILITIES, indent=2))
+        ctx.exit()
+
+
+def _refuse(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value not in (None, False, ()):
+        option = parameter.opts[0]
+        raise click.UsageError(f"{option} is not supported: {_REFUSED[option]}", ctx)
+
+
+def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that are refused."""
+    for option in _REFUSED:
+        if option in _FLAGS:
+            attributes: dict[str, Any] = {"is_flag": True}
+        else:
+            attributes = {"multiple": True}
+        command = click.option(
+            option, hidden=True, callback=_refuse, expose_value=False, **attributes
+        )(command)
+    return command
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--shared-dir", help="The directory to share.")
+@click.option("--socket-path", "--socket", multiple=True, help="Listen there; one for each guest.")
+@click.option("--socket-group", help="A group that may connect, too.")
+@click.option("--fd", multiple=True, type=int, help="A socket that is open already.")
+@click.option("--tag", default="", help="The share's name, for VMMs that ask the device for it.")
+@click.option("--cache", type=click.Choice([*CACHING, "none"]), default="auto", show_default=True)
+@click.option("--readonly", is_flag=True, help="Guests may not change anything.")
+@click.option("--xattr", is_flag=True, help="Extended attributes.")
+@click.option("--posix-acl", is_flag=True, help="ACLs (and extended attributes).")
+@click.option("--announce-submounts", is_flag=True, help="Tell guests where mounts begin.")
+@click.option("--no-announce-submounts", is_flag=True, help="Do not. [default]")
+@click.option(
+    "--inode-file-handles",
+    default="prefer",
+    show_default=True,
+    type=click.Choice(["never", "prefer", "fallback", "mandatory"]),
+    help="Reach files by handle.",
+)
+@click.option(
+    "--sandbox",
+    "sandboxing",
+    default="namespace",
+    show_default=True,
+    type=click.Choice(["namespace", "chroot", "none"]),
+)
+@click.option(
+    "--seccomp",
+    type=click.Choice([*ACTIONS, "none"]),
+    default="refuse",
+    show_default=True,
+    help="What a system call comes to that is none of ours.",
+)
+@click.option("--modcaps", help="Capabilities to keep or not: +sys_admin:-mknod.")
+@click.option("--rlimit-nofile", type=click.IntRange(0), help="Descriptors; 0 leaves the limit.")
+@click.option(
+    "--thread-pool-size", type=click.IntRange(0), default=0, help="Threads that wait for disks."
+)
+@click.option("--log-level", type=click.Choice([*LEVELS]), default="info", show_default=True)
+@click.option("--syslog", is_flag=True, help="Log to syslog instead of stderr.")
+@click.option("--allow-mmap", is_flag=True, hidden=True)
+@click.option("--killpriv-v2", is_flag=True, hidden=True)
+@click.option("--preserve-noatime", is_flag=True, hidden=True)
+@click.option("-o", "compat", multiple=True, hidden=True)
+@click.option("-d", "debug", is_flag=True, hidden=True)
+@click.option("-f", "foreground", is_flag=True, hidden=True)
+@click.option(
+    "--print-capabilities",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_capabilities,
+    help="Print what management layers ask for, as JSON.",
+)
+@click.version_option(None, "-V", "--version", package_name="fsd", prog_name="fsd-virtiofsd")
+@_refused
+def virtiofs(**given: Any) -> int:
+    """Share a directory with virtual machines over virtiofs.
+
+    Started as virtiofsd (Rust) is; the guest's inotify sees what the host changes once
+    `fsd-guest agent` runs there.
+    """  # fmt: skip
+    _take_compat(given)
+    options = _options(given)
+    level = LEVELS["debug" if given["debug"] else given["log_level"]]
+    if given["syslog"]:
+        log_to_syslog(level, "fsd-virtiofsd")
+    else:
+        log_to_stderr(level)
+    try:
+        return run(options)
+    except StartError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _take_compat(given: dict[str, Any]) -> None:
+    """`-o`: options of virtiofsd in C, which virtiofsd in Rust and libvirt still know."""
+    given["flock"] = given["posix_lock"] = None
+    for text in given["compat"]:
+        for word in re.split(r"(?<!,),(?!,)", text):  # a comma in a value is written twice
+            word = word.replace(",,", ",")
+            name, equals, value = word.partition("=")
+            if not equals and name in _COMPAT_FLAGS:
+                option, setting = _COMPAT_FLAGS[name]
+                if option:
+                    given[option] = setting
+            elif equals and name in _COMPAT_VALUES:
+                option, values = _COMPAT_VALUES[name]
+                if values is not None and value not in values:
+                    raise click.UsageError(f"-o {word}: {name} is one of {', '.join(values)}")
+                setting = values[value] if values is not None else value
+                option = "sandboxing" if option == "sandbox" else option
+                given[option] = (setting,) if option == "socket_path" else setting
+            else:
+                raise click.UsageError(f"-o {word} is not supported")
+
+
+def _options(given: dict[str, Any]) -> Options:
+    if not given["shared_dir"]:
+        raise click.UsageError("--shared-dir is missing")
+    paths, fds = tuple(given["socket_path"]), tuple(given["fd"])
+    if "" in paths:
+        raise click.UsageError("--socket-path: it is empty")
+    if paths and fds:
+        raise click.UsageError("--socket-path and --fd exclude one another")
+    if fds and given["socket_group"]:
+        raise click.UsageError("--socket-group and --fd exclude one another")
+    if given["announce_submounts"] and given["no_announce_submounts"]:
+        raise click.UsageError(
+            "--announce-submounts and --no-announce-submounts exclude one another"
+        )
+    fds = fds or (() if paths else tuple(systemd.listen_fds()))
+    if not paths and not fds:
+        raise click.UsageError(f"{_SOCKETS} is missing")
+    for twice in (paths, fds):
+        if len(set(twice)) < len(twice):
+            raise click.UsageError("the same socket is given twice; each guest has its own")
+    if len(given["tag"].encode()) > TAG_LENGTH:
+        raise click.UsageError(f"--tag: {TAG_LENGTH} bytes are the most")
+    if given["flock"] is not given["posix_lock"]:
+        raise click.UsageError("-o flock and posix_lock: both or neither, with or without no_")
+    handles = given["inode_file_handles"]
+    cache = given["cache"]
+    return Options(
+        source=os.path.abspath(given["shared_dir"]),
+        socket_paths=tuple(map(os.path.abspath, paths)),
+        fds=fds,
+        socket_group=given["socket_group"],
+        tag=given["tag"],
+        session=SessionOptions(
+            caching=CACHING["never" if cache == "none" else cache],
+            posix_acl=given["posix_acl"],
+            xattr=given["xattr"] or given["posix_acl"],
+            locks=given["flock"] is not False,
+            submounts=given["announce_submounts"],
+        ),
+        read_only=given["readonly"],
+        file_handles="prefer" if handles == "fallback" else handles,
+        sandbox=given["sandboxing"],
+        seccomp=given["seccomp"],
+        capabilities=_capabilities(given["modcaps"]),
+        file_limit=given["rlimit_nofile"],
+        threads=given["thread_pool_size"],
+    )
+
+
+def _capabilities(changes: str | None) -> frozenset[str]:
+    """The capabilities to keep, after the user's changes to them."""
+    kept = set(sandbox.NEEDED)
+    for change in changes.split(":") if changes else ():
+        sign, name = change[:1], change[1:].upper()
+        if sign not in ("+", "-") or name not in sandbox.CAPABILITIES:
+            raise click.UsageError(f"--modcaps: {change!r} is no +capability or -capability")
+        if sign == "+":
+            kept.add(name)
+        else:
+            kept.discard(name)
+    return frozenset(kept)
