@@ -26,8 +26,8 @@ statfs statx symlinkat syncfs sysinfo tgkill truncate umask uname unlinkat utime
 """
 """By name; those of old machines that have others in their place are below."""
 OLDER = """
-access chmod chown epoll_create getdents inotify_init lchown link lstat mkdir mknod open pipe poll readlink
-rename rmdir select stat symlink time unlink utime utimes
+access chmod chown epoll_create getdents inotify_init lchown link lstat mkdir mknod open pipe poll
+readlink rename rmdir select stat symlink time unlink utime utimes
 """
 """Older forms of the same, which some architectures have."""
 _CLONE_THREAD = 0x10000

@@ -200,7 +200,7 @@ def _inside(
 ) -> int:
     """In the sandbox; the end of the socket ``lifeline`` means to stop."""
     os.umask(0)  # guests' kernels apply their callers' umask
-    directory = _enter(options)
+    directory = enter(options)
     try:
         export = Export(directory, read_only=options.read_only)
     except OSError as error:
@@ -218,8 +218,8 @@ def _inside(
     return 0
 
 
-def _enter(options: Options) -> str:
-    """Enter the sandbox; returns where the shared directory is in it."""
+def enter(options: Options) -> str:
+    """Enter the sandbox; returns where the shared directory is in it. Raises StartError."""
     directory = os.path.realpath(options.source)
     filtering = None
     if options.seccomp != "none":

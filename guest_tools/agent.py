@@ -46,17 +46,28 @@ class Agent:
         return f"{self._mountpoint}: {error.strerror}"
 
     def _open_root(self) -> int:
-        """The mount's root; a private copy where that is allowed, so that umount finds it idle."""
-        with suppress(OSError):
-            return kernel.clone_mount(self._mountpoint)
-        return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY)
+        """The mount's root; a private copy where that is allowed, so that umount finds it idle.
+        What replaying writes goes through it, also where users of the mount may not write.
+        """
+        try:
+            root_fd = kernel.clone_mount(self._mountpoint)
+        except OSError:
+            return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY)
+        if os.fstatvfs(root_fd).f_flag & os.ST_RDONLY:
+            with suppress(OSError):  # then opening the channel fails, and says so
+                kernel.make_writable(root_fd)
+        return root_fd
 
     def _open_mountpoint(self) -> int:
-        """The root as users of the mount have it. Raises OSError where something else is there."""
+        """The root as users of the mount have it. Raises OSError where something else is there, or
+        where they may not write.
+        """
         fd = os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        if os.fstat(fd).st_dev != self._st_dev:
+        same = os.fstat(fd).st_dev == self._st_dev
+        if not same or os.fstatvfs(fd).f_flag & os.ST_RDONLY:
             os.close(fd)
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self._mountpoint)
+            number = errno.EROFS if same else errno.ESTALE
+            raise OSError(number, os.strerror(number), self._mountpoint)
         return fd
 
     def _still_mounted(self) -> bool:

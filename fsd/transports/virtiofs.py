@@ -7,8 +7,8 @@ one is waited for.
 from __future__ import annotations
 
 import array
+import grp
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,13 +35,14 @@ def listen(path: str, group: str | None = None) -> socket.socket:
     """A listening socket at ``path``, for its owner only, or for ``group`` too. Raises OSError,
     LookupError where there is no such group.
     """
+    gid = -1 if group is None else grp.getgrnam(group).gr_gid
     unlink_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o177 if group is None else 0o117)
     try:
         listener.bind(path)
         if group is not None:
-            shutil.chown(path, group=group)
+            os.chown(path, -1, gid)
         listener.listen(1)
     except BaseException:
         listener.close()

@@ -12,7 +12,7 @@ from tests.support.vm import Guest, GuestProcess, guest
 
 def start_agent(vm: Guest) -> GuestProcess:
     """The guest's agent, connected: its long poll is a request that is always under way."""
-    agent = vm.start(["/fsd-guest.pyz", "agent", "--ready-fd", "1", "/mnt"])
+    agent = vm.start(["/fsd-guest.pyz", "agent", "/mnt"])
     agent.wait_output("\n", 30)
     return agent
 

@@ -48,7 +48,7 @@ def test_inotify_in_the_guest_sees_what_the_host_does(tmp_path: Path, agent: boo
     with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         if agent:
-            process = vm.start(["/fsd-guest.pyz", "agent", "--ready-fd", "1", "/mnt"])
+            process = vm.start(["/fsd-guest.pyz", "agent", "/mnt"])
             process.wait_output("\n", 30)
         form = ["--format", "%e %w%f", "-m", "-r", "/mnt"]
         watcher = vm.start(["inotifywait", *form])

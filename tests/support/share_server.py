@@ -1,53 +1,22 @@
-"""Shares a directory with virtual machines, without a command line: for tests.
-
-    python -m tests.support.share_server SOURCE SOCKET...
-
-A socket for each guest; prints a line when they are there, ends with SIGTERM.
-"""
+"""Shares for tests' virtual machines: the installed ``fsd virtiofs`` as a process of its own."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import trio
-
-from fsd.export import Export
-from fsd.transports.pump import Pump
-from fsd.transports.virtiofs import listen, serve
-from tests.support.mounts import STOP_TIMEOUT, await_ready
-
-ROOT = Path(__file__).parents[2]
-
-
-async def _main(source: str, paths: list[str]) -> None:
-    os.umask(0)
-    export = Export(source)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(Pump(export).run)
-            for path in paths:
-                nursery.start_soon(partial(serve, listen(path), export, name=path))
-            print("ready", flush=True)
-            with trio.open_signal_receiver(signal.SIGTERM) as signals:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-                    break
-    finally:
-        export.close()
+from tests.support.mounts import STOP_TIMEOUT, await_ready, command
 
 
 @dataclass(frozen=True)
 class Share:
-    """A running server; ``paths`` are the guests' sockets."""
+    """A running server. ``paths`` are the guests' sockets, ``pid`` is the process that guests
+    reach, in its sandbox."""
 
     paths: list[Path]
     pid: int
@@ -61,29 +30,41 @@ class Share:
         return sorted(found)
 
 
+def inside(pid: int) -> int:
+    """The process in the sandbox of a server; the server itself where it has none."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[0]) if children else pid
+
+
 @contextmanager
-def shared(source: Path, guests: int = 1) -> Iterator[Share]:
+def shared(source: Path, *options: str, guests: int = 1) -> Iterator[Share]:
     """Serve ``source`` for the block. At the end the server must stop on SIGTERM with exit code 0,
-    and have written no traceback.
+    have written no traceback and left no socket.
     """
     with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch:
         paths = [Path(scratch, f"socket{number}") for number in range(guests)]
         log = Path(scratch, "log")
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.share_server", source, *paths],
+                [
+                    command("fsd"),
+                    "virtiofs",
+                    f"--shared-dir={source}",
+                    *(f"--socket-path={path}" for path in paths),
+                    *options,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                cwd=ROOT,
             )
         assert process.stdout is not None
         try:
-            assert await_ready(process, process.stdout) == "ready"
-            yield Share(paths, process.pid)
+            assert await_ready(process, process.stdout).startswith("fsd: ready: ")
+            yield Share(paths, inside(process.pid))
             process.terminate()
             assert process.wait(STOP_TIMEOUT) == 0
             assert "Traceback" not in log.read_text(), "the server wrote a traceback"
+            assert not any(path.exists() for path in paths)
         except BaseException as error:
             error.add_note(f"--- stderr of the server:\n{log.read_text(errors='replace')}")
             raise
@@ -91,7 +72,3 @@ def shared(source: Path, guests: int = 1) -> Iterator[Share]:
             process.kill()
             process.wait(STOP_TIMEOUT)
             process.stdout.close()
-
-
-if __name__ == "__main__":
-    trio.run(_main, sys.argv[1], sys.argv[2:])

@@ -1,0 +1,128 @@
+"""Enters the sandbox of `fsd virtiofs`, and tells as JSON what a process can do in it: for tests.
+
+    python -m tests.support.sandbox_probe DIRECTORY JSON-OPTIONS [CALL]
+
+With CALL (execve), makes just that call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fsd import host, sandbox
+from fsd.virtiofsd import Options, enter
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def answer(call: Callable[[], Any]) -> Any:
+    """What a call returns, or the name of its error."""
+    try:
+        return call()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    except ImportError:
+        return "ImportError"
+
+
+def libc(name: str, *arguments: Any) -> Any:
+    """A function of libc's, for what Python lacks."""
+    if getattr(_libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+    return "done"
+
+
+def _thread() -> str:
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    return "done"
+
+
+def _write() -> str:
+    with open("/new", "w"):
+        return "done"
+
+
+def _import() -> str:
+    import this
+
+    return this.__name__
+
+
+def _read(name: str) -> dict[str, str]:
+    with open(f"{host.fd_path(0).removesuffix('/fd/0')}/{name}") as file:
+        return dict(line.strip().split(":", 1) for line in file if ":" in line)
+
+
+def _status() -> dict[str, str]:
+    """What is given up for good."""
+    wanted = ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb", "NoNewPrivs", "Seccomp")
+    return {name: value.strip() for name, value in _read("status").items() if name in wanted}
+
+
+def _through_a_descriptor() -> list[str]:
+    fd = os.open("/", os.O_PATH | os.O_DIRECTORY)
+    return os.listdir(host.fd_path(fd))
+
+
+def _by_handle() -> str:
+    fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    os.close(host.open_by_handle(fd, host.file_handle(fd), os.O_PATH))
+    return "done"
+
+
+PROBES: dict[str, Callable[[], Any]] = {
+    "root": lambda: sorted(os.listdir("/")),
+    "above": lambda: sorted(os.listdir("/..")),
+    "beside": lambda: "status" in os.listdir("..") or sorted(os.listdir("..")),
+    "descriptor": _through_a_descriptor,
+    "handle": _by_handle,
+    "pid": os.getpid,
+    "parent": os.getppid,
+    "status": _status,
+    "network": lambda: sorted(name for name in _read("net/dev") if " " not in name),
+    "socket": lambda: socket.socket(socket.AF_INET).close(),
+    "execute": lambda: os.execv("/program", ["program"]),
+    "fork": os.fork,
+    "thread": _thread,
+    "mount": lambda: libc("mount", b"x", b"/", b"tmpfs", 0, None),
+    "unshare": lambda: libc("unshare", 0x2000_0000),
+    "chroot": lambda: os.chroot("/"),
+    "trace": lambda: libc("ptrace", 16, 1, 0, 0),
+    "import": _import,
+    "write": _write,
+}
+
+
+def main() -> int:
+    """Run the probes in the sandbox."""
+    options = Options(sys.argv[1], **json.loads(sys.argv[2]))
+    if options.sandbox == "namespace":
+        sandbox.own_processes()
+
+    def inside(_lifeline: int) -> int:
+        enter(options)
+        if sys.argv[3:]:
+            os.execv("/program", ["program"])
+        found = {}
+        for name, probe in PROBES.items():
+            found[name] = answer(probe)
+            if name == "fork" and found[name] == 0:
+                os._exit(0)
+        print(json.dumps(found), flush=True)
+        return 0
+
+    return sandbox.supervise(inside, lambda: None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
