@@ -1,6 +1,6 @@
 """System calls that Python lacks: file handles, renameat2, and creating files as the caller.
 
-Apart because it is all of the server's ctypes.
+Apart because it is all of the core's ctypes (sandbox and seccomp have theirs).
 """
 
 from __future__ import annotations
