@@ -43,6 +43,16 @@ class Caching:
     writeback: bool = False
 
 
+_DAY = 86400.0
+CACHE_MODES = {
+    "never": Caching(direct_io=True),
+    "metadata": Caching(_DAY, _DAY, direct_io=True),
+    "auto": Caching(1.0, 1.0),
+    "always": Caching(_DAY, _DAY, keep_data=True),
+}
+"""The modes of virtiofsd, by the name that its --cache has for them."""
+
+
 class Nodes:
     """One guest's references on the export's inodes."""
 

@@ -20,7 +20,6 @@ import trio
 
 from . import sandbox, systemd
 from .export import Export
-from .fusenodes import Caching
 from .fusesession import SessionOptions
 from .sandbox import NEEDED
 from .seccomp import Filter
@@ -30,13 +29,6 @@ from .transports.virtiofs import from_fd, listen, serve
 log = structlog.get_logger()
 FILES = 1_000_000
 """Descriptors that a server may have, where its user does not say."""
-CACHING = {
-    "never": Caching(direct_io=True),
-    "metadata": Caching(entry_timeout=86400, attr_timeout=86400, direct_io=True),
-    "auto": Caching(entry_timeout=1, attr_timeout=1),
-    "always": Caching(entry_timeout=86400, attr_timeout=86400, keep_data=True),
-}
-"""What `--cache` stands for. A directory that the guest watches is never cached."""
 
 
 class StartError(Exception):

@@ -15,11 +15,12 @@ from typing import Any
 import click
 
 from . import sandbox, systemd
+from .fusenodes import CACHE_MODES, Caching
 from .fusesession import SessionOptions
 from .logs import log_to_stderr, log_to_syslog
 from .seccomp import ACTIONS
 from .virtio.device import TAG_LENGTH
-from .virtiofsd import CACHING, Options, StartError, run
+from .virtiofsd import Options, StartError, run
 
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 """--print-capabilities: docs/interop/vhost-user.json of QEMU, and what libvirt asks for. There is
@@ -118,7 +119,11 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--socket-group", help="A group that may connect, too.")
 @click.option("--fd", multiple=True, type=int, help="A socket that is open already.")
 @click.option("--tag", default="", help="The share's name, for VMMs that ask the device for it.")
-@click.option("--cache", type=click.Choice([*CACHING, "none"]), default="auto", show_default=True)
+@click.option(
+    "--cache",
+    type=click.Choice([*CACHE_MODES, "none"]),
+    help="What guests keep. [default: file data, until the next open]",
+)
 @click.option("--readonly", is_flag=True, help="Guests may not change anything.")
 @click.option("--xattr", is_flag=True, help="Extended attributes.")
 @click.option("--posix-acl", is_flag=True, help="ACLs (and extended attributes).")
@@ -242,7 +247,7 @@ def _options(given: dict[str, Any]) -> Options:
         socket_group=given["socket_group"],
         tag=given["tag"],
         session=SessionOptions(
-            caching=CACHING["never" if cache == "none" else cache],
+            caching=CACHE_MODES["never" if cache == "none" else cache] if cache else Caching(),
             posix_acl=given["posix_acl"],
             xattr=given["xattr"] or given["posix_acl"],
             locks=given["flock"] is not False,

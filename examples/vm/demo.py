@@ -40,7 +40,10 @@ def main() -> int:
         host = Path(top)
         (host / "src").mkdir()
         console.print("$ fsd virtiofs --shared-dir=… --socket-path=…, and a guest of Debian's")
-        with shared(host, "--log-level=error") as server, guest({"share": server.paths[0]}) as vm:
+        with (
+            shared(host, 1, "--log-level=error") as server,
+            guest({"share": server.paths[0]}) as vm,
+        ):
             console.print(f"guest# uname -r\n{vm.release}")
             console.print("guest# mount -t virtiofs share /mnt && fsd-guest agent /mnt &")
             vm.mount("share")

@@ -86,7 +86,7 @@ def source_in(tmp_path: Path) -> Path:
 
 def test_the_server_refuses(tmp_path: Path) -> None:
     source = source_in(tmp_path)
-    with shared(source, "--readonly") as server, guest({"share": server.paths[0]}) as vm:
+    with shared(source, 1, "--readonly") as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         check_refused(vm, source)
         check_events(vm, source)
@@ -103,6 +103,6 @@ def test_the_guest_has_mounted_it_so(tmp_path: Path) -> None:
 
 def test_both(tmp_path: Path) -> None:
     source = source_in(tmp_path)
-    with shared(source, "--readonly") as server, guest({"share": server.paths[0]}) as vm:
+    with shared(source, 1, "--readonly") as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share", options="ro")
         check_events(vm, source)

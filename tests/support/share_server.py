@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,20 @@ def inside(pid: int) -> int:
 
 
 @contextmanager
-def shared(source: Path, *options: str, guests: int = 1) -> Iterator[Share]:
-    """Serve ``source`` for the block. At the end the server must stop on SIGTERM with exit code 0,
-    have written no traceback and left no socket.
+def shared(
+    source: Path,
+    guests: int = 1,
+    *options: str,
+    cache: str | None = None,
+    paths: Sequence[Path] = (),
+) -> Iterator[Share]:
+    """Serve ``source`` for the block, on sockets of its own or on ``paths``.
+
+    At the end the server must stop on SIGTERM with exit code 0, have written no traceback and left
+    no socket.
     """
     with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch:
-        paths = [Path(scratch, f"socket{number}") for number in range(guests)]
+        sockets = [*paths] or [Path(scratch, f"socket{number}") for number in range(guests)]
         log = Path(scratch, "log")
         with log.open("wb") as stderr:
             process = subprocess.Popen(
@@ -50,7 +58,8 @@ def shared(source: Path, *options: str, guests: int = 1) -> Iterator[Share]:
                     command("fsd"),
                     "virtiofs",
                     f"--shared-dir={source}",
-                    *(f"--socket-path={path}" for path in paths),
+                    *(f"--socket-path={path}" for path in sockets),
+                    *([f"--cache={cache}"] if cache else []),
                     *options,
                 ],
                 stdin=subprocess.DEVNULL,
@@ -60,11 +69,11 @@ def shared(source: Path, *options: str, guests: int = 1) -> Iterator[Share]:
         assert process.stdout is not None
         try:
             assert await_ready(process, process.stdout).startswith("fsd: ready: ")
-            yield Share(paths, inside(process.pid))
+            yield Share(sockets, inside(process.pid))
             process.terminate()
             assert process.wait(STOP_TIMEOUT) == 0
             assert "Traceback" not in log.read_text(), "the server wrote a traceback"
-            assert not any(path.exists() for path in paths)
+            assert not any(path.exists() for path in sockets)
         except BaseException as error:
             error.add_note(f"--- stderr of the server:\n{log.read_text(errors='replace')}")
             raise
