@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,7 @@ def test_every_one_serves(vm: Guest, tops: Path) -> None:
         assert sorted(os.listdir(tops / name)) == ["d", "file"]
 
 
+USER: dict[str, Any] = {"user": 1000, "group": 1000, "extra_groups": []}
 SET = "import os; os.setxattr('/{}/file', '{}', bytes.fromhex('{}'))"
 ACL = struct.pack("<I", 2) + b"".join(
     struct.pack("<HHI", tag, permissions, who)
@@ -99,14 +101,14 @@ def test_posix_acl(vm: Guest, tops: Path) -> None:
     (tops / "acl" / "file").chmod(0o600)
     (tops / "acl").chmod(0o755)
     read = ["cat", "/acl/file"]
-    assert vm.run(read, check=False, user=1000).status != 0
+    assert vm.run(read, check=False, **USER).status != 0
     vm.python(SET.format("acl", "system.posix_acl_access", ACL.hex()))
     assert os.getxattr(tops / "acl" / "file", "system.posix_acl_access") == ACL
-    assert vm.run(read, user=1000).stdout == "before\n"
+    assert vm.run(read, **USER).stdout == "before\n"
     # With --xattr alone it is an attribute like others, which the guest's kernel does not mind.
     (tops / "xattr" / "file").chmod(0o600)
     vm.python(SET.format("xattr", "system.posix_acl_access", ACL.hex()))
-    assert vm.run(["cat", "/xattr/file"], check=False, user=1000).status != 0
+    assert vm.run(["cat", "/xattr/file"], check=False, **USER).status != 0
     code = SET.format("plain", "system.posix_acl_access", ACL.hex())
     assert "not supported" in vm.run(["python3", "-c", code], check=False).stderr
 
