@@ -353,8 +353,10 @@ class Resolver:
         if not ahead or not ahead[0].raw.mask & _MOVED_FROM:
             return 0
         back = ahead[0].raw
-        if (back.wd, back.name) != (wd, event.name):
-            return 0
+        if (back.wd, back.name) != (wd, event.name) or self._watcher.has_moved_to(
+            back.cookie, RENAME_WINDOW
+        ):
+            return 0  # or it went on at once, to where it is seen
         assert event.child is not None
         if event.child.is_dir == replaced.is_dir and not self._links(replaced):
             return 0

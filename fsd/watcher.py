@@ -287,11 +287,19 @@ class HostWatcher:
 
     def take_moved_to(self, cookie: int, within: int) -> Arrival | None:
         """Remove and return the other half of a rename, if it is among the next events."""
+        index = self._moved_to(cookie, within)
+        return None if index < 0 else self._take(index)
+
+    def has_moved_to(self, cookie: int, within: int) -> bool:
+        """Whether the other half of a rename is among the next events."""
+        return self._moved_to(cookie, within) >= 0
+
+    def _moved_to(self, cookie: int, within: int) -> int:
         for index in range(min(within, len(self._arrivals))):
             raw = self._arrivals[index].raw
             if raw.cookie == cookie and raw.mask & Mask.MOVED_TO:
-                return self._take(index)
-        return None
+                return index
+        return -1
 
     def drop_rename(self, cookie: int, within: int) -> None:
         """Remove both halves of a rename from the next events."""

@@ -1,0 +1,56 @@
+"""What a queue's events are about, found out after all of it has happened: as in a burst."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from fsd import replayer
+from protocol.frames import Op
+
+from .support import World
+
+
+@pytest.fixture
+def outside(world: World) -> Path:
+    """A directory beside the share, on the same file system."""
+    path = world.source.with_name("outside")
+    path.mkdir()
+    return path
+
+
+def test_a_name_that_is_moved_over_and_goes_on_is_not_exchanged(
+    world: World, outside: Path
+) -> None:
+    """Though what it replaced lives on, as it does after an exchange with an unwatched name."""
+    (world.source / "dir").mkdir()
+    (world.source / "name").touch()
+    os.link(world.source / "name", world.source / "other")
+    (outside / "new").touch()
+    world.node("name")
+    mount = world.mount()
+    world.mark(mount.guest)
+    directory = world.mark(mount.guest, "dir")
+    os.rename(outside / "new", world.source / "name")
+    os.rename(world.source / "name", world.source / "dir/name")
+    arrived, left = world.orders(mount)
+    assert (arrived.op, arrived.name, arrived.name2, arrived.arg) == (Op.RENAME, b"x", b"name", 0)
+    assert (left.op, left.name, left.nodeid2, left.arg) == (Op.RENAME, b"name", directory.nodeid, 0)
+
+
+def test_an_open_that_just_ended_waits_for_its_close(world: World) -> None:
+    """/proc shows nobody who has it open, and that it is not for reading."""
+    (world.source / "file").touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    fd = os.open(world.source / "file", os.O_WRONLY)
+    world.pump()
+    time.sleep(replayer.OPEN_WAIT)
+    os.close(fd)
+    mount.guest.plan()
+    opened, closed = world.orders(mount)
+    assert (opened.op, opened.arg) == (Op.OPEN, True)
+    assert (closed.op, closed.arg) == (Op.CLOSE, opened.seq)
