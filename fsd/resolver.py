@@ -124,10 +124,7 @@ class Resolver:
             self._table.lose(node)
         self._lost_link = node if raw.mask & _ATTRIB else None
         if raw.mask & _IGNORED:
-            unseen = not int(self._watcher.mask_of(node)) & _DELETE_SELF
             self._watcher.forget(raw.wd)
-            if unseen and not event.implied:
-                yield Event(node, _DELETE_SELF, b"", 0, arrival.origin, arrival.stamp)
         yield event
 
     def _is_elsewhere(self, directory: Inode, arrival: Arrival) -> bool:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pyinotify
 
 from protocol.inotify import RawEvent, parse_events
-from protocol.masks import STRUCTURE, Mask
+from protocol.masks import SELF, STRUCTURE, Mask
 
 from .inodes import Inode, InodeTable
 
@@ -38,6 +38,9 @@ _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 DIRECTORY = STRUCTURE | Mask.ATTRIB
 """What a directory is always watched for: its names, and all that changes its attributes."""
+MARKED = SELF | Mask.ATTRIB
+"""What a marked object is always watched for: its own end, moves and links, which prove what its
+names stood for."""
 _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
 _REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
 """Events that one call may make several times: reading a directory, chown and chmod at once."""

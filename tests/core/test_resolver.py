@@ -11,7 +11,7 @@ import pytest
 from fsd import replayer
 from protocol.frames import Op
 
-from .support import World
+from .support import STRUCTURE, World
 
 
 @pytest.fixture
@@ -54,3 +54,21 @@ def test_an_open_that_just_ended_waits_for_its_close(world: World) -> None:
     opened, closed = world.orders(mount)
     assert (opened.op, opened.arg) == (Op.OPEN, True)
     assert (closed.op, closed.arg) == (Op.CLOSE, opened.seq)
+
+
+def test_a_marked_file_with_a_link_that_nobody_saw_outlives_its_name(
+    world: World, outside: Path
+) -> None:
+    """Whatever the mark asks for: its own events say whether a name was its last."""
+    (world.source / "file").touch()
+    (outside / "new").touch()
+    mount = world.mount()
+    world.mark(mount.guest, mask=STRUCTURE)
+    world.mark(mount.guest, "file", STRUCTURE)
+    os.link(world.source / "file", outside / "link")
+    os.rename(outside / "new", world.source / "file")
+    (order,) = world.orders(mount)
+    assert order.op == Op.RENAME
+    entry = mount.guest.ledger.lookup(1, b"file")
+    assert entry is not None
+    assert entry.attr.st_nlink == 2
