@@ -27,7 +27,7 @@ from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
 from .events import RENAME, Event
-from .inodes import Inode
+from .inodes import Inode, is_below
 from .listings import Known, Listing, of_inode
 from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
@@ -199,7 +199,7 @@ class Resolver:
         replaced = self._overwritten(node2, name2)
         before = listing(node).names.pop(name, None)
         child = self._known_child(node, name, before)
-        own = self._moved(first, node, child, replaced)
+        own = self._moved(first, node, node2, child, replaced)
         child = self._proved(first, node, child, own)
         if child is None or child.is_dir != bool(first.raw.mask & _ISDIR):
             looked = self._look(node2, second)
@@ -224,20 +224,32 @@ class Resolver:
         return event
 
     def _moved(
-        self, arrival: Arrival, node: Inode | None, child: Inode | None, replaced: Inode | None
+        self,
+        arrival: Arrival,
+        node: Inode | None,
+        node2: Inode | None,
+        child: Inode | None,
+        replaced: Inode | None,
     ) -> _Moved:
-        """The own events of a rename of what is taken for ``child``; out of ``node``, if known."""
+        """The own events of a rename of what is taken for ``child``; out of ``node`` and into
+        ``node2``, where they are known.
+        """
         expected = child is not None and self._reports(child, _MOVE_SELF, arrival)
         lost_expected = replaced is not None and self._reports(replaced, _ATTRIB, arrival)
         while True:
-            own = self._own_moves(arrival, node, child, replaced)
+            own = self._own_moves(arrival, node, node2, child, replaced)
             if own.moved is not None or not (expected or (lost_expected and own.lost is None)):
                 return own
             if not self._look_again(arrival):
                 return own
 
     def _own_moves(
-        self, arrival: Arrival, node: Inode | None, child: Inode | None, replaced: Inode | None
+        self,
+        arrival: Arrival,
+        node: Inode | None,
+        node2: Inode | None,
+        child: Inode | None,
+        replaced: Inode | None,
     ) -> _Moved:
         ahead = self._ahead(2)
         lost = None
@@ -250,20 +262,25 @@ class Resolver:
         if ahead and not ahead[0].raw.name and ahead[0].raw.mask & _MOVE_SELF:
             inode = self._watcher.inode_of(ahead[0].raw.wd)
             is_dir = bool(arrival.raw.mask & _ISDIR)
-            if inode is not None and inode.is_dir == is_dir and self._may_be(inode, node, child):
+            alike = inode is not None and inode.is_dir == is_dir
+            if inode is not None and alike and self._may_be(inode, node, node2, child):
                 moved = _Own(inode, ahead[0].number)
                 return _Moved(moved, lost, 2 if lost is not None else 1)
         if lost is not None and lost.inode is replaced:
             return _Moved(None, lost, 1)
         return _Moved()
 
-    def _may_be(self, inode: Inode, node: Inode | None, known: Inode | None) -> bool:
-        """Whether what moved itself can be what a rename's name, in ``node``, is taken for.
+    def _may_be(
+        self, inode: Inode, node: Inode | None, node2: Inode | None, known: Inode | None
+    ) -> bool:
+        """Whether what moved itself can be what a rename's name is taken for.
 
         Where it is not, it was renamed right after that, in directories that are not watched.
         """
         if known is not None and not known.is_placeholder:
             return known is inode
+        if any(place is not None and is_below(place, inode) for place in (node, node2)):
+            return False  # nothing moves out of, or into, itself
         here = (None, self._table.outside) if node is None else (None, self._table.outside, node)
         return not inode.is_dir or inode.parent in here
 
@@ -400,7 +417,7 @@ class Resolver:
         elif mask & _MOVED_FROM:
             names.pop(name, None)
             child = self._known_child(node, name, before)
-            own = self._moved(arrival, node, child, None)
+            own = self._moved(arrival, node, None, child, None)
             child = self._proved(arrival, node, child, own)
             if child is None or child.is_dir != bool(mask & _ISDIR):
                 child = self._gone(node, name, mask)
@@ -413,12 +430,12 @@ class Resolver:
                 child.parent = None
         elif mask & _MOVED_TO:
             replaced = self._overwritten(node, name)
-            own = self._moved(arrival, None, None, replaced)
+            own = self._moved(arrival, None, node, None, replaced)
             if own.moved is not None:
                 event.child = own.moved.inode
             else:
                 looked = self._look(node, arrival)
-                own = self._moved(arrival, None, looked, replaced)
+                own = self._moved(arrival, None, node, looked, replaced)
                 event.child = self._proved(arrival, node, looked, own) or looked
             if replaced is not None and own.lost is None:
                 event.exchanged = self._swapped(event, raw.wd, replaced, own.length)

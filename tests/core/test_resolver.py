@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsd import replayer
-from protocol.frames import Op
+from protocol.frames import STAGING, Op
 
 from .support import STRUCTURE, World
 
@@ -72,3 +72,21 @@ def test_a_marked_file_with_a_link_that_nobody_saw_outlives_its_name(
     entry = mount.guest.ledger.lookup(1, b"file")
     assert entry is not None
     assert entry.attr.st_nlink == 2
+
+
+def test_a_directory_that_moves_itself_is_not_what_just_left_it(world: World) -> None:
+    """It is at a place that nobody watches, so that its own event comes alone."""
+    for path in ("from/moving/child", "unseen", "to"):
+        (world.source / path).mkdir(parents=True)
+    mount = world.mount()
+    moving = world.mark(mount.guest, "from/moving")
+    to = world.mark(mount.guest, "to")
+    os.rename(world.source / "from/moving", world.source / "unseen/moving")
+    os.rename(world.source / "unseen/moving/child", world.source / "to/child")
+    os.rename(world.source / "unseen/moving", world.source / "unseen/moved")
+    left, child, itself = world.orders(mount)
+    assert (left.name, left.nodeid2) == (b"moving", STAGING)
+    assert (child.nodeid, child.name, child.nodeid2) == (moving.nodeid, b"child", to.nodeid)
+    entry = mount.guest.ledger._tasks[1].child
+    assert entry is not moving
+    assert (itself.nodeid, itself.nodeid2) == (STAGING, STAGING)
