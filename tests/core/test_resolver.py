@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fsd import replayer
-from protocol.frames import STAGING, Op
+from protocol.frames import ALIAS, STAGING, Op
+from protocol.masks import Mask
 
 from .support import STRUCTURE, World
 
@@ -90,3 +91,39 @@ def test_a_directory_that_moves_itself_is_not_what_just_left_it(world: World) ->
     entry = mount.guest.ledger._tasks[1].child
     assert entry is not moving
     assert (itself.nodeid, itself.nodeid2) == (STAGING, STAGING)
+
+
+def test_a_file_unlinked_while_open_dies_when_it_is_closed(world: World) -> None:
+    """And not with the unlink, nor with the next one."""
+    for name in ("file", "other"):
+        (world.source / name).touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    node = world.mark(mount.guest, "file")
+    fd = os.open(world.source / "file", os.O_WRONLY)
+    os.unlink(world.source / "file")
+    os.chmod(world.source / "other", 0o600)
+    os.close(fd)
+    os.unlink(world.source / "other")
+    orders = world.orders(mount)
+    nlinks = [task.nlink for task in mount.guest.ledger._tasks]
+    assert [(order.op, order.nodeid, order.name) for order in orders] == [
+        (Op.OPEN, 1, b"file"), (Op.REMOVE, 1, b"file"), (Op.TOUCH, 1, b"other"),
+        (Op.CLOSE, 1, b"file"), (Op.REMOVE, ALIAS, b"%d" % node.nodeid), (Op.REMOVE, 1, b"other"),
+    ]  # fmt: skip
+    assert nlinks[1] == 2
+
+
+def test_a_directory_that_changes_before_another_goes_is_not_what_goes(world: World) -> None:
+    for name in ("changed", "gone"):
+        (world.source / name).mkdir()
+    mount = world.mount()
+    world.mark(mount.guest)
+    changed = world.mark(mount.guest, "changed")
+    os.chmod(world.source / "changed", 0o700)
+    os.rmdir(world.source / "gone")
+    touched, removed = world.orders(mount)
+    assert (touched.op, touched.name, touched.arg) == (Op.TOUCH, b"changed", Mask.ATTRIB)
+    assert (removed.op, removed.name) == (Op.REMOVE, b"gone")
+    assert mount.guest.ledger._tasks[0].child is changed
+    assert mount.guest.ledger._tasks[1].child is not changed
