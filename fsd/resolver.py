@@ -214,8 +214,7 @@ class Resolver:
         if not exchanged:
             replaced = self._lost(first, replaced, own)
         event.exchanged = exchanged
-        self._replace(event, node2, name2, child, replaced)
-        self._imply(event, own)
+        self._replace(event, node2, name2, replaced, own)
         self._table.displace(node, name, child)
         self._table.place(child, node2, name2)
         if exchanged and replaced is not None:
@@ -390,17 +389,20 @@ class Resolver:
         return known or self._table.placeholder(before.kind, node, name)
 
     def _replace(
-        self, event: Event, node: Inode, name: bytes, child: Inode, replaced: Inode | None
+        self, event: Event, node: Inode, name: bytes, replaced: Inode | None, own: _Moved
     ) -> None:
-        """MOVED_TO node/name: what it overwrote, and the listing after it."""
+        """MOVED_TO node/name: what it overwrote, what follows of it, and the listing after it."""
+        assert event.child is not None
         names = listing(node).names
         before = names.get(name)
         if replaced is not None:
             event.replaced = replaced
-            event.nlink = self._links_before(replaced)
+            if own.lost is None:  # else it says so itself, and to look would delay its end
+                event.nlink = self._links_before(replaced)
         if event.node2 is None:
             event.before = before
-        names[name] = of_inode(child)
+        names[name] = of_inode(event.child)
+        self._imply(event, own)
 
     def _named(self, node: Inode, arrival: Arrival) -> Event:
         raw = arrival.raw
@@ -441,8 +443,7 @@ class Resolver:
                 event.exchanged = self._swapped(event, raw.wd, replaced, own.length)
             if not event.exchanged:
                 replaced = self._lost(arrival, replaced, own)
-            self._replace(event, node, name, event.child, replaced)
-            self._imply(event, own)
+            self._replace(event, node, name, replaced, own)
             self._table.place(event.child, node, name)
         elif mask & _CREATE:
             if name in node.children:
