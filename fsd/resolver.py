@@ -424,6 +424,7 @@ class Resolver:
             if child is None or child.is_dir != bool(mask & _ISDIR):
                 child = self._gone(node, name, mask)
             event.child = child
+            event.replaced = self._lost(arrival, None, own)
             self._imply(event, own)
             self._table.displace(node, name, child)
             if child.is_dir:

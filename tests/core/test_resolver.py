@@ -127,3 +127,26 @@ def test_a_directory_that_changes_before_another_goes_is_not_what_goes(world: Wo
     assert (removed.op, removed.name) == (Op.REMOVE, b"gone")
     assert mount.guest.ledger._tasks[0].child is changed
     assert mount.guest.ledger._tasks[1].child is not changed
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_what_is_overwritten_where_nobody_watches_is_told_with_what_left(
+    world: World, links: int
+) -> None:
+    for name in ("in", "unseen"):
+        (world.source / name).mkdir()
+    for name in ("old", "new"):
+        (world.source / "in" / name).touch()
+    mount = world.mount()
+    world.mark(mount.guest, "in")
+    old, new = (world.mark(mount.guest, f"in/{name}") for name in ("old", "new"))
+    os.rename(world.source / "in/old", world.source / "unseen/name")
+    if links == 2:
+        os.link(world.source / "unseen/name", world.source / "unseen/link")
+    os.rename(world.source / "in/new", world.source / "unseen/name")
+    orders = [order for order in world.orders(mount) if order.op != Op.TOUCH]
+    assert [(order.op, order.name, order.nodeid2) for order in orders] == [
+        (Op.RENAME, b"old", STAGING), (Op.RENAME, b"new", STAGING),
+    ]  # fmt: skip
+    last = mount.guest.ledger._tasks[-1]
+    assert (last.child, last.target, last.nlink) == (new, old, links)

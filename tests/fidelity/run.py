@@ -116,7 +116,8 @@ def _no_faults() -> list[str]:
 def faults(mountpoint: Path) -> list[str]:
     """What the server itself counts as gone wrong."""
     state = json.loads((mountpoint / ".fsd" / "status").read_text())
-    found = [f"faults of the server: {state['counts']['faults']}"] * ("faults" in state["counts"])
+    count = state["counts"].get("faults", 0)
+    found = [f"faults of the server: {count}"] * bool(count)
     for guest in state["guests"]:
         if guest["failed"]:
             found.append(f"failed to replay: {guest['failed']} ({guest['by_kind']})")
