@@ -31,7 +31,7 @@ from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
 from .resync import Changes, difference, told
-from .watcher import DIRECTORY, HOST, SERVER, HostWatcher
+from .watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 
 log = structlog.get_logger()
 _LEAVES = int(Mask.DELETE | Mask.DELETE_SELF | Mask.MOVED_FROM | Mask.MOVED_TO)
@@ -159,6 +159,8 @@ class Export:
     def _wanted(self, inode: Inode) -> Mask:
         """What the host is to be watched for: the aggregate, and what keeps names right."""
         mask = self.interest.aggregate(inode)
+        if mask:
+            mask |= MARKED
         if inode.is_dir:
             mask |= self.interest.aggregate(None)
             if inode in self.arming:

@@ -87,6 +87,16 @@ class Inode:
         return b"/".join(reversed(parts))
 
 
+def is_below(directory: Inode, top: Inode) -> bool:
+    """Whether a directory is ``top``, or below it as far as is known."""
+    node: Inode | None = directory
+    while node is not None:
+        if node is top:
+            return True
+        node = node.parent
+    return False
+
+
 def _hidden_directory(nodeid: int, name: bytes) -> Inode:
     inode = Inode(nodeid, 1, (-2, nodeid, b""), stat.S_IFDIR)
     inode.name = name
@@ -183,7 +193,7 @@ class InodeTable:
         """Note that the inode is now known as parent/name."""
         if inode is self.root:
             return
-        if inode.is_dir and self._is_below(parent, inode):
+        if inode.is_dir and is_below(parent, inode):
             self.lose(parent)  # what was known of it is out of date
         old = inode.parent
         moved = old is not None and (old is not parent or inode.name != name)
@@ -197,15 +207,6 @@ class InodeTable:
             self.lose(other)
         inode.parent, inode.name = parent, name
         parent.children[name] = inode
-
-    @staticmethod
-    def _is_below(directory: Inode, top: Inode) -> bool:
-        node: Inode | None = directory
-        while node is not None:
-            if node is top:
-                return True
-            node = node.parent
-        return False
 
     def lose(self, directory: Inode) -> None:
         """Note that a directory is no longer where it was, and not known where it is."""

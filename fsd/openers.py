@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 
 
-def is_open_for_writing(device: int, ino: int) -> bool:
-    """Whether any visible process has the file (st_dev, st_ino) open for writing. In a sandbox
-    none is visible.
+def is_open_for_writing(device: int, ino: int) -> bool | None:
+    """Whether any visible process has the file (st_dev, st_ino) open for writing; None where none
+    has it open at all, and in a sandbox, where none is visible.
     """
     if not os.path.isdir("/proc/self"):
-        return False
+        return None
+    found = None
     mounts = _mounts_of(device)
     for pid in os.listdir("/proc"):
         if not pid.isdigit():
@@ -32,9 +33,12 @@ def is_open_for_writing(device: int, ino: int) -> bool:
                 continue
             if int(fields.get("ino", 0)) == ino and int(fields.get("mnt_id", -1)) in mounts:
                 flags = int(fields["flags"], 8)
-                if not flags & os.O_PATH and flags & os.O_ACCMODE != os.O_RDONLY:
+                if flags & os.O_PATH:
+                    continue
+                if flags & os.O_ACCMODE != os.O_RDONLY:
                     return True
-    return False
+                found = False
+    return found
 
 
 def _mounts_of(device: int) -> set[int]:

@@ -290,8 +290,14 @@ class ReplayGuest(Guest):
         self.waiting_until = arrived + OPEN_WAIT
         if now < self.waiting_until:
             return None
-        gone = inode.is_placeholder
-        return [not gone and openers.is_open_for_writing(*inode.identity[:2])]
+        if inode.is_placeholder:
+            return [False]
+        writing = openers.is_open_for_writing(*inode.identity[:2])
+        # Open no more: its CLOSE is on the way, unless it is only mapped.
+        self.waiting_until = arrived + 2 * OPEN_WAIT
+        if writing is None and now < self.waiting_until:
+            return None
+        return [bool(writing)]
 
     def _closed_later(self, inode: Inode) -> list[bool]:
         """The CLOSEs among the held events that belong to the OPEN at the head of them.

@@ -21,7 +21,6 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
@@ -29,6 +28,7 @@ from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import Known, Listing, of_inode
+from .ownevents import TWIN_WINDOW, Moved, OwnEvents
 from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
 
@@ -46,29 +46,8 @@ _OVERFLOW = int(Mask.Q_OVERFLOW)
 RENAME_WAIT = 0.005
 """Seconds that a MOVED_FROM waits for its other half: the kernel queues both in one system call,
 microseconds apart, unless the renaming process is preempted between them."""
-OWN_WAIT = 0.0002
-"""Seconds that an object's own event, which the kernel queues right after the one with the name, is
-waited for: the queue may have been read between the two."""
-_TWIN_WINDOW = 8
-"""Events behind one with a name among which its nameless twin stands: other processes' come
-between."""
 RENAME_WINDOW = 128
 """Events behind a MOVED_FROM after which its other half is no longer expected."""
-
-
-class _Own(NamedTuple):
-    """A watched object's own event that stands ahead."""
-
-    inode: Inode
-    number: int
-
-
-class _Moved(NamedTuple):
-    """What the own events behind a rename's names say."""
-
-    moved: _Own | None = None
-    lost: _Own | None = None  # a link: what was overwritten
-    length: int = 0  # how many arrivals they are
 
 
 class Resolver:
@@ -78,6 +57,7 @@ class Resolver:
         self._fs = fs
         self._table = fs.table
         self._watcher = watcher
+        self._own_events = OwnEvents(fs.table, watcher)
         self.waiting_until: float | None = None
         # Arrivals that come by themselves with the replay of another, by their number: of the
         # Event before them, or (None) of the DELETE behind them.
@@ -124,10 +104,7 @@ class Resolver:
             self._table.lose(node)
         self._lost_link = node if raw.mask & _ATTRIB else None
         if raw.mask & _IGNORED:
-            unseen = not int(self._watcher.mask_of(node)) & _DELETE_SELF
             self._watcher.forget(raw.wd)
-            if unseen and not event.implied:
-                yield Event(node, _DELETE_SELF, b"", 0, arrival.origin, arrival.stamp)
         yield event
 
     def _is_elsewhere(self, directory: Inode, arrival: Arrival) -> bool:
@@ -144,7 +121,7 @@ class Resolver:
         if died != node.is_dir and int(self._watcher.mask_of(node)) & _ATTRIB:
             return False  # a chmod; or the last link of a file went before, while it was open
         numbers = []
-        for ahead in self._ahead(3):
+        for ahead in self._own_events.ahead(3):
             raw = ahead.raw
             if raw.wd == arrival.raw.wd and raw.mask & (_DELETE_SELF | _IGNORED):
                 died = True
@@ -161,20 +138,6 @@ class Resolver:
             self._ended[ahead.number] = (node, died)
             return True
         return False
-
-    def _ahead(self, count: int) -> list[Arrival]:
-        """The next arrivals."""
-        if self._watcher.backlog < count:
-            self._watcher.drain()
-        return self._watcher.peek(count)
-
-    def _look_again(self, arrival: Arrival) -> bool:
-        """Whether more may come of the system call that queued ``arrival``; reads what has."""
-        if self._watcher.backlog >= _TWIN_WINDOW:
-            return False
-        os.sched_yield()
-        self._watcher.drain()
-        return time.monotonic() < arrival.stamp + OWN_WAIT
 
     def _other_half(self, arrival: Arrival) -> Arrival | None:
         self.waiting_until = None
@@ -202,7 +165,7 @@ class Resolver:
         replaced = self._overwritten(node2, name2)
         before = listing(node).names.pop(name, None)
         child = self._known_child(node, name, before)
-        own = self._moved(first, node, child, replaced)
+        own = self._own_events.of_rename(first, node, node2, child, replaced)
         child = self._proved(first, node, child, own)
         if child is None or child.is_dir != bool(first.raw.mask & _ISDIR):
             looked = self._look(node2, second)
@@ -217,8 +180,7 @@ class Resolver:
         if not exchanged:
             replaced = self._lost(first, replaced, own)
         event.exchanged = exchanged
-        self._replace(event, node2, name2, child, replaced)
-        self._imply(event, own)
+        self._replace(event, node2, name2, replaced, own)
         self._table.displace(node, name, child)
         self._table.place(child, node2, name2)
         if exchanged and replaced is not None:
@@ -226,72 +188,25 @@ class Resolver:
             self._table.place(replaced, node, name)
         return event
 
-    def _moved(
-        self, arrival: Arrival, node: Inode | None, child: Inode | None, replaced: Inode | None
-    ) -> _Moved:
-        """The own events of a rename of what is taken for ``child``; out of ``node``, if known."""
-        expected = child is not None and self._reports(child, _MOVE_SELF, arrival)
-        lost_expected = replaced is not None and self._reports(replaced, _ATTRIB, arrival)
-        while True:
-            own = self._own_moves(arrival, node, child, replaced)
-            if own.moved is not None or not (expected or (lost_expected and own.lost is None)):
-                return own
-            if not self._look_again(arrival):
-                return own
-
-    def _own_moves(
-        self, arrival: Arrival, node: Inode | None, child: Inode | None, replaced: Inode | None
-    ) -> _Moved:
-        ahead = self._ahead(2)
-        lost = None
-        if ahead and not ahead[0].raw.name and ahead[0].raw.mask & _ATTRIB:
-            inode = self._watcher.inode_of(ahead[0].raw.wd)
-            if inode is not None:
-                lost = _Own(inode, ahead[0].number)
-        if lost is not None:
-            ahead = ahead[1:]
-        if ahead and not ahead[0].raw.name and ahead[0].raw.mask & _MOVE_SELF:
-            inode = self._watcher.inode_of(ahead[0].raw.wd)
-            is_dir = bool(arrival.raw.mask & _ISDIR)
-            if inode is not None and inode.is_dir == is_dir and self._may_be(inode, node, child):
-                moved = _Own(inode, ahead[0].number)
-                return _Moved(moved, lost, 2 if lost is not None else 1)
-        if lost is not None and lost.inode is replaced:
-            return _Moved(None, lost, 1)
-        return _Moved()
-
-    def _may_be(self, inode: Inode, node: Inode | None, known: Inode | None) -> bool:
-        """Whether what moved itself can be what a rename's name, in ``node``, is taken for.
-
-        Where it is not, it was renamed right after that, in directories that are not watched.
-        """
-        if known is not None and not known.is_placeholder:
-            return known is inode
-        here = (None, self._table.outside) if node is None else (None, self._table.outside, node)
-        return not inode.is_dir or inode.parent in here
-
-    def _reports(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
-        return self._watcher.reports(inode, bits, arrival.number)
-
     def _proved(
-        self, arrival: Arrival, node: Inode, child: Inode | None, own: _Moved
+        self, arrival: Arrival, node: Inode, child: Inode | None, own: Moved
     ) -> Inode | None:
         """What was renamed, where its own MOVE_SELF says so or would have to."""
         if own.moved is not None:
             return own.moved.inode
-        if child is not None and self._reports(child, _MOVE_SELF, arrival):
+        if child is not None and self._own_events.expected(child, _MOVE_SELF, arrival):
             return self._gone(node, arrival.raw.name, arrival.raw.mask)
         return child
 
-    def _lost(self, arrival: Arrival, replaced: Inode | None, own: _Moved) -> Inode | None:
+    def _lost(self, arrival: Arrival, replaced: Inode | None, own: Moved) -> Inode | None:
         """What was overwritten, where its own ATTRIB says so or would have to."""
         if own.lost is not None:
             return own.lost.inode
-        if replaced is not None and self._reports(replaced, _ATTRIB, arrival):
+        if replaced is not None and self._own_events.expected(replaced, _ATTRIB, arrival):
             return None
         return replaced
 
-    def _imply(self, event: Event, own: _Moved) -> None:
+    def _imply(self, event: Event, own: Moved) -> None:
         """The own events of a rename come with its replay; so does the end of what it replaced."""
         if own.moved is not None:
             self._implied[own.moved.number] = event
@@ -300,7 +215,7 @@ class Resolver:
         self._implied[own.lost.number] = event
         wd = self._watcher.wd_of(own.lost.inode)
         event.nlink = 2
-        for ahead in self._ahead(own.length + 2)[own.length :]:
+        for ahead in self._own_events.ahead(own.length + 2)[own.length :]:
             if ahead.raw.wd != wd or not ahead.raw.mask & (_DELETE_SELF | _IGNORED):
                 break
             self._implied[ahead.number] = event
@@ -308,7 +223,7 @@ class Resolver:
 
     def _exchanged(self, event: Event, replaced: Inode, skip: int) -> int:
         """Cookie of the second pair, back, that RENAME_EXCHANGE queues; 0 for a plain rename."""
-        ahead = self._ahead(skip + 3)[skip:]
+        ahead = self._own_events.ahead(skip + 3)[skip:]
         if len(ahead) < 2:
             return 0
         back, there = (arrival.raw for arrival in ahead[:2])
@@ -349,12 +264,14 @@ class Resolver:
 
     def _swapped(self, event: Event, wd: int, replaced: Inode, skip: int) -> int:
         """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
-        ahead = self._ahead(skip + 2)[skip:]
+        ahead = self._own_events.ahead(skip + 2)[skip:]
         if not ahead or not ahead[0].raw.mask & _MOVED_FROM:
             return 0
         back = ahead[0].raw
-        if (back.wd, back.name) != (wd, event.name):
-            return 0
+        if (back.wd, back.name) != (wd, event.name) or self._watcher.has_moved_to(
+            back.cookie, RENAME_WINDOW
+        ):
+            return 0  # or it went on at once, to where it is seen
         assert event.child is not None
         if event.child.is_dir == replaced.is_dir and not self._links(replaced):
             return 0
@@ -374,17 +291,20 @@ class Resolver:
         return known or self._table.placeholder(before.kind, node, name)
 
     def _replace(
-        self, event: Event, node: Inode, name: bytes, child: Inode, replaced: Inode | None
+        self, event: Event, node: Inode, name: bytes, replaced: Inode | None, own: Moved
     ) -> None:
-        """MOVED_TO node/name: what it overwrote, and the listing after it."""
+        """MOVED_TO node/name: what it overwrote, what follows of it, and the listing after it."""
+        assert event.child is not None
         names = listing(node).names
         before = names.get(name)
         if replaced is not None:
             event.replaced = replaced
-            event.nlink = self._links_before(replaced)
+            if own.lost is None:  # else it says so itself, and to look would delay its end
+                event.nlink = self._links_before(replaced)
         if event.node2 is None:
             event.before = before
-        names[name] = of_inode(child)
+        names[name] = of_inode(event.child)
+        self._imply(event, own)
 
     def _named(self, node: Inode, arrival: Arrival) -> Event:
         raw = arrival.raw
@@ -401,11 +321,12 @@ class Resolver:
         elif mask & _MOVED_FROM:
             names.pop(name, None)
             child = self._known_child(node, name, before)
-            own = self._moved(arrival, node, child, None)
+            own = self._own_events.of_rename(arrival, node, None, child, None)
             child = self._proved(arrival, node, child, own)
             if child is None or child.is_dir != bool(mask & _ISDIR):
                 child = self._gone(node, name, mask)
             event.child = child
+            event.replaced = self._lost(arrival, None, own)
             self._imply(event, own)
             self._table.displace(node, name, child)
             if child.is_dir:
@@ -414,19 +335,18 @@ class Resolver:
                 child.parent = None
         elif mask & _MOVED_TO:
             replaced = self._overwritten(node, name)
-            own = self._moved(arrival, None, None, replaced)
+            own = self._own_events.of_rename(arrival, None, node, None, replaced)
             if own.moved is not None:
                 event.child = own.moved.inode
             else:
                 looked = self._look(node, arrival)
-                own = self._moved(arrival, None, looked, replaced)
+                own = self._own_events.of_rename(arrival, None, node, looked, replaced)
                 event.child = self._proved(arrival, node, looked, own) or looked
             if replaced is not None and own.lost is None:
                 event.exchanged = self._swapped(event, raw.wd, replaced, own.length)
             if not event.exchanged:
                 replaced = self._lost(arrival, replaced, own)
-            self._replace(event, node, name, event.child, replaced)
-            self._imply(event, own)
+            self._replace(event, node, name, replaced, own)
             self._table.place(event.child, node, name)
         elif mask & _CREATE:
             if name in node.children:
@@ -455,7 +375,7 @@ class Resolver:
         known = self._known_child(node, name, before)
         if known is None or known.is_dir != bool(mask & _ISDIR):
             return self._gone(node, name, mask)
-        if self._reports(known, _DELETE_SELF if known.is_dir else _ATTRIB, arrival):
+        if self._own_events.expected(known, _DELETE_SELF if known.is_dir else _ATTRIB, arrival):
             if known.is_dir or known is not self._lost_link:
                 return self._gone(node, name, mask)
             event.nlink = 2
@@ -467,7 +387,7 @@ class Resolver:
         """The watched object that this was, if it is open under a name that it has no more, or
         has lost since: its own event stands next.
         """
-        for ahead in self._ahead(1):
+        for ahead in self._own_events.ahead(1):
             inode = self._watcher.inode_of(ahead.raw.wd)
             if inode is None or ahead.raw.name or ahead.raw.mask != event.mask:
                 return None
@@ -491,14 +411,14 @@ class Resolver:
         if not int(self._watcher.mask_of(child)) & bits:
             return child
         while True:
-            for ahead in self._ahead(_TWIN_WINDOW):
+            for ahead in self._own_events.ahead(TWIN_WINDOW):
                 if ahead.raw.wd == wd and ahead.raw.mask == event.mask:
                     self._implied[ahead.number] = event
                     event.twin = True
                     return child
-            if not self._look_again(arrival):
+            if not self._own_events.look_again(arrival):
                 break
-        if not self._reports(child, bits, arrival):
+        if not self._own_events.expected(child, bits, arrival):
             event.twin = True
             return child
         self._table.displace(event.node, event.name, child)

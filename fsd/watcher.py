@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pyinotify
 
 from protocol.inotify import RawEvent, parse_events
-from protocol.masks import STRUCTURE, Mask
+from protocol.masks import SELF, STRUCTURE, Mask
 
 from . import host
 from .inodes import Inode, InodeTable
@@ -39,6 +39,9 @@ _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 DIRECTORY = STRUCTURE | Mask.ATTRIB
 """What a directory is always watched for: its names, and all that changes its attributes."""
+MARKED = SELF | Mask.ATTRIB
+"""What a marked object is always watched for: its own end, moves and links, which prove what its
+names stood for."""
 _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
 _REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
 """Events that one call may make several times: reading a directory, chown and chmod at once."""
@@ -288,11 +291,19 @@ class HostWatcher:
 
     def take_moved_to(self, cookie: int, within: int) -> Arrival | None:
         """Remove and return the other half of a rename, if it is among the next events."""
+        index = self._moved_to(cookie, within)
+        return None if index < 0 else self._take(index)
+
+    def has_moved_to(self, cookie: int, within: int) -> bool:
+        """Whether the other half of a rename is among the next events."""
+        return self._moved_to(cookie, within) >= 0
+
+    def _moved_to(self, cookie: int, within: int) -> int:
         for index in range(min(within, len(self._arrivals))):
             raw = self._arrivals[index].raw
             if raw.cookie == cookie and raw.mask & Mask.MOVED_TO:
-                return self._take(index)
-        return None
+                return index
+        return -1
 
     def drop_rename(self, cookie: int, within: int) -> None:
         """Remove both halves of a rename from the next events."""

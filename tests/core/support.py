@@ -25,6 +25,7 @@ AGENT = Identity(os.geteuid(), os.getegid(), AGENT_PID)
 ALL = int(EVENTS)
 STRUCTURE = int(masks.STRUCTURE)
 DIRECTORY = int(watcher.DIRECTORY)
+MARKED = int(watcher.MARKED)
 WHOLE = NodeKey(0, 0)
 
 

@@ -14,7 +14,7 @@ from protocol.frames import Op
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 
-from .support import AGENT, ALL, DIRECTORY, USER, WHOLE, World
+from .support import AGENT, ALL, DIRECTORY, MARKED, USER, WHOLE, World
 
 CREATE = int(Mask.CREATE)
 
@@ -208,7 +208,7 @@ def test_the_provisional_watch_becomes_the_marks(
     while world.export.arming._nodes:
         assert time.monotonic() < deadline
         world.export.process(1)
-    assert int(world.host_mask(node)) == DIRECTORY
+    assert int(world.host_mask(node)) == DIRECTORY | MARKED
     (world.source / "d/x").mkdir()
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 

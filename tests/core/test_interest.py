@@ -18,7 +18,7 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 
-from .support import DIRECTORY, WHOLE, World, plain
+from .support import DIRECTORY, MARKED, WHOLE, World, plain
 
 CREATE, DELETE, MODIFY, ATTRIB, ACCESS = (
     int(mask) for mask in (Mask.CREATE, Mask.DELETE, Mask.MODIFY, Mask.ATTRIB, Mask.ACCESS)
@@ -65,15 +65,15 @@ def test_host_mask_follows_the_aggregate_exactly(
     spy = Spy(world, monkeypatch)
     a, b = world.observer("a"), world.observer("b")
     node = world.mark(a, mask=CREATE | ACCESS)
-    assert spy.taken() == [CREATE | ACCESS | DIRECTORY]
+    assert spy.taken() == [CREATE | ACCESS | DIRECTORY | MARKED]
     world.mark(b, mask=ACCESS)
     assert spy.taken() == []  # the OR is what it was
     world.mark(b, mask=MODIFY)
-    assert spy.taken() == [ACCESS | MODIFY | DIRECTORY]
+    assert spy.taken() == [ACCESS | MODIFY | DIRECTORY | MARKED]
     world.mark(a, mask=ACCESS)
     assert spy.taken() == []  # names are watched for as long as anybody is interested
     world.mark(a, mask=0)
-    assert spy.taken() == [MODIFY | DIRECTORY]
+    assert spy.taken() == [MODIFY | DIRECTORY | MARKED]
     world.mark(b, mask=0)
     assert spy.taken() == [0]
     assert world.host_mask(node) == 0
@@ -87,7 +87,7 @@ def test_repeating_a_request_changes_nothing(world: World, monkeypatch: pytest.M
     pins = node.pins
     for _ in range(5):
         world.mark(guest, mask=MODIFY)
-    assert spy.taken() == [MODIFY | DIRECTORY]
+    assert spy.taken() == [MODIFY | DIRECTORY | MARKED]
     assert node.pins == pins
     world.mark(guest, mask=0)
     world.mark(guest, mask=0)
@@ -104,7 +104,7 @@ def test_a_leaving_guest_takes_its_marks_along(world: World) -> None:
     world.export.remove_guest(a)
     assert a not in world.export.guests
     assert set(world.export.watcher.inodes()) == {world.root, node}
-    assert world.host_mask(node) == ATTRIB | DIRECTORY
+    assert world.host_mask(node) == ATTRIB | DIRECTORY | MARKED
     world.export.remove_guest(b)
     assert len(world.export.watcher) == 0
     assert not world.export.interest.inodes()
@@ -149,7 +149,7 @@ def test_the_kernels_own_bits_are_stripped(world: World) -> None:
     bits = MODIFY | int(Mask.ONESHOT | Mask.EXCL_UNLINK | Mask.EVENT_ON_CHILD | Mask.IGNORED)
     node = world.mark(guest, mask=bits)
     assert world.export.interest.of(guest, node) == MODIFY
-    assert world.host_mask(node) == MODIFY | DIRECTORY
+    assert world.host_mask(node) == MODIFY | DIRECTORY | MARKED
 
 
 @pytest.mark.parametrize("key", [NodeKey(12345, 1), NodeKey(1, 7), NodeKey(2**63 + 2, 1)])
@@ -177,7 +177,7 @@ def test_a_mark_on_a_file_watches_its_directory_for_names(world: World) -> None:
     guest = world.observer()
     node = world.mark(guest, "dir/file", MODIFY)
     directory = world.node("dir")
-    assert world.host_mask(node) == MODIFY
+    assert world.host_mask(node) == MODIFY | MARKED
     assert world.host_mask(directory) == DIRECTORY
     world.mark(guest, "dir/file", 0)
     assert len(world.export.watcher) == 0
@@ -236,7 +236,7 @@ def test_two_hundred_guests_aggregate(world: World, monkeypatch: pytest.MonkeyPa
     for guest, bit in zip(guests, itertools.cycle(bits), strict=False):
         world.mark(guest, mask=bit)
     assert len(spy.taken()) <= 1 + len(bits)
-    assert world.host_mask(world.root) == CREATE | DELETE | MODIFY | ATTRIB | DIRECTORY
+    assert world.host_mask(world.root) == CREATE | DELETE | MODIFY | ATTRIB | DIRECTORY | MARKED
     (world.source / "x").touch()
     told = [len(world.take(guest)) for guest in guests]
     assert told == [1, 0, 0, 0] * 50
@@ -322,6 +322,6 @@ def test_whole_and_single_marks_are_apart(world: World) -> None:
     world.export.update(guest, WHOLE, MODIFY)
     world.mark(guest, mask=CREATE)
     world.export.update(guest, WHOLE, 0)
-    assert world.host_mask(world.root) == CREATE | DIRECTORY
+    assert world.host_mask(world.root) == CREATE | DIRECTORY | MARKED
     world.mark(guest, mask=0)
     assert len(world.export.watcher) == 0

@@ -17,7 +17,7 @@ from protocol.frames import Op, Order
 from protocol.masks import Mask
 
 from .conftest import Worlds
-from .support import AGENT, ALL, DIRECTORY, STRUCTURE, WHOLE, World, merged, plain, settle
+from .support import AGENT, ALL, DIRECTORY, MARKED, STRUCTURE, WHOLE, World, merged, plain, settle
 
 CHANGE = int(Mask.MODIFY | Mask.CLOSE_WRITE)
 
@@ -467,7 +467,7 @@ def test_a_watch_that_becomes_free_is_taken(make_world: Worlds) -> None:
         world.pump()
         time.sleep(0.01)
     assert not world.export.unwatched
-    assert world.host_mask(second) == DIRECTORY
+    assert world.host_mask(second) == DIRECTORY | MARKED
     (world.source / "b/x").touch()
     assert plain(world.take(guest)) == [(b"b/x", "create")]
 

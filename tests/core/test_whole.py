@@ -10,7 +10,7 @@ import pytest
 from protocol.masks import Mask
 
 from .conftest import Worlds
-from .support import ALL, DIRECTORY, WHOLE, World, plain
+from .support import ALL, DIRECTORY, MARKED, WHOLE, World, plain
 
 CREATE, DELETE, MODIFY = int(Mask.CREATE), int(Mask.DELETE), int(Mask.MODIFY)
 
@@ -97,7 +97,7 @@ def test_its_end_leaves_what_single_marks_ask_for(world: World) -> None:
     node = world.mark(single, "a", CREATE)
     world.export.update(whole, WHOLE, 0)
     assert set(world.export.watcher.inodes()) == {world.root, node}
-    assert world.host_mask(node) == CREATE | DIRECTORY
+    assert world.host_mask(node) == CREATE | DIRECTORY | MARKED
     (world.source / "a/x").touch()
     assert plain(world.take(single)) == [(b"a/x", "create")]
     assert world.take(whole) == []

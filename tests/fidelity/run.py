@@ -108,6 +108,22 @@ def _lives() -> None:
     """Nothing can die where no server is."""
 
 
+def _no_faults() -> list[str]:
+    """Nor can anything go wrong in it."""
+    return []
+
+
+def faults(mountpoint: Path) -> list[str]:
+    """What the server itself counts as gone wrong."""
+    state = json.loads((mountpoint / ".fsd" / "status").read_text())
+    count = state["counts"].get("faults", 0)
+    found = [f"faults of the server: {count}"] * bool(count)
+    for guest in state["guests"]:
+        if guest["failed"]:
+            found.append(f"failed to replay: {guest['failed']} ({guest['by_kind']})")
+    return found
+
+
 @dataclass(frozen=True)
 class Arena:
     """Where a case is run; `outside` is on the file system of `source`, but not shared."""
@@ -118,6 +134,7 @@ class Arena:
     arm: Arm
     lives: Callable[[], None] = _lives
     """Fails if the server has died, lest anything be waited for in vain."""
+    faults: Callable[[], list[str]] = _no_faults
 
     @classmethod
     def of(cls, mount: Mount) -> Arena:
@@ -130,6 +147,7 @@ class Arena:
             mount.source.with_name(mount.source.name + ".outside"),
             lambda paths, watcher: mount.wait_armed(*paths, pid=watcher.pid),
             lives,
+            lambda: faults(mount.mountpoint),
         )
 
     @classmethod
@@ -314,6 +332,7 @@ def run(case: Case, arena: Arena, steps: Sequence[Step] | None = None) -> Outcom
             outcome.seconds = time.monotonic() - begin - LINGER
             outcome.native = since(native.stream(), START)
             outcome.mount = since(mount.stream(), START)
+    outcome.problems += arena.faults()
     return outcome
 
 
@@ -502,6 +521,7 @@ def main() -> int:
                 Arena.native(source).outside,
                 # The process that wait_armed looks after is any that must live meanwhile.
                 lambda paths, w: Mount(source, mountpoint, w).wait_armed(*paths, pid=w.pid),
+                faults=lambda: faults(mountpoint),
             )
         else:
             top = Arena.of(stack.enter_context(mounted(source, args.mountpoint.resolve())))

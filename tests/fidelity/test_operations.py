@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.fidelity.calls import Executor
 from tests.fidelity.compare import CONTROL, first_difference, normalise
 from tests.fidelity.operations import WEIGHTS, Generator, Plan
-from tests.fidelity.run import MASKS, Arena, Case, Outcome, minimise, run
+from tests.fidelity.run import MASKS, Arena, Case, Outcome, faults, minimise, run
 
 IN_MOVED_TO = 0x80
 
@@ -123,6 +124,18 @@ def test_a_lost_event_is_noticed(tmp_path: Path) -> None:
         broken = [event for index, event in enumerate(outcome.native) if index != lost]
         same = normalise(broken) == normalise(outcome.native)  # it was a repeat
         assert bool(Outcome(case, outcome.plans, outcome.native, broken).report()) is not same
+
+
+def test_what_the_server_counts_as_wrong_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / ".fsd").mkdir()
+    guest = {"failed": 0, "by_kind": {}}
+    state = {"counts": {"in": 1}, "guests": [guest]}
+    (tmp_path / ".fsd/status").write_text(json.dumps(state))
+    assert faults(tmp_path) == []
+    state["counts"] = {"faults": 2}
+    guest |= {"failed": 1, "by_kind": {"failed.rename": 1}}
+    (tmp_path / ".fsd/status").write_text(json.dumps(state))
+    assert len(faults(tmp_path)) == 2
 
 
 def test_minimising_finds_the_step(tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""What a queue's events are about, found out after all of it has happened: as in a burst."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from fsd import replayer
+from protocol.frames import ALIAS, STAGING, Op
+from protocol.masks import Mask
+
+from .support import STRUCTURE, World
+
+
+@pytest.fixture
+def outside(world: World) -> Path:
+    """A directory beside the share, on the same file system."""
+    path = world.source.with_name("outside")
+    path.mkdir()
+    return path
+
+
+def test_a_name_that_is_moved_over_and_goes_on_is_not_exchanged(
+    world: World, outside: Path
+) -> None:
+    """Though what it replaced lives on, as it does after an exchange with an unwatched name."""
+    (world.source / "dir").mkdir()
+    (world.source / "name").touch()
+    os.link(world.source / "name", world.source / "other")
+    (outside / "new").touch()
+    world.node("name")
+    mount = world.mount()
+    world.mark(mount.guest)
+    directory = world.mark(mount.guest, "dir")
+    os.rename(outside / "new", world.source / "name")
+    os.rename(world.source / "name", world.source / "dir/name")
+    arrived, left = world.orders(mount)
+    assert (arrived.op, arrived.name, arrived.name2, arrived.arg) == (Op.RENAME, b"x", b"name", 0)
+    assert (left.op, left.name, left.nodeid2, left.arg) == (Op.RENAME, b"name", directory.nodeid, 0)
+
+
+def test_an_open_that_just_ended_waits_for_its_close(world: World) -> None:
+    """/proc shows nobody who has it open, and that it is not for reading."""
+    (world.source / "file").touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    fd = os.open(world.source / "file", os.O_WRONLY)
+    world.pump()
+    time.sleep(replayer.OPEN_WAIT)
+    os.close(fd)
+    mount.guest.plan()
+    opened, closed = world.orders(mount)
+    assert (opened.op, opened.arg) == (Op.OPEN, True)
+    assert (closed.op, closed.arg) == (Op.CLOSE, opened.seq)
+
+
+def test_a_marked_file_with_a_link_that_nobody_saw_outlives_its_name(
+    world: World, outside: Path
+) -> None:
+    """Whatever the mark asks for: its own events say whether a name was its last."""
+    (world.source / "file").touch()
+    (outside / "new").touch()
+    mount = world.mount()
+    world.mark(mount.guest, mask=STRUCTURE)
+    world.mark(mount.guest, "file", STRUCTURE)
+    os.link(world.source / "file", outside / "link")
+    os.rename(outside / "new", world.source / "file")
+    (order,) = world.orders(mount)
+    assert order.op == Op.RENAME
+    entry = mount.guest.ledger.lookup(1, b"file")
+    assert entry is not None
+    assert entry.attr.st_nlink == 2
+
+
+def test_a_directory_that_moves_itself_is_not_what_just_left_it(world: World) -> None:
+    """It is at a place that nobody watches, so that its own event comes alone."""
+    for path in ("from/moving/child", "unseen", "to"):
+        (world.source / path).mkdir(parents=True)
+    mount = world.mount()
+    moving = world.mark(mount.guest, "from/moving")
+    to = world.mark(mount.guest, "to")
+    os.rename(world.source / "from/moving", world.source / "unseen/moving")
+    os.rename(world.source / "unseen/moving/child", world.source / "to/child")
+    os.rename(world.source / "unseen/moving", world.source / "unseen/moved")
+    left, child, itself = world.orders(mount)
+    assert (left.name, left.nodeid2) == (b"moving", STAGING)
+    assert (child.nodeid, child.name, child.nodeid2) == (moving.nodeid, b"child", to.nodeid)
+    entry = mount.guest.ledger._tasks[1].child
+    assert entry is not moving
+    assert (itself.nodeid, itself.nodeid2) == (STAGING, STAGING)
+
+
+def test_a_file_unlinked_while_open_dies_when_it_is_closed(world: World) -> None:
+    """And not with the unlink, nor with the next one."""
+    for name in ("file", "other"):
+        (world.source / name).touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    node = world.mark(mount.guest, "file")
+    fd = os.open(world.source / "file", os.O_WRONLY)
+    os.unlink(world.source / "file")
+    os.chmod(world.source / "other", 0o600)
+    os.close(fd)
+    os.unlink(world.source / "other")
+    orders = world.orders(mount)
+    nlinks = [task.nlink for task in mount.guest.ledger._tasks]
+    assert [(order.op, order.nodeid, order.name) for order in orders] == [
+        (Op.OPEN, 1, b"file"), (Op.REMOVE, 1, b"file"), (Op.TOUCH, 1, b"other"),
+        (Op.CLOSE, 1, b"file"), (Op.REMOVE, ALIAS, b"%d" % node.nodeid), (Op.REMOVE, 1, b"other"),
+    ]  # fmt: skip
+    assert nlinks[1] == 2
+
+
+def test_a_directory_that_changes_before_another_goes_is_not_what_goes(world: World) -> None:
+    for name in ("changed", "gone"):
+        (world.source / name).mkdir()
+    mount = world.mount()
+    world.mark(mount.guest)
+    changed = world.mark(mount.guest, "changed")
+    os.chmod(world.source / "changed", 0o700)
+    os.rmdir(world.source / "gone")
+    touched, removed = world.orders(mount)
+    assert (touched.op, touched.name, touched.arg) == (Op.TOUCH, b"changed", Mask.ATTRIB)
+    assert (removed.op, removed.name) == (Op.REMOVE, b"gone")
+    assert mount.guest.ledger._tasks[0].child is changed
+    assert mount.guest.ledger._tasks[1].child is not changed
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_what_is_overwritten_where_nobody_watches_is_told_with_what_left(
+    world: World, links: int
+) -> None:
+    for name in ("in", "unseen"):
+        (world.source / name).mkdir()
+    for name in ("old", "new"):
+        (world.source / "in" / name).touch()
+    mount = world.mount()
+    world.mark(mount.guest, "in")
+    old, new = (world.mark(mount.guest, f"in/{name}") for name in ("old", "new"))
+    os.rename(world.source / "in/old", world.source / "unseen/name")
+    if links == 2:
+        os.link(world.source / "unseen/name", world.source / "unseen/link")
+    os.rename(world.source / "in/new", world.source / "unseen/name")
+    orders = [order for order in world.orders(mount) if order.op != Op.TOUCH]
+    assert [(order.op, order.name, order.nodeid2) for order in orders] == [
+        (Op.RENAME, b"old", STAGING), (Op.RENAME, b"new", STAGING),
+    ]  # fmt: skip
+    last = mount.guest.ledger._tasks[-1]
+    assert (last.child, last.target, last.nlink) == (new, old, links)
