@@ -25,6 +25,10 @@ class Known(NamedTuple):
     seen_ns: int  # time.time_ns()
     inode: Inode | None = None
 
+    def may_be(self, other: Known) -> bool:
+        """Whether the two may be one object; its number alone may have been reused."""
+        return (self.ino, self.kind) == (other.ino, other.kind)
+
 
 class Listing:
     """Names of one watched directory."""

@@ -40,7 +40,7 @@ def difference(export: Export, node: Inode, known: Listing) -> Changes:
         before, after = known.names.get(name), now.get(name)
         if before is not None and after is not None and _is_reborn(export, node, name, before):
             before = before._replace(ino=0)  # no object's number any more
-        if before is None or after is None or before.ino != after.ino:
+        if before is None or after is None or not before.may_be(after):
             changes[node, name] = Missed(before, _CHANGE)
         else:
             mask = _touched(export, node, name, before)
@@ -90,7 +90,7 @@ def told(export: Export, changes: Changes) -> Iterator[Event]:
             kept.append((node, name, Known(node.identity[1], node.kind, 0, node), mask))
             continue
         after = node.listing.names.get(name) if node.listing is not None else None
-        if before is not None and after is not None and before.ino == after.ino:
+        if before is not None and after is not None and before.may_be(after):
             kept.append((node, name, after, mask))
             continue
         if before is not None:

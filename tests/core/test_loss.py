@@ -374,6 +374,7 @@ def test_an_absent_agents_full_outbox_becomes_a_difference(make_world: Worlds) -
     mount = world.mount()
     world.mark(mount.guest, mask=STRUCTURE)
     mount.guest.disconnect()
+    time.sleep(0.02)  # times of birth are as coarse as the kernel's tick
     storm(world.source, 20)
     (world.source / "gone").rmdir()
     (world.source / "new").mkdir()
