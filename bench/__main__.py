@@ -1,4 +1,4 @@
-"""python -m bench latency|throughput|rest|memory|workloads [--json FILE]"""
+"""python -m bench latency|throughput|rest|memory|workloads|virtiofs [--json FILE]"""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "rest": "idle",
     "memory": "memory",
     "workloads": "workloads",
+    "virtiofs": "virtiofs",
 }
 
 

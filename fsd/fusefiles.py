@@ -56,7 +56,7 @@ class Files:
         self._waiting = waiting
         keep = _KEEP_CACHE if caching.keep_data else 0
         self._file_flags = _DIRECT_IO if caching.direct_io else keep
-        self._directory_flags = keep | _CACHE_DIR if caching.keep_data else 0
+        self._directory_flags = _KEEP_CACHE | _CACHE_DIR if caching.keep_listings else 0
         self.handlers: dict[int, Callable[[Request], bytes | None]] = {
             Opcode.OPEN: self._open,
             Opcode.CREATE: self._create,
@@ -108,7 +108,10 @@ class Files:
             self._channels[fh] = Channel(handle.session)
         if isinstance(handle, HiddenHandle | IdleHandle):  # no data of it may be cached
             return self._opened(request, fh, _DIRECT_IO)
-        return self._opened(request, fh, self._file_flags)
+        flags = self._file_flags
+        if flags == _KEEP_CACHE and self._nodes.is_watched(handle.inode):
+            flags = 0
+        return self._opened(request, fh, flags)
 
     def _create(self, request: Request) -> bytes:
         flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
@@ -275,7 +278,11 @@ class Files:
         self._check_room()
         fh = self._service.opendir(request.who, request.nodeid)
         request.on_lost = lambda: self._close(fh)
-        return self._opened(request, fh, self._directory_flags)
+        flags = self._directory_flags
+        handle = self._service.handle(fh)
+        if flags and (isinstance(handle, HiddenHandle) or self._nodes.is_watched(handle.inode)):
+            flags = 0
+        return self._opened(request, fh, flags)
 
     def _readdir(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
@@ -312,7 +319,7 @@ class Files:
             elif self._nodes.is_full:
                 plus = _NO_ENTRY
             else:
-                entry = self._service.entry(node, name)
+                entry = self._service.entry(fh, name)
                 if entry is None:
                     continue
                 entry.inode.lookups += 1

@@ -47,8 +47,13 @@ def part(buffers: Buffers, offset: int, size: int) -> list[memoryview]:
 
 def copy_out(buffers: Buffers, offset: int, size: int) -> bytes:
     """The buffers' bytes from ``offset``, at most ``size`` of them, as a copy."""
-    if buffers and offset + size <= len(buffers[0]):
-        return bytes(buffers[0][offset : offset + size])
+    start = offset
+    for buffer in buffers:  # mostly it is in one: Linux has header and arguments apart
+        if start < len(buffer):
+            if start + size <= len(buffer):
+                return bytes(buffer[start : start + size])
+            break
+        start -= len(buffer)
     return b"".join(part(buffers, offset, size))
 
 
@@ -56,6 +61,11 @@ def copy_in(buffers: Buffers, data: bytes) -> None:
     """Write ``data`` from the buffers' begin; they must be large enough."""
     if len(data) <= len(buffers[0]):
         buffers[0][: len(data)] = data
+        return
+    first = len(buffers[0])
+    if len(data) <= first + len(buffers[1]):  # a header and a struct, as Linux has them
+        buffers[0][:] = data[:first]
+        buffers[1][: len(data) - first] = data[first:]
         return
     offset = 0
     for buffer in buffers:

@@ -37,7 +37,8 @@ class Caching:
     entry_timeout: float = 0.0
     attr_timeout: float = 0.0
     keep_data: bool = False
-    """File data and listings outlive the close."""
+    """File data outlives the close."""
+    keep_listings: bool = False
     direct_io: bool = False
     """File data is never kept."""
     writeback: bool = False
@@ -46,9 +47,9 @@ class Caching:
 _DAY = 86400.0
 CACHE_MODES = {
     "never": Caching(direct_io=True),
-    "metadata": Caching(_DAY, _DAY, direct_io=True),
+    "metadata": Caching(_DAY, _DAY, direct_io=True, keep_listings=True),
     "auto": Caching(1.0, 1.0),
-    "always": Caching(_DAY, _DAY, keep_data=True),
+    "always": Caching(_DAY, _DAY, keep_data=True, keep_listings=True),
 }
 """The modes of virtiofsd, by the name that its --cache has for them."""
 
@@ -119,7 +120,7 @@ class Nodes:
         if self._service.is_replayer(who):
             if stat.S_ISDIR(attr.st_mode):
                 attr_nanoseconds = REPLAYER_TIMEOUT_NS
-        elif self._cached and not self._is_watched(parent):
+        elif self._cached and not (self._is_watched(parent) or self._is_watched(inode.nodeid)):
             seconds, nanoseconds = self._entry_timeout
             attr_seconds, attr_nanoseconds = self._attr_timeout
         flags = 0
@@ -141,12 +142,14 @@ class Nodes:
         """How long attributes hold that come without a name: seconds, nanoseconds."""
         if self._service.is_replayer(who):
             return 0, REPLAYER_TIMEOUT_NS if stat.S_ISDIR(attr.st_mode) else 0
-        if not self._cached or self._is_watched(inode.nodeid):
-            return 0, 0
+        return self._attr_timeout if self._cached and not self.is_watched(inode) else (0, 0)
+
+    def is_watched(self, inode: Inode) -> bool:
+        """Whether the guest watches an object, or the directory that it is in."""
         parent = inode.parent
-        if parent is not None and self._is_watched(parent.nodeid):
-            return 0, 0
-        return self._attr_timeout
+        return self._is_watched(inode.nodeid) or (
+            parent is not None and self._is_watched(parent.nodeid)
+        )
 
     def statx(self, who: Caller, inode: Inode, attr: StatLike, born_ns: int) -> bytes:
         """struct fuse_statx_out."""
@@ -161,10 +164,12 @@ class Nodes:
         )  # fmt: skip
 
     def _is_watched(self, nodeid: int) -> bool:
-        """Whether the guest watches a directory: what is announced there must be seen anew."""
+        """Whether the guest watches an object: what is announced there must be seen anew."""
         if nodeid >= FSD_DIR:
             return True
         interest, guest = self._service.export.interest, self._service.guest
+        if not interest.count(guest):
+            return False
         return bool(interest.of(guest, self._table.get(nodeid)) or interest.of(guest, None))
 
     def _is_mountpoint(self, inode: Inode, parent: int) -> bool:

@@ -40,10 +40,10 @@ _ALWAYS = (
     | Init.INIT_EXT | Init.CREATE_SUPP_GROUP | Init.DIRECT_IO_ALLOW_MMAP
 )  # fmt: skip
 _FORGETS = (Opcode.FORGET, Opcode.BATCH_FORGET)
-_WITHOUT_NODE = (
+_WITHOUT_NODE = frozenset({
     *_FORGETS, Opcode.INIT, Opcode.DESTROY, Opcode.INTERRUPT, Opcode.RELEASE, Opcode.RELEASEDIR,
     Opcode.SYNCFS,
-)  # fmt: skip
+})  # fmt: skip
 """Requests that name no node, or only a handle."""
 
 

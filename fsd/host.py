@@ -18,7 +18,10 @@ _AT_EMPTY_PATH = 0x1000
 _AT_SYMLINK_NOFOLLOW = 0x100
 _MAX_HANDLE_SZ = 128
 _handle_buffer = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
-_mount_id = ctypes.c_int()
+_handle_view = memoryview(_handle_buffer).cast("B")
+_HANDLE_ROOM = struct.pack("=Ii", _MAX_HANDLE_SZ, 0)
+_unpack_size = struct.Struct("=I").unpack_from
+_mount_id_ref = ctypes.byref(ctypes.c_int())
 _SYS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}.get(os.uname().machine)
 """Numbers of setfsuid, setfsgid, setgroups: raw, as glibc would change every thread."""
 
@@ -56,11 +59,12 @@ def file_handle(fd: int, name: bytes = b"") -> bytes:
 
     Raises OSError (EOPNOTSUPP where the file system has no handles). Not reentrant.
     """
-    struct.pack_into("=Ii", _handle_buffer, 0, _MAX_HANDLE_SZ, 0)
+    _handle_view[:8] = _HANDLE_ROOM
     flags = 0 if name else _AT_EMPTY_PATH
-    _check(_libc.name_to_handle_at(fd, name, _handle_buffer, ctypes.byref(_mount_id), flags))
-    (size,) = struct.unpack_from("=I", _handle_buffer)
-    return _handle_buffer.raw[4 : 8 + size]
+    if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
+        _check(-1)
+    (size,) = _unpack_size(_handle_view)
+    return bytes(_handle_view[4 : 8 + size])
 
 
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:

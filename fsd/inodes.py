@@ -193,6 +193,8 @@ class InodeTable:
         """Note that the inode is now known as parent/name."""
         if inode is self.root:
             return
+        if inode.parent is parent and inode.name == name and parent.children.get(name) is inode:
+            return
         if inode.is_dir and is_below(parent, inode):
             self.lose(parent)  # what was known of it is out of date
         old = inode.parent
@@ -305,19 +307,26 @@ class InodeTable:
     @contextmanager
     def directory(self, inode: Inode) -> Iterator[int]:
         """An O_PATH descriptor of a directory, for the time of the with block."""
-        if inode.fd >= 0:
-            yield inode.fd
-            return
-        if not inode.is_dir:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        try:
-            fd = self._by_handle(inode, os.O_PATH | os.O_DIRECTORY)
-        except OSError:  # as in any removed directory: nothing is in it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        fd = self.open_directory(inode)
         try:
             yield fd
         finally:
-            os.close(fd)
+            if fd != inode.fd:
+                os.close(fd)
+
+    def open_directory(self, inode: Inode) -> int:
+        """An O_PATH descriptor of a directory: to be closed, unless it is the inode's own ``fd``.
+
+        Raises NotADirectoryError, FileNotFoundError.
+        """
+        if inode.fd >= 0:
+            return inode.fd
+        if not inode.is_dir:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        try:
+            return self._by_handle(inode, os.O_PATH | os.O_DIRECTORY)
+        except OSError:  # as in any removed directory: nothing is in it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
     def open(self, inode: Inode) -> int:
         """A new O_PATH descriptor of any object. Raises OSError(ESTALE) where it cannot be found.

@@ -58,6 +58,15 @@ class UnexpectedCall(OSError):
         super().__init__(errno.EACCES, f"not in the ledger: {what}")
 
 
+def _check_looked_up(task: Task) -> None:
+    """Raises OSError ESTALE where the kernel has not asked for the order's name: it goes by what it
+    has kept from before anybody watched, and so would those who watch. ESTALE makes it ask, within
+    the same call of the agent (LOOKUP_REVAL of fs/namei.c), and drop what is out of date.
+    """
+    if task.attr is None and task.order.name:
+        raise OSError(errno.ESTALE, "not looked up")
+
+
 class Ledger:
     """Orders handed to the agent and not yet done, oldest first."""
 
@@ -182,6 +191,7 @@ class Ledger:
         task = self._head(Op.REMOVE)
         if task is None or (task.order.nodeid, task.order.name) != (nodeid, name):
             raise UnexpectedCall(f"remove {name!r}")
+        _check_looked_up(task)
         self._pop()
 
     def rename(self, nodeid: int, name: bytes, nodeid2: int, name2: bytes, flags: int) -> None:
@@ -192,11 +202,14 @@ class Ledger:
             task.order.nodeid, task.order.name, task.order.nodeid2, task.order.name2, task.order.arg
         ):  # fmt: skip
             raise UnexpectedCall(f"rename {name!r} to {name2!r}")
+        _check_looked_up(task)
         self._pop()
 
     def setattr(self, nodeid: int) -> StatLike:
         """SETATTR that makes the event; the host's attributes stay as they are."""
         task = self._head(Op.TOUCH)
+        if task is not None:
+            _check_looked_up(task)
         if task is None or task.child.nodeid != nodeid:
             raise UnexpectedCall(f"setattr of node {nodeid}")
         self._pop()
@@ -212,6 +225,8 @@ class Ledger:
     def open(self, nodeid: int) -> Inode:
         """OPEN, OPENDIR: the caller answers with a handle that does nothing."""
         task = self._head(Op.OPEN)
+        if task is not None:
+            _check_looked_up(task)
         if task is None or task.child.nodeid != nodeid:
             raise UnexpectedCall(f"open of node {nodeid}")
         self._pop()

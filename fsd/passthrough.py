@@ -123,8 +123,16 @@ class PassthroughFS:
             above = parent.parent or self.table.root
             return Entry(above, self.getattr(above))
         self._check_name(name)
-        with self.table.directory(parent) as dir_fd:
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        dir_fd = self.table.open_directory(parent)
+        try:
+            return self.peek_at(dir_fd, parent, name)
+        finally:
+            if dir_fd != parent.fd:
+                os.close(dir_fd)
+
+    def peek_at(self, dir_fd: int, parent: Inode, name: bytes) -> Entry:
+        """The entry behind a name of a directory that is open."""
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             return Entry(*self.table.intern(fd, parent, name))
         finally:

@@ -33,6 +33,8 @@ log = structlog.get_logger()
 Caller = Identity
 COPY_LIMIT = 1 << 24
 """Bytes of one COPY_FILE_RANGE: some 10 ms, for which other guests wait. Callers ask again."""
+_OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
+_WRITTEN = Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
 _DOT, _DOTDOT = (DirEntry(name, 0, stat.S_IFDIR >> 12) for name in (b".", b".."))
 
 
@@ -171,10 +173,15 @@ class FileService:
                 handle.names = [_DOT, _DOTDOT, *self._fs.list_names(handle)]
         return handle.inode, handle.names
 
-    def entry(self, node: Inode, name: bytes) -> Entry | None:
-        """READDIRPLUS: the entry of a name, not referenced yet; None if it is gone by now."""
+    def entry(self, fh: int, name: bytes) -> Entry | None:
+        """READDIRPLUS: the entry of a name in an open directory, not referenced yet; None if it is
+        gone by now.
+        """
+        handle = self.file(fh)
         try:
-            return self._fs.peek(node, name)
+            if name in (b".", b".."):
+                return self._fs.peek(handle.inode, name)
+            return self._fs.peek_at(handle.fd, handle.inode, name)
         except OSError:
             return None
 
@@ -195,7 +202,7 @@ class FileService:
             self._replay_data(handle, Mask.MODIFY)
             return len(data)
         handle = self.file(fh)
-        with self._own(*self._about(handle.inode, Mask.MODIFY | Mask.ATTRIB)):
+        with self._own(*self._about(handle.inode, _WRITTEN)):
             return os.pwrite(handle.fd, data, offset)
 
     def _replay_data(self, handle: IdleHandle, event: Mask) -> None:
@@ -226,7 +233,7 @@ class FileService:
         self._refuse_replayer(who, "write")
         handle = self.file(fh)
         with (
-            self._own(*self._about(handle.inode, Mask.MODIFY | Mask.ATTRIB)),
+            self._own(*self._about(handle.inode, _WRITTEN)),
             host.killing_suid() if kill else nullcontext(),
         ):
             return sum(_by_parts(os.pwritev, handle.fd, views, offset))
@@ -234,7 +241,7 @@ class FileService:
     def fallocate(self, who: Caller, fh: int, mode: int, offset: int, length: int) -> None:
         """FALLOCATE."""
         handle = self._changing(who, fh, "fallocate")
-        with self._own(*self._about(handle.inode, Mask.MODIFY | Mask.ATTRIB)), _as_user(who):
+        with self._own(*self._about(handle.inode, _WRITTEN)), _as_user(who):
             host.fallocate(handle.fd, mode, offset, length)
 
     def lseek(self, fh: int, offset: int, whence: int) -> int:
@@ -248,8 +255,8 @@ class FileService:
     ) -> int:
         """COPY_FILE_RANGE, COPY_LIMIT bytes at most; returns how many."""
         source, target = self.file(fh), self._changing(who, fh_out, "copy_file_range")
-        read, written = self._about(source.inode, Mask.ACCESS), Mask.MODIFY | Mask.ATTRIB
-        with self._own(*read, *self._about(target.inode, written)), _as_user(who):
+        read = self._about(source.inode, Mask.ACCESS)
+        with self._own(*read, *self._about(target.inode, _WRITTEN)), _as_user(who):
             size = min(size, COPY_LIMIT)
             return os.copy_file_range(source.fd, target.fd, size, offset, offset_out)
 
@@ -318,7 +325,7 @@ class FileService:
 
 def opening(flags: int) -> Mask:
     """The events of an open."""
-    return Mask.OPEN | (Mask.MODIFY if flags & os.O_TRUNC else Mask(0))
+    return _OPEN_TRUNC if flags & os.O_TRUNC else Mask.OPEN
 
 
 def _as_user(who: Caller) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,9 @@ _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
 _REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
 """Events that one call may make several times: reading a directory, chown and chmod at once."""
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
+
+
+_UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 
 class Origin:
@@ -317,16 +320,18 @@ class HostWatcher:
         self._popped(arrival.raw)
         return arrival
 
-    @contextmanager
-    def attributed(self, origin: Origin, *expected: Expected) -> Iterator[None]:
+    def attributed(self, origin: Origin, *expected: Expected) -> AbstractContextManager[None]:
         """Run one of the server's own calls: its expected events get this origin, others HOST."""
         bits: dict[tuple[int, bytes | None], int] = {}
         for inode, name, mask in expected:
             if inode is not None and (wd := self._wd_of.get(inode)) is not None:
                 bits[wd, name] = bits.get((wd, name), 0) | int(mask)
-        if not bits:
-            yield
-            return
+        return self._attributing(origin, bits) if bits else _UNWATCHED
+
+    @contextmanager
+    def _attributing(
+        self, origin: Origin, bits: dict[tuple[int, bytes | None], int]
+    ) -> Iterator[None]:
         self.drain()
         try:
             yield

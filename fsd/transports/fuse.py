@@ -284,10 +284,10 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        node, names = self._service.names(fh, start_id)
+        _, names = self._service.names(fh, start_id)
         for position in range(start_id, len(names)):
             name = names[position].name
-            entry = self._service.entry(node, name)
+            entry = self._service.entry(fh, name)
             if entry is None:
                 continue
             attr = _entry(entry)

@@ -90,6 +90,8 @@ class Ring:
         self.queue: VirtQueue | None = None  # while it runs
         self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
         self.held: list[tuple[int, int]] = []  # answered while it was stopped
+        self.is_serving = False  # answers are signalled together, at the end
+        self.is_answered = False  # and not signalled yet
 
     @property
     def is_ready(self) -> bool:
@@ -98,7 +100,10 @@ class Ring:
 
     def signal(self) -> None:
         """Interrupt the guest: there is a used entry."""
-        _write(self.call)
+        if self.is_serving:
+            self.is_answered = True
+        else:
+            _write(self.call)
 
     def take_fd(self, name: str, request: Request) -> None:
         """Set one of its descriptors from a message, which may have none. Raises OSError."""
@@ -409,6 +414,16 @@ class Device:
     def process(self, index: int, budget: int) -> bool:
         """Serve requests of a queue, ``budget`` at most; whether more are waiting."""
         ring = self.rings[index]
+        ring.is_serving = True
+        try:
+            return self._process(index, ring, budget)
+        finally:
+            ring.is_serving = False
+            if ring.is_answered:
+                ring.is_answered = False
+                _write(ring.call)
+
+    def _process(self, index: int, ring: Ring, budget: int) -> bool:
         for _ in range(budget):
             queue = ring.queue
             if queue is None:

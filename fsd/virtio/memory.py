@@ -46,6 +46,7 @@ class GuestMemory:
     def __init__(self) -> None:
         self._regions: list[MappedRegion] = []
         self._starts: list[int] = []
+        self._guest: list[tuple[int, int, memoryview]] = []  # first address, the one behind, bytes
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -60,6 +61,10 @@ class GuestMemory:
             raise GuestMemoryError(f"{len(ordered)} memory regions, limit {MAX_REGIONS}")
         self._regions = ordered
         self._starts = [mapped.region.guest_addr for mapped in ordered]
+        self._guest = [
+            (start, start + len(mapped.view), mapped.view)
+            for start, mapped in zip(self._starts, ordered, strict=True)
+        ]
 
     def add(self, mapped: MappedRegion) -> None:
         """ADD_MEM_REG. Raises GuestMemoryError."""
@@ -85,6 +90,10 @@ class GuestMemory:
 
         Raises GuestMemoryError if one of them is not the guest's memory.
         """
+        end = address + length
+        for start, behind, view in self._guest:  # mostly two, and nothing spans them
+            if start <= address and end <= behind and length:
+                return [view[address - start : end - start]]
         parts = []
         index = bisect_right(self._starts, address) - 1
         while length and 0 <= index < len(self._regions):

@@ -23,6 +23,7 @@ MAX_CHAIN = 1024
 NEXT, WRITE, INDIRECT = 1, 2, 4  # VRING_DESC_F_*
 _DESC = struct.Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 _USED = struct.Struct("<II")  # struct vring_used_elem: id, len
+_Descriptor = tuple[int, int, int, int]
 
 
 class QueueError(Exception):
@@ -92,42 +93,61 @@ class VirtQueue:
             raise ChainError(head, str(error)) from None
 
     def _walk(self, head: int) -> Chain:
-        chain = Chain(head, [], [])
-        table, size, index = self._desc, self._size, head
-        is_indirect = False
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        at_guest = self._memory.at_guest
         # Neighbours of one direction are one buffer: guests often have pages in a row.
-        start = length = 0
-        writes = False
-        for _ in range(MAX_CHAIN + 2):
-            address, count, flags, following = _DESC.unpack_from(table, 16 * index)
-            if flags & INDIRECT:
-                if is_indirect or flags & NEXT:
-                    raise ChainError(head, "an indirect table inside of a chain")
-                if not count or count % 16 or count > 16 * MAX_CHAIN:
-                    raise ChainError(head, f"an indirect table of {count} bytes")
-                table = memoryview(b"".join(self._memory.at_guest(address, count)))
-                size, index, is_indirect = count // 16, 0, True
+        start = end = writes = 0
+        for address, count, flags, _ in self._descriptors(head):
+            if address == end and flags & WRITE == writes:
+                end += count
                 continue
-            to_write = bool(flags & WRITE)
-            if writes and not to_write:
+            if end > start:
+                (writable if writes else readable).extend(at_guest(start, end - start))
+            if writes and not flags & WRITE:
                 raise ChainError(head, "a part to read behind one to write")
-            if address == start + length and to_write == writes and length:
-                length += count
-            else:
-                self._add(chain, start, length, writes)
-                start, length, writes = address, count, to_write
+            start, end, writes = address, address + count, flags & WRITE
+        if end > start:
+            (writable if writes else readable).extend(at_guest(start, end - start))
+        return Chain(head, readable, writable)
+
+    def _descriptors(self, head: int) -> list[_Descriptor]:
+        """The chain's, in its order, MAX_CHAIN and two at most."""
+        found: list[_Descriptor] = []
+        index, size = head, self._size
+        for _ in range(MAX_CHAIN + 2):
+            descriptor: _Descriptor = _DESC.unpack_from(self._desc, 16 * index)
+            _, _, flags, index = descriptor
+            if flags & INDIRECT:
+                return found + self._indirect(head, descriptor)
+            found.append(descriptor)
             if not flags & NEXT:
-                self._add(chain, start, length, writes)
-                return chain
-            if following >= size:
-                raise ChainError(head, f"descriptor {following} in a table of {size}")
-            index = following
+                return found
+            if index >= size:
+                raise ChainError(head, f"descriptor {index} in a table of {size}")
         raise ChainError(head, f"a chain of more than {MAX_CHAIN} descriptors, or a loop")
 
-    def _add(self, chain: Chain, start: int, length: int, writes: bool) -> None:
-        if length:
-            parts = self._memory.at_guest(start, length)
-            (chain.writable if writes else chain.readable).extend(parts)
+    def _indirect(self, head: int, descriptor: _Descriptor) -> list[_Descriptor]:
+        """A table elsewhere in memory, copied at once: the guest may change it."""
+        address, length, flags, _ = descriptor
+        if flags & NEXT:
+            raise ChainError(head, "an indirect table inside of a chain")
+        if not length or length % 16 or length > 16 * MAX_CHAIN:
+            raise ChainError(head, f"an indirect table of {length} bytes")
+        content = b"".join(self._memory.at_guest(address, length))
+        table: list[_Descriptor] = list(_DESC.iter_unpack(content))
+        found: list[_Descriptor] = []
+        index = 0
+        for _ in table:
+            found.append(table[index])
+            _, _, flags, index = table[index]
+            if flags & INDIRECT:
+                raise ChainError(head, "an indirect table inside of a chain")
+            if not flags & NEXT:
+                return found
+            if index >= len(table):
+                raise ChainError(head, f"descriptor {index} in a table of {len(table)}")
+        raise ChainError(head, f"a loop in a table of {len(table)} descriptors")
 
     def push(self, head: int, length: int) -> None:
         """Give a chain back with ``length`` bytes written to it. The guest is to be signalled."""

@@ -1,0 +1,106 @@
+"""File-system workloads in a real guest: fsd beside Debian's virtiofsd in C, which does not know
+of events.
+
+One guest mounts a share of each server and cache mode; the sides take turns, workload by workload.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.support import debian
+from tests.support.share_server import shared
+from tests.support.vm import Guest, GuestProcess, c_virtiofsd, guest
+
+from . import guest_workloads
+from .guest_workloads import WORKLOADS, tree
+from .report import Report, median, number
+
+ROUNDS = 3
+C_NAME = {"auto": "auto", "never": "none"}
+"""A cache mode in the words of virtiofsd in C."""
+GOAL, DATA_GOAL = 0.8, 1.0
+DATA = ("sequential", "random")
+TIMEOUT = 120.0
+
+
+def measure() -> Report:
+    """Run it: some 3 minutes."""
+    report = Report("virtiofs")
+    rates: dict[tuple[str, str], list[float]] = {}
+    with _machine() as (vm, sides):
+        program = vm.start(["python3", "-c", Path(guest_workloads.__file__).read_text()])
+        for index in range(ROUNDS + 1):
+            for title in WORKLOADS:
+                for side in sides if index % 2 else reversed(sides):
+                    rate = _rate(program, title, side)
+                    if index:  # the first is for the caches of the host
+                        rates.setdefault((title, side), []).append(rate)
+        program.write(None)
+        vm.power_off()
+    for mode in C_NAME:
+        rows = []
+        for title, (_, unit, _) in WORKLOADS.items():
+            ours, theirs = rates[title, f"fsd-{mode}"], rates[title, f"c-{mode}"]
+            ratio = median([a / b for a, b in zip(ours, theirs, strict=True)])
+            rows.append([f"{title}, {unit}", number(median(theirs)), number(median(ours)),
+                         f"{ratio:.2f}"])  # fmt: skip
+            goal = DATA_GOAL if title.startswith(DATA) else GOAL
+            report.add(f"{title}, --cache={mode}", ratio, "of C", goal=goal, at_least=True)
+        heads = [f"--cache={mode}", "virtiofsd (C)", "fsd", "ratio"]
+        report.table(f"medians of {ROUNDS} rounds, the sides in turn", heads, rows)
+    return report
+
+
+def _rate(program: GuestProcess, title: str, side: str) -> float:
+    program.write(f"{title} /{side}\n".encode())
+    return float(program.line(TIMEOUT))
+
+
+@contextmanager
+def _machine() -> Iterator[tuple[Guest, list[str]]]:
+    """A guest with all shares mounted, and their names."""
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        first = scratch / "first"
+        _fill(first)
+        shares = {}
+        for mode, c_name in C_NAME.items():
+            for side in (f"c-{mode}", f"fsd-{mode}"):
+                shutil.copytree(first, scratch / side, symlinks=True)
+                if side.startswith("c"):
+                    server = c_virtiofsd(scratch / side, "-o", f"cache={c_name}")
+                    shares[side] = stack.enter_context(server)
+                else:
+                    served = shared(scratch / side, cache=mode)
+                    shares[side] = stack.enter_context(served).paths[0]
+        vm = stack.enter_context(guest(shares))
+        for side in shares:
+            vm.mount(side, f"/{side}")
+        vm.run(f"cp -r /{next(iter(shares))}/git /tmp/")
+        yield vm, list(shares)
+
+
+def _fill(source: Path) -> None:
+    """The tree, as a git repository and as an archive; and git for the guest."""
+    for name in map(Path, tree(str(source))):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_text(f"{name.name}\n" * 100)
+    with tarfile.open(source / "tree.tar", "w") as tar:
+        tar.add(source / "tree", "tree")
+    (source / "unpacked").mkdir()
+    git = ["git", "-C", str(source / "tree"), "-c", "user.name=b", "-c", "user.email=b@b.invalid"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        debian.extract(["git", "libpcre2-8-0"], Path(scratch))
+        (source / "git").mkdir()
+        found = [Path(scratch, "usr/bin/git"), *Path(scratch).rglob("libpcre2-8.so.0")]
+        for path in found:
+            shutil.copy(path, source / "git")
