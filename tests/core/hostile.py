@@ -200,6 +200,10 @@ NAME_COUNT = {
 }  # fmt: skip
 
 
+OPCODES = [opcode for opcode in Opcode if opcode not in (Opcode.DESTROY, Opcode.SYNCFS)]
+"""SYNCFS waits for what the whole machine has written, and says nothing about us."""
+
+
 class Bent(NamedTuple):
     """A request of which parts are as they should be, and parts are not."""
 
@@ -244,7 +248,7 @@ def bent(rng: random.Random) -> Bent:
     def seldom(usual: int, *others: int) -> int:
         return usual if rng.random() < 0.95 else rng.choice(others)
 
-    opcode = rng.choice([op for op in Opcode if op != Opcode.DESTROY])
+    opcode = rng.choice(OPCODES)
     count = NAME_COUNT.get(opcode, 0) if rng.random() < 0.95 else rng.randrange(4)
     names = (rng.choice(GOOD_NAMES if rng.random() < 0.8 else BAD_NAMES) for _ in range(count))
     numbers = [rng.choice(NUMBERS) for _ in range(16)]

@@ -19,7 +19,6 @@ from typing import TypeVar
 from fsd.virtio.device import Device, DeviceError
 from fsd.virtio.memory import GuestMemory, MappedRegion
 from fsd.virtio.queue import MAX_CHAIN, ChainError, QueueError, VirtQueue
-from protocol.fuse import Opcode
 from protocol.vhostuser import NO_FD, Region, RequestReader, VhostUserError
 from tests.core.hostile import (
     BAD_NAMES,
@@ -27,6 +26,7 @@ from tests.core.hostile import (
     GOOD_NAMES,
     NAME_COUNT,
     NUMBERS,
+    OPCODES,
     Bent,
     Target,
 )
@@ -71,7 +71,6 @@ class Script:
 
 # The FUSE session
 
-_OPCODES = [opcode for opcode in Opcode if opcode != Opcode.DESTROY]
 _NAMES = (*GOOD_NAMES, *BAD_NAMES)
 _ROOMS = (8192, 16, 0, 17, 160, 70_000)
 _MESSAGES = 40
@@ -106,7 +105,7 @@ def session(data: bytes) -> None:
 
 
 def _bent(script: Script, how: int) -> Bent:
-    opcode = script.pick(_OPCODES)
+    opcode = script.pick(OPCODES)
     node, handle = script.byte() % 9, script.byte() % 10 - 1
     numbers = [script.some() for _ in range(how & 7)]
     numbers += [0] * (16 - len(numbers))
