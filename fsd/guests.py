@@ -35,7 +35,7 @@ class Guest(Origin):
 
     __slots__ = (
         "counts", "events", "latencies", "limit", "max_depth", "missed", "missing", "number",
-        "wake",
+        "via", "wake",
     )  # fmt: skip
 
     def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:
@@ -48,6 +48,7 @@ class Guest(Origin):
         self.missed: dict[tuple[Inode, bytes], Missed] = {}
         self.missing = False  # events are noted, not queued
         self.max_depth = 0
+        self.via: Guest | None = None  # the mount through which it came
         self.wake: Callable[[], None] = _nothing
 
     @property

@@ -89,7 +89,7 @@ class HiddenFiles:
         if access == os.O_WRONLY:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if nodeid == frames.STATUS:
-            handle.text = json.dumps(snapshot(self._export)).encode()
+            handle.text = json.dumps(snapshot(self._export, self._guest)).encode()
         elif access != os.O_RDWR:
             return handle
         elif nodeid == frames.CONTROL:
@@ -101,10 +101,11 @@ class HiddenFiles:
                 if self.control.session is not None:
                     self.control.session.let_go()
                 raise OSError(errno.EBUSY, "an agent is connected")
-            handle.session = Session(self._export, "agent", who.pid, self._guest)
+            handle.session = Session(self._export, "agent", who.pid, self._guest, self._guest)
             self.control = handle
         elif nodeid == frames.SESSION:
-            handle.session = Session(self._export, f"session of process {who.pid}", who.pid)
+            name = f"session of process {who.pid}"
+            handle.session = Session(self._export, name, who.pid, via=self._guest)
         return handle
 
     def dismiss(self) -> None:

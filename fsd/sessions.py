@@ -35,18 +35,25 @@ _STATS_PART = 32 * 1024
 
 
 class Session:
-    """One channel. ``replayer`` is the mount's guest where this is its control channel.
+    """One channel. ``replayer`` is the mount's guest where this is its control channel; ``via``
+    that of the mount in which it was opened, None where that was not in a mount.
 
     ``receive`` raises frames.ProtocolError on what is no frame; the door then closes the session.
     """
 
     def __init__(
-        self, export: Export, name: str, pid: int, replayer: ReplayGuest | None = None
+        self,
+        export: Export,
+        name: str,
+        pid: int,
+        replayer: ReplayGuest | None = None,
+        via: ReplayGuest | None = None,
     ) -> None:
         self._export = export
         self._name = name
         self._pid = pid
         self._replayer = replayer
+        self._via = via
         self._reader = frames.FrameReader()
         self._replies: deque[frames.Message] = deque()
         self._unsent = b""
@@ -123,6 +130,7 @@ class Session:
         else:
             self.guest = self._export.add_observer(self._name)
             self.guest.events = EVENTS & hello.events
+            self.guest.via = self._via
         self.guest.wake = self._woken
         welcome = frames.Welcome(frames.VERSION, self.guest.number, int(self.guest.events))
         self._replies.append(welcome)
@@ -189,7 +197,7 @@ class Session:
             raise frames.ProtocolError(f"{type(message).__name__} is for guests, not from them")
 
     def _stats(self, request: int) -> None:
-        text = json.dumps(snapshot(self._export)).encode()
+        text = json.dumps(snapshot(self._export, self._via)).encode()
         parts = [text[i : i + _STATS_PART] for i in range(0, len(text), _STATS_PART)]
         for index, part in enumerate(parts):
             self._replies.append(frames.Stats(request, int(index < len(parts) - 1), part))

@@ -26,8 +26,10 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
 
 
-def snapshot(export: Export) -> dict[str, Any]:
-    """The whole state, as a JSON object."""
+def snapshot(export: Export, viewer: Guest | None = None) -> dict[str, Any]:
+    """The whole state, as a JSON object. A mount (``viewer``) does not see other mounts, which may
+    be other machines, and what came through them.
+    """
     return {
         "source": export.source,
         "pid": os.getpid(),
@@ -40,8 +42,15 @@ def snapshot(export: Export) -> dict[str, Any]:
         ],
         "backlog": export.watcher.backlog,
         "counts": dict(export.counts),
-        "guests": [_guest(export, guest) for guest in export.guests],
+        "guests": [_guest(export, guest) for guest in _seen_by(viewer, export.guests)],
     }
+
+
+def _seen_by(viewer: Guest | None, guests: list[Guest]) -> list[Guest]:
+    def comes_from(guest: Guest) -> Guest | None:
+        return guest if isinstance(guest, ReplayGuest) else guest.via
+
+    return [guest for guest in guests if viewer is None or comes_from(guest) in (None, viewer)]
 
 
 _KINDS: dict[type[Guest], str] = {

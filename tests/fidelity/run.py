@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from tests.fidelity.calls import Executor, Step
 from tests.fidelity.compare import (
@@ -100,7 +101,29 @@ class Case:
         return 60 + self.steps * self.writers * 0.02
 
 
-Arm = Callable[[Sequence[Path], "subprocess.Popen[bytes]"], None]
+class Process(Protocol):
+    """A process here, or in a guest."""
+
+    @property
+    def pid(self) -> int: ...
+
+
+class Watching(Protocol):
+    """A run of the watcher program, wherever it runs."""
+
+    side: str
+
+    @property
+    def process(self) -> Process: ...
+    def start(self, timeout: float = 20) -> None: ...
+    def saw(self, marker: bytes, timeout: float) -> bool: ...
+    def finish(self, timeout: float) -> bool: ...
+    def stream(self) -> Stream: ...
+    def __enter__(self) -> Watching: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+Arm = Callable[[Sequence[Path], Process], None]
 """Waits until the marks of a watcher on the mount are armed."""
 
 
@@ -136,6 +159,10 @@ class Arena:
     """Fails if the server has died, lest anything be waited for in vain."""
     faults: Callable[[], list[str]] = _no_faults
 
+    def watch(self, paths: list[bytes], mask: int) -> Watching:
+        """The watcher on the mount."""
+        return Watcher("mount", self.mountpoint, paths, mask, self.lives)
+
     @classmethod
     def of(cls, mount: Mount) -> Arena:
         def lives() -> None:
@@ -155,6 +182,20 @@ class Arena:
         """Both watchers on the source: proves the comparison, or records what a host alone says."""
         outside = source.with_name(source.name + ".outside")
         return cls(source, source, outside, lambda *_: None)
+
+
+def job(base: Path, paths: list[bytes], mask: int, output: Path) -> bytes:
+    """What the watcher program is told."""
+    words = {
+        "base": os.fsencode(base).decode("latin-1"),
+        "paths": [path.decode("latin-1") for path in paths],
+        "mask": mask,
+        "control": CONTROL,
+        "end": END.decode(),
+        "linger": LINGER,
+        "output": str(output),
+    }
+    return json.dumps(words).encode()
 
 
 class Watcher:
@@ -179,17 +220,8 @@ class Watcher:
         )
         self._lines: list[bytes] = []
         self._rest = b""
-        job = {
-            "base": os.fsencode(base).decode("latin-1"),
-            "paths": [path.decode("latin-1") for path in paths],
-            "mask": mask,
-            "control": CONTROL,
-            "end": END.decode(),
-            "linger": LINGER,
-            "output": str(self._output),
-        }
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job).encode())
+        self.process.stdin.write(job(base, paths, mask, self._output))
         self.process.stdin.close()
 
     def wait_line(self, wanted: bytes, timeout: float) -> bool:
@@ -305,13 +337,13 @@ def run(case: Case, arena: Arena, steps: Sequence[Step] | None = None) -> Outcom
     watched = [path for plan in plans for path in plan.directories + plan.files]
     mounted_paths = [arena.mountpoint / os.fsdecode(path) for path in [*watched, CONTROL.encode()]]
     outcome = Outcome(case, plans if steps is None else [replace(plans[0], steps=[*steps])])
-    with Watcher("mount", arena.mountpoint, watched, case.mask, arena.lives) as mount:
+    with arena.watch(watched, case.mask) as mount:
         mount.start()
         # Arming may list a directory. The native watcher starts only then, lest it sees that.
         arena.arm(mounted_paths, mount.process)
         with Watcher("native", arena.source, watched, case.mask) as native:
             native.start()
-            watchers = [native, mount]
+            watchers: list[Watching] = [native, mount]
             control = arena.source / CONTROL
             (control / START.decode()).mkdir()
             for watcher in watchers:
@@ -337,7 +369,7 @@ def run(case: Case, arena: Arena, steps: Sequence[Step] | None = None) -> Outcom
 
 
 def _write(
-    case: Case, outcome: Outcome, executor: Executor, control: Path, watchers: list[Watcher]
+    case: Case, outcome: Outcome, executor: Executor, control: Path, watchers: list[Watching]
 ) -> None:
     interval = marker_interval(case)
     for number, step in enumerate(outcome.plans[0].steps):
@@ -436,6 +468,11 @@ def minimise(
     return best
 
 
+def _mount(source: Path, mountpoint: Path, process: Process) -> Mount:
+    assert isinstance(process, subprocess.Popen)
+    return Mount(source, mountpoint, process)
+
+
 def fresh_arenas(top: Arena, folders: list[Path]) -> Callable[[], Arena]:
     """Give every run an empty directory of its own in the share."""
 
@@ -520,7 +557,7 @@ def main() -> int:
                 mountpoint,
                 Arena.native(source).outside,
                 # The process that wait_armed looks after is any that must live meanwhile.
-                lambda paths, w: Mount(source, mountpoint, w).wait_armed(*paths, pid=w.pid),
+                lambda paths, w: _mount(source, mountpoint, w).wait_armed(*paths, pid=w.pid),
                 faults=lambda: faults(mountpoint),
             )
         else:

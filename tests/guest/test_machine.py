@@ -5,27 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tests.guest.agents import start_agent, start_watcher
 from tests.support.mounts import wait_until
 from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestProcess, guest
-
-
-def start_agent(vm: Guest) -> GuestProcess:
-    """The guest's agent, connected: its long poll is a request that is always under way."""
-    agent = vm.start(["/fsd-guest.pyz", "agent", "/mnt"])
-    agent.wait_output("\n", 30)
-    return agent
-
-
-def watched(vm: Guest) -> GuestProcess:
-    watcher = vm.start(["inotifywait", "-m", "--format", "%e %f", "/mnt"])
-    watcher.wait_output("Watches established.", of="err")
-    return watcher
-
-
-def marks(vm: Guest) -> str:
-    """What fsd-guest lists, as JSON."""
-    return vm.run(["/fsd-guest.pyz", "marks", "/mnt", "--json"]).stdout
+from tests.support.vm import guest
 
 
 def test_pause(tmp_path: Path) -> None:
@@ -34,7 +17,7 @@ def test_pause(tmp_path: Path) -> None:
         vm.mount("share")
         vm.run("echo before > /mnt/file; exec 3< /mnt/file")
         start_agent(vm)
-        watcher = watched(vm)
+        watcher = start_watcher(vm)
         (tmp_path / "one").touch()
         watcher.wait_output("CREATE one")
         for name in ("two", "three"):
@@ -52,7 +35,7 @@ def test_reset(tmp_path: Path) -> None:
                 vm.reset()
             vm.mount("share")
             start_agent(vm)
-            watcher = watched(vm)
+            watcher = start_watcher(vm)
             (tmp_path / f"new{boot}").touch()
             watcher.wait_output(f"CREATE new{boot}")
             assert len(vm.run("ls /mnt").stdout.split()) == boot + 1
@@ -66,7 +49,7 @@ def test_the_next_vmm(tmp_path: Path) -> None:
             with guest({"share": server.paths[0]}) as vm:
                 vm.mount("share")
                 start_agent(vm)
-                watched(vm)
+                start_watcher(vm)
                 vm.start(f"while :; do echo {boot} > /mnt/file{boot}-$((n += 1)); done")
                 wait_until(lambda: len(os.listdir(tmp_path)) > 50 * (boot + 1), 30)  # noqa: B023
                 vm.process.kill()
@@ -99,29 +82,6 @@ def test_locks_between_guests(tmp_path: Path) -> None:
             assert waiter.line() == "held"
             waiter.write(None)
             assert waiter.wait().status == 0
-
-
-def test_two_guests(tmp_path: Path) -> None:
-    """Each sees the other's changes and the host's once, and its own once."""
-    with (
-        shared(tmp_path, guests=2) as server,
-        guest({"share": server.paths[0]}, name="one") as one,
-        guest({"share": server.paths[1]}, name="two") as two,
-    ):
-        watchers = []
-        for vm in (one, two):
-            vm.mount("share")
-            start_agent(vm)
-            watchers.append(watched(vm))
-            # Arming keeps one state a directory for all guests: the gap is open between two.
-            wait_until(lambda: '"armed": true' in marks(vm), 40)  # noqa: B023
-        one.run("mkdir /mnt/of-one")
-        two.run("mkdir /mnt/of-two")
-        (tmp_path / "of-host").mkdir()
-        for watcher in watchers:
-            watcher.wait_output("CREATE,ISDIR of-host")
-            created = [line for line in watcher.stdout.splitlines() if line.startswith("CREATE")]
-            assert created == [f"CREATE,ISDIR of-{who}" for who in ("one", "two", "host")]
 
 
 def test_much_memory_and_many_queues(tmp_path: Path) -> None:

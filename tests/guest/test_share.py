@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
+from tests.guest.agents import marks, start_agent
 from tests.support.mounts import wait_until
 from tests.support.share_server import shared
-from tests.support.vm import Guest, guest
+from tests.support.vm import guest
 
 
 def test_a_guest_reads_and_writes_a_share(tmp_path: Path) -> None:
@@ -48,13 +48,14 @@ def test_inotify_in_the_guest_sees_what_the_host_does(tmp_path: Path, agent: boo
     with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         if agent:
-            process = vm.start(["/fsd-guest.pyz", "agent", "/mnt"])
-            process.wait_output("\n", 30)
+            start_agent(vm)
         form = ["--format", "%e %w%f", "-m", "-r", "/mnt"]
         watcher = vm.start(["inotifywait", *form])
         watcher.wait_output("Watches established.", of="err")
         if agent:
-            wait_until(lambda: _armed(vm) >= 2, 20, "marks in the server")
+            wait_until(
+                lambda: sum(mark["armed"] for mark in marks(vm)) >= 2, 20, "marks in the server"
+            )
         (tmp_path / "d" / "new").write_text("x")
         os.rename(tmp_path / "d" / "new", tmp_path / "moved")
         (tmp_path / "moved").unlink()
@@ -76,8 +77,3 @@ def test_inotify_in_the_guest_sees_what_the_host_does(tmp_path: Path, agent: boo
             "DELETE /mnt/moved",
             "CREATE,ISDIR /mnt/sub",
         ]
-
-
-def _armed(vm: Guest) -> int:
-    marks = json.loads(vm.run(["/fsd-guest.pyz", "marks", "/mnt", "--json"]).stdout)
-    return sum(mark["armed"] for mark in marks)

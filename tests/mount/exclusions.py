@@ -13,6 +13,15 @@ POSIX: dict[str, str] = {
     "host_lock_is_seen": "pyfuse3 has no handler for locks: they are the guest kernel's own",
 }
 
+# POSIX cases that a guest with Linux 6.1 fails on a virtiofs share.
+GUEST: dict[str, str] = {
+    "times_now_and_omit": "the host's clock stamps files, the guest's is another",
+    "file_handle_survives_a_rename": "a handle is good while something holds the node: without "
+    "cached names Linux 6.1 forgets it at once, and the server with it",
+    "sgid_directory_passes_its_group_on": "before Linux 6.3 a guest does not tell of whom it asks "
+    "in which groups he is (FUSE_CREATE_SUPP_GROUP): a member counts as none",
+}
+
 # stress-ng stressors that cannot do their work on the mount and can natively.
 STRESSORS: dict[str, str] = {
     "fiemap": "pyfuse3 has no handler for FUSE_IOCTL",

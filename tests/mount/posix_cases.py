@@ -1,13 +1,11 @@
 """The one map of POSIX cases, run over every backend: each case takes an empty directory and
-raises AssertionError. The cases themselves are in posix_*.py, by what they are about.
+raises AssertionError. The cases themselves are in posix_*.py, by what they are about. Standard
+library only, as they run inside a guest too.
 """
 
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-
-import pytest
 
 from tests.mount import (
     posix_data,
@@ -18,7 +16,7 @@ from tests.mount import (
     posix_owners,
     posix_processes,
 )
-from tests.mount.posix_support import ALICE, CASES, Case, User, in_child, mkdir
+from tests.mount.posix_support import CASES, Case, User, in_child, mkdir
 
 # Their import enters their cases into the map.
 MODULES = (
@@ -31,8 +29,7 @@ MODULES = (
     posix_host,
 )
 
-__all__ = ["CASES", "MODULES", "PARAMETERS", "Case", "run_case"]
-ROOT = os.geteuid() == 0
+__all__ = ["CASES", "MODULES", "Case", "run_case"]
 
 
 def run_case(case: Case, d: Path, host: Path, user: User | None) -> None:
@@ -43,18 +40,3 @@ def run_case(case: Case, d: Path, host: Path, user: User | None) -> None:
         return
     os.chown(host, user.uid, user.gid)
     in_child(partial(case.run, d, host), user)
-
-
-def _parameters() -> Iterator[object]:
-    for name, case in CASES.items():
-        if ROOT or not case.needs_root:
-            yield pytest.param(name, None, id=f"{name}-{'root' if ROOT else 'self'}")
-        else:
-            mark = pytest.mark.skip(reason="needs root: becomes other users")
-            yield pytest.param(name, None, id=f"{name}-root", marks=mark)
-        if ROOT and not case.needs_root:
-            yield pytest.param(name, ALICE, id=f"{name}-user")
-
-
-PARAMETERS = list(_parameters())
-"""(name, user) of each case: as root also under an ordinary user's ids."""

@@ -17,7 +17,8 @@ pytest.register_assert_rewrite(
 )
 
 from tests.mount.exclusions import POSIX as EXCLUDED  # noqa: E402
-from tests.mount.posix_cases import CASES, PARAMETERS, run_case  # noqa: E402
+from tests.mount.posix_cases import CASES, run_case  # noqa: E402
+from tests.mount.posix_parameters import PARAMETERS  # noqa: E402
 from tests.mount.posix_support import (  # noqa: E402
     RENAME_EXCHANGE,
     Child,

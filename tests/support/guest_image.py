@@ -40,6 +40,9 @@ LEFT_OUT = re.compile(  # of the packages: large, and no test wants it
     r"|asyncio|config-[^/]*|gconv|xml|email|sqlite3|curses|multiprocessing|dbm|wsgiref)/"
     r"|.*/lib-dynload/_?(test|xxtest|codecs_|sqlite|ssl|curses|decimal|dbm|nis)"
 )
+SUITE = ("tests/__init__.py", "tests/mount/__init__.py", "tests/mount/posix_*.py",
+         "tests/fidelity/__init__.py", "tests/fidelity/watcher.py")  # fmt: skip
+"""Of this checkout, in the guest's /suite: programs for tests; standard library only."""
 INIT = """#!/bin/busybox sh
 export PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8
 mount -t proc none /proc
@@ -100,13 +103,18 @@ def overlay() -> bytes:
             stdout=subprocess.DEVNULL,
             timeout=60,
         )
-        return b"".join(
-            [
-                entry("runner.py", stat.S_IFREG | 0o644, RUNNER.read_bytes()),
-                entry("fsd-guest.pyz", stat.S_IFREG | 0o755, guest.read_bytes()),
-                trailer(),
-            ]
-        )
+        files = [
+            entry("runner.py", stat.S_IFREG | 0o644, RUNNER.read_bytes()),
+            entry("fsd-guest.pyz", stat.S_IFREG | 0o755, guest.read_bytes()),
+        ]
+    suite = [path for pattern in SUITE for path in sorted(ROOT.glob(pattern))]
+    parents = {parent for path in suite for parent in path.relative_to(ROOT.parent).parents}
+    for folder in sorted(Path("suite", *parent.parts[1:]) for parent in parents if parent.name):
+        files.append(entry(folder.as_posix(), stat.S_IFDIR | 0o755))
+    for path in suite:
+        name = path.relative_to(ROOT).as_posix()
+        files.append(entry(f"suite/{name}", stat.S_IFREG | 0o644, path.read_bytes()))
+    return b"".join([*files, trailer()])
 
 
 # The kernel

@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzing of what a guest or a VMM can send."""

@@ -1,0 +1,108 @@
+"""Agents that are killed, servers that start again, guests that must not know of one another."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.guest.agents import marks, start_agent, start_watcher, status
+from tests.support.mounts import wait_until
+from tests.support.share_server import shared
+from tests.support.vm import guest
+
+
+def created(output: str) -> list[str]:
+    """Names of inotifywait's CREATE lines."""
+    return [line.partition(" ")[2] for line in output.splitlines() if line.startswith("CREATE")]
+
+
+def test_an_agent_is_killed(tmp_path: Path) -> None:
+    """What happened without it is told by the next one, and each thing once."""
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
+        vm.mount("share")
+        agent = start_agent(vm)
+        watcher = start_watcher(vm)
+        (tmp_path / "before").touch()
+        watcher.wait_output("CREATE before")
+        for number in range(2):
+            agent.signal(signal.SIGKILL)
+            name = f"meanwhile{number}"
+            (tmp_path / name).touch()
+            if number:
+                # It ends only when its read is answered; here that is what bounds the wait.
+                assert agent.wait(20).status == -signal.SIGKILL
+                wait_until(lambda: not status(vm)["guests"][0]["agent"], 10)
+            agent = start_agent(vm)  # the first time while the old one still is in its read
+            watcher.wait_output(f"CREATE {name}", 20)
+            (tmp_path / f"after{number}").touch()
+            watcher.wait_output(f"CREATE after{number}", 20)
+        assert created(watcher.stdout) == ["before", "meanwhile0", "after0", "meanwhile1", "after1"]
+        assert vm.run("ls /mnt").stdout.split() == sorted(created(watcher.stdout))
+
+
+def test_two_guests_and_their_interests(tmp_path: Path) -> None:
+    """Each sees what it watches, what anyone else does there once and its own once; and nothing
+    tells a guest that there is another.
+    """
+    for name in ("both", "of-one", "of-two"):
+        (tmp_path / name).mkdir()
+    with (
+        shared(tmp_path, guests=2) as server,
+        guest({"share": server.paths[0]}, name="one") as one,
+        guest({"share": server.paths[1]}, name="two") as two,
+    ):
+        watchers = []
+        for vm, own in ((one, "of-one"), (two, "of-two")):
+            vm.mount("share")
+            start_agent(vm)
+            watchers.append(start_watcher(vm, "/mnt/both", f"/mnt/{own}", form="%e %w%f"))
+        one.run("mkdir /mnt/both/by-one /mnt/of-two/by-one /mnt/of-one/by-one")
+        two.run("mkdir /mnt/both/by-two /mnt/of-two/by-two /mnt/of-one/by-two")
+        for folder in ("of-one", "of-two", "both"):
+            (tmp_path / folder / "by-host").mkdir()
+        for watcher, own in zip(watchers, ("of-one", "of-two"), strict=True):
+            # Marks that are not armed yet are told what they missed: after what others are told.
+            for folder in (own, "both"):
+                watcher.wait_output(f"CREATE,ISDIR /mnt/{folder}/by-host", 30)
+            seen = [x.removeprefix("/mnt/") for x in created(watcher.stdout)]
+            assert sorted(seen) == [
+                f"{folder}/{who}"
+                for folder in ("both", own)
+                for who in ("by-host", "by-one", "by-two")
+            ]
+        for vm, own, other in ((one, "of-one", "of-two"), (two, "of-two", "of-one")):
+            wait_until(lambda: {m["armed"] for m in marks(vm)} == {True}, 20)  # noqa: B023
+            assert {m["path"] for m in marks(vm)} == {"/mnt/both", f"/mnt/{own}"}
+            (state,) = status(vm)["guests"]
+            assert sorted(mark["path"] for mark in state["armed"]) == ["both", own]
+            # Of each folder: the other's and the host's. Nothing of what the other one watches.
+            assert state["by_kind"] == {"replayed.create": 4}
+            assert state["failed"] == 0
+            assert state["refused"] == 0
+            assert f'"{other}' not in json.dumps(status(vm)), "what another guest watches"
+
+
+def test_a_server_starts_again(tmp_path: Path) -> None:
+    """QEMU 7.2 does not connect vhost-user-fs again: calls on the share wait, as for any server,
+    the rest of the guest goes on, and the next machine on that socket is served.
+    """
+    source, path = tmp_path / "source", tmp_path / "socket"
+    source.mkdir()
+    (source / "file").write_text("content\n")
+    with ExitStack() as first:
+        first.enter_context(shared(source, paths=[path]))
+        with guest({"share": path}) as vm:
+            vm.mount("share")
+            assert vm.run("cat /mnt/file").stdout == "content\n"
+            first.close()
+            with shared(source, paths=[path]):
+                caller = vm.start("ls /mnt")
+                vm.run(f"until grep -q request_wait /proc/{caller.pid}/wchan; do :; done")
+                assert vm.run("echo lives > /tmp/x; cat /tmp/x").stdout == "lives\n"
+                assert caller.status is None
+                vm.close()
+                with guest({"share": path}) as other:
+                    other.mount("share")
+                    assert other.run("cat /mnt/file").stdout == "content\n"
