@@ -9,7 +9,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.support.mounts import Mount, mounted
+# The cases of the POSIX map assert in modules of their own, which several tests import.
+pytest.register_assert_rewrite(
+    *(f"tests.mount.{path.stem}" for path in Path(__file__).parent.glob("mount/posix_*.py"))
+)
+
+from tests.support.mounts import Mount, mounted  # noqa: E402
 
 FUSE = Path("/dev/fuse")
 

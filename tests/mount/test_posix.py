@@ -12,14 +12,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite(
-    *(f"tests.mount.{path.stem}" for path in Path(__file__).parent.glob("posix_*.py"))
-)
-
-from tests.mount.exclusions import POSIX as EXCLUDED  # noqa: E402
-from tests.mount.posix_cases import CASES, run_case  # noqa: E402
-from tests.mount.posix_parameters import PARAMETERS  # noqa: E402
-from tests.mount.posix_support import (  # noqa: E402
+from tests.mount.exclusions import POSIX as EXCLUDED
+from tests.mount.posix_cases import CASES, run_case
+from tests.mount.posix_parameters import PARAMETERS
+from tests.mount.posix_support import (
     RENAME_EXCHANGE,
     Child,
     User,
@@ -29,8 +25,8 @@ from tests.mount.posix_support import (  # noqa: E402
     renameat2,
     write,
 )
-from tests.mount.sides import Sides, two_sides  # noqa: E402
-from tests.support.mounts import mounted, wait_until  # noqa: E402
+from tests.mount.sides import Sides, two_sides
+from tests.support.mounts import mounted, wait_until
 
 ROOT = os.geteuid() == 0
 

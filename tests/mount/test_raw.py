@@ -19,15 +19,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite(
-    *(f"tests.mount.{path.stem}" for path in Path(__file__).parent.glob("posix_*.py"))
-)
-
-from tests.mount.posix_cases import CASES, run_case  # noqa: E402
-from tests.mount.posix_parameters import PARAMETERS  # noqa: E402
-from tests.mount.posix_support import ALICE, Child, User, fails, in_child, opened, write  # noqa: E402
-from tests.mount.sides import Sides, two_sides  # noqa: E402
-from tests.support.mounts import Mount, command, mounted, wait_until  # noqa: E402
+from tests.mount.posix_cases import CASES, run_case
+from tests.mount.posix_parameters import PARAMETERS
+from tests.mount.posix_support import ALICE, Child, User, fails, in_child, opened, write
+from tests.mount.sides import Sides, two_sides
+from tests.support.mounts import Mount, command, mounted, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mount(2) on /dev/fuse")
 
