@@ -359,7 +359,8 @@ def broken(name, real):
             raise RuntimeError("injected into " + name)
         return real(self, *args, **keywords)
     return method
-for name, real in list(vars(Service).items()):
+for name in dir(Service):
+    real = getattr(Service, name)
     if callable(real) and not name.startswith("_") and name != "close":
         setattr(Service, name, broken(name, real))
 """
