@@ -7,8 +7,6 @@ One guest mounts a share of each server and cache mode; the sides take turns, wo
 from __future__ import annotations
 
 import shutil
-import subprocess
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +19,7 @@ from tests.support.vm import Guest, GuestProcess, c_virtiofsd, guest
 from . import guest_workloads
 from .guest_workloads import WORKLOADS, tree
 from .report import Report, median, number
+from .tree import fill
 
 ROUNDS = 3
 C_NAME = {"auto": "auto", "never": "none"}
@@ -88,16 +87,8 @@ def _machine() -> Iterator[tuple[Guest, list[str]]]:
 
 
 def _fill(source: Path) -> None:
-    """The tree, as a git repository and as an archive; and git for the guest."""
-    for name in map(Path, tree(str(source))):
-        name.parent.mkdir(parents=True, exist_ok=True)
-        name.write_text(f"{name.name}\n" * 100)
-    with tarfile.open(source / "tree.tar", "w") as tar:
-        tar.add(source / "tree", "tree")
-    (source / "unpacked").mkdir()
-    git = ["git", "-C", str(source / "tree"), "-c", "user.name=b", "-c", "user.email=b@b.invalid"]
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
-        subprocess.run([*git, *arguments], check=True)
+    """The tree, and git for the guest."""
+    fill(source, map(Path, tree(str(source))))
     with tempfile.TemporaryDirectory() as scratch:
         debian.extract(["git", "libpcre2-8-0"], Path(scratch))
         (source / "git").mkdir()

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from tests.support.mounts import mounted
 
 from .others import bindfs, passthrough_ll, served_by
 from .report import Report, median, number
+from .tree import fill
 
 ROUNDS = 3
 DIRECTORIES, FILES_EACH = 40, 25
@@ -181,7 +181,7 @@ def _sides(scratch: Path, notes: list[str]) -> dict[str, Side]:
 
     def places(name: str) -> tuple[Path, Path]:
         source, mountpoint = scratch / name, scratch / f"{name}-mount"
-        _fill(source)
+        fill(source, files(source))
         mountpoint.mkdir()
         return source, mountpoint
 
@@ -214,16 +214,3 @@ def _sides(scratch: Path, notes: list[str]) -> dict[str, Side]:
         command = [str(passthrough_ll()), "-f", "-o", f"source={source}{cache}", str(mountpoint)]
         sides[name] = of_other(command, mountpoint)
     return sides
-
-
-def _fill(source: Path) -> None:
-    """The tree, as a git repository, and as an archive."""
-    for path in files(source):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{path.name}\n" * 100)
-    with tarfile.open(source / "tree.tar", "w") as tar:
-        tar.add(source / "tree", "tree")
-    (source / "unpacked").mkdir()
-    git = ["git", "-C", str(source / "tree"), "-c", "user.name=b", "-c", "user.email=b@b.invalid"]
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
-        subprocess.run([*git, *arguments], check=True)
