@@ -60,9 +60,13 @@ class World:
         self.table = self.export.table
         self.root = self.table.root
         self.services: list[Service] = []
+        self._closed = False
 
     def close(self) -> None:
-        """Also asserts that no fault was swallowed on the way."""
+        """Once; also asserts that no fault was swallowed on the way."""
+        if self._closed:
+            return
+        self._closed = True
         for service in self.services:
             service.close()
         self.export.close()
