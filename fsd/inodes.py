@@ -246,6 +246,10 @@ class InodeTable:
         self._by_identity[inode.identity] = inode
         return inode
 
+    def has(self, nodeid: int) -> bool:
+        """Whether the nodeid stands for anything."""
+        return nodeid in self._by_node
+
     def holds(self, inode: Inode) -> bool:
         """Whether it is in the table, and not forgotten."""
         return self._by_node.get(inode.nodeid) is inode

@@ -194,5 +194,5 @@ def snapshot(source: Path) -> dict[bytes, tuple[object, ...]]:
 def settle(source: Path) -> None:
     """Wait until what was done is older than the clock lag that comparisons allow for."""
     newest = max(os.lstat(path).st_ctime_ns for path in [source, *source.rglob("*")])
-    while time.time_ns() < newest + 2 * listings._CLOCK_LAG_NS:
+    while time.time_ns() < newest + 2 * listings.CLOCK_LAG_NS:
         time.sleep(0.005)
