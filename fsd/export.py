@@ -89,6 +89,7 @@ class Export:
         self.waiting: dict[bytes, Observer] = {}  # by token: observers that may come back
         self.is_stopping = False  # sessions that end now may come back
         self.is_changed = False  # since the state was saved
+        self.confirmed_ns = 0  # up to then, listings are known to be right
         self.on_change: Callable[[], None] = _nobody
         self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, where that may be
         self._outbox_limit = outbox_limit

@@ -16,7 +16,7 @@ from protocol import fuse
 from protocol.frames import FSD_DIR
 
 from .attributes import StatLike
-from .inodes import ROOT_ID, Inode
+from .inodes import FORGOTTEN_LIMIT, ROOT_ID, Inode
 from .passthrough import Entry
 from .service import Caller, Service
 
@@ -58,7 +58,13 @@ class Nodes:
     """One guest's references on the export's inodes."""
 
     def __init__(
-        self, service: Service, caching: Caching, *, submounts: bool, limit: int = NODES_LIMIT
+        self,
+        service: Service,
+        caching: Caching,
+        *,
+        submounts: bool,
+        limit: int = NODES_LIMIT,
+        is_local: bool = False,
     ) -> None:
         self._service = service
         self._table = service.export.table
@@ -68,6 +74,8 @@ class Nodes:
         self._submounts = submounts
         self._limit = limit
         self._held: dict[int, int] = {}  # nodeid -> its lookup count
+        self._forgotten: dict[int, None] = {}  # held once, the oldest first
+        self._is_local = is_local
 
     def __len__(self) -> int:
         return len(self._held)
@@ -82,6 +90,11 @@ class Nodes:
         """Raises OSError ESTALE for a node that the guest does not hold."""
         if nodeid not in self._held and nodeid != ROOT_ID:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def check_handle(self, nodeid: int) -> None:
+        """The same for a node that a file handle names: the guest may have forgotten it since."""
+        if nodeid not in self._forgotten and not self._is_local:
+            self.check(nodeid)
 
     def check_room(self) -> None:
         """Raises OSError ENFILE where the guest may hold no more nodes."""
@@ -101,6 +114,9 @@ class Nodes:
             return
         if count == held:
             del self._held[nodeid]
+            self._forgotten[nodeid] = None
+            if len(self._forgotten) > FORGOTTEN_LIMIT:
+                del self._forgotten[next(iter(self._forgotten))]
         else:
             self._held[nodeid] = held - count
         self._service.forget(nodeid, count)

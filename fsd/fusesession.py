@@ -45,6 +45,8 @@ _WITHOUT_NODE = frozenset({
     Opcode.SYNCFS,
 })  # fmt: skip
 """Requests that name no node, or only a handle."""
+_DOTS = (b".\0", b"..\0")
+"""What LOOKUP asks for of a node that a file handle names (fs/fuse/inode.c, fuse_get_dentry)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class FuseSession:
         self._options = options or SessionOptions()
         caching, submounts = self._options.caching, self._options.submounts
         limit = self._options.nodes_limit
-        self.nodes = Nodes(service, caching, submounts=submounts, limit=limit)
+        is_local = self._options.is_local
+        self.nodes = Nodes(service, caching, submounts=submounts, limit=limit, is_local=is_local)
         self._names = Names(service, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
         notify = self._options.notify
@@ -124,7 +127,9 @@ class FuseSession:
         handler = self._handlers.get(opcode)
         if handler is None:
             raise OSError(errno.ENOSYS, f"opcode {opcode}")
-        if opcode not in _WITHOUT_NODE:
+        if opcode == Opcode.LOOKUP and request.body in _DOTS:
+            self.nodes.check_handle(request.nodeid)
+        elif opcode not in _WITHOUT_NODE:
             self.nodes.check(request.nodeid)
         payload = handler(request)
         if payload is not None:

@@ -122,22 +122,10 @@ class RestoredTable:
                 self._table.identify_as(inode, (GONE, inode.nodeid, b""))
                 return False
             if inode.is_dir:
-                self._place_directory(inode, fd)
+                self._table.verify_place(inode)
         finally:
             os.close(fd)
         return True
-
-    def _place_directory(self, inode: Inode, fd: int) -> None:
-        """Where a directory is now, if not where it was: the kernel knows."""
-        parent = inode.parent
-        if parent is not None:
-            try:
-                with self._table.directory(parent) as parent_fd:
-                    if host.file_handle(parent_fd, inode.name) == inode.identity[2]:
-                        return
-            except OSError:
-                pass
-        self._table.locate(inode, fd)
 
     def _find_by_path(self, inode: Inode) -> bool:
         parent = inode.parent
