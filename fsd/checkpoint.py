@@ -54,11 +54,23 @@ class SavedLink(NamedTuple):
     nodeid: int
 
 
+class SavedForgotten(NamedTuple):
+    """An object that nobody refers to, but for a file handle perhaps (fsd.inodes.Forgotten)."""
+
+    nodeid: int
+    device: int  # 0 = the root's
+    ino: int
+    handle: bytes
+    parent: int
+    name: bytes
+
+
 class SavedTable(NamedTuple):
     """The inode table. The root has no row."""
 
     inodes: list[SavedInode]
     links: list[SavedLink]
+    forgotten: list[SavedForgotten]
 
 
 class SavedName(NamedTuple):
@@ -130,7 +142,7 @@ class SavedExport:
     root_handle: bytes
     file_system: int  # f_fsid of statvfs(3); 0 where there is none
     saved_ns: int = 0
-    table: SavedTable = field(default_factory=lambda: SavedTable([], []))
+    table: SavedTable = field(default_factory=lambda: SavedTable([], [], []))
     watches: list[tuple[int, int]] = field(default_factory=list)  # nodeid, wd
     listed: list[int] = field(default_factory=list)  # directories whose names are all known
     names: list[SavedName] = field(default_factory=list)
@@ -292,7 +304,11 @@ def inode_table(table: InodeTable) -> SavedTable:
         for name, child in inode.children.items():
             if child.name != name or child.parent is not inode:
                 links.append(SavedLink(inode.nodeid, name, child.nodeid))
-    return SavedTable(inodes, links)
+    forgotten = [
+        SavedForgotten(nodeid, 0 if device == table.device else device, ino, handle, parent, name)
+        for nodeid, ((device, ino, handle), parent, name) in table.forgotten.items()
+    ]
+    return SavedTable(inodes, links, forgotten)
 
 
 def _inode(table: InodeTable, inode: Inode) -> SavedInode:

@@ -145,7 +145,7 @@ class InodeTable:
         self.outside.parent.parent = self.root
         self._by_node = {ROOT_ID: self.root}
         self._by_identity = {identity: self.root}
-        self._forgotten: dict[int, Forgotten] = {}  # by nodeid, the oldest first
+        self.forgotten: dict[int, Forgotten] = {}  # by nodeid, the oldest first
         self._forgotten_synthetic: dict[Identity, int] = {}
 
     def close(self) -> None:
@@ -177,11 +177,11 @@ class InodeTable:
         missing: list[int] = []  # the object, the directory that it is in, and so on upwards
         while nodeid not in self._by_node and nodeid not in missing:
             missing.append(nodeid)
-            nodeid = self._forgotten.get(nodeid, _UNKNOWN).parent
+            nodeid = self.forgotten.get(nodeid, _UNKNOWN).parent
         found: list[Inode] = []
         while missing:
             nodeid = missing.pop()
-            again = self._find_again(self._forgotten.get(nodeid, _UNKNOWN))
+            again = self._find_again(self.forgotten.get(nodeid, _UNKNOWN))
             found += [again] if again is not None else []
         inode = self._by_node.get(nodeid)
         if inode is not None and (inode is self.root or self.verify_place(inode)):
@@ -328,14 +328,14 @@ class InodeTable:
     def _new(self, identity: Identity, kind: int) -> Inode:
         device, ino, handle = identity
         nodeid = ino
-        self._forgotten.pop(ino, None)
+        self.forgotten.pop(ino, None)
         if (old := self._by_node.get(ino)) is not None:
             self.release(old)
         if device != self.device or not ROOT_ID < ino < _SYNTHETIC or ino in self._by_node:
             # Also where the host reused the number: a guest's requests name only the nodeid, so the
             # old object keeps it for as long as anybody refers to it.
             nodeid = self._forgotten_synthetic.pop(identity, 0) or self._synthetic()
-            self._forgotten.pop(nodeid, None)
+            self.forgotten.pop(nodeid, None)
         inode = Inode(nodeid, zlib.crc32(handle) or 1, identity, kind)
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
@@ -407,11 +407,16 @@ class InodeTable:
         parent = inode.parent
         known = parent is not None and parent.nodeid < FSD_DIR
         place = (parent.nodeid, inode.name) if parent is not None and known else (0, b"")
-        self._forgotten[inode.nodeid] = Forgotten(inode.identity, *place)
-        if inode.nodeid >= _SYNTHETIC:
-            self._forgotten_synthetic[inode.identity] = inode.nodeid
-        if len(self._forgotten) > FORGOTTEN_LIMIT:
-            oldest = self._forgotten.pop(next(iter(self._forgotten)))
+        self.remember(inode.nodeid, Forgotten(inode.identity, *place))
+
+    def remember(self, nodeid: int, forgotten: Forgotten) -> None:
+        """Keep in mind what a nodeid stood for that nobody refers to any more."""
+        self.forgotten[nodeid] = forgotten
+        if nodeid >= _SYNTHETIC:
+            self._forgotten_synthetic[forgotten.identity] = nodeid
+            self._next_synthetic = max(self._next_synthetic, nodeid + 1)
+        if len(self.forgotten) > FORGOTTEN_LIMIT:
+            oldest = self.forgotten.pop(next(iter(self.forgotten)))
             self._forgotten_synthetic.pop(oldest.identity, None)
 
     # How an inode is reached on the host

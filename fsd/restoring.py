@@ -11,11 +11,12 @@ import os
 import stat
 from collections import defaultdict, deque
 
+from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 
 from . import host
 from .checkpoint import GONE, SavedInode, SavedTable
-from .inodes import ROOT_ID, Inode, InodeTable
+from .inodes import ROOT_ID, Forgotten, Inode, InodeTable
 
 _HANDLE_SIZES = range(4, 4 + 128 + 1)  # the type, MAX_HANDLE_SZ
 _KINDS = {
@@ -54,6 +55,11 @@ class RestoredTable:
         for inode in self.inodes.values():
             if inode is not table.root and not inode.is_placeholder and not self._find(inode):
                 self.gone.add(inode)
+        for nodeid, device, ino, handle, parent, name in saved.forgotten:
+            check_name(name or b"-")
+            if nodeid not in self.inodes and ROOT_ID < nodeid < FSD_DIR:
+                identity = (device or table.device, ino, handle)
+                table.remember(nodeid, Forgotten(identity, parent, name))
         for inode in self.inodes.values():
             if inode.is_dir and inode.parent is None and inode is not table.root:
                 table.lose(inode)
