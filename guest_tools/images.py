@@ -75,27 +75,37 @@ def check_free(directory: str) -> None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), parent) from None
 
 
-def write(directory: str, state: State) -> None:
-    """Put a state into a directory that is new or empty: all of it or nothing. Raises OSError."""
-    check_free(directory)
+def bodies(state: State) -> tuple[bytes, bytes, bytes]:
+    """What process.img, files.img and fdinfo.img hold."""
     files = _stream(FILES, (_file_entry(file) for file in state.files))
     fdinfo = _stream(FDINFO, _fdinfo_entries(state))
+    files_sha256, fdinfo_sha256 = digests(files, fdinfo)
     process = pb.process_entry(
         pid=state.pid,
         command=state.command,
         kernel=state.kernel,
-        files_sha256=hashlib.sha256(files).digest(),
-        fdinfo_sha256=hashlib.sha256(fdinfo).digest(),
+        files_sha256=files_sha256,
+        fdinfo_sha256=fdinfo_sha256,
         filesystem=[
             pb.filesystem_entry(s_dev=f.sdev, fstype=f.fstype, source=f.source, fsid=f.fsid)
             for f in state.filesystems
         ],
     )
-    bodies = {PROCESS: process.SerializeToString(), FILES: files, FDINFO: fdinfo}
+    return process.SerializeToString(), files, fdinfo
+
+
+def digests(files: bytes, fdinfo: bytes) -> tuple[bytes, bytes]:
+    """What process.img says of the other two."""
+    return hashlib.sha256(files).digest(), hashlib.sha256(fdinfo).digest()
+
+
+def write(directory: str, state: State) -> None:
+    """Put a state into a directory that is new or empty: all of it or nothing. Raises OSError."""
+    check_free(directory)
     target = os.path.abspath(directory)
     scratch = tempfile.mkdtemp(prefix=".checkpoint-", dir=os.path.dirname(target))
     try:
-        for kind, body in bodies.items():
+        for kind, body in zip((PROCESS, FILES, FDINFO), bodies(state)):
             with open(os.path.join(scratch, f"{kind}.img"), "xb") as image:
                 image.write(images.pack(kind, VERSION, body))
                 image.flush()
@@ -108,17 +118,17 @@ def write(directory: str, state: State) -> None:
 
 def read(directory: str) -> State:
     """The state in a directory. Raises OSError, and ImageError, which names the file."""
-    bodies = {}
+    found = []
     for kind in (PROCESS, FILES, FDINFO):
         path = os.path.join(directory, f"{kind}.img")
         with open(path, "rb") as image:
             data = image.read()
         try:
-            bodies[kind] = images.unpack(data, kind, VERSION)
+            found.append(images.unpack(data, kind, VERSION))
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from None
     try:
-        return parse(bodies[PROCESS], bodies[FILES], bodies[FDINFO])
+        return parse(*found)
     except ImageError as error:
         raise ImageError(f"{directory}: {error}") from None
 
@@ -126,9 +136,7 @@ def read(directory: str) -> State:
 def parse(process_body: bytes, files_body: bytes, fdinfo_body: bytes) -> State:
     """The state of the three bodies. Raises ImageError."""
     process = _message(pb.process_entry, process_body)
-    digests = process.files_sha256, process.fdinfo_sha256
-    found = tuple(hashlib.sha256(body).digest() for body in (files_body, fdinfo_body))
-    if found != digests:
+    if digests(files_body, fdinfo_body) != (process.files_sha256, process.fdinfo_sha256):
         _refuse("the images are of different checkpoints")
     files = [_file(entry) for entry in _entries(FILES, files_body, pb.file_entry)]
     types = {file.id: _type(file) for file in files}

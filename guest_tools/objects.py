@@ -23,6 +23,7 @@ from .kernel import open_by_handle
 from .state import FileSystem, Identity, Object
 
 _DELETED = b" (deleted)"
+_AT_FDCWD = -100
 _OPEN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -46,6 +47,7 @@ class Mounts:
         with open(f"/proc/{'self' if pid is None else pid}/mountinfo", "rb") as table:
             self._mounts = [_mount(line) for line in table]
         self._opened: dict[int, int] = {}  # mnt_id -> descriptor, -1: it cannot be had
+        self._home = os.open(".", os.O_PATH | os.O_CLOEXEC)
         self._filesystems: dict[int, tuple[FileSystem, bool] | None] = {}
 
     def __enter__(self) -> Mounts:
@@ -56,6 +58,7 @@ class Mounts:
             if fd >= 0:
                 os.close(fd)
         self._opened.clear()
+        os.close(self._home)
 
     def by_id(self, mnt_id: int) -> Mount | None:
         """The mount with that id."""
@@ -77,27 +80,13 @@ class Mounts:
 
     def _open(self, mount: Mount) -> int:
         if mount.mnt_id not in self._opened:
-            self._opened[mount.mnt_id] = fd = self._try(mount)
-            # Another mount may lie over it.
-            if fd >= 0 and mount_id(fd) != mount.mnt_id:
-                os.close(fd)
-                self._opened[mount.mnt_id] = -1
+            self._opened[mount.mnt_id] = self.open_mount(mount, os.O_DIRECTORY)
         return self._opened[mount.mnt_id]
 
-    def _try(self, mount: Mount) -> int:
-        path = self._root + mount.point
-        try:
-            # open_by_handle_at(2) takes no O_PATH. What is no directory may be a device.
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                return -1
-            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return -1
-
-    def open_mount(self, mount: Mount) -> int:
+    def open_mount(self, mount: Mount, flags: int = 0) -> int:
         """An O_PATH descriptor of the mount's root; -1 where it is not to be had, or covered."""
         try:
-            fd = self.open_path(mount.point)
+            fd = os.open(self._root + mount.point, os.O_PATH | os.O_CLOEXEC | flags)
         except OSError:
             return -1
         if mount_id(fd) == mount.mnt_id:
@@ -128,12 +117,21 @@ class Mounts:
     def open_handle(self, identity: Identity) -> int:
         """An O_PATH descriptor of the file with that handle. Raises OSError."""
         number = errno.ENODEV
-        for _, fd in self.of(identity.sdev):
+        for _, root in self.of(identity.sdev):
             try:
-                return open_by_handle(fd, identity.handle_type, identity.handle, _OPEN)
+                return self._open_handle(root, identity)
             except OSError as error:
                 number = error.errno or number
         raise OSError(number, os.strerror(number))
+
+    def _open_handle(self, root: int, identity: Identity) -> int:
+        # open_by_handle_at(2) takes no O_PATH but as working directory, and to open the root in
+        # any other way would be an event for whoever watches it.
+        os.fchdir(root)
+        try:
+            return open_by_handle(_AT_FDCWD, identity.handle_type, identity.handle, _OPEN)
+        finally:
+            os.fchdir(self._home)
 
     def open_path(self, path: bytes) -> int:
         """An O_PATH descriptor of what that name is now; a symbolic link itself. Raises OSError."""
@@ -143,7 +141,7 @@ class Mounts:
         """Path of a file by its handle, and whether it is deleted; b"" where none can be told."""
         for _, root in self.of(identity.sdev):
             try:
-                fd = open_by_handle(root, identity.handle_type, identity.handle, _OPEN)
+                fd = self._open_handle(root, identity)
             except OSError:
                 continue
             try:

@@ -43,7 +43,6 @@ _DRAIN = 4096
 _ASKED = int(EVENTS | Mask.EXCL_UNLINK | Mask.ONESHOT)
 """What inotify_add_watch(2) takes of a mask in fdinfo; the rest is the kernel's own."""
 _INT_MAX = (1 << 31) - 1
-_FAN_CLOEXEC, _FAN_NONBLOCK = 1, 2
 
 
 class Restorer:
@@ -183,10 +182,7 @@ class Restorer:
     # fanotify
 
     def _fanotify(self, file: Fanotify, finder: Finder, mounts: Mounts) -> None:
-        flags = file.init_flags | _FAN_CLOEXEC
-        if file.flags & os.O_NONBLOCK:
-            flags |= _FAN_NONBLOCK
-        group = self.park(notify.fanotify_init(flags, file.event_flags))
+        group = self.park(notify.fanotify_init(file.init_flags, file.event_flags))
         self._files[file.id] = group
         for mark in file.marks:
             found = _target_of(mark, finder, mounts)
