@@ -20,7 +20,7 @@ from tests.support import debian
 SUITE = "trixie"
 READ = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
+sys.path.append(sys.argv[1])  # behind our own protobuf
 from pycriu import images
 with open(sys.argv[2], "rb") as image:
     print(json.dumps(images.load(image, pretty=False)["entries"]))
