@@ -19,7 +19,7 @@ from protocol import images
 from tests.support.mounts import Mount, wait_until
 
 from .criu import Criu, criu
-from .remote import DRIVER, PYTHON, guest
+from .remote import PYTHON, guest, shown
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="CRIU is root's")
 
@@ -53,17 +53,18 @@ class Recorder:
 
 
 @contextmanager
-def recorder(setup: list[str], folder: Path) -> Iterator[Recorder]:
+def recorder(setup: list[str], folder: Path, *prefix: str) -> Iterator[Recorder]:
     log = folder / "log"
-    with (folder / "out").open("wb") as out:
-        process = subprocess.Popen(
-            [*PYTHON[:-1], DRIVER, json.dumps(setup), log],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            cwd=folder,
-        )
+    # Its streams are opened by itself, in the namespace that it may have of its own.
+    streams = ("sh", "-c", 'exec "$@" <>/dev/null >&0 2>&0', "sh")
+    process = subprocess.Popen(
+        [*prefix, *streams, *PYTHON, json.dumps(setup), log],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=folder,
+    )
     try:
         wait_until(log.exists, 30, "the watcher is ready")
         yield Recorder(process, log)
@@ -143,6 +144,29 @@ def test_ours_agrees_with_criu_field_by_field(real: Criu, tmp_path: Path) -> Non
     assert mine == theirs
 
 
+def test_entries_whose_numbers_are_other_files_by_now(real: Criu, tmp_path: Path) -> None:
+    """CRIU gives them the numbers that their files have now; ours keeps both. The files agree."""
+    setup = [
+        "inotify(3)",
+        "inotify(7)",
+        "epoll(4)",
+        *("os.dup2(3, 20)", "add(4, 20, 1, 1)"),
+        *("os.dup2(7, 20)", "add(4, 20, 1, 2)"),
+        "os.dup2(4, 20)",
+    ]
+    with recorder(setup, tmp_path) as watcher:
+        done = guest("checkpoint", "--pid", watcher.pid, tmp_path / "ours")
+        assert (done.returncode, done.stderr) == (0, "")
+        real.run("dump", tmp_path / "criu", "-t", watcher.pid)
+        watcher.process.wait(10)
+    (fdinfo,) = (tmp_path / "criu").glob("fdinfo-*.img")
+    theirs = notify_files(real, tmp_path / "criu" / "files.img", fdinfo)[4]["epfd"]["tfd"]
+    (mine,) = (row for row in shown(tmp_path / "ours")["files"] if row["kind"] == "epoll")
+    assert sorted((entry["tfd"], entry["data"]) for entry in theirs) == [(3, 1), (7, 2)]
+    assert sorted((t["target"]["fd"], t["data"]) for t in mine["targets"]) == [(3, 1), (7, 2)]
+    assert {target["tfd"] for target in mine["targets"]} == {20}
+
+
 def test_both_restore_the_same_watcher(real: Criu, tmp_path: Path) -> None:
     """With the same numbers; CRIU drops ONESHOT and EXCL_UNLINK, which ours keeps."""
     top = tmp_path / "top"
@@ -196,3 +220,23 @@ def test_a_watcher_of_our_mount(real: Criu, share: Mount, tmp_path: Path) -> Non
         share.wait_armed(mounted, pid=watcher.pid, timeout=40)
         (share.source / "directory" / "new").touch()
         wait_until(lambda: [77, CREATE, 0, "new"] in watcher.events(), 10)
+
+
+def test_criu_refuses_our_mount_in_a_namespace_of_its_own(
+    real: Criu, share: Mount, tmp_path: Path
+) -> None:
+    """There it would have to save the mount, too: "fuse: always fail". Ours does without."""
+    (share.source / "directory").mkdir()
+    mounted = share.mountpoint / "directory"
+    setup = ["inotify(3)", f"watch(3, {str(mounted)!r}, {CREATE}, 77)"]
+    unshare = ("unshare", "--mount", "--propagation", "private")
+    with recorder(setup, tmp_path, *unshare) as watcher:
+        before = watcher.marks(3)
+        with pytest.raises(AssertionError, match=r"\(fuse\): always fail"):
+            real.run("dump", tmp_path / "criu", "-t", watcher.pid)
+        done = guest("checkpoint", "--pid", watcher.pid, tmp_path / "ours")
+        assert (done.returncode, done.stderr) == (0, "")
+    words = ("restore", tmp_path / "ours", "--", "cat", "/proc/self/fdinfo/3")
+    again = guest(*words).stdout.splitlines()
+    assert len(before) == 1
+    assert sorted(line for line in again if line.startswith("inotify")) == before
