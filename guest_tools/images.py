@@ -22,7 +22,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import NoReturn, TypeVar, Union
+from typing import NoReturn, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -61,7 +61,6 @@ _HANDLE_MAX = 128  # MAX_HANDLE_SZ
 _FD_CLOEXEC = 1
 
 M = TypeVar("M", bound=Message)
-_AnyMark = Union[ObjectMark, MountMark, FileSystemMark]
 
 
 def check_free(directory: str) -> None:

@@ -26,6 +26,8 @@ _AT_EMPTY_PATH = 0x1000
 _FAN_MARK_ADD = 1
 
 IN_MASK_CREATE = 0x1000_0000
+FAN_PERMISSION = 0x17_0000
+"""FAN_OPEN_PERM, FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM, FAN_PRE_ACCESS."""
 FAN_MARK_MOUNT, FAN_MARK_FILESYSTEM = 0x10, 0x100
 FAN_MARK_IGNORED_MASK, FAN_MARK_EVICTABLE, FAN_MARK_IGNORE = 0x20, 0x200, 0x400
 
@@ -129,6 +131,13 @@ def inotify_init(flags: int) -> int:
 def add_watch(fd: int, path: str, mask: int) -> int:
     """inotify_add_watch(2): the watch's number."""
     return _check(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)))
+
+
+def why_not(error: OSError) -> str:
+    """Why a file cannot be watched, for people."""
+    if error.errno == errno.ENOSPC:  # inotify(7)
+        return "the user's limit of watches (fs.inotify.max_user_watches) is reached"
+    return f"it cannot be watched: {error.strerror}"
 
 
 def remove_watch(fd: int, wd: int) -> None:

@@ -291,7 +291,7 @@ def identify(fds: list[int]) -> Iterator[Identity | str]:
             try:
                 results.append(notify.add_watch(instance, notify.fd_path(fd), Mask.DELETE_SELF))
             except OSError as error:
-                results.append(f"it cannot be watched: {error.strerror}")
+                results.append(notify.why_not(error))
         marks = {mark.wd: mark for mark in parse_fdinfo(notify.fdinfo(instance))}
     finally:
         os.close(instance)

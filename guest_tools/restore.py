@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -67,7 +68,7 @@ class Restorer:
 
     def _make_room(self) -> None:
         """Let descriptors of the wanted numbers exist."""
-        wanted = max(self._reserved) + 1
+        wanted = max(self._reserved, default=0) + 1
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft >= wanted or soft == resource.RLIM_INFINITY:
             return
@@ -131,6 +132,8 @@ class Restorer:
             elif owner.pid or owner.signum:
                 notify.set_owner(fd, owner._replace(pid=os.getpid() if owner.pid else 0))
             flags = file.flags & (os.O_NONBLOCK | os.O_ASYNC)
+            if flags & os.O_ASYNC:  # which ends a program that is not prepared for it yet
+                signal.signal(owner.signum or signal.SIGIO, signal.SIG_IGN)
             if flags:
                 fcntl.fcntl(fd, fcntl.F_SETFL, flags)
         except OSError as error:
@@ -174,7 +177,7 @@ class Restorer:
         except Failure as failure:
             return str(failure)
         except OSError as error:
-            return f"it cannot be watched: {error.strerror}"
+            return notify.why_not(error)
         finally:
             os.close(fd)
         return ""
@@ -185,8 +188,11 @@ class Restorer:
         group = self.park(notify.fanotify_init(file.init_flags, file.event_flags))
         self._files[file.id] = group
         for mark in file.marks:
-            found = _target_of(mark, finder, mounts)
-            why = found if isinstance(found, str) else _mark(group, mark, found)
+            if mark.mask & notify.FAN_PERMISSION:
+                why = "it decides on accesses, and would wait for itself to decide on the command's"
+            else:
+                found = _target_of(mark, finder, mounts)
+                why = found if isinstance(found, str) else _mark(group, mark, found)
             if why:
                 self._problem(file.id, f"mark on {_name(mark)}: {why}")
             else:

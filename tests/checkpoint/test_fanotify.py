@@ -17,7 +17,8 @@ NONBLOCK, CLASS_CONTENT, UNLIMITED_MARKS = 0x2, 0x4, 0x20
 REPORT_DFID_NAME, REPORT_FID = 0xC00, 0x200
 MARK_MOUNT, MARK_FILESYSTEM = 0x10, 0x100
 IGNORED, SURVIVES, EVICTABLE, IGNORE = 0x20, 0x40, 0x200, 0x400
-MODIFY, CREATE, OPEN, ON_CHILD, ON_DIR = 0x2, 0x100, 0x20, 0x0800_0000, 0x4000_0000
+MODIFY, CREATE, OPEN, OPEN_PERM = 0x2, 0x100, 0x20, 0x1_0000
+ON_CHILD, ON_DIR = 0x0800_0000, 0x4000_0000
 
 
 @pytest.fixture
@@ -66,6 +67,17 @@ def test_marks_of_every_kind(watcher: Remote, top: Path, tmp_path: Path) -> None
         assert again("fcntl.fcntl(3, fcntl.F_GETFL)") & os.O_NONBLOCK
         (top / "directory" / "new").touch()
         assert again("select.select([4], [], [], 10)[0]") == [4]
+
+
+def test_marks_that_decide_are_not_restored(watcher: Remote, top: Path, tmp_path: Path) -> None:
+    """The command itself could not be started: nobody would answer for it."""
+    watcher(f"fanotify(3, {NONBLOCK | CLASS_CONTENT})")
+    watcher(f"mark(3, 0, {OPEN_PERM}, {str(top / 'file')!r})")
+    save(watcher, tmp_path / "saved")
+    with restored(tmp_path / "saved") as again:
+        assert len(again.marks(3)) == 1  # that of the group
+        assert f"mark on {top}/file" in again.stderr
+        assert "it decides on accesses" in again.stderr
 
 
 def test_what_is_not_there_is_reported(watcher: Remote, top: Path, tmp_path: Path) -> None:
