@@ -19,7 +19,6 @@ import hashlib
 import os
 import shutil
 import struct
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import NoReturn, TypeVar
@@ -30,7 +29,7 @@ from protocol import images
 from protocol.images import ImageError
 
 from . import watcher_pb2 as pb
-from .notify import Owner, words
+from .notify import Owner, from_words, to_words
 from .state import (
     Descriptor,
     Epoll,
@@ -57,7 +56,6 @@ _MAGICS = {FILES: 0x5630_3138, FDINFO: 0x5621_3732}
 _HEAD = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
 _INT_MAX = (1 << 31) - 1
-_HANDLE_MAX = 128  # MAX_HANDLE_SZ
 _FD_CLOEXEC = 1
 
 M = TypeVar("M", bound=Message)
@@ -269,7 +267,7 @@ def _wd_entry(watch: Watch) -> pb.inotify_wd_entry:
 def _fh_entry(thing: Object) -> pb.fh_entry:
     identity = thing.identity
     entry = pb.fh_entry(
-        bytes=len(identity.handle), type=identity.handle_type, handle=words(identity.handle)
+        bytes=len(identity.handle), type=identity.handle_type, handle=to_words(identity.handle)
     )
     if identity.handle:
         entry.kind = pb.DECODABLE if thing.decodable else pb.ENCODABLE
@@ -383,11 +381,12 @@ def _watch(entry: pb.inotify_wd_entry) -> Watch:
 
 
 def _object(sdev: int, ino: int, entry: pb.fh_entry) -> Object:
-    if entry.bytes > _HANDLE_MAX or entry.bytes > 8 * len(entry.handle):
-        _refuse(f"a file handle cannot have {entry.bytes} bytes")
     if entry.type > _INT_MAX:
         _refuse("a file handle's type is out of range")
-    handle = b"".join(word.to_bytes(8, sys.byteorder) for word in entry.handle)[: entry.bytes]
+    try:
+        handle = from_words(entry.handle, entry.bytes)
+    except ValueError as error:
+        _refuse(str(error))
     identity = Identity(sdev, ino, entry.type, handle)
     return Object(identity, entry.kind == pb.DECODABLE, _path(entry), entry.deleted)
 

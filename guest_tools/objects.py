@@ -46,6 +46,9 @@ class Mounts:
         self._root = b"" if pid is None else b"/proc/%d/root" % pid
         with open(f"/proc/{'self' if pid is None else pid}/mountinfo", "rb") as table:
             self._mounts = [_mount(line) for line in table]
+        self._by_sdev: dict[int, list[Mount]] = {}
+        for mount in sorted(self._mounts, key=lambda mount: mount.root != b"/"):
+            self._by_sdev.setdefault(mount.sdev, []).append(mount)
         self._opened: dict[int, int] = {}  # mnt_id -> descriptor, -1: it cannot be had
         self._home = os.open(".", os.O_PATH | os.O_CLOEXEC)
         self._filesystems: dict[int, tuple[FileSystem, bool] | None] = {}
@@ -72,8 +75,7 @@ class Mounts:
         """The mounts of a file system, and descriptors of their roots: those that show all of it
         come first.
         """
-        mounts = [mount for mount in self._mounts if mount.sdev == sdev]
-        for mount in sorted(mounts, key=lambda mount: mount.root != b"/"):
+        for mount in self._by_sdev.get(sdev, ()):
             fd = self._open(mount)
             if fd >= 0:
                 yield mount, fd
@@ -145,12 +147,11 @@ class Mounts:
             except OSError:
                 continue
             try:
-                path = os.readlink(os.fsencode(notify.fd_path(fd)))
-                if os.fstat(fd).st_nlink == 0 and path.endswith(_DELETED):
+                path, status = os.readlink(b"/proc/self/fd/%d" % fd), os.fstat(fd)
+                if status.st_nlink == 0 and path.endswith(_DELETED):
                     return path[: -len(_DELETED)], True
                 # A file that has left the kernel's cache of names has no path, or part of one.
-                found = os.stat(self._root + path, follow_symlinks=False)
-                if os.path.samestat(os.fstat(fd), found):
+                if os.path.samestat(status, os.lstat(self._root + path)):
                     return path, False
             except OSError:
                 continue
@@ -214,6 +215,14 @@ class Finder:
     def __init__(self, mounts: Mounts, filesystems: Iterable[FileSystem]) -> None:
         self._mounts = mounts
         self._known = {filesystem.sdev: filesystem for filesystem in filesystems}
+        self._same: dict[tuple[int, int], bool] = {}
+        self._trial = notify.inotify_init(os.O_CLOEXEC)
+
+    def __enter__(self) -> Finder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._trial)
 
     def find(self, things: list[Object]) -> list[int | str]:
         """For each an O_PATH descriptor, or why there is none: in words, for people."""
@@ -228,10 +237,14 @@ class Finder:
 
     def same_filesystem(self, sdev: int, now: int) -> bool:
         """Whether device ``now`` is the file system that was ``sdev`` at the checkpoint."""
-        known, present = self._known.get(sdev), self._mounts.filesystem(now)
-        if known is None or present is None:
-            return False
-        return known._replace(sdev=0) == present._replace(sdev=0)
+        if (sdev, now) not in self._same:
+            known, present = self._known.get(sdev), self._mounts.filesystem(now)
+            self._same[sdev, now] = (
+                known is not None
+                and present is not None
+                and known._replace(sdev=0) == present._replace(sdev=0)
+            )
+        return self._same[sdev, now]
 
     def is_same(self, wanted: Identity, found: Identity) -> bool:
         """Whether a file is the one. Its file system may bear another device number by now, if the
@@ -240,7 +253,7 @@ class Finder:
         if not self.same_filesystem(wanted.sdev, found.sdev):
             return False
         if wanted.handle:
-            return wanted._replace(sdev=0) == found._replace(sdev=0)
+            return wanted[1:] == found[1:]
         return wanted == found
 
     def _by_handle(self, thing: Object) -> int | str:
@@ -265,7 +278,7 @@ class Finder:
 
     def _verified(self, things: list[Object], found: list[int | str]) -> list[int | str]:
         """The same, where it is a descriptor of the very file; else closed, and why it is not."""
-        identities = identify([fd for fd in found if isinstance(fd, int)])
+        identities = self._identities([fd for fd in found if isinstance(fd, int)])
         results: list[int | str] = []
         for thing, fd in zip(things, found):
             identity = fd if isinstance(fd, str) else next(identities)
@@ -279,27 +292,25 @@ class Finder:
             results.append(str(identity))
         return results
 
-
-def identify(fds: list[int]) -> Iterator[Identity | str]:
-    """How fdinfo identifies each file, by a watch of an instance that is closed again; or why no
-    watch can be had.
-    """
-    instance = notify.inotify_init(os.O_CLOEXEC)
-    try:
+    def _identities(self, fds: list[int]) -> Iterator[Identity | str]:
+        """How fdinfo identifies each file, by a watch that is removed again; or why no watch can
+        be had.
+        """
         results: list[int | str] = []
         for fd in fds:
             try:
-                results.append(notify.add_watch(instance, notify.fd_path(fd), Mask.DELETE_SELF))
+                results.append(notify.add_watch(self._trial, notify.fd_path(fd), Mask.DELETE_SELF))
             except OSError as error:
                 results.append(notify.why_not(error))
-        marks = {mark.wd: mark for mark in parse_fdinfo(notify.fdinfo(instance))}
-    finally:
-        os.close(instance)
-    for result in results:
-        if isinstance(result, str):
-            yield result
-        elif result in marks:
-            mark = marks[result]
-            yield Identity(mark.sdev, mark.ino, mark.handle_type, mark.handle)
-        else:
-            yield "it does not exist any more"
+        marks = {mark.wd: mark for mark in parse_fdinfo(notify.fdinfo(self._trial))}
+        for wd in marks:
+            with suppress(OSError):  # the file has just been deleted
+                notify.remove_watch(self._trial, wd)
+        for result in results:
+            if isinstance(result, str):
+                yield result
+            elif result in marks:
+                mark = marks[result]
+                yield Identity(mark.sdev, mark.ino, mark.handle_type, mark.handle)
+            else:
+                yield "it does not exist any more"

@@ -82,8 +82,7 @@ class Restorer:
 
     def restore(self) -> None:
         """Make everything. What cannot be had again goes to ``problems``."""
-        with Mounts() as mounts:
-            finder = Finder(mounts, self._state.filesystems)
+        with Mounts() as mounts, Finder(mounts, self._state.filesystems) as finder:
             for file in self._state.files:
                 try:
                     if isinstance(file, Inotify):
