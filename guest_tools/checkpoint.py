@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from protocol.fdinfo import MarkInfo, parse_fanotify, parse_fdinfo, parse_flags
+from protocol.masks import Mask
 
 from . import epoll, notify
 from .errors import Failure
@@ -38,6 +39,7 @@ _LINKS = {
     "anon_inode:[fanotify]": "fanotify",
     "anon_inode:[eventpoll]": "epoll",
 }
+_FLAGS = int(Mask.ONESHOT | Mask.EXCL_UNLINK)
 _TRIES = 10
 """Readings of a process that goes on changing; each takes a millisecond or so."""
 
@@ -61,6 +63,8 @@ def checkpoint(
             state = reader.read(search)
             if take_events:
                 state = reader.take(state)
+            if any(isinstance(file, Inotify) for file in state.files) and not _shows_flags():
+                warn("IN_ONESHOT and IN_EXCL_UNLINK are not saved: Linux shows them from 5.19 on")
             for file in state.files:
                 if not isinstance(file, Epoll) and file.queue.size > len(file.queue.events):
                     warn(
@@ -70,6 +74,18 @@ def checkpoint(
             return state
     finally:
         os.close(pidfd)
+
+
+def _shows_flags() -> bool:
+    """Whether this kernel's fdinfo has IN_ONESHOT and IN_EXCL_UNLINK: Linux 5.19."""
+    memory, instance = os.memfd_create("trial"), notify.inotify_init(os.O_CLOEXEC)
+    try:
+        notify.add_watch(instance, notify.fd_path(memory), Mask.MODIFY | _FLAGS)
+        (mark,) = parse_fdinfo(notify.fdinfo(instance))
+    finally:
+        os.close(instance)
+        os.close(memory)
+    return mark.mask & _FLAGS == _FLAGS
 
 
 def _pidfd(pid: int) -> int:
