@@ -454,7 +454,7 @@ class Export:
     @property
     def is_settled(self) -> bool:
         """Whether all is told, and nothing has changed for a moment."""
-        quiet = time.monotonic() - self.watcher.last_arrival > _SETTLING
+        quiet = time.monotonic() - self.watcher.last_activity > _SETTLING
         return quiet and not self.watcher.backlog
 
     def resume_mark(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:

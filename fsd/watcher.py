@@ -111,7 +111,7 @@ class HostWatcher:
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
         self._number = 0
-        self.last_arrival = 0.0  # time.monotonic()
+        self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
@@ -178,6 +178,7 @@ class HostWatcher:
         self._wd_of[inode] = wd
         if mask & ~self.mask_of(inode):
             self.drain()
+            self.last_activity = time.monotonic()
             self._since[inode] = self._number
         self._mask_of[inode] = mask
         if inode.attr_given and not self.tells_changes(inode):
@@ -269,7 +270,7 @@ class HostWatcher:
             return
         self._arrivals.append(Arrival(raw, origin, stamp, self._number))
         self._number += 1
-        self.last_arrival = stamp
+        self.last_activity = stamp
         if raw.mask & _CHANGING:
             self._note_change(raw)
         self._pushed(raw)
