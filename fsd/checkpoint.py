@@ -171,7 +171,7 @@ class _Taking:
     def __init__(self, export: Export) -> None:
         self._export = export
         self._table = export.table
-        self._nodeids = {inode.nodeid: inode for inode in self._table}
+        self._nodeids = {inode.nodeid: inode for inode in self._table}  # that can be named
         self._told_ns = 0  # when all that had happened in watched directories was told
         self._others: dict[Identity, Inode] = {}  # named below, and in the table no more
 
@@ -201,6 +201,8 @@ class _Taking:
         """The nodeid by which the image names an inode; 0 where it cannot."""
         if inode is None:
             return 0
+        if self._nodeids.get(inode.nodeid) is inode:
+            return inode.nodeid
         inode = self._table.current(inode)
         if inode.nodeid >= FSD_DIR:
             return 0

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -457,16 +457,31 @@ class Export:
         quiet = time.monotonic() - self.watcher.last_activity > _SETTLING
         return quiet and not self.watcher.backlog
 
-    def resume_mark(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:
-        """A mark that was set in the server before."""
-        if mask:
-            self._set_interest(guest, inode, mask)
+    def resume_marks(self, marks: Iterable[tuple[Guest, Inode | None, Mask]]) -> None:
+        """Marks that were set in the server before: all of them first, then each watch once."""
+        inodes: dict[Inode, None] = {}
+        for guest, inode, mask in marks:
+            if not mask:
+                continue
+            if inode is not None and not self.interest.of(guest, inode):
+                self.table.pin(inode)
+                inodes[inode] = None
+            self.interest.update(guest, inode, mask)
+        for inode in inodes:
+            if inode.parent is not None:
+                self._care[inode] = inode.parent
+                self._cared_for[inode.parent] += 1
+        for inode in inodes.keys() | self._cared_for.keys():
+            self.set_watch(inode)
+        if self.interest.aggregate(None):
+            self._cover(self.table.root, announce=False)
 
-    def resume(self, gone: Set[Inode], patience: float) -> None:
+    def resume(self, patience: float) -> None:
         """Tell what happened since the listings were saved. Observers that do not come back within
         ``patience`` seconds are given up.
         """
-        missing = [inode for inode in self.interest.inodes() if inode in gone]
+        watched, refused = self.watcher.mask_of, self.unwatched
+        missing = [i for i in self.interest.inodes() if not watched(i) and i not in refused]
         # What is reached by its path alone may only have moved: the comparison finds it again.
         dead = [inode for inode in missing if self.table.handle_opens(inode.identity)]
         self._compare([*self.watcher.inodes(), *dead])
@@ -489,7 +504,7 @@ class Export:
         """The difference as of one moment: what the queue has of before is told by it, and dropped
         there.
         """
-        watched = (node, *node.children.values())
+        watched = (node, *(child for child in node.children.values() if not child.is_dir))
         wds = {wd for inode in watched if (wd := self.watcher.wd_of(inode)) >= 0}
         changes: Changes = {}
         for _ in range(_ATTEMPTS):

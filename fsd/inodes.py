@@ -466,7 +466,11 @@ class InodeTable:
                 os.close(fd)
         if inode.open_fds:
             return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
-        return self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+        fd = self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+        if os.fstat(fd).st_ino != inode.identity[1]:  # restored from an image that lies
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
 
     def stat_by_name(self, inode: Inode) -> os.stat_result | None:
         """Attributes of a file by the name it was last known by; None if that is not it now."""

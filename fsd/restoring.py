@@ -53,7 +53,11 @@ class RestoredTable:
             if node.is_dir and not inode.is_dir:
                 node.children.setdefault(name, inode)
         for inode in self.inodes.values():
-            if inode is not table.root and not inode.is_placeholder and not self._find(inode):
+            if inode is table.root or inode.is_placeholder:
+                continue
+            if not inode.is_dir and table.handle_opens(inode.identity):
+                continue  # verified at each use: its handle leads to it, or to nothing
+            if not self._find(inode):
                 self.gone.add(inode)
         for nodeid, device, ino, handle, parent, name in saved.forgotten:
             check_name(name or b"-")
@@ -108,7 +112,7 @@ class RestoredTable:
     def _find(self, inode: Inode) -> bool:
         """Whether the object is still there; afterwards it is reached as any other."""
         if self._table.handle_opens(inode.identity):
-            return self._find_by_handle(inode)
+            return self._find_directory(inode)
         if self._find_by_path(inode):
             return True
         # A handle proves the object wherever it is met again; without one, or on a device that may
@@ -117,7 +121,7 @@ class RestoredTable:
             self._table.identify_as(inode, (GONE, inode.nodeid, b""))
         return False
 
-    def _find_by_handle(self, inode: Inode) -> bool:
+    def _find_directory(self, inode: Inode) -> bool:
         try:
             fd = self._table.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
         except OSError:
@@ -127,8 +131,7 @@ class RestoredTable:
             if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity[1], inode.kind):
                 self._table.identify_as(inode, (GONE, inode.nodeid, b""))
                 return False
-            if inode.is_dir:
-                self._table.verify_place(inode)
+            self._table.verify_place(inode)
         finally:
             os.close(fd)
         return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import stat
 import time
+from functools import cache
 from typing import TYPE_CHECKING
 
 from protocol.images import ImageError
@@ -36,6 +37,11 @@ _WD_LIMIT = 1 << 31
 def new_token() -> bytes:
     """What an observer shows when it comes back; not to be guessed."""
     return secrets.token_bytes(16)
+
+
+@cache
+def _mask(bits: int) -> Mask:
+    return EVENTS & bits
 
 
 class Resumption:
@@ -153,9 +159,11 @@ class Resumption:
         """Set the marks, place the watches, tell what happened while no server ran."""
         export = self._export
         export.watcher.remember(self._wds)
-        for guest, saved in self._marks:
-            for nodeid, mask in saved.marks:
-                export.resume_mark(guest, self._optional(nodeid), EVENTS & mask)
+        export.resume_marks(
+            (guest, self._optional(nodeid), _mask(mask))
+            for guest, saved in self._marks
+            for nodeid, mask in saved.marks
+        )
         export.watcher.remembered()
         self.table.release()
-        export.resume(self.table.gone, WAIT_FOR)
+        export.resume(WAIT_FOR)
