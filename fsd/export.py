@@ -457,8 +457,12 @@ class Export:
         quiet = time.monotonic() - self.watcher.last_activity > _SETTLING
         return quiet and not self.watcher.backlog
 
-    def resume_marks(self, marks: Iterable[tuple[Guest, Inode | None, Mask]]) -> None:
-        """Marks that were set in the server before: all of them first, then each watch once."""
+    def resume_marks(
+        self, marks: Iterable[tuple[Guest, Inode | None, Mask]], order: Iterable[Inode]
+    ) -> None:
+        """Marks that were set in the server before: all of them first, then each watch once, in
+        that order as far as it goes.
+        """
         inodes: dict[Inode, None] = {}
         for guest, inode, mask in marks:
             if not mask:
@@ -471,7 +475,7 @@ class Export:
             if inode.parent is not None:
                 self._care[inode] = inode.parent
                 self._cared_for[inode.parent] += 1
-        for inode in inodes.keys() | self._cared_for.keys():
+        for inode in dict.fromkeys((*order, *inodes, *self._cared_for)):
             self.set_watch(inode)
         if self.interest.aggregate(None):
             self._cover(self.table.root, announce=False)

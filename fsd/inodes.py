@@ -466,6 +466,9 @@ class InodeTable:
                 os.close(fd)
         if inode.open_fds:
             return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
+        return self._open_by_verified_handle(inode)
+
+    def _open_by_verified_handle(self, inode: Inode) -> int:
         fd = self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
         if os.fstat(fd).st_ino != inode.identity[1]:  # restored from an image that lies
             os.close(fd)
@@ -540,6 +543,18 @@ class InodeTable:
     def opened(self, inode: Inode) -> Iterator[int]:
         """``open`` for the time of a with block."""
         fd = self.open(inode)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def reached(self, inode: Inode) -> Iterator[int]:
+        """The same where it does not matter by what name: to set a watch."""
+        if inode.is_dir or inode.open_fds or not self.handle_opens(inode.identity):
+            fd = self.open(inode)
+        else:
+            fd = self._open_by_verified_handle(inode)
         try:
             yield fd
         finally:

@@ -159,11 +159,12 @@ class Resumption:
         """Set the marks, place the watches, tell what happened while no server ran."""
         export = self._export
         export.watcher.remember(self._wds)
-        export.resume_marks(
+        marks = (
             (guest, self._optional(nodeid), _mask(mask))
             for guest, saved in self._marks
             for nodeid, mask in saved.marks
         )
+        export.resume_marks(marks, sorted(self._wds, key=self._wds.__getitem__))
         export.watcher.remembered()
         self.table.release()
         export.resume(WAIT_FOR)
