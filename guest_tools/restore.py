@@ -28,7 +28,6 @@ from .state import (
     File,
     FileSystemMark,
     Inotify,
-    MountMark,
     ObjectMark,
     State,
     Watch,
@@ -88,7 +87,7 @@ class Restorer:
                     if isinstance(file, Inotify):
                         self._inotify(file, finder)
                     elif isinstance(file, Fanotify):
-                        self._fanotify(file, finder, mounts)
+                        self._fanotify(file, finder)
                     else:
                         self._files[file.id] = self.park(notify.epoll_create(os.O_CLOEXEC))
                 except OSError as error:
@@ -183,14 +182,14 @@ class Restorer:
 
     # fanotify
 
-    def _fanotify(self, file: Fanotify, finder: Finder, mounts: Mounts) -> None:
+    def _fanotify(self, file: Fanotify, finder: Finder) -> None:
         group = self.park(notify.fanotify_init(file.init_flags, file.event_flags))
         self._files[file.id] = group
         for mark in file.marks:
             if mark.mask & notify.FAN_PERMISSION:
                 why = "it decides on accesses, and would wait for itself to decide on the command's"
             else:
-                found = _target_of(mark, finder, mounts)
+                found = _target_of(mark, finder)
                 why = found if isinstance(found, str) else _mark(group, mark, found)
             if why:
                 self._problem(file.id, f"mark on {_name(mark)}: {why}")
@@ -290,17 +289,13 @@ class _Numbers:
         )
 
 
-def _target_of(mark: FanotifyMark, finder: Finder, mounts: Mounts) -> int | str:
+def _target_of(mark: FanotifyMark, finder: Finder) -> int | str:
     """An O_PATH descriptor of what a mark was on, or why there is none."""
     if isinstance(mark, ObjectMark):
         return finder.find([mark.object])[0]
-    for mount in mounts.all():
-        if isinstance(mark, MountMark) and mount.point != mark.path:
-            continue
-        if finder.same_filesystem(mark.sdev, mount.sdev):
-            fd = mounts.open_mount(mount)
-            if fd >= 0:
-                return fd
+    for mount, fd in finder.mounts_of(mark.sdev):
+        if isinstance(mark, FileSystemMark) or mount.point == mark.path:
+            return os.dup(fd)
     return "it is not mounted"
 
 

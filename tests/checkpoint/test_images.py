@@ -43,6 +43,7 @@ from .remote import guest, remote, restored, save
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("process", "files", "fdinfo")
+PURE = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 i31 = st.integers(0, 2**31 - 1)
@@ -214,6 +215,17 @@ def test_forged_bytes(state: State, data: st.DataObject) -> None:
             assert all(0 < watch.wd < 2**31 for watch in file.watches)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_string_that_is_not_utf_8(sample: Path, which: int) -> None:
+    parts = list(bodies(sample).values())
+    old = (os.uname().release.encode(), os.fsencode(sample.parent))[which]
+    new = old[:1] + b"\xff" + old[2:]
+    assert old in parts[which]
+    parts[which] = parts[which].replace(old, new)
+    with pytest.raises(ImageError, match=r"not UTF-8|cannot be read"):
+        stored.parse(*parts) if which == 0 else forged(*parts)
+
+
 @given(st.binary(max_size=200), st.binary(max_size=100))
 def test_rubbish(files: bytes, fdinfo: bytes) -> None:
     process = pb.process_entry(
@@ -300,6 +312,25 @@ def _small(state: State) -> list[Inotify | Fanotify | Epoll]:
         else file
         for file in state.files
     ]
+
+
+@pytest.mark.skipif(PURE in os.environ, reason="this is that run")
+def test_the_same_in_pure_python() -> None:
+    """What the .pyz has reads forged images otherwise than the C library does."""
+    words = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "forged_bytes or rubbish or utf_8",
+        __file__,
+    )
+    environment = {**os.environ, PURE: "python"}
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stdout
 
 
 # The messages
