@@ -124,12 +124,13 @@ class Restorer:
     def _settle(self, file: File) -> None:
         """Flags and owner of a file."""
         fd, owner = self._files[file.id], file.owner
+        flags = file.flags & (os.O_NONBLOCK | os.O_ASYNC)
         try:
             if owner.pid and (owner.pid != self._state.pid or owner.pid_type > 1):
                 self._problem(file.id, f"its signals went to {owner.pid}, which is not restored")
+                flags &= ~os.O_ASYNC
             elif owner.pid or owner.signum:
                 notify.set_owner(fd, owner._replace(pid=os.getpid() if owner.pid else 0))
-            flags = file.flags & (os.O_NONBLOCK | os.O_ASYNC)
             if flags & os.O_ASYNC:  # which ends a program that is not prepared for it yet
                 signal.signal(owner.signum or signal.SIGIO, signal.SIG_IGN)
             if flags:

@@ -48,7 +48,9 @@ PURE = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 i31 = st.integers(0, 2**31 - 1)
 PATHS = st.binary(max_size=20).map(lambda b: b"/" + b.replace(b"\0", b"")) | st.just(b"")
-OWNERS = st.builds(Owner, u32, u32, i31, i31, i31)
+OWNERS = st.builds(
+    Owner, u32, u32, i31 | st.just(0), st.integers(0, 3), i31 | st.sampled_from((0, 7))
+)
 IDENTITIES = st.builds(Identity, u32, u64, i31, st.binary(max_size=128))
 OBJECTS = st.builds(
     lambda identity, decodable, path, deleted: Object(
@@ -73,19 +75,19 @@ TARGETS = st.builds(
 )  # fmt: skip
 FILESYSTEMS = st.builds(FileSystem, u32, st.binary(max_size=9), st.binary(max_size=9), u64)
 STATES = st.builds(
-    lambda owner, watches, queue, marks, sb_marks, targets, filesystems: State(
+    lambda flags, owner, watches, queue, marks, sb_marks, targets, filesystems: State(
         7,
         b"\xff name",
         "6.1",
         filesystems,
         [
-            Inotify(1, 0o4000, owner, watches, queue),
+            Inotify(1, flags, owner, watches, queue),
             Fanotify(2, 0, owner, 4, 2, [*marks, *sb_marks], Queue(0, b"")),
             Epoll(3, 2, owner, targets),
         ],
         [Descriptor(3, True, 1), Descriptor(4, False, 2), Descriptor(9, False, 3)],
     ),
-    OWNERS, WATCHES, QUEUES, st.lists(MARKS, max_size=3), st.lists(SB_MARKS, max_size=3),
+    u32, OWNERS, WATCHES, QUEUES, st.lists(MARKS, max_size=3), st.lists(SB_MARKS, max_size=3),
     st.lists(TARGETS, max_size=3), st.lists(FILESYSTEMS, max_size=2),
 )  # fmt: skip
 quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
