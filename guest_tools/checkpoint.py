@@ -259,9 +259,10 @@ class _Reader:
             for sdev, ino, path in self._mounts.search(top, wanted):
                 self._located[numbers[sdev, ino]] = path, False
         if wanted:
+            lost = sum(not self._mounts.decodable(sdev) for sdev, _ in wanted)
             self._warn(
-                f"{len(wanted)} watched files have no path that is known, and can be found by "
-                "their handles only; --search DIR looks for them"
+                f"{len(wanted)} watched files have no path that is known, of which {lost} cannot "
+                "be found again by handle; --search DIR looks for them"
             )
 
     def _object(self, mark: MarkInfo) -> Object:

@@ -154,7 +154,7 @@ def parse(process_body: bytes, files_body: bytes, fdinfo_body: bytes) -> State:
     return State(
         process.pid,
         process.command,
-        process.kernel,
+        _text(process.kernel),
         [FileSystem(f.s_dev, f.fstype, f.source, f.fsid) for f in process.filesystem],
         files,
         descriptors,
@@ -392,10 +392,17 @@ def _object(sdev: int, ino: int, entry: pb.fh_entry) -> Object:
 
 
 def _path(entry: pb.fh_entry | pb.fanotify_mount_mark_entry) -> bytes:
-    path = entry.raw_path or entry.path.encode()
+    path = entry.raw_path or _text(entry.path).encode()
     if b"\0" in path or (path and not path.startswith(b"/")):
         _refuse("a path is no absolute path")
     return path
+
+
+def _text(value: str) -> str:
+    """A string; protobuf's C library gives bytes where it is not UTF-8."""
+    if not hasattr(value, "encode"):
+        _refuse("a string is not UTF-8")
+    return value
 
 
 def _mark(entry: pb.fanotify_mark_entry) -> FanotifyMark:

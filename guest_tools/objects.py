@@ -67,9 +67,9 @@ class Mounts:
         """The mount with that id."""
         return next((mount for mount in self._mounts if mount.mnt_id == mnt_id), None)
 
-    def all(self) -> list[Mount]:
-        """All of them."""
-        return self._mounts
+    def devices(self, fstype: bytes, source: bytes) -> set[int]:
+        """The file systems of that type and source, by device."""
+        return {mount.sdev for mount in self._mounts if mount[4:] == (fstype, source)}
 
     def of(self, sdev: int) -> Iterator[tuple[Mount, int]]:
         """The mounts of a file system, and descriptors of their roots: those that show all of it
@@ -82,18 +82,17 @@ class Mounts:
 
     def _open(self, mount: Mount) -> int:
         if mount.mnt_id not in self._opened:
-            self._opened[mount.mnt_id] = self.open_mount(mount, os.O_DIRECTORY)
+            self._opened[mount.mnt_id] = self._try(mount)
         return self._opened[mount.mnt_id]
 
-    def open_mount(self, mount: Mount, flags: int = 0) -> int:
-        """An O_PATH descriptor of the mount's root; -1 where it is not to be had, or covered."""
+    def _try(self, mount: Mount) -> int:
         try:
-            fd = os.open(self._root + mount.point, os.O_PATH | os.O_CLOEXEC | flags)
+            fd = os.open(self._root + mount.point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             return -1
         if mount_id(fd) == mount.mnt_id:
             return fd
-        os.close(fd)
+        os.close(fd)  # another mount lies over it
         return -1
 
     def filesystem(self, sdev: int) -> FileSystem | None:
@@ -245,6 +244,13 @@ class Finder:
                 and known._replace(sdev=0) == present._replace(sdev=0)
             )
         return self._same[sdev, now]
+
+    def mounts_of(self, sdev: int) -> Iterator[tuple[Mount, int]]:
+        """The mounts of the file system that was ``sdev``, and descriptors of their roots."""
+        known = self._known.get(sdev)
+        for now in self._mounts.devices(known.fstype, known.source) if known else ():
+            if self.same_filesystem(sdev, now):
+                yield from self._mounts.of(now)
 
     def is_same(self, wanted: Identity, found: Identity) -> bool:
         """Whether a file is the one. Its file system may bear another device number by now, if the

@@ -44,11 +44,14 @@ from .remote import guest, remote, restored, save
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("process", "files", "fdinfo")
+PURE = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 i31 = st.integers(0, 2**31 - 1)
 PATHS = st.binary(max_size=20).map(lambda b: b"/" + b.replace(b"\0", b"")) | st.just(b"")
-OWNERS = st.builds(Owner, u32, u32, i31, i31, i31)
+OWNERS = st.builds(
+    Owner, u32, u32, i31 | st.just(0), st.integers(0, 3), i31 | st.sampled_from((0, 7))
+)
 IDENTITIES = st.builds(Identity, u32, u64, i31, st.binary(max_size=128))
 OBJECTS = st.builds(
     lambda identity, decodable, path, deleted: Object(
@@ -73,19 +76,19 @@ TARGETS = st.builds(
 )  # fmt: skip
 FILESYSTEMS = st.builds(FileSystem, u32, st.binary(max_size=9), st.binary(max_size=9), u64)
 STATES = st.builds(
-    lambda owner, watches, queue, marks, sb_marks, targets, filesystems: State(
+    lambda flags, owner, watches, queue, marks, sb_marks, targets, filesystems: State(
         7,
         b"\xff name",
         "6.1",
         filesystems,
         [
-            Inotify(1, 0o4000, owner, watches, queue),
+            Inotify(1, flags, owner, watches, queue),
             Fanotify(2, 0, owner, 4, 2, [*marks, *sb_marks], Queue(0, b"")),
             Epoll(3, 2, owner, targets),
         ],
         [Descriptor(3, True, 1), Descriptor(4, False, 2), Descriptor(9, False, 3)],
     ),
-    OWNERS, WATCHES, QUEUES, st.lists(MARKS, max_size=3), st.lists(SB_MARKS, max_size=3),
+    u32, OWNERS, WATCHES, QUEUES, st.lists(MARKS, max_size=3), st.lists(SB_MARKS, max_size=3),
     st.lists(TARGETS, max_size=3), st.lists(FILESYSTEMS, max_size=2),
 )  # fmt: skip
 quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -215,6 +218,17 @@ def test_forged_bytes(state: State, data: st.DataObject) -> None:
             assert all(0 < watch.wd < 2**31 for watch in file.watches)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_string_that_is_not_utf_8(sample: Path, which: int) -> None:
+    parts = list(bodies(sample).values())
+    old = (os.uname().release.encode(), os.fsencode(sample.parent))[which]
+    new = old[:1] + b"\xff" + old[2:]
+    assert old in parts[which]
+    parts[which] = parts[which].replace(old, new)
+    with pytest.raises(ImageError, match=r"not UTF-8|cannot be read"):
+        stored.parse(*parts) if which == 0 else forged(*parts)
+
+
 @given(st.binary(max_size=200), st.binary(max_size=100))
 def test_rubbish(files: bytes, fdinfo: bytes) -> None:
     process = pb.process_entry(
@@ -301,6 +315,25 @@ def _small(state: State) -> list[Inotify | Fanotify | Epoll]:
         else file
         for file in state.files
     ]
+
+
+@pytest.mark.skipif(PURE in os.environ, reason="this is that run")
+def test_the_same_in_pure_python() -> None:
+    """What the .pyz has reads forged images otherwise than the C library does."""
+    words = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "forged_bytes or rubbish or utf_8",
+        __file__,
+    )
+    environment = {**os.environ, PURE: "python"}
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stdout
 
 
 # The messages

@@ -272,6 +272,39 @@ def test_another_file_system_with_the_same_numbers(watcher: Remote, tmp_path: Pa
         subprocess.run(["umount", top], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_handles_that_identify_and_do_not_lead_anywhere(watcher: Remote, tmp_path: Path) -> None:
+    """An overlay's, as in containers: files are looked for by name, and verified by handle."""
+    top = tmp_path / "top"
+    for name in ("lower/old", "upper", "work", "top"):
+        (tmp_path / name).mkdir(parents=True)
+    options = ",".join(f"{name}dir={tmp_path / name}" for name in ("lower", "upper", "work"))
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "none", top], check=True)
+    try:
+        (top / "new").mkdir()
+        watcher("inotify(3)")
+        watcher(f"[watch(3, path, {CREATE}) for path in {[str(top / 'old'), str(top / 'new')]!r}]")
+        before = watcher.marks(3)
+        blind = save(watcher, tmp_path / "blind")
+        assert "2 watched files have no path that is known, of which 2 cannot be found" in blind
+        kinds = [w["handle"]["kind"] for w in shown(tmp_path / "blind")["files"][0]["watches"]]
+        assert kinds == ["encodable only"] * 2
+        with restored(tmp_path / "blind") as again:
+            assert again.marks(3) == []
+            assert again.stderr.count("its path is not known") == 2
+        assert save(watcher, tmp_path / "saved", "--search", str(top)) == ""
+        with restored(tmp_path / "saved") as again:
+            assert again.marks(3) == before
+        (top / "new").rename(top / "gone")
+        (top / "new").mkdir()
+        with restored(tmp_path / "saved") as again:
+            assert again.marks(3) == [line for line in before if "wd:1 " in line]
+            assert f"watch 2 on {top}/new" in again.stderr
+        watcher("os.close(3)")
+    finally:
+        subprocess.run(["umount", top], check=True)
+
+
 # Queued events
 
 

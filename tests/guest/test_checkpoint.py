@@ -28,26 +28,29 @@ def test_a_watcher_of_the_share(tmp_path: Path) -> None:
     with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         start_agent(vm)
-        watcher = start_watcher(vm, "/mnt/a", "/mnt/b", "/tmp")
-        done = vm.run([TOOL, "checkpoint", "--pid", str(watcher.pid), "/tmp/saved"])
+        watcher = start_watcher(vm, "/mnt/a", "/mnt/b", "/tmp", "/proc")
+        pid = str(watcher.pid)
+        done = vm.run([TOOL, "checkpoint", "--search", "/proc", "--pid", pid, "/tmp/saved"])
         assert (done.status, done.stderr) == (0, "")
         state = json.loads(vm.run([TOOL, "show", "/tmp/saved", "--json"]).stdout)
         assert "virtiofs" in [row["type"] for row in state["filesystems"]]
         (file,) = (row for row in state["files"] if row["kind"] == "inotify")
         assert file["fds"][0]["fd"] == 3
         assert [(row["wd"], row["path"]) for row in file["watches"]] == [
-            (1, "/mnt/a"), (2, "/mnt/b"), (3, "/tmp")
+            (1, "/mnt/a"), (2, "/mnt/b"), (3, "/tmp"), (4, "/proc")
         ]  # fmt: skip
+        kinds = [row["handle"]["kind"] for row in file["watches"]]
+        assert kinds == ["decodable"] * 3 + ["encodable only"]
         before = vm.run(f"grep inotify /proc/{watcher.pid}/fdinfo/3 | sort").stdout
         watcher.signal(9)
         watcher.wait()
 
         words = [TOOL, "restore", "--overflow", "always", "/tmp/saved", "--"]
         again = vm.start([*words, "python3", "-c", READER])
-        pid = int(again.line(30))
-        assert "restored 3 watches" in again.stderr
+        pid = again.line(30)
+        assert "restored 4 watches" in again.stderr
         assert vm.run(f"grep inotify /proc/{pid}/fdinfo/3 | sort").stdout == before
         assert again.line() == "-1 0x4000 "
-        wait_armed(vm, pid, [Path("/mnt/a"), Path("/mnt/b")])
+        wait_armed(vm, int(pid), [Path("/mnt/a"), Path("/mnt/b")])
         (tmp_path / "b" / "new").touch()
         again.wait_output("2 0x100 new")
