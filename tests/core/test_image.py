@@ -319,6 +319,23 @@ def test_a_start_goes_on_with_a_good_image(tmp_path: Path) -> None:
     export.close()
 
 
+def test_an_older_state_does_not_replace_a_newer_one(tmp_path: Path) -> None:
+    """Images are written in another thread, and on request in this one."""
+    source = tmp_path / "source"
+    source.mkdir()
+    state = StateFile(tmp_path / "image")
+    world = World(source)
+    saver = Saver(world.export, state)
+    write_old = saver.take()
+    world.export.hand_marks()
+    saver.take()()
+    new = state.path.read_bytes()
+    write_old()
+    assert state.path.read_bytes() == new
+    assert len(image.decode(new).guests) == 1
+    world.close()
+
+
 def test_many_marks_take_little() -> None:
     """A fifth of what `python -m bench checkpoint` does, in the time that all of it may take."""
     saved, restored, size = saved_and_restored(20_000)
