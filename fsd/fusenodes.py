@@ -16,7 +16,8 @@ from protocol import fuse
 from protocol.frames import FSD_DIR
 
 from .attributes import StatLike
-from .inodes import FORGOTTEN_LIMIT, ROOT_ID, Inode
+from .forgotten import FORGOTTEN_LIMIT
+from .inodes import ROOT_ID, Inode
 from .passthrough import Entry
 from .service import Caller, Service
 

@@ -16,7 +16,8 @@ from protocol.images import ImageError
 
 from . import host
 from .checkpoint import GONE, SavedInode, SavedTable
-from .inodes import ROOT_ID, Forgotten, Inode, InodeTable
+from .forgotten import Forgotten
+from .inodes import ROOT_ID, Inode, InodeTable
 
 _HANDLE_SIZES = range(4, 4 + 128 + 1)  # the type, MAX_HANDLE_SZ
 _KINDS = {

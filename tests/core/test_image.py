@@ -121,7 +121,7 @@ class Share:
             resumption.finish()
             export.process(1 << 20)
             guest.take(1 << 20)
-            for nodeid in list(export.table.forgotten):
+            for nodeid in dict(export.table.forgotten.items()):
                 with suppress(OSError):
                     assert export.table.recall(nodeid).identity[1] in self.inos
             for observer in list(export.waiting.values()):
