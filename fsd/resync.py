@@ -80,7 +80,8 @@ def difference_at_once(export: Export, node: Inode, known: Listing) -> Changes:
             changes[place] = Missed(before.before, before.mask | now.mask) if before else now
         watcher.drain()
         if not watcher.has_any(wds):
-            break
+            return changes
+    watcher.drop_told(watcher.wd_of(node), known.names)
     return changes
 
 
