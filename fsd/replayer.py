@@ -71,6 +71,7 @@ class ReplayGuest(Guest):
         "_tasks",
         "_watcher",
         "_ways",
+        "keeps_names",
         "ledger",
         "pid",
         "waiting_until",
@@ -82,6 +83,7 @@ class ReplayGuest(Guest):
         self._watcher = watcher
         self.ledger = Ledger(fs)
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
+        self.keeps_names = False  # its kernel may look a name up without asking us
         self._held: deque[_Held] = deque()
         # Of each inode, the OPENs (None) and CLOSEs (True = for writing) among the held events
         self._open_close: dict[Inode, deque[bool | None]] = {}
