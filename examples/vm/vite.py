@@ -10,54 +10,25 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestError, GuestProcess, guest
+from tests.support.guest_node import ENVIRONMENT, NODE, node_guest
+from tests.support.vm import GuestError, GuestProcess
 
-CLIENTS = Path(__file__).parents[2] / "tests" / "clients"
 PAGE = {
     "index.html": '<!doctype html>\n<script type="module" src="/main.js"></script>\n',
     "main.js": "export const greeting = 'hello';\nimport.meta.hot.accept();\n",
 }
-MEMORY = 1024  # MiB
 SILENCE = 3.0
 """Seconds in which nothing comes without an agent."""
 PATIENCE = 60.0
-
-
-@contextmanager
-def machine(project: Path) -> Iterator[Guest]:
-    """A guest with ``project`` at /mnt, and what Vite takes."""
-    with ExitStack() as stack:
-        tools = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fsd-demo-")))
-        node = shutil.which("node")
-        assert node is not None, "there is no node: script/bootstrap installs it"
-        linked = subprocess.run(["ldd", node], capture_output=True, text=True, check=True).stdout
-        for path in [node, *re.findall(r"(/\S+/lib(?:stdc\+\+|gcc_s|atomic)\S*)", linked)]:
-            shutil.copy(path, tools)
-        fixed = ("--readonly", "--log-level=error")
-        servers = {
-            "share": shared(project, 1, "--log-level=error"),
-            "tools": shared(tools, 1, *fixed, cache="always"),
-            "clients": shared(CLIENTS, 1, *fixed, cache="always"),
-        }
-        paths = {tag: stack.enter_context(server).paths[0] for tag, server in servers.items()}
-        vm = stack.enter_context(guest(paths, memory=MEMORY))
-        for tag in paths:
-            vm.mount(tag, "/mnt" if tag == "share" else f"/{tag}")
-        vm.run("ip link set lo up")
-        yield vm
 
 
 def messages(vite: GuestProcess) -> Iterator[dict[str, Any]]:
@@ -75,12 +46,12 @@ def main() -> int:
         project = Path(top)
         for name, text in PAGE.items():
             (project / name).write_text(text)
-        with machine(project) as vm:
+        with node_guest(project) as vm:
             console.print(f"guest# uname -r\n{vm.release}")
             console.print("guest# mount -t virtiofs share /mnt && vite /mnt")
             vite = vm.start(
-                ["/tools/node", "/clients/drivers/vite.mjs", "/mnt", "/tmp/vite", "/main.js"],
-                env={"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/tools", "HOME": "/tmp"},
+                [NODE, "/clients/drivers/vite.mjs", "/mnt", "/tmp/vite", "/main.js"],
+                env=ENVIRONMENT,
             )
             told = messages(vite)
             assert "ready" in next(told)
