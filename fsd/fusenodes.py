@@ -41,7 +41,6 @@ class Caching:
     keep_listings: bool = False
     direct_io: bool = False
     """File data is never kept."""
-    writeback: bool = False
 
 
 _DAY = 86400.0
