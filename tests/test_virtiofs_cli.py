@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import array
-import itertools
 import json
 import os
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -17,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
@@ -27,10 +24,11 @@ from protocol import fuse
 from protocol.fuse import Opcode
 from protocol.vhostuser import Config, Protocol, Type
 
+from .support.fuse_driver import Driver
 from .support.mounts import STOP_TIMEOUT, await_ready, command, wait_until
 from .support.namespace import as_user, private, python_of_everybody, run
 from .support.share_server import inside
-from .support.vhost_frontend import Frontend, Queue, Ram
+from .support.vhost_frontend import Frontend
 
 PLACES = ["--shared-dir=/tmp", "--socket-path=/s"]
 FSD, DAEMON = command("fsd"), command("fsd-virtiofsd")
@@ -53,64 +51,6 @@ def refused(done: subprocess.CompletedProcess[str], says: str, *, status: int = 
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("fsd: ")
     assert says in lines[0]
-
-
-class Opened(NamedTuple):
-    """A file that a guest has open."""
-
-    nodeid: int
-    fh: int
-
-
-class Driver:
-    """A VMM with a guest's driver on a server's socket, after INIT."""
-
-    def __init__(self, path: Path) -> None:
-        self._ram = Ram((0, 1 << 20, 0x7000_0000_0000))
-        self._queues = [Queue(self._ram), Queue(self._ram)]
-        self._unique = itertools.count(1)
-        self._vmm = Frontend(path)
-        self._vmm.negotiate()
-        self._vmm.start(self._ram, self._queues)
-        self.send(Opcode.INIT, 0, fuse.INIT_IN.pack(fuse.MAJOR, fuse.MINOR, 0, 0))
-        assert self.receive() == 0
-
-    def send(self, opcode: Opcode, nodeid: int, body: bytes) -> None:
-        """A request of root."""
-        header = fuse.IN_HEADER.pack(
-            fuse.IN_HEADER.size + len(body),
-            opcode,
-            next(self._unique),
-            nodeid,
-            0,
-            0,
-            os.getpid(),
-            0,
-        )
-        self._queues[1].add([header, body], [4096])
-        self._queues[1].kick()
-
-    def receive(self) -> int:
-        """The errno of the next answer."""
-        self._answer = self._queues[1].take_data()[1]
-        return -fuse.OUT_HEADER.unpack(self._answer[: fuse.OUT_HEADER.size]).error
-
-    def create(self, name: bytes) -> Opened:
-        """CREATE in the root."""
-        body = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0) + name + b"\0"
-        self.send(Opcode.CREATE, 1, body)
-        assert self.receive() == 0
-        answer = self._answer[fuse.OUT_HEADER.size :]
-        (nodeid,) = struct.unpack_from("<Q", answer)
-        (fh,) = struct.unpack_from("<Q", answer, fuse.ENTRY_SIZE)
-        return Opened(nodeid, fh)
-
-    def close(self) -> None:
-        """As a VMM that ends."""
-        self._vmm.close()
-        for queue in self._queues:
-            queue.close()
-        self._ram.close()
 
 
 @contextmanager
