@@ -22,6 +22,7 @@ from protocol.frames import FSD_NAME
 from .export import Export
 from .fusesession import SessionOptions
 from .mount_agent import AgentError, AgentProcess
+from .scheduling import shorten_turns
 from .service import Service
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump
@@ -121,6 +122,7 @@ class Mounted:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
         options = self._options
         _raise_file_limit()
+        shorten_turns()
         os.umask(0)  # the guest's kernel applies its callers' umask
         with (
             trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
