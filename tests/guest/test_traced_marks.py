@@ -36,6 +36,27 @@ for line in sys.stdin:
     threading.Thread(target=watch, args=sys.argv[1:2], daemon=True).start()
 """
 """Looks at a directory, and watches it when told to, in a thread."""
+CALLS = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+path = sys.argv[1].encode()
+inotify, fanotify = libc.inotify_init1(0), libc.fanotify_init(0, 0)
+def fanotify_mark(flags):
+    return libc.fanotify_mark(fanotify, flags, ctypes.c_uint64(0x20), -100, path)  # FAN_OPEN
+os.stat(path)
+print("looked", flush=True)
+for call in (
+    lambda: libc.inotify_add_watch(inotify, path, 0x100) - 1,
+    lambda: libc.inotify_add_watch(inotify, path, 0x20000200) - 1,  # IN_MASK_ADD
+    lambda: fanotify_mark(1),  # FAN_MARK_ADD
+    lambda: libc.inotify_rm_watch(inotify, 1),
+    lambda: fanotify_mark(2),  # FAN_MARK_REMOVE
+):
+    sys.stdin.readline()
+    assert call() == 0
+    print("done", flush=True)
+sys.stdin.readline()
+"""
 AGENT = (
     "import sys; sys.path.insert(0, '/fsd-guest.pyz')\n"
     "import guest_tools.scanner as scanner; scanner.FULL_EVERY = 8.0\n"
@@ -52,11 +73,14 @@ class Case:
         self._count = 0
 
     def watchers(self, *names: str) -> list[GuestProcess]:
-        """Programs that have looked at a directory each, some time ago."""
+        """Programs that have looked at a directory each, some time ago; that in "apart" has a pid
+        namespace of its own.
+        """
         programs = []
         for name in names:
             (self.source / name).mkdir()
-            programs.append(self.vm.start(["python3", "-c", PROGRAM, f"/mnt/{name}"]))
+            apart = ["unshare", "-p", "-f"] if name == "apart" else []
+            programs.append(self.vm.start([*apart, "python3", "-c", PROGRAM, f"/mnt/{name}"]))
         for program in programs:
             assert program.line() == "looked"
         time.sleep(HINTS_LAST)
@@ -98,7 +122,7 @@ def test_a_mark_is_found_at_once(case: Case) -> None:
     assert agent.stderr == ""
     try:
         assert status(case.vm)["guests"][0]["keeps_names"] is True
-        names = ("one", "two", "three")
+        names = ("one", "two", "apart")
         for name, program in zip(names, case.watchers(*names), strict=True):
             after = case.first_event(program, name, 10)
             assert after is not None
@@ -106,6 +130,34 @@ def test_a_mark_is_found_at_once(case: Case) -> None:
     finally:
         agent.signal()
         agent.wait(3)  # it need not wait for its long poll
+
+
+def test_each_call_is_noticed(case: Case) -> None:
+    (case.source / "calls").mkdir()
+    agent = start_agent(case.vm)
+    program = case.vm.start(["python3", "-c", CALLS, "/mnt/calls"])
+    assert program.line() == "looked"
+    time.sleep(HINTS_LAST)
+
+    def marks() -> list[list[str]]:
+        (mount,) = [guest for guest in status(case.vm)["guests"] if guest["kind"] == "mount"]
+        return [mark["mask"] for mark in mount["armed"] if mark["path"] == "calls"]
+
+    try:
+        for wanted in (
+            ["create"],
+            ["create", "delete"],
+            ["open", "create", "delete"],
+            ["open"],
+            [],
+        ):
+            program.write(b"\n")
+            assert program.line() == "done"
+            wait_until(lambda: marks() == [wanted] * bool(wanted), 5, str(wanted))  # noqa: B023
+    finally:
+        program.signal()
+        agent.signal()
+        agent.wait()
 
 
 def test_without_a_trace_it_is_found_by_the_slow_scan(case: Case) -> None:
