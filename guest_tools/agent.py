@@ -21,6 +21,8 @@ from .scanner import Scanner
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end it, when nothing is left behind."""
+_PATIENCE = 1.0
+"""Seconds for the server to take our leave."""
 
 
 class Agent:
@@ -128,11 +130,17 @@ class Agent:
         """A thread: a signal's handler would not run before the server has answered our read."""
         number = signal.sigwait(_ENDING)
         self._ended = True
-        with suppress(OSError):
-            self._channel.send(frames.encode(frames.Bye()))  # which it does now
+        # The server answers our read upon it; one that does not go on keeps this thread alone.
+        bye = threading.Thread(target=self._say_bye, daemon=True)
+        bye.start()
+        bye.join(_PATIENCE)
         self._scanner.end()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         os.kill(os.getpid(), number)
+
+    def _say_bye(self) -> None:
+        with suppress(OSError):
+            self._channel.send(frames.encode(frames.Bye()))
 
     def _handle(self, message: frames.Message) -> None:
         if isinstance(message, frames.Order):
