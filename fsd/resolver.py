@@ -364,15 +364,15 @@ class Resolver:
             child = self._known_child(node, name, before)
             if child is None:
                 child = self._look(node, arrival)
-            lost = self._unlinked.get((node, name))
+            lost = None if mask & _ISDIR else self._unlinked.get((node, name))
             is_lost = lost is not None and before is None and child.is_placeholder
             if is_lost or child.is_dir != bool(mask & _ISDIR):
                 # A file that is still open under a name that it has no more.
                 event.child = lost or self._gone(node, name, mask)
                 return event
-            event.child = self._touched(event, arrival, child)
-            if event.child is child:
-                names[name] = of_inode(child)
+            event.child = self._touched(event, arrival, child, lost)
+            if event.child is not lost:
+                names[name] = of_inode(event.child)
         return event
 
     def _remember_unlinked(self, node: Inode, name: bytes, removed: Inode) -> None:
@@ -422,8 +422,10 @@ class Resolver:
             return inode
         return None
 
-    def _touched(self, event: Event, arrival: Arrival, child: Inode) -> Inode:
-        """What an event of a name's object is about, given what the name is taken for."""
+    def _touched(self, event: Event, arrival: Arrival, child: Inode, lost: Inode | None) -> Inode:
+        """What an event of a name's object is about, given what the name is taken for, and what
+        it stood for last.
+        """
         bits = event.kind
         wd = self._watcher.wd_of(child)
         if not int(self._watcher.mask_of(child)) & bits:
@@ -439,8 +441,9 @@ class Resolver:
         if not self._own_events.expected(child, bits, arrival):
             event.twin = True
             return child
-        if event.before is None:
-            self._table.displace(event.node, event.name, child)
+        if lost is not None:
+            return lost
+        self._table.displace(event.node, event.name, child)
         return self._gone(event.node, event.name, event.mask)
 
     def _known_child(self, node: Inode, name: bytes, before: Known | None) -> Inode | None:

@@ -42,8 +42,11 @@ def test_a_name_that_is_moved_over_and_goes_on_is_not_exchanged(
     assert (left.op, left.name, left.nodeid2, left.arg) == (Op.RENAME, b"name", directory.nodeid, 0)
 
 
-def test_an_open_that_just_ended_waits_for_its_close(world: World) -> None:
+def test_an_open_that_just_ended_waits_for_its_close(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """/proc shows nobody who has it open, and that it is not for reading."""
+    monkeypatch.setattr(replayer, "OPEN_WAIT", 0.3)  # a busy machine comes late
     (world.source / "file").touch()
     mount = world.mount()
     world.mark(mount.guest)
