@@ -1,4 +1,4 @@
-"""python -m bench latency|throughput|rest|memory|workloads|virtiofs|checkpoint [--json FILE]"""
+"""python -m bench WHAT [--json FILE]; WHAT as in COMMANDS"""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "workloads": "workloads",
     "virtiofs": "virtiofs",
     "checkpoint": "checkpoint",
+    "guest-latency": "guest_latency",
 }
 
 
