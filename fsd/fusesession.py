@@ -45,6 +45,12 @@ _WITHOUT_NODE = frozenset({
     Opcode.SYNCFS,
 })  # fmt: skip
 """Requests that name no node, or only a handle."""
+_ONCE = frozenset({
+    Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.UNLINK, Opcode.RMDIR, Opcode.RENAME,
+    Opcode.LINK, Opcode.REMOVEXATTR, Opcode.CREATE, Opcode.RENAME2, Opcode.TMPFILE, Opcode.IOCTL,
+    Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
+})  # fmt: skip
+"""Requests that do something else the second time (docs/decisions/restart.md)."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,41 @@ class FuseSession:
         payload = handler(request)
         if payload is not None:
             request.reply(payload)
+
+    def serve_again(
+        self, readable: Buffers, writable: Buffers, done: Callable[[int], None], *, safe: bool
+    ) -> None:
+        """As ``serve``, for a request that a session before may have done, but not answered: it is
+        done again where that comes to the same, and else fails with EIO. Not ``safe``: it fails.
+        """
+        try:
+            request = Request(readable, writable, done, self._groups)
+        except fuse.DecodeError:
+            _refuse(readable, writable, done)
+            return
+        if request.opcode in _FORGETS:
+            request.drop()
+        elif not safe or request.opcode in _ONCE or self._changes_more(request):
+            log.warning("a request may be done in part", opcode=request.opcode)
+            request.fail(errno.EIO)
+        else:
+            self.serve(readable, writable, done)
+
+    @staticmethod
+    def _changes_more(request: Request) -> bool:
+        """Whether the arguments make a difference to a second time."""
+        try:
+            if request.opcode == Opcode.SETXATTR:  # XATTR_CREATE, XATTR_REPLACE
+                return bool(int.from_bytes(request.body[4:8], "little"))
+            if request.opcode == Opcode.FALLOCATE:  # FALLOC_FL_COLLAPSE_RANGE, _INSERT_RANGE
+                return bool(fuse.FALLOCATE_IN.unpack(request.body).mode & 0x28)
+        except fuse.DecodeError:
+            pass
+        return False
+
+    def suspend(self) -> None:
+        """Answer nothing any more: what waits is asked again."""
+        self._waiting.suspend()
 
     def close(self) -> None:
         """The guest is gone: give back all that it held, answer what still waits."""

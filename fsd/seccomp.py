@@ -16,8 +16,8 @@ fchown fchownat fcntl fdatasync fgetxattr flistxattr flock fremovexattr fsetxatt
 fsync ftruncate futex futex_wait futex_wake getcwd getdents64 getegid geteuid getgid getgroups
 getpid getppid getrandom getrlimit getrusage getsockname getsockopt gettid gettimeofday getuid
 getxattr inotify_add_watch inotify_init1 inotify_rm_watch ioctl lgetxattr linkat listen listxattr
-llistxattr lremovexattr lseek lsetxattr madvise membarrier mkdirat mknodat mmap mprotect mremap
-munmap name_to_handle_at nanosleep newfstatat open_by_handle_at openat openat2 pipe2 ppoll
+llistxattr lremovexattr lseek lsetxattr madvise membarrier memfd_create mkdirat mknodat mmap
+mprotect mremap munmap name_to_handle_at nanosleep newfstatat open_by_handle_at openat openat2 pipe2 ppoll
 pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read readlinkat readv recvfrom
 recvmsg removexattr renameat renameat2 restart_syscall rseq rt_sigaction rt_sigpending
 rt_sigprocmask rt_sigreturn rt_sigtimedwait sched_getaffinity sched_yield sendmsg sendto

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from fsd.transports.loop import TrioLoop
-from fsd.transports.virtiofs import listen, serve_sessions
+from fsd.transports.virtiofs import Door, listen
 from tests.support.mounts import wait_until
 
 
@@ -24,6 +24,7 @@ class Echo:
         self.is_closed = False
         self.waiting: list[Callable[[], None]] = []
         self.sizes: list[tuple[int, int]] = []
+        self.again: list[tuple[bytes, bool]] = []
 
     def serve(
         self,
@@ -63,6 +64,20 @@ class Echo:
             case _:
                 answer()
 
+    def serve_again(
+        self,
+        readable: Sequence[memoryview],
+        writable: Sequence[memoryview],
+        done: Callable[[int], None],
+        *,
+        safe: bool,
+    ) -> None:
+        self.again.append((b"".join(readable), safe))
+        self.serve(readable, writable, done)
+
+    def suspend(self) -> None:
+        self.waiting.clear()
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -82,7 +97,7 @@ class Server:
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            await serve_sessions(self._listener, self._session, name="test", tag=self._tag)
+            await Door(self._session, name="test", tag=self._tag).serve(self._listener)
 
     def _session(self, loop: TrioLoop) -> Echo:
         self.sessions.append(Echo(loop))
