@@ -37,7 +37,7 @@ from protocol.vhostuser import (
     reply,
 )
 
-from .inflight import InflightError, InflightMemory, QueueInflight
+from .inflight import TRIES, InflightError, InflightMemory, QueueInflight
 from .memory import MAX_REGIONS, GuestMemory, GuestMemoryError, MappedRegion
 from .queue import MAX_SIZE, ChainError, QueueError, VirtQueue
 
@@ -138,7 +138,7 @@ class Ring:
         self.is_enabled = False
         self.queue: VirtQueue | None = None  # while it runs
         self.noted: QueueInflight | None = None  # where it is noted what is in flight
-        self.again: list[tuple[int, bool]] = []  # chains that an earlier device has not answered
+        self.again: list[tuple[int, int]] = []  # what an earlier device has left: heads, tries
         self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
         self.held: list[tuple[int, int]] = []  # answered while it was stopped
         self.is_serving = False  # answers are signalled together, at the end
@@ -603,17 +603,18 @@ class Device:
             queue = ring.queue
             if queue is None:
                 return False
-            again = safe = False
+            tries = 0
             try:
                 if ring.again:
-                    head, safe = ring.again.pop(0)
-                    again = True
+                    head, tries = ring.again.pop(0)
                     chain = queue.chain(head)
+                    is_noted = True
                 else:
                     popped = queue.pop()
                     if popped is None:
                         return False
                     chain = popped
+                    is_noted = False
                 if chain.head in ring.in_flight:
                     raise QueueError(f"descriptor {chain.head} is in use")
             except ChainError as error:
@@ -624,14 +625,16 @@ class Device:
                 self._break(index, error)
                 return False
             ring.in_flight[chain.head] = chain.writable
-            if ring.noted is not None and not again:
-                ring.noted.taken(chain.head)
+            noted = ring.noted
+            if noted is not None and not is_noted:
+                noted.taken(chain.head)
             done = partial(self._done, ring, self._life, chain.head)
             try:
                 if self._session is None:
                     self._drop_left()
                     self._session = self._new_session()
-                if again:
+                if tries:
+                    safe = tries < TRIES
                     self._session.serve_again(chain.readable, chain.writable, done, safe=safe)
                 else:
                     self._session.serve(chain.readable, chain.writable, done)
@@ -639,6 +642,8 @@ class Device:
                 self.counts["faults"] += 1
                 log.exception("a FUSE request failed in the session")
                 done(0)
+            if noted is not None and noted is ring.noted and chain.head in ring.in_flight:
+                noted.waits(chain.head)
         return ring.queue is not None and (bool(ring.again) or not ring.queue.is_empty)
 
     @staticmethod

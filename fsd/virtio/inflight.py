@@ -52,7 +52,11 @@ class QueueInflight:
         """A chain was taken from the queue; before anything is done with it."""
         self._counter += 1
         self._long[2 * head + 1] = self._counter
-        self._short[8 * head] = 1 | 1 << 8  # under way, for the first time
+        self._short[8 * head] = 1 | 1 << 8  # under way, begun once
+
+    def waits(self, head: int) -> None:
+        """All that is done of the request for now is to wait: nothing is half done."""
+        self._short[8 * head] = 1
 
     def answering(self, head: int) -> None:
         """The chain is about to be put into the used ring."""
@@ -68,9 +72,9 @@ class QueueInflight:
         """The queue starts, with that index of the used ring."""
         self._head[7] = used
 
-    def recover(self, used: int) -> list[tuple[int, bool]]:
+    def recover(self, used: int) -> list[tuple[int, int]]:
         """What an earlier device has not answered, in the order of taking, given the used ring's
-        index; whether it may be begun once more. Counts as begun then.
+        index; and how often it was begun without an end. It counts as begun once more.
         """
         head = self._head[6]
         for _ in range(min((used - self._head[7]) & 0xFFFF, self._size)):
@@ -84,7 +88,7 @@ class QueueInflight:
         for head in heads:
             tries = self._short[8 * head] >> 8
             self._short[8 * head] = 1 | min(tries + 1, 255) << 8
-            found.append((head, tries < TRIES))
+            found.append((head, tries))
         return found
 
 
@@ -95,6 +99,14 @@ class InflightMemory:
         """Takes ``fd``. Raises InflightError."""
         self.fd = fd
         self.layout = layout
+        try:
+            self._map()
+        except InflightError:
+            self.close()
+            raise
+
+    def _map(self) -> None:
+        fd, layout = self.fd, self.layout
         end = layout.mmap_offset + layout.mmap_size
         if layout.num_queues * _stride(layout.queue_size) > layout.mmap_size:
             raise InflightError(f"room of {layout.mmap_size} bytes for requests under way")

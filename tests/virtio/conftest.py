@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class Echo:
         match message:
             case b"raise":
                 raise RuntimeError("a fault in the session")
+            case b"die":
+                os.kill(os.getpid(), signal.SIGKILL)
             case b"silent":
                 done(0)
             case b"twice":
@@ -55,6 +58,9 @@ class Echo:
                 self.loop.later(0.02, answer)
             case b"thread":
                 self.loop.in_thread(lambda: None, lambda _: answer())
+            case b"again":  # what was asked again
+                message = repr(self.again).encode()[::-1]
+                answer()
             case b"wait":
                 self.waiting.append(answer)
             case b"answer":
@@ -72,8 +78,13 @@ class Echo:
         *,
         safe: bool,
     ) -> None:
-        self.again.append((b"".join(readable), safe))
-        self.serve(readable, writable, done)
+        message = b"".join(readable)
+        self.again.append((message, safe))
+        if message == b"die" and not safe:
+            writable[0][:3] = b"eid"
+            done(3)
+        else:
+            self.serve(readable, writable, done)
 
     def suspend(self) -> None:
         self.waiting.clear()
