@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Set
 from contextlib import AbstractContextManager
 
 import structlog
@@ -26,6 +27,7 @@ from .events import RENAME, Event
 from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
 from .interest import Interest
+from .listings import Listing, Missed
 from .locks import LockWaiters
 from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
@@ -44,6 +46,10 @@ PLAN_AHEAD = 1024
 SETTLE = 0.00003
 """Seconds given to a program that has just opened a file, to close it: one OPEN may stand for
 several, which is seen only from their CLOSEs."""
+_SETTLING = 2 * listings.CLOCK_LAG_NS / 1e9
+"""Seconds without a change after which file times tell later changes from earlier ones."""
+_ATTEMPTS = 8
+"""Comparisons of a directory that changes all the while, to have one without a change in it."""
 COMPARE_EVERY = 2.0
 """Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
 
@@ -79,7 +85,10 @@ class Export:
         self.unwatched: dict[Inode, str] = {}  # wanted, but the host gave no watch: why
         self._care: dict[Inode, Inode] = {}  # watched object -> the directory that names it
         self._cared_for: Counter[Inode] = Counter()
+        self.waiting: dict[bytes, Observer] = {}  # by token: observers that may come back
+        self.is_stopping = False  # sessions that end now may come back
         self._outbox_limit = outbox_limit
+        self._give_up_at = math.inf  # on those who wait
         self._compare_at = math.inf
         self.started = time.time()
 
@@ -270,6 +279,8 @@ class Export:
         self._plan()
         now = time.monotonic()
         self.arming.expire(now)
+        if now >= self._give_up_at:
+            self._give_up()
         if now >= self._compare_at:
             for node in list(self.unwatched):
                 self.set_watch(node)  # a watch may have become free
@@ -295,6 +306,7 @@ class Export:
         if self.watcher.backlog and self._resolver.waiting_until is None:
             return 0.0
         due = [self._resolver.waiting_until or math.inf, self.arming.deadline, self._compare_at]
+        due.append(self._give_up_at)
         due += [g.waiting_until or math.inf for g in self.guests if isinstance(g, ReplayGuest)]
         return min(due)
 
@@ -385,12 +397,16 @@ class Export:
         for node in directories:
             if node.is_dir and node.listing is not None and node.listing.complete:
                 changes.update(difference(self, node, node.listing))
+        self._tell(changes)
+
+    def _tell(self, changes: Changes) -> None:
         for event in told(self, changes):
             self._route(event)
             if event.child is not None and event.name:
                 self._cover_arrival(event, event.child)
-                if event.kind & _OWN and self.interest.aggregate(event.child):
-                    own = Event(event.child, event.mask, b"", 0, HOST, event.stamp, event.child)
+                mask = int(Mask.MOVE_SELF) if event.kind == RENAME else event.mask
+                if event.kind & (_OWN | _MOVED_FROM) and self.interest.aggregate(event.child):
+                    own = Event(event.child, mask, b"", 0, HOST, event.stamp, event.child)
                     own.implied, own.implied_by = True, event
                     self._route(own)
 
@@ -400,10 +416,83 @@ class Export:
             with self.table.opened(inode):
                 return
         except OSError:
-            mask = int(Mask.DELETE_SELF)  # never with ISDIR
-            self._route(Event(inode, mask, b"", 0, HOST, time.monotonic(), inode))
+            self._died(inode)
             self.watcher.ended(inode)
             self._watch_ended(inode)
+
+    def _died(self, inode: Inode) -> None:
+        mask = int(Mask.DELETE_SELF)  # never with ISDIR
+        self._route(Event(inode, mask, b"", 0, HOST, time.monotonic(), inode))
+
+    # After a restart (fsd.resuming)
+
+    def settle(self, patience: float) -> None:
+        """Tell all that has happened, before the state is saved. Waits up to ``patience`` seconds
+        for a moment in which nothing does: what changed just before would be told again.
+        """
+        deadline = time.monotonic() + patience
+        self.watcher.drain()
+        while not self.is_settled and time.monotonic() < deadline:
+            self.process(self.watcher.backlog)
+            time.sleep(_SETTLING / 10)
+            self.watcher.drain()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all is told, and nothing has changed for a moment."""
+        quiet = time.monotonic() - self.watcher.last_arrival > _SETTLING
+        return quiet and not self.watcher.backlog
+
+    def resume_mark(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:
+        """A mark that was set in the server before."""
+        if mask:
+            self._set_interest(guest, inode, mask)
+
+    def resume(self, gone: Set[Inode], patience: float) -> None:
+        """Tell what happened since the listings were saved. Observers that do not come back within
+        ``patience`` seconds are given up.
+        """
+        changes: Changes = {}
+        for node in self.watcher.inodes():
+            if node.is_dir and node.listing is not None and node.listing.complete:
+                changes.update(self._difference_at_once(node, node.listing))
+        self._tell(changes)
+        for inode in self.interest.inodes():
+            if inode in gone:
+                self.set_watch(inode)  # found again by the comparison
+                if not self.watcher.mask_of(inode):
+                    self._died(inode)
+        self._give_up_at = time.monotonic() + patience if self.waiting else math.inf
+
+    def _difference_at_once(self, node: Inode, known: Listing) -> Changes:
+        """The difference as of one moment: what the queue has of before is told by it, and dropped
+        there.
+        """
+        watched = (node, *node.children.values())
+        wds = {wd for inode in watched if (wd := self.watcher.wd_of(inode)) >= 0}
+        changes: Changes = {}
+        for _ in range(_ATTEMPTS):
+            self.watcher.discard(wds)
+            for place, now in difference(self, node, known).items():
+                before = changes.get(place)
+                changes[place] = Missed(before.before, before.mask | now.mask) if before else now
+            self.watcher.drain()
+            if not self.watcher.has_any(wds):
+                break
+        return changes
+
+    def come_back(self, token: bytes, received: int) -> Observer | None:
+        """The observer that waits for whoever has the token, if it is one."""
+        guest = self.waiting.pop(token, None)
+        if guest is not None:
+            guest.received(received)
+        return guest
+
+    def _give_up(self) -> None:
+        self._give_up_at = math.inf
+        for guest in self.waiting.values():
+            self.remove_guest(guest)
+        self.waiting.clear()
 
     def catch_up(self, guest: Guest) -> None:
         """Tell a guest what it missed, now that its outbox is empty."""

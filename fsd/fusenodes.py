@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from protocol import fuse
@@ -110,6 +110,23 @@ class Nodes:
         nodeid = inode.nodeid
         self._held[nodeid] = self._held.get(nodeid, 0) + 1
         return lambda: self.forget(nodeid, 1)
+
+    # A server's restart
+
+    def saved(self) -> dict[int, int]:
+        """Lookup counts by nodeid, for the server after this one."""
+        return dict(self._held)
+
+    def restore(self, held: Mapping[int, int], inodes: Mapping[int, Inode]) -> None:
+        """Take over what the guest's kernel holds, as ``saved`` by the server before this one and
+        found again by fsd.restoring. Raises ValueError for what no guest can hold.
+        """
+        for nodeid, count in held.items():
+            if nodeid not in inodes or count < 1 or self.is_full:
+                raise ValueError(f"{count} references on nodeid {nodeid}")
+            if nodeid != ROOT_ID:
+                inodes[nodeid].lookups += count
+                self._held[nodeid] = self._held.get(nodeid, 0) + count
 
     # Replies
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from protocol import frames
 from protocol.masks import EVENTS, Mask
@@ -107,10 +107,14 @@ def _nothing() -> None:
 class Observer(Guest):
     """A guest that gets events as they are: tools, tests, simulated guests."""
 
-    __slots__ = ("_outbox",)
+    __slots__ = ("_before", "_handed", "_outbox", "token", "told")
 
     def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:
         super().__init__(name, limit=limit)
+        self.token = b""  # by which it comes back to another server; b"" where it does not
+        self.told = 0  # events that were handed out, and have left
+        self._handed: list[frames.Event] = []  # those handed out last: they may be on the way
+        self._before = 0  # how many of the outbox are of the server before
         self._outbox: deque[tuple[frames.Event, float]] = deque()
 
     @property
@@ -145,12 +149,30 @@ class Observer(Guest):
 
     def take(self, limit: int) -> list[frames.Message]:
         """The next messages to send."""
-        messages: list[frames.Message] = []
-        while self._outbox and len(messages) < limit:
+        self.told += len(self._handed)
+        self._handed = []
+        while self._outbox and len(self._handed) < limit:
             frame, stamp = self._outbox.popleft()
-            messages.append(frame)
+            self._handed.append(frame)
             self.delivered(frame.mask, time.monotonic() - stamp)
-        return messages
+        return list(self._handed)
+
+    def undelivered(self) -> list[frames.Event]:
+        """What may not have arrived: more than ``told`` events, and these have."""
+        return [*self._handed, *(frame for frame, _ in self._outbox)]
+
+    def resume(self, told: int, events: Sequence[frames.Event]) -> None:
+        """Take up what the server before has told, and has not."""
+        now = time.monotonic()
+        self.told, self._before = told, len(events)
+        self._outbox.extend((event, now) for event in events)
+
+    def received(self, count: int) -> None:
+        """The guest has come back, with so many events received in all."""
+        for _ in range(min(max(count - self.told, 0), self._before)):
+            self._outbox.popleft()
+        self._before = 0
+        self.told = count
 
 
 class HandMarks(Guest):

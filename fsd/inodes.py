@@ -11,7 +11,6 @@ pinned by an O_PATH descriptor and files are reached through their directory, ve
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import stat
 import zlib
@@ -112,7 +111,7 @@ class InodeTable:
 
     def __init__(self, root: str) -> None:
         self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._synthetic = itertools.count(_SYNTHETIC)
+        self._next_synthetic = _SYNTHETIC
         self.moves = 0  # of directories: paths made before are out of date
         self.by_handle = True
         try:
@@ -142,6 +141,9 @@ class InodeTable:
 
     def __len__(self) -> int:
         return len(self._by_node)
+
+    def __iter__(self) -> Iterator[Inode]:
+        return iter(self._by_node.values())
 
     def get(self, nodeid: int) -> Inode:
         """The inode of a request's nodeid."""
@@ -173,8 +175,8 @@ class InodeTable:
         inode = self._by_identity.get(identity)
         if inode is None:
             inode = self._new(identity, stat.S_IFMT(status.st_mode))
-            if inode.is_dir and not self._handle_opens(identity):
-                inode.fd = os.open(host.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
+        if inode.fd < 0 and inode.is_dir and not self.handle_opens(identity):
+            inode.fd = os.open(host.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
         inode.nlink = status.st_nlink
         self.place(inode, parent, name)
         return inode, status
@@ -222,7 +224,7 @@ class InodeTable:
 
     def placeholder(self, kind: int, parent: Inode | None, name: bytes) -> Inode:
         """An inode for an object that is gone already; it is no one else's identity."""
-        nodeid = next(self._synthetic)
+        nodeid = self._synthetic()
         inode = Inode(nodeid, 1, (-1, nodeid, b""), kind)
         inode.parent, inode.name = parent, name
         return self.revive(inode)
@@ -244,11 +246,24 @@ class InodeTable:
         self._by_identity[inode.identity] = inode
         return inode
 
+    def has(self, nodeid: int) -> bool:
+        """Whether the nodeid stands for anything."""
+        return nodeid in self._by_node
+
+    def holds(self, inode: Inode) -> bool:
+        """Whether it is in the table, and not forgotten."""
+        return self._by_node.get(inode.nodeid) is inode
+
     def current(self, inode: Inode) -> Inode:
         """The table's own object for the same host object, if it holds one."""
         return self._by_identity.get(inode.identity, inode)
 
-    def _handle_opens(self, identity: Identity) -> bool:
+    def _synthetic(self) -> int:
+        self._next_synthetic += 1
+        return self._next_synthetic - 1
+
+    def handle_opens(self, identity: Identity) -> bool:
+        """Whether an object can be opened by its handle."""
         return self.by_handle and identity[0] == self.device and bool(identity[2])
 
     def _new(self, identity: Identity, kind: int) -> Inode:
@@ -259,11 +274,34 @@ class InodeTable:
         if device != self.device or not ROOT_ID < ino < _SYNTHETIC or ino in self._by_node:
             # Also where the host reused the number: a guest's requests name only the nodeid, so the
             # old object keeps it for as long as anybody refers to it.
-            nodeid = next(self._synthetic)
+            nodeid = self._synthetic()
         inode = Inode(nodeid, zlib.crc32(handle) or 1, identity, kind)
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
         return inode
+
+    def adopt(self, nodeid: int, generation: int, identity: Identity, kind: int) -> Inode:
+        """An inode as another run of the server knew it (fsd.restoring). It has no place and no
+        reference yet. Raises ValueError where its nodeid or its object is another's.
+        """
+        if nodeid in self._by_node or not ROOT_ID < nodeid < FSD_DIR:
+            raise ValueError(f"nodeid {nodeid} is taken")
+        if identity in self._by_identity:
+            raise ValueError(f"the object of nodeid {nodeid} has another")
+        if nodeid >= self._next_synthetic:
+            self._next_synthetic = nodeid + 1
+        inode = Inode(nodeid, generation, identity, kind)
+        self._by_node[nodeid] = inode
+        self._by_identity[identity] = inode
+        return inode
+
+    def identify_as(self, inode: Inode, identity: Identity) -> None:
+        """An adopted inode stands for that object. Raises ValueError where it is another's."""
+        if self._by_identity.get(identity, inode) is not inode:
+            raise ValueError(f"the object of nodeid {inode.nodeid} has another")
+        del self._by_identity[inode.identity]
+        inode.identity = identity
+        self._by_identity[identity] = inode
 
     def forget(self, nodeid: int, count: int) -> None:
         """FUSE FORGET: the guest's kernel drops ``count`` references."""
@@ -324,7 +362,7 @@ class InodeTable:
         if not inode.is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         try:
-            return self._by_handle(inode, os.O_PATH | os.O_DIRECTORY)
+            return self.open_by_handle(inode, os.O_PATH | os.O_DIRECTORY)
         except OSError:  # as in any removed directory: nothing is in it
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
@@ -349,7 +387,7 @@ class InodeTable:
                 os.close(fd)
         if inode.open_fds:
             return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
-        return self._by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+        return self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
 
     def stat_by_name(self, inode: Inode) -> os.stat_result | None:
         """Attributes of a file by the name it was last known by; None if that is not it now."""
@@ -372,10 +410,38 @@ class InodeTable:
             return False
         return self.identify(fd)[0] == inode.identity
 
-    def _by_handle(self, inode: Inode, flags: int) -> int:
-        if not self._handle_opens(inode.identity):
+    def open_by_handle(self, inode: Inode, flags: int) -> int:
+        """A new descriptor by file handle. Raises OSError, ESTALE where that cannot be."""
+        if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return host.open_by_handle(self.root_fd, inode.identity[2], flags)
+
+    def locate(self, directory: Inode, fd: int) -> None:
+        """Place a directory, open as ``fd``, where the kernel says that it is."""
+        top = os.fsencode(os.readlink(host.fd_path(self.root_fd)))
+        path = os.fsencode(os.readlink(host.fd_path(fd)))
+        below = path[len(top.rstrip(b"/")) + 1 :]
+        if not below or not path.startswith(top.rstrip(b"/") + b"/"):
+            self.lose(directory)
+            return
+        *way, name = below.split(b"/")
+        try:
+            parent = self.root
+            for step in way:
+                with self.directory(parent) as parent_fd:
+                    parent = self._step(parent_fd, parent, step)
+            with self.directory(parent) as parent_fd:
+                if self._step(parent_fd, parent, name) is not directory:
+                    self.lose(directory)
+        except OSError:
+            self.lose(directory)
+
+    def _step(self, dir_fd: int, parent: Inode, name: bytes) -> Inode:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            return self.intern(fd, parent, name)[0]
+        finally:
+            os.close(fd)
 
     @contextmanager
     def opened(self, inode: Inode) -> Iterator[int]:

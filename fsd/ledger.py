@@ -12,6 +12,7 @@ import os
 import stat
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,6 +106,11 @@ class Ledger:
             self._release(task)
             return task
         return None
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """Orders that are not done, oldest first."""
+        return self._tasks
 
     def abandon(self) -> list[Task]:
         """The agent is gone: orders that it had not executed."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .inodes import Inode
 
-_CLOCK_LAG_NS = 20_000_000
+CLOCK_LAG_NS = 20_000_000
 """File times lag the clock by up to a tick of the kernel (10 ms at HZ=100), twice for safety."""
 
 
@@ -75,5 +75,5 @@ class Missed(NamedTuple):
 
 def changed_since(status: os.stat_result, seen_ns: int) -> tuple[bool, bool]:
     """Whether (content, anything) changed after that time. ctime cannot be set by anyone."""
-    since = seen_ns - _CLOCK_LAG_NS
+    since = seen_ns - CLOCK_LAG_NS
     return status.st_mtime_ns > since, status.st_ctime_ns > since

@@ -176,6 +176,12 @@ class ReplayGuest(Guest):
             self.plan()
         return messages
 
+    def undelivered(self) -> list[Event]:
+        """Events that are not replayed yet, in order."""
+        waiting = (task.event for task in (*self.ledger.tasks, *self._tasks))
+        events = dict.fromkeys(event for event in waiting if event is not None)
+        return [*events, *(held.event for held in self._held)]
+
     def acknowledge(self, seq: int, errno: int) -> Event | None:
         """The agent reports an order; returns the event that could not be replayed, if so."""
         task = self.ledger.failed(seq) if errno else None

@@ -16,7 +16,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,9 @@ from .inodes import Inode, InodeTable
 _QUEUE_LIMIT = Path("/proc/sys/fs/inotify/max_queued_events")
 _READ_SIZE = 256 * 1024
 _FIONREAD = 0x541B
+_SETNEXTWD = 0x40044900
+"""INOTIFY_IOC_SETNEXTWD of <linux/inotify.h>: the number of the next watch, if it is free."""
+_HIGHEST_WD = (1 << 31) - 1
 BACKLOG_LIMIT = 524_288
 """Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
 _NOTHING = Mask(0)
@@ -102,9 +105,13 @@ class HostWatcher:
         self._mask_of: dict[Inode, Mask] = {}
         self._since: dict[Inode, int] = {}
         self._limit = watch_limit
+        self._old_wds: dict[Inode, int] = {}
+        self._highest_wd = 0
+        self._sets_wd = True  # the kernel knows SETNEXTWD, as far as is known
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
         self._number = 0
+        self.last_arrival = 0.0  # time.monotonic()
         self.events_in = 0
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
@@ -159,6 +166,8 @@ class HostWatcher:
             raise OSError(errno.ENOSPC, "limit on host watches reached")
         with self._table.opened(inode) as fd:
             path = host.fd_path(fd)
+            if inode in self._old_wds:
+                self._set_next_wd(self._old_wds.pop(inode))
             wd: int = self._manager.add_watch(path, int(mask), quiet=True)[path]
             if wd < 0:
                 number = ctypes.get_errno() or errno.EIO
@@ -173,6 +182,24 @@ class HostWatcher:
         self._mask_of[inode] = mask
         if inode.attr_given and not self.tells_changes(inode):
             self._withdraw(inode)
+
+    def remember(self, wds: Mapping[Inode, int]) -> None:
+        """Watch these under the descriptors that they had in another server."""
+        self._old_wds = dict(wds)
+        self._highest_wd = max(wds.values(), default=0)
+
+    def remembered(self) -> None:
+        """All of them are watched that will be; what comes now gets numbers above theirs."""
+        self._old_wds.clear()
+        if self._highest_wd < _HIGHEST_WD:
+            self._set_next_wd(self._highest_wd + 1)
+
+    def _set_next_wd(self, wd: int) -> None:
+        if self._sets_wd:
+            try:
+                fcntl.ioctl(self.fd, _SETNEXTWD, wd)
+            except OSError:  # no CONFIG_CHECKPOINT_RESTORE: other numbers do as well
+                self._sets_wd = False
 
     def _remove(self, inode: Inode) -> None:
         del self._mask_of[inode]
@@ -242,6 +269,7 @@ class HostWatcher:
             return
         self._arrivals.append(Arrival(raw, origin, stamp, self._number))
         self._number += 1
+        self.last_arrival = stamp
         if raw.mask & _CHANGING:
             self._note_change(raw)
         self._pushed(raw)
@@ -269,6 +297,21 @@ class HostWatcher:
         arrival = self._arrivals.popleft()
         self._popped(arrival.raw)
         return arrival
+
+    def has_any(self, wds: Set[int]) -> bool:
+        """Whether an event of one of the watches waits."""
+        return any(arrival.raw.wd in wds for arrival in self._arrivals)
+
+    def discard(self, wds: Set[int]) -> None:
+        """Drop the events of these watches that wait: what they tell is found out by comparing."""
+        self.drain()
+        if self.has_any(wds):
+            arrivals, self._arrivals = self._arrivals, deque()
+            self._leaving.clear()
+            for arrival in arrivals:
+                if arrival.raw.wd not in wds or arrival.raw.mask & Mask.IGNORED:
+                    self._arrivals.append(arrival)
+                    self._pushed(arrival.raw)
 
     def push_back(self, arrival: Arrival) -> None:
         """Undo a pop."""

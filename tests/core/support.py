@@ -60,9 +60,13 @@ class World:
         self.table = self.export.table
         self.root = self.table.root
         self.services: list[Service] = []
+        self._closed = False
 
     def close(self) -> None:
-        """Also asserts that no fault was swallowed on the way."""
+        """Once; also asserts that no fault was swallowed on the way."""
+        if self._closed:
+            return
+        self._closed = True
         for service in self.services:
             service.close()
         self.export.close()
@@ -190,5 +194,5 @@ def snapshot(source: Path) -> dict[bytes, tuple[object, ...]]:
 def settle(source: Path) -> None:
     """Wait until what was done is older than the clock lag that comparisons allow for."""
     newest = max(os.lstat(path).st_ctime_ns for path in [source, *source.rglob("*")])
-    while time.time_ns() < newest + 2 * listings._CLOCK_LAG_NS:
+    while time.time_ns() < newest + 2 * listings.CLOCK_LAG_NS:
         time.sleep(0.005)

@@ -1,0 +1,287 @@
+"""What is kept of an export for the server that comes after this one: taken here, as plain rows.
+
+Apart from fsd.restoring and fsd.resuming, which trust none of it, and from fsd.image, which writes
+it down. An inode is named by its nodeid.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from protocol import frames
+from protocol.frames import FSD_DIR
+
+from .events import Event
+from .guests import Guest, HandMarks, Observer
+from .inodes import Inode, InodeTable
+from .listings import CLOCK_LAG_NS, Known, Listing
+from .replayer import ReplayGuest
+
+if TYPE_CHECKING:
+    from .export import Export
+
+GONE = -1
+"""Device of what is no object of the host any more."""
+
+
+class SavedInode(NamedTuple):
+    """One inode: what a guest calls it, which object it was, where that was."""
+
+    nodeid: int
+    generation: int
+    device: int  # 0 = the root's; GONE
+    ino: int
+    handle: bytes
+    kind: int  # S_IFMT bits
+    nlink: int
+    parent: int  # 0 = not known
+    name: bytes
+
+
+class SavedLink(NamedTuple):
+    """Another name of an inode: a hard link that was looked up."""
+
+    directory: int
+    name: bytes
+    nodeid: int
+
+
+class SavedTable(NamedTuple):
+    """The inode table. The root has no row."""
+
+    inodes: list[SavedInode]
+    links: list[SavedLink]
+
+
+class SavedName(NamedTuple):
+    """One name of a listing, or what was known of one that a guest missed."""
+
+    directory: int
+    name: bytes
+    ino: int
+    kind: int
+    seen_ns: int
+    nodeid: int  # 0 = nobody looked
+
+
+class SavedMissed(NamedTuple):
+    """A name with events that a guest was not told of."""
+
+    directory: int
+    name: bytes
+    mask: int
+    before: SavedName | None
+
+
+class SavedEvent(NamedTuple):
+    """An event that a mount's agent has not replayed."""
+
+    node: int
+    mask: int
+    name: bytes
+    cookie: int
+    child: int
+    nlink: int
+    node2: int
+    name2: bytes
+    replaced: int
+    twin: bool
+    exchanged: int
+
+
+class GuestKind(IntEnum):
+    """What a guest is."""
+
+    MOUNT = 1
+    OBSERVER = 2
+    BY_HAND = 3
+
+
+@dataclass(slots=True)
+class SavedGuest:
+    """One guest: its interest, what it was not told of, the references of its kernel."""
+
+    kind: GuestKind
+    name: str
+    token: bytes = b""  # by which an observer shows that it is the one
+    events: int = 0
+    told: int = 0  # events that were handed out
+    marks: list[tuple[int, int]] = field(default_factory=list)  # nodeid (0 = whole), mask
+    outbox: list[frames.Event] = field(default_factory=list)
+    held: list[SavedEvent] = field(default_factory=list)
+    missed: list[SavedMissed] = field(default_factory=list)
+    nodes: dict[int, int] = field(default_factory=dict)  # nodeid -> lookup count
+
+
+@dataclass(slots=True)
+class SavedExport:
+    """All of it, and of which directory."""
+
+    source: str
+    root_ino: int
+    root_handle: bytes
+    file_system: int  # f_fsid of statvfs(3); 0 where there is none
+    saved_ns: int = 0
+    table: SavedTable = field(default_factory=lambda: SavedTable([], []))
+    watches: list[tuple[int, int]] = field(default_factory=list)  # nodeid, wd
+    listed: list[int] = field(default_factory=list)  # directories whose names are all known
+    names: list[SavedName] = field(default_factory=list)
+    guests: list[SavedGuest] = field(default_factory=list)
+
+
+def take(export: Export, nodes: Mapping[Guest, dict[int, int]] | None = None) -> SavedExport:
+    """The state of an export, best when it is settled (``Export.settle``): events that wait are
+    found again by comparing, in no order.
+
+    ``nodes``: the mounts that go on across the restart, with what their kernels hold; no other
+    mount is saved, for its marks end with it.
+    """
+    return _Taking(export).take(nodes or {})
+
+
+def identity_of(export: Export) -> SavedExport:
+    """Of which directory an image is, and nothing else."""
+    table = export.table
+    _, ino, handle = table.root.identity
+    fsid = os.fstatvfs(table.root_fd).f_fsid
+    return SavedExport(export.source, ino, handle, fsid)
+
+
+class _Taking:
+    def __init__(self, export: Export) -> None:
+        self._export = export
+        self._table = export.table
+        self._told_ns = 0  # when all that had happened in watched directories was told
+        self._others: dict[int, Inode] = {}  # named below, and in the table no more
+
+    def take(self, nodes: Mapping[Guest, dict[int, int]]) -> SavedExport:
+        saved = identity_of(self._export)
+        saved.saved_ns = time.time_ns()
+        watcher = self._export.watcher
+        watcher.drain()
+        if not watcher.backlog:
+            # File times lag: what is made right after this may seem older than it.
+            self._told_ns = saved.saved_ns - CLOCK_LAG_NS
+        for inode in watcher.inodes():
+            saved.watches.append((self._name(inode), watcher.wd_of(inode)))
+            if inode.listing is not None and inode.listing.complete:
+                saved.listed.append(inode.nodeid)
+                saved.names += self._listing(inode, inode.listing)
+        for guest in self._export.guests:
+            if isinstance(guest, HandMarks) or guest in nodes:
+                saved.guests.append(self._guest(guest, nodes.get(guest, {})))
+            elif isinstance(guest, Observer) and guest.token:
+                saved.guests.append(self._guest(guest, {}))
+        saved.table = self._inode_table()
+        return saved
+
+    def _name(self, inode: Inode | None) -> int:
+        """The nodeid by which the image names an inode; 0 where it cannot."""
+        if inode is None:
+            return 0
+        inode = self._table.current(inode)
+        nodeid = inode.nodeid
+        if nodeid >= FSD_DIR:
+            return 0
+        if not self._table.holds(inode) and (
+            self._table.has(nodeid) or self._others.setdefault(nodeid, inode) is not inode
+        ):
+            return 0
+        return nodeid
+
+    def _known(self, node: Inode, name: bytes, known: Known) -> SavedName:
+        nodeid = self._name(known.inode)
+        return SavedName(self._name(node), name, known.ino, known.kind, known.seen_ns, nodeid)
+
+    def _listing(self, node: Inode, known: Listing) -> Iterator[SavedName]:
+        """The names of a directory; of what is watched there, all is told up to now."""
+        told_ns = 0 if node in self._export.unwatched else self._told_ns
+        for name, entry in known.names.items():
+            if told_ns and entry.inode is not None and entry.inode.is_placeholder:
+                entry = self._met(node, name, entry)
+            yield self._known(node, name, entry._replace(seen_ns=max(told_ns, entry.seen_ns)))
+
+    def _met(self, node: Inode, name: bytes, known: Known) -> Known:
+        """What stands under a name of which the server only knows that it came."""
+        try:
+            with self._table.directory(node) as dir_fd:
+                status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        except OSError:
+            return known
+        kind = stat.S_IFMT(status.st_mode)
+        return Known(status.st_ino, kind, known.seen_ns) if kind == known.kind else known
+
+    def _guest(self, guest: Guest, nodes: dict[int, int]) -> SavedGuest:
+        kind = GuestKind.MOUNT
+        saved = SavedGuest(kind, guest.name, events=int(guest.events), nodes=nodes)
+        if isinstance(guest, Observer):
+            saved.kind, saved.token, saved.told = GuestKind.OBSERVER, guest.token, guest.told
+            saved.outbox = guest.undelivered()
+        elif isinstance(guest, ReplayGuest):
+            events = (self._event(event) for event in guest.undelivered())
+            saved.held = [event for event in events if event.node]
+        else:
+            saved.kind = GuestKind.BY_HAND
+        for inode, mask in self._export.interest.marks(guest).items():
+            if inode is None or self._name(inode):
+                saved.marks.append((self._name(inode), int(mask)))
+        for (node, name), missed in guest.missed.items():
+            if not self._name(node):
+                continue
+            before = missed.before and self._known(node, name, missed.before)
+            saved.missed.append(SavedMissed(self._name(node), name, missed.mask, before))
+        return saved
+
+    def _event(self, event: Event) -> SavedEvent:
+        return SavedEvent(
+            self._name(event.node), event.mask, event.name, event.cookie, self._name(event.child),
+            event.nlink, self._name(event.node2), event.name2, self._name(event.replaced),
+            event.twin, event.exchanged,
+        )  # fmt: skip
+
+    def _inode_table(self) -> SavedTable:
+        table = self._table
+        saved = inode_table(table)
+        saved.inodes.extend(_inode(table, inode) for inode in self._others.values())
+        return saved
+
+
+def inode_table(table: InodeTable) -> SavedTable:
+    """Every inode that is known, with its place; the references of guests are saved with them."""
+    inodes: list[SavedInode] = []
+    links: list[SavedLink] = []
+    for inode in table:
+        if inode is not table.root:
+            inodes.append(_inode(table, inode))
+        for name, child in inode.children.items():
+            if child.name != name or child.parent is not inode:
+                links.append(SavedLink(inode.nodeid, name, child.nodeid))
+    return SavedTable(inodes, links)
+
+
+def _inode(table: InodeTable, inode: Inode) -> SavedInode:
+    device, ino, handle = inode.identity
+    parent = inode.parent
+    known = (
+        parent is not None
+        and parent.nodeid < FSD_DIR
+        and table.holds(parent)
+        and parent.children.get(inode.name) is inode
+    )
+    return SavedInode(
+        inode.nodeid,
+        inode.generation,
+        GONE if device < 0 else 0 if device == table.device else device,
+        ino,
+        handle,
+        stat.S_IFMT(inode.kind),
+        inode.nlink,
+        parent.nodeid if parent is not None and known else 0,
+        inode.name if known else b"",
+    )

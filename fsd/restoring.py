@@ -1,0 +1,195 @@
+"""What a server before this one has saved, verified against the host and put in place.
+
+A saved nodeid is given back only to the very object that had it: by its file handle where the file
+system opens those, else by the path where it was, if handle and inode number are still the same.
+What cannot be found is gone: what its nodeid is asked for is ESTALE. Nothing saved is trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import defaultdict, deque
+
+from protocol.images import ImageError
+
+from . import host
+from .checkpoint import GONE, SavedInode, SavedTable
+from .inodes import ROOT_ID, Inode, InodeTable
+
+_HANDLE_SIZES = range(4, 4 + 128 + 1)  # the type, MAX_HANDLE_SZ
+_KINDS = {
+    stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
+    stat.S_IFBLK,
+}  # fmt: skip
+
+
+class RestoredTable:
+    """The inodes of a saved table, in the table of a new export. Raises ImageError.
+
+    They have no references yet: who has some counts them, then calls ``release``.
+    """
+
+    def __init__(self, table: InodeTable, saved: SavedTable, saved_ns: int) -> None:
+        self._table = table
+        self._saved_ns = saved_ns
+        self.inodes: dict[int, Inode] = {ROOT_ID: table.root}  # by nodeid, directories first
+        self.gone: set[Inode] = set()
+        rows = {row.nodeid: row for row in saved.inodes}
+        if len(rows) != len(saved.inodes) or ROOT_ID in rows:
+            raise ImageError("a nodeid is saved twice")
+        places = _places(rows)
+        order = _downwards(places)
+        for row in [*(rows[nodeid] for nodeid in order), *saved.inodes]:
+            if row.nodeid not in self.inodes:
+                self._adopt(row)
+        for nodeid in order:
+            row = rows[nodeid]
+            self._put(self.inodes[nodeid], self.inodes[row.parent], row.name)
+        for directory, name, nodeid in saved.links:
+            node, inode = self._get(directory), self._get(nodeid)
+            _check_name(name)
+            if node.is_dir and not inode.is_dir:
+                node.children.setdefault(name, inode)
+        for inode in self.inodes.values():
+            if inode is not table.root and not inode.is_placeholder and not self._find(inode):
+                self.gone.add(inode)
+        for inode in self.inodes.values():
+            if inode.is_dir and inode.parent is None and inode is not table.root:
+                table.lose(inode)
+
+    def _get(self, nodeid: int) -> Inode:
+        try:
+            return self.inodes[nodeid]
+        except KeyError:
+            raise ImageError(f"nodeid {nodeid} is named and not saved") from None
+
+    def get(self, nodeid: int) -> Inode:
+        """A saved inode. Raises ImageError where none has the nodeid."""
+        return self._get(nodeid)
+
+    def release(self) -> None:
+        """Drop what nobody has a reference on, now that all are counted."""
+        for inode in reversed(self.inodes.values()):
+            self._table.release(inode)
+
+    # Rows
+
+    def _adopt(self, row: SavedInode) -> None:
+        nodeid, generation, device, ino, handle, kind, nlink, _parent, _name = row
+        if not 0 <= generation < 1 << 32 or kind not in _KINDS:
+            raise ImageError(f"nodeid {nodeid} has generation {generation}, type {kind:o}")
+        if handle and len(handle) not in _HANDLE_SIZES:
+            raise ImageError(f"nodeid {nodeid} has a handle of {len(handle)} bytes")
+        identity = (device or self._table.device, ino, handle)
+        if device < 0:
+            identity = (GONE, nodeid, b"")
+        try:
+            inode = self._table.adopt(nodeid, generation, identity, kind)
+        except ValueError as error:
+            raise ImageError(str(error)) from None
+        inode.nlink = nlink
+        self.inodes[nodeid] = inode
+
+    @staticmethod
+    def _put(inode: Inode, parent: Inode, name: bytes) -> None:
+        if parent.is_dir:
+            inode.parent, inode.name = parent, name
+            parent.children.setdefault(name, inode)
+
+    # The host
+
+    def _find(self, inode: Inode) -> bool:
+        """Whether the object is still there; afterwards it is reached as any other."""
+        if self._table.handle_opens(inode.identity):
+            return self._find_by_handle(inode)
+        if self._find_by_path(inode):
+            return True
+        # A handle proves the object wherever it is met again; without one, or on a device that may
+        # be numbered anew, nothing does.
+        if inode.identity[0] != self._table.device or not inode.identity[2]:
+            self._table.identify_as(inode, (GONE, inode.nodeid, b""))
+        return False
+
+    def _find_by_handle(self, inode: Inode) -> bool:
+        try:
+            fd = self._table.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(fd)
+            if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity[1], inode.kind):
+                return False
+            if inode.is_dir:
+                self._place_directory(inode, fd)
+        finally:
+            os.close(fd)
+        return True
+
+    def _place_directory(self, inode: Inode, fd: int) -> None:
+        """Where a directory is now, if not where it was: the kernel knows."""
+        parent = inode.parent
+        if parent is not None:
+            try:
+                with self._table.directory(parent) as parent_fd:
+                    if host.file_handle(parent_fd, inode.name) == inode.identity[2]:
+                        return
+            except OSError:
+                pass
+        self._table.locate(inode, fd)
+
+    def _find_by_path(self, inode: Inode) -> bool:
+        parent = inode.parent
+        if parent is None or (parent.fd < 0 and parent in self.gone):
+            return False
+        try:
+            with self._table.directory(parent) as parent_fd:
+                fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
+        except OSError:
+            return False
+        try:
+            identity, status = self._table.identify(fd)
+            if stat.S_IFMT(status.st_mode) != inode.kind or identity[1:] != inode.identity[1:]:
+                return False
+            if not identity[2] and not self._is_older(fd, status):
+                return False
+            self._table.identify_as(inode, identity)
+            if inode.is_dir and not self._table.handle_opens(identity):
+                inode.fd = os.dup(fd)
+        except (OSError, ValueError):
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _is_older(self, fd: int, status: os.stat_result) -> bool:
+        """Whether an object without a handle was there when the image was saved: it was born
+        before, or, where nobody knows that, has not changed since.
+        """
+        return (host.born_ns(fd, b"") or status.st_ctime_ns) < self._saved_ns
+
+
+def _places(rows: dict[int, SavedInode]) -> dict[int, list[int]]:
+    """Nodeids by that of their directory."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for row in rows.values():
+        if row.parent:
+            _check_name(row.name)
+            places[row.parent].append(row.nodeid)
+    return places
+
+
+def _downwards(places: dict[int, list[int]]) -> list[int]:
+    """What lies below the root, each directory before what is in it: no ring is below it."""
+    order: list[int] = []
+    todo = deque([ROOT_ID])
+    while todo:
+        below = places.pop(todo.popleft(), [])
+        order += below
+        todo += below
+    return order
+
+
+def _check_name(name: bytes) -> None:
+    if not name or len(name) > 255 or b"/" in name or b"\0" in name or name in (b".", b".."):
+        raise ImageError(f"{name[:40]!r} is no name")

@@ -1,0 +1,157 @@
+"""An export goes on where the server before it stopped: interest, watches, listings, events.
+
+Each guest's marks are set again, each host watch under its old watch descriptor. Then every listed
+directory is compared with what was last known of it, and the difference told: what happened while
+no server ran.
+"""
+
+from __future__ import annotations
+
+import secrets
+import stat
+import time
+from typing import TYPE_CHECKING
+
+from protocol.images import ImageError
+from protocol.masks import EVENTS, Mask
+
+from .checkpoint import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
+from .events import Event
+from .guests import MARKS_LIMIT, Guest, Observer
+from .inodes import Inode
+from .listings import Known, Missed
+from .replayer import ReplayGuest
+from .resolver import listing
+from .restoring import RestoredTable
+from .watcher import HOST
+
+if TYPE_CHECKING:
+    from .export import Export
+
+WAIT_FOR = 60.0
+"""Seconds that an observer's interest and events wait for it to come back."""
+_WD_LIMIT = 1 << 31
+
+
+def new_token() -> bytes:
+    """What an observer shows when it comes back; not to be guessed."""
+    return secrets.token_bytes(16)
+
+
+class Resumption:
+    """The way of a saved state into a new export, of which nothing is used yet.
+
+    Raises ImageError for what is another directory's or makes no sense: the export is then
+    unusable. Mounts that go on are given to ``mount``; ``finish`` ends it.
+    """
+
+    def __init__(self, export: Export, saved: SavedExport) -> None:
+        self._export = export
+        self._saved = saved
+        self._check_directory()
+        self.table = RestoredTable(export.table, saved.table, saved.saved_ns)
+        self._mounts = {g.name: g for g in saved.guests if g.kind == GuestKind.MOUNT}
+        self._take_listings()
+        self._wds = self._watch_descriptors()
+        self._marks: list[tuple[Guest, SavedGuest]] = []
+        for guest in saved.guests:
+            if guest.kind == GuestKind.OBSERVER:
+                self._resume(self._observer(guest), guest)
+            elif guest.kind == GuestKind.BY_HAND:
+                self._resume(export.hand_marks(), guest)
+
+    def _check_directory(self) -> None:
+        now = identity_of(self._export)
+        then = self._saved
+        if (now.root_ino, now.root_handle) != (then.root_ino, then.root_handle):
+            raise ImageError(f"it is of another directory, {then.source}")
+        if now.file_system != then.file_system:
+            raise ImageError(f"it is of another file system, where {then.source} was")
+
+    # Who goes on
+
+    def mount(self, guest: ReplayGuest) -> dict[int, int]:
+        """A mount that goes on takes up what was its own, by its name. Returns what its kernel
+        holds: lookup counts by nodeid, which the caller counts on the inodes.
+        """
+        saved = self._mounts.pop(guest.name, None)
+        if saved is None:
+            return {}
+        self._resume(guest, saved)
+        return saved.nodes
+
+    def _observer(self, saved: SavedGuest) -> Observer:
+        guest = self._export.add_observer(saved.name)
+        guest.token = saved.token
+        self._export.waiting[saved.token] = guest
+        return guest
+
+    def _resume(self, guest: Guest, saved: SavedGuest) -> None:
+        """Everything but the marks, which come last: they tell what happened meanwhile."""
+        if len(saved.marks) > MARKS_LIMIT:
+            raise ImageError(f"{len(saved.marks)} marks of one guest, limit {MARKS_LIMIT}")
+        guest.events = EVENTS & saved.events
+        if isinstance(guest, Observer):
+            guest.resume(saved.told, saved.outbox)
+        elif isinstance(guest, ReplayGuest):
+            for event in saved.held:
+                guest.enqueue(self._event(event), 0)
+        for place, name, mask, before in saved.missed:
+            known = before and self._known(before)
+            guest.missed[self._get(place), name] = Missed(known, mask)
+        guest.missing = bool(guest.missed)
+        self._marks.append((guest, saved))
+
+    # What is saved by nodeid
+
+    def _get(self, nodeid: int) -> Inode:
+        return self.table.get(nodeid)
+
+    def _optional(self, nodeid: int) -> Inode | None:
+        return self._get(nodeid) if nodeid else None
+
+    def _known(self, saved: SavedName) -> Known:
+        return Known(saved.ino, saved.kind, saved.seen_ns, self._optional(saved.nodeid))
+
+    def _event(self, saved: SavedEvent) -> Event:
+        kind = stat.S_IFDIR if saved.mask & Mask.ISDIR else stat.S_IFREG
+        node = self._get(saved.node)
+        child = self._optional(saved.child)
+        if child is None:
+            child = self._export.table.placeholder(kind, node, saved.name)
+        event = Event(node, saved.mask, saved.name, saved.cookie, HOST, time.monotonic(), child)
+        event.nlink, event.twin = saved.nlink, saved.twin
+        event.node2, event.name2 = self._optional(saved.node2), saved.name2
+        event.replaced, event.exchanged = self._optional(saved.replaced), saved.exchanged
+        if event.kind == Mask.MOVED_FROM | Mask.MOVED_TO and event.node2 is None:
+            raise ImageError("a rename to nowhere")
+        return event
+
+    def _take_listings(self) -> None:
+        for nodeid in self._saved.listed:
+            if self._get(nodeid).is_dir:
+                listing(self._get(nodeid)).complete = True
+        for saved in self._saved.names:
+            node = self._get(saved.directory)
+            if node.is_dir:
+                listing(node).names[saved.name] = self._known(saved)
+
+    def _watch_descriptors(self) -> dict[Inode, int]:
+        wds = {self._get(nodeid): wd for nodeid, wd in self._saved.watches}
+        numbers = set(wds.values())
+        if len(numbers) != len(self._saved.watches) or not all(0 < n < _WD_LIMIT for n in numbers):
+            raise ImageError("watch descriptors that no kernel gives")
+        return wds
+
+    # The end
+
+    def finish(self) -> None:
+        """Set the marks, place the watches, tell what happened while no server ran."""
+        export = self._export
+        export.watcher.remember(self._wds)
+        for guest, saved in self._marks:
+            for nodeid, mask in saved.marks:
+                export.resume_mark(guest, self._optional(nodeid), EVENTS & mask)
+        export.watcher.remembered()
+        self.table.release()
+        export.resume(self.table.gone, WAIT_FOR)

@@ -1,0 +1,321 @@
+"""A server that goes on where another stopped: nothing lost of what happened in between."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fsd import checkpoint, resuming
+from fsd.checkpoint import SavedExport
+from fsd.guests import Observer
+from fsd.resuming import Resumption
+from protocol.images import ImageError
+from protocol.masks import Mask
+
+from .conftest import Worlds
+from .support import ALL, STRUCTURE, WHOLE, World, plain, settle
+
+TOKEN = b"token of a guest"
+CHANGES = ALL & ~int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
+MOVE = "moved_from", "moved_to"
+
+
+@pytest.fixture(params=["handles", "paths"])
+def restart(request: pytest.FixtureRequest, make_world: Worlds) -> Callable[..., World]:
+    """Another server in the place of a world, with its state; ``meanwhile`` happens between."""
+
+    def again(world: World, meanwhile: Callable[[Path], None] = lambda _: None) -> World:
+        settle(world.source)
+        world.export.settle(10)
+        assert world.export.is_settled
+        saved = checkpoint.take(world.export)
+        world.close()
+        meanwhile(world.source)
+        new = make_world()
+        new.table.by_handle = request.param == "handles"
+        Resumption(new.export, saved).finish()
+        return new
+
+    return again
+
+
+def kept(world: World, *paths: str, mask: int = ALL) -> Observer:
+    guest = world.observer()
+    guest.token = TOKEN
+    for path in paths:
+        world.mark(guest, path, mask)
+    return guest
+
+
+def back(world: World, received: int = 0) -> Observer:
+    guest = world.export.come_back(TOKEN, received)
+    assert guest is not None
+    return guest
+
+
+def test_interest_and_watches_come_back(world: World, restart: Callable[..., World]) -> None:
+    (world.source / "d").mkdir()
+    (world.source / "d/f").touch()
+    guest = kept(world, "d", "d/f", mask=int(Mask.MODIFY | Mask.CREATE))
+    before = {
+        inode.key: (world.host_mask(inode), world.export.watcher.wd_of(inode))
+        for inode in world.export.watcher.inodes()
+    }
+    marks = {inode and inode.key: m for inode, m in world.export.interest.marks(guest).items()}
+    new = restart(world)
+    watcher = new.export.watcher
+    assert {i.key: (watcher.mask_of(i), watcher.wd_of(i)) for i in watcher.inodes()} == before
+    guest = back(new)
+    assert new.take(guest) == []
+    after = {inode and inode.key: m for inode, m in new.export.interest.marks(guest).items()}
+    assert after == marks
+    (new.source / "d/f").write_text("x")
+    assert set(plain(new.take(guest))) == {(b"d/f", "modify")}
+
+
+def test_wds_with_gaps_come_back(world: World, restart: Callable[..., World]) -> None:
+    guest = kept(world)
+    for number in range(20):
+        (world.source / str(number)).mkdir()
+        world.mark(guest, str(number), STRUCTURE)
+    for number in range(0, 20, 3):
+        world.export.update(guest, world.node(str(number)).key, 0)
+    wds = {str(n): world.export.watcher.wd_of(world.node(str(n))) for n in range(20)}
+    new = restart(world)
+    watcher = new.export.watcher
+    assert {str(n): watcher.wd_of(new.node(str(n))) for n in range(20)} == wds
+    new.mark(back(new), "0", STRUCTURE)
+    assert watcher.wd_of(new.node("0")) > max(wds.values())
+
+
+def test_what_happened_meanwhile_is_told(world: World, restart: Callable[..., World]) -> None:
+    for path in ("a", "b"):
+        (world.source / path).mkdir()
+    for path in ("a/moved", "a/gone", "a/same", "a/grown", "a/mode", "a/replaced"):
+        (world.source / path).write_text("old")
+    kept(world, "a", "b", mask=CHANGES)
+
+    def meanwhile(source: Path) -> None:
+        (source / "a/moved").rename(source / "b/here")
+        (source / "a/gone").unlink()
+        (source / "a/new").write_text("new")
+        (source / "a/newdir").mkdir()
+        (source / "a/grown").write_text("grown")
+        (source / "a/mode").chmod(0o600)
+        (source / "tmp").write_text("other")
+        (source / "tmp").rename(source / "a/replaced")
+
+    new = restart(world, meanwhile)
+    seen = new.take(back(new))
+    cookies = {event.cookie for event in seen if event.mask in MOVE}
+    assert len(cookies) == 1
+    assert sorted(plain(seen)) == sorted(
+        [
+            (b"a/moved", "moved_from"), (b"b/here", "moved_to"), (b"a/gone", "delete"),
+            (b"a/new", "create"), (b"a/new", "modify"), (b"a/new", "close_write"),
+            (b"a/newdir", "create,isdir"), (b"a/grown", "modify"), (b"a/grown", "close_write"),
+            (b"a/mode", "attrib"), (b"a/replaced", "delete"), (b"a/replaced", "create"),
+            (b"a/replaced", "modify"), (b"a/replaced", "close_write"),
+        ]
+    )  # fmt: skip
+    (new.source / "b/here").write_text("x")
+    (new.source / "a/newdir").rmdir()
+    after = plain(new.take(back_again(new)))
+    assert (b"b/here", "modify") in after
+    assert (b"a/newdir", "delete,isdir") in after
+
+
+def back_again(world: World) -> Observer:
+    (guest,) = (g for g in world.export.guests if isinstance(g, Observer))
+    return guest
+
+
+def test_a_marked_object_that_went(world: World, restart: Callable[..., World]) -> None:
+    (world.source / "d").mkdir()
+    (world.source / "d/f").touch()
+    (world.source / "d/g").touch()
+    kept(world, "d/f", "d/g", "d", mask=int(Mask.DELETE_SELF | Mask.MOVE_SELF))
+    new = restart(world, lambda source: _remove(source))
+    assert sorted(plain(new.take(back(new)))) == [
+        (b"d/f", "delete_self"), (b"d/g2", "move_self")
+    ]  # fmt: skip
+
+
+def _remove(source: Path) -> None:
+    (source / "d/f").unlink()
+    (source / "d/g").rename(source / "d/g2")
+
+
+def test_undelivered_events_come_first(world: World, restart: Callable[..., World]) -> None:
+    kept(world, "", mask=STRUCTURE)
+    for name in "abc":
+        (world.source / name).touch()
+    new = restart(world, lambda source: (source / "d").touch())
+    assert plain(new.take(back(new))) == [(name, "create") for name in (b"a", b"b", b"c", b"d")]
+
+
+@pytest.mark.parametrize("received", range(6))
+def test_each_event_once(received: int, world: World, restart: Callable[..., World]) -> None:
+    """Handed out is not received: only the guest knows how many have arrived."""
+    guest = kept(world, "", mask=STRUCTURE)
+    for name in "abcde":
+        (world.source / name).touch()
+    world.pump()
+    guest.take(2)
+    guest.take(2)  # the first two have left
+    new = restart(world, lambda source: (source / "z").touch())
+    rest = "abcde"[max(received, 2) :] + "z"
+    assert plain(new.take(back(new, received))) == [(c.encode(), "create") for c in rest]
+
+
+def test_whole_file_system(world: World, restart: Callable[..., World]) -> None:
+    (world.source / "a/b").mkdir(parents=True)
+    guest = kept(world)
+    world.export.update(guest, WHOLE, STRUCTURE)
+    world.pump()
+
+    def meanwhile(source: Path) -> None:
+        (source / "a/b/f").touch()
+        (source / "a/c/d").mkdir(parents=True)
+        (source / "a/c/d/e").touch()
+
+    new = restart(world, meanwhile)
+    seen = plain(new.take(back(new)))
+    assert sorted(seen) == [
+        (b"a/b/f", "create"), (b"a/c", "create,isdir"), (b"a/c/d", "create,isdir"),
+        (b"a/c/d/e", "create"),
+    ]  # fmt: skip
+    (new.source / "a/c/d/g").touch()
+    assert plain(new.take(back_again(new))) == [(b"a/c/d/g", "create")]
+
+
+def test_marks_by_hand_come_back(world: World, restart: Callable[..., World]) -> None:
+    world.mark(world.export.hand_marks(), "", STRUCTURE)
+    new = restart(world, lambda source: (source / "x").touch())
+    (new.source / "y").touch()
+    new.pump()
+    assert new.export.hand_marks().counts["replayed"] == 2
+
+
+def test_who_did_not_ask_is_not_kept(world: World, restart: Callable[..., World]) -> None:
+    world.mark(world.observer(), "", STRUCTURE)
+    new = restart(world)
+    assert new.export.guests == []
+    assert not len(new.export.watcher)
+    assert len(new.table) == 1
+
+
+def test_a_token_is_good_once(world: World, restart: Callable[..., World]) -> None:
+    kept(world, "")
+    new = restart(world)
+    assert new.export.come_back(b"another", 0) is None
+    assert new.export.come_back(TOKEN, 0) is not None
+    assert new.export.come_back(TOKEN, 0) is None
+
+
+def test_who_does_not_come_back_is_given_up(
+    world: World, restart: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "WAIT_FOR", 0.2)
+    kept(world, "")
+    new = restart(world)
+    new.pump()
+    assert 0 < new.export.next_deadline - time.monotonic() <= 0.2
+    while new.export.waiting:
+        time.sleep(0.01)
+        new.pump()
+    assert new.export.guests == []
+    assert not len(new.export.watcher)
+    assert new.export.next_deadline == float("inf")
+
+
+def test_missed_events_come_back(make_world: Worlds, restart: Callable[..., World]) -> None:
+    world = make_world(outbox_limit=2)
+    kept(world, "", mask=STRUCTURE)
+    for name in "abcd":
+        (world.source / name).touch()
+    new = restart(world, lambda source: (source / "a").unlink())
+    guest = back(new)
+    seen = plain(new.take(guest))
+    assert seen[:2] == [(b"a", "create"), (b"b", "create")]
+    new.export.catch_up(guest)
+    rest = plain(new.take(guest))
+    assert sorted(rest) == [(b"a", "delete"), (b"c", "create"), (b"d", "create")]
+
+
+def test_a_storm_at_the_restart(world: World, make_world: Callable[..., World]) -> None:
+    """Changes while listings are compared: each told once, by the difference or by its event."""
+    for number in range(30):
+        (world.source / f"d{number}").mkdir()
+    kept(world, *(f"d{n}" for n in range(30)), mask=int(Mask.CREATE))
+    world.pump()
+    saved = checkpoint.take(world.export)
+    world.close()
+    new = make_world()
+    pid = os.fork()
+    if not pid:
+        for number in range(3000):
+            (world.source / f"d{number % 30}/{number}").touch()
+        os._exit(0)
+    Resumption(new.export, saved).finish()
+    os.waitpid(pid, 0)
+    seen = [path for path, _ in plain(new.take(back(new)))]
+    assert len(seen) == 3000
+    assert len(set(seen)) == 3000
+
+
+# What is refused
+
+
+def _saved(world: World) -> SavedExport:
+    kept(world, "")
+    return checkpoint.take(world.export)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"root_ino": 1}, "another directory"),
+        ({"root_handle": b"x"}, "another directory"),
+        ({"file_system": 1}, "another file system"),
+        ({"watches": [(1, 0)]}, "watch descriptors"),
+        ({"watches": [(1, 1 << 31)]}, "watch descriptors"),
+        ({"watches": [(1, 3), (1, 4)]}, "watch descriptors"),
+        ({"watches": [(5, 3)]}, "named and not saved"),
+        ({"listed": [5]}, "named and not saved"),
+    ],
+)
+def test_refused(
+    change: dict[str, object], words: str, world: World, make_world: Callable[..., World]
+) -> None:
+    saved = _saved(world)
+    for name, value in change.items():
+        setattr(saved, name, value)
+    new = make_world()
+    with pytest.raises(ImageError, match=words):
+        Resumption(new.export, saved).finish()
+
+
+def test_a_mount_goes_on_by_its_name(world: World, make_world: Callable[..., World]) -> None:
+    (world.source / "d").mkdir()
+    mount = world.mount("the guest")
+    world.mark(mount.guest, "d", STRUCTURE)
+    (world.source / "d/a").touch()
+    (world.source / "d/a").rename(world.source / "d/b")
+    mount.guest.take(1)
+    settle(world.source)
+    world.export.settle(10)
+    saved = checkpoint.take(world.export, {mount.guest: {world.node("d").nodeid: 3}})
+    world.close()
+    (world.source / "d/c").touch()
+    new = make_world()
+    resumption = Resumption(new.export, saved)
+    service = new.mount("the guest")
+    assert resumption.mount(service.guest) == {new.node("d").nodeid: 3}
+    resumption.finish()
+    orders = [(order.op.name, order.name, order.name2) for order in new.orders(service)]  # type: ignore[attr-defined]
+    assert orders == [("CREATE", b"a", b""), ("RENAME", b"a", b"b"), ("CREATE", b"c", b"")]
