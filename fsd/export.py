@@ -12,8 +12,9 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
+from typing import Any
 
 import structlog
 
@@ -87,6 +88,9 @@ class Export:
         self._cared_for: Counter[Inode] = Counter()
         self.waiting: dict[bytes, Observer] = {}  # by token: observers that may come back
         self.is_stopping = False  # sessions that end now may come back
+        self.is_changed = False  # since the state was saved
+        self.on_change: Callable[[], None] = _nobody
+        self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, where that may be
         self._outbox_limit = outbox_limit
         self._give_up_at = math.inf  # on those who wait
         self._compare_at = math.inf
@@ -146,6 +150,7 @@ class Export:
         return inode
 
     def _set_interest(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:
+        self._change()
         had = self.interest.of(guest, inode)
         before, after = self.interest.update(guest, inode, mask)
         if inode is None:
@@ -312,6 +317,7 @@ class Export:
 
     def _handle(self, event: Event) -> None:
         self.counts["in"] += 1
+        self._change()
         if event.mask & _OVERFLOW:
             self.counts["overflows"] += 1
             self._resync(self.watcher.inodes())
@@ -426,6 +432,11 @@ class Export:
 
     # After a restart (fsd.resuming)
 
+    def _change(self) -> None:
+        if not self.is_changed:
+            self.is_changed = True
+            self.on_change()
+
     def settle(self, patience: float) -> None:
         """Tell all that has happened, before the state is saved. Waits up to ``patience`` seconds
         for a moment in which nothing does: what changed just before would be told again.
@@ -484,6 +495,7 @@ class Export:
     def come_back(self, token: bytes, received: int) -> Observer | None:
         """The observer that waits for whoever has the token, if it is one."""
         guest = self.waiting.pop(token, None)
+        self._change()
         if guest is not None:
             guest.received(received)
         return guest
@@ -502,6 +514,10 @@ class Export:
             halves = self.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)
+
+
+def _nobody() -> None:
+    """Nobody keeps the state."""
 
 
 def _open_quietly(path: str) -> int:

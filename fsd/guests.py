@@ -167,6 +167,10 @@ class Observer(Guest):
         self.told, self._before = told, len(events)
         self._outbox.extend((event, now) for event in events)
 
+    def keep(self, token: bytes) -> None:
+        """From now on, what is told is counted."""
+        self.token, self.told, self._handed = token, 0, []
+
     def received(self, count: int) -> None:
         """The guest has come back, with so many events received in all."""
         for _ in range(min(max(count - self.told, 0), self._before)):

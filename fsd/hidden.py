@@ -26,6 +26,7 @@ _NAMES = {
     b"control": (frames.CONTROL, stat.S_IFREG | 0o600),
     b"session": (frames.SESSION, stat.S_IFREG | 0o600),
     b"status": (frames.STATUS, stat.S_IFREG | 0o400),
+    b"checkpoint": (frames.CHECKPOINT, stat.S_IFREG | 0o400),
     b"staging": (frames.STAGING, stat.S_IFDIR | 0o700),
     b"alias": (frames.ALIAS, stat.S_IFDIR | 0o700),
 }
@@ -90,6 +91,10 @@ class HiddenFiles:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if nodeid == frames.STATUS:
             handle.text = json.dumps(snapshot(self._export, self._guest)).encode()
+        elif nodeid == frames.CHECKPOINT:
+            if self._export.checkpoint is None:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            handle.text = json.dumps(self._export.checkpoint()).encode()
         elif access != os.O_RDWR:
             return handle
         elif nodeid == frames.CONTROL:

@@ -48,7 +48,7 @@ class RestoredTable:
             self._put(self.inodes[nodeid], self.inodes[row.parent], row.name)
         for directory, name, nodeid in saved.links:
             node, inode = self._get(directory), self._get(nodeid)
-            _check_name(name)
+            check_name(name)
             if node.is_dir and not inode.is_dir:
                 node.children.setdefault(name, inode)
         for inode in self.inodes.values():
@@ -119,6 +119,7 @@ class RestoredTable:
         try:
             status = os.fstat(fd)
             if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity[1], inode.kind):
+                self._table.identify_as(inode, (GONE, inode.nodeid, b""))
                 return False
             if inode.is_dir:
                 self._place_directory(inode, fd)
@@ -174,7 +175,7 @@ def _places(rows: dict[int, SavedInode]) -> dict[int, list[int]]:
     places: dict[int, list[int]] = defaultdict(list)
     for row in rows.values():
         if row.parent:
-            _check_name(row.name)
+            check_name(row.name)
             places[row.parent].append(row.nodeid)
     return places
 
@@ -190,6 +191,7 @@ def _downwards(places: dict[int, list[int]]) -> list[int]:
     return order
 
 
-def _check_name(name: bytes) -> None:
+def check_name(name: bytes) -> None:
+    """Raises ImageError for what is no name of an entry in a directory."""
     if not name or len(name) > 255 or b"/" in name or b"\0" in name or name in (b".", b".."):
         raise ImageError(f"{name[:40]!r} is no name")

@@ -22,7 +22,7 @@ from .inodes import Inode
 from .listings import Known, Missed
 from .replayer import ReplayGuest
 from .resolver import listing
-from .restoring import RestoredTable
+from .restoring import RestoredTable, check_name
 from .watcher import HOST
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Resumption:
             for event in saved.held:
                 guest.enqueue(self._event(event), 0)
         for place, name, mask, before in saved.missed:
+            check_name(name or b"-")
             known = before and self._known(before)
             guest.missed[self._get(place), name] = Missed(known, mask)
         guest.missing = bool(guest.missed)
@@ -114,6 +115,8 @@ class Resumption:
         return Known(saved.ino, saved.kind, saved.seen_ns, self._optional(saved.nodeid))
 
     def _event(self, saved: SavedEvent) -> Event:
+        check_name(saved.name or b"-")
+        check_name(saved.name2 or b"-")
         kind = stat.S_IFDIR if saved.mask & Mask.ISDIR else stat.S_IFREG
         node = self._get(saved.node)
         child = self._optional(saved.child)
@@ -132,6 +135,7 @@ class Resumption:
             if self._get(nodeid).is_dir:
                 listing(self._get(nodeid)).complete = True
         for saved in self._saved.names:
+            check_name(saved.name)
             node = self._get(saved.directory)
             if node.is_dir:
                 listing(node).names[saved.name] = self._known(saved)

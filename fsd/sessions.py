@@ -22,6 +22,7 @@ from .export import Export
 from .guests import HandMarks, Observer
 from .inodes import Inode
 from .replayer import ReplayGuest
+from .resuming import new_token
 from .stats import snapshot
 
 log = structlog.get_logger()
@@ -65,7 +66,10 @@ class Session:
         self.let_go: Callable[[], None] = lambda: None  # answer waiting reads with nothing
 
     def close(self) -> None:
-        """The peer is gone. An observer's marks go with it; the mount's wait for a new agent."""
+        """The peer is gone. An observer's marks go with it, unless the server goes and it may come
+        back to another; the mount's wait for a new agent.
+        """
+        stays = self._export.is_stopping and not self.said_bye
         self._closed = self.said_bye = True
         self._replies.clear()
         guest, self.guest = self.guest, None
@@ -73,7 +77,7 @@ class Session:
             self._export.arming.scan_abort(guest)
             guest.disconnect()
             guest.wake = _asleep
-        elif isinstance(guest, Observer):
+        elif isinstance(guest, Observer) and not (stays and guest.token):
             self._export.remove_guest(guest)
         for inode in self._resolved:
             self._export.table.unpin(inode)
@@ -108,6 +112,8 @@ class Session:
             self._update(message)
         elif isinstance(message, frames.Resolve):
             self._resolve(message)
+        elif isinstance(message, frames.Keep) and isinstance(self.guest, Observer):
+            self._keep(self.guest, message)
         elif isinstance(message, frames.List):
             self._list(message)
         elif isinstance(self.guest, ReplayGuest):
@@ -134,6 +140,16 @@ class Session:
         self.guest.wake = self._woken
         welcome = frames.Welcome(frames.VERSION, self.guest.number, int(self.guest.events))
         self._replies.append(welcome)
+
+    def _keep(self, guest: Observer, message: frames.Keep) -> None:
+        known = self._export.come_back(message.token, message.received)
+        if known is None:
+            guest.keep(new_token())
+        else:
+            known.name, known.via, known.wake = self._name, self._via, self._woken
+            self._export.remove_guest(guest)
+            self.guest = guest = known
+        self._replies.append(frames.Kept(message.request, guest.token))
 
     def _woken(self) -> None:
         self.wake()

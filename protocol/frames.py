@@ -23,6 +23,7 @@ SESSION = 1 << 63 | 3  # .fsd/session, a channel for an observer
 STATUS = 1 << 63 | 4  # .fsd/status, the server's statistics as JSON
 STAGING = 1 << 63 | 5  # .fsd/staging, where names move in from and out to
 ALIAS = 1 << 63 | 6  # .fsd/alias, any node by its decimal number, apart from its real name
+CHECKPOINT = 1 << 63 | 7  # .fsd/checkpoint, saves the server's state when it is opened
 FSD_NAME = b".fsd"
 
 
@@ -111,6 +112,18 @@ class Bye(NamedTuple):
     """The guest leaves; a waiting read is answered at once."""
 
 
+class Keep(NamedTuple):
+    """Ask to be known again by a server after this one; the first message after Hello, if at all.
+
+    Without a token: from now on, keep my marks and events. With one: I am who had it, and have
+    received so many events since. Answered by Kept: the same token if that is so, else a new one.
+    """
+
+    request: int
+    received: int
+    token: bytes
+
+
 class Welcome(NamedTuple):
     """The server's answer to Hello: the version and the events that it can deliver."""
 
@@ -177,6 +190,13 @@ class Name(NamedTuple):
     name: bytes
 
 
+class Kept(NamedTuple):
+    """Answer to Keep: by what the guest is known."""
+
+    request: int
+    token: bytes
+
+
 class Stats(NamedTuple):
     """The server's statistics: a part of a JSON text; the last part has ``more`` 0."""
 
@@ -186,8 +206,8 @@ class Stats(NamedTuple):
 
 
 Message = Union[
-    Hello, Update, ScanEnd, Resolve, List, Ack, StatsRequest, Bye,
-    Welcome, Result, Event, Order, Hint, Name, Stats,
+    Hello, Update, ScanEnd, Resolve, List, Ack, StatsRequest, Bye, Keep,
+    Welcome, Result, Event, Order, Hint, Name, Stats, Kept,
 ]  # fmt: skip
 
 _HEADER = struct.Struct("<IHH")
@@ -202,6 +222,7 @@ _TABLE: list[tuple[int, type[Message], struct.Struct, int]] = [
     (6, StatsRequest, struct.Struct("<I"), 0),
     (7, Bye, struct.Struct("<"), 0),
     (8, List, struct.Struct("<IQQ"), 0),
+    (9, Keep, struct.Struct("<IQ"), 1),
     (16, Welcome, struct.Struct("<HQQ"), 0),
     (17, Result, struct.Struct("<IIQQI"), 0),
     (18, Event, struct.Struct("<QQQI"), 1),
@@ -209,6 +230,7 @@ _TABLE: list[tuple[int, type[Message], struct.Struct, int]] = [
     (20, Hint, struct.Struct("<QI"), 0),
     (21, Stats, struct.Struct("<IB"), 1),
     (22, Name, struct.Struct("<IB"), 1),
+    (23, Kept, struct.Struct("<I"), 1),
 ]
 _BY_CODE = {code: (cls, fixed, tails) for code, cls, fixed, tails in _TABLE}
 _BY_TYPE = {cls: (code, fixed, tails) for code, cls, fixed, tails in _TABLE}

@@ -216,3 +216,16 @@ def test_without_handles_the_age_tells(world: World, make_world: Callable[[], Wo
         new.table.identify = bare  # type: ignore[method-assign]
         restored = RestoredTable(new.table, SavedTable([row], []), saved_ns)
         assert (restored.get(ino) not in restored.gone) == found
+
+
+def test_a_handle_of_another_object(old: World, make_world: Callable[[], World]) -> None:
+    saved = inode_table(old.table)
+    handles = {row.nodeid: row.handle for row in saved.inodes}
+    f, g = old.node("a/b/c/f").nodeid, old.node("a/g").nodeid
+    rows = [row._replace(handle=handles[g]) if row.nodeid == f else row for row in saved.inodes]
+    new = make_world()
+    restored = RestoredTable(new.table, SavedTable(rows, []), time.time_ns())
+    assert restored.get(f) in restored.gone
+    with pytest.raises(OSError, match=r"Stale|No such"), new.table.opened(restored.get(f)):
+        pass
+    assert new.node("a/g") is restored.get(g)

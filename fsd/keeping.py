@@ -1,0 +1,112 @@
+"""One server after another: opens an export where the last one stopped, saves it for the next.
+
+Apart from the core because here files are read and written; knows no trio.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from protocol.images import ImageError
+
+from . import checkpoint, image
+from .export import Export
+from .guests import Guest, HandMarks, Observer
+from .resuming import Resumption
+from .statefile import StateFile
+
+log = structlog.get_logger()
+SETTLE_TIMEOUT = 0.5
+"""Seconds that a stop waits for a moment in which nothing changes."""
+
+
+def open_export(
+    make: Callable[[], Export],
+    state: StateFile | None,
+    complain: Callable[[str], None],
+    *,
+    prepare: Callable[[Resumption], None] = lambda _: None,
+) -> Export:
+    """An export that goes on where the image says, or a fresh one: an image that cannot be used is
+    refused with one line to ``complain``. ``prepare`` is given what goes on, for mounts to take up
+    their part. Raises OSError where the export cannot be opened.
+    """
+    saved = _read(state, complain) if state is not None else None
+    export = make()
+    if state is None or saved is None:
+        return export
+    try:
+        resumption = Resumption(export, saved)
+        prepare(resumption)
+        resumption.finish()
+    except Exception as error:
+        if not isinstance(error, ImageError):
+            log.exception("restoring failed", image=str(state.path))
+        export.close()
+        complain(_refused(state, error))
+        return make()
+    return export
+
+
+def _read(state: StateFile, complain: Callable[[str], None]) -> checkpoint.SavedExport | None:
+    try:
+        data = state.read()
+        return None if data is None else image.decode(data)
+    except (ImageError, OSError) as error:
+        complain(_refused(state, error))
+        return None
+
+
+def _refused(state: StateFile, error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return f"image {state.path} is not restored: {reason}; starting without"
+
+
+@dataclass
+class Keeper:
+    """Saves one export. ``mounts`` says what mounts that go on hold (fsd.checkpoint.take)."""
+
+    export: Export
+    state: StateFile
+    mounts: Callable[[], Mapping[Guest, dict[int, int]]] = dict
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether somebody would come back to a server that was killed."""
+        return bool(self.mounts()) or any(
+            isinstance(guest, HandMarks) or (isinstance(guest, Observer) and guest.token)
+            for guest in self.export.guests
+        )
+
+    def take(self) -> Callable[[], int]:
+        """The state as of now, and a function that writes it, also in another thread."""
+        saved = checkpoint.take(self.export, self.mounts())
+        self.export.is_changed = False
+
+        def write() -> int:
+            data = image.encode(saved)
+            self.state.write(data)
+            return len(data)
+
+        return write
+
+    def save(self) -> dict[str, Any]:
+        """Save now, at a moment in which nothing changes if there is one; says what was saved.
+        Raises OSError.
+        """
+        begun = time.monotonic()
+        self.export.settle(SETTLE_TIMEOUT)
+        size = self.take()()
+        return {
+            "path": str(self.state.path),
+            "bytes": size,
+            "inodes": len(self.export.table),
+            "watches": len(self.export.watcher),
+            "guests": len(self.export.guests),
+            "seconds": round(time.monotonic() - begun, 3),
+        }

@@ -1,0 +1,56 @@
+"""The trio side of a Keeper: an image every now and then, for a server that is killed."""
+
+from __future__ import annotations
+
+import structlog
+import trio
+
+from ..keeping import Keeper
+
+log = structlog.get_logger()
+EVERY = 2.0
+"""Seconds between images at least."""
+SHARE = 0.02
+"""Of the server's time that goes into taking them, at most."""
+PATIENCE = 1.0
+"""Seconds to wait for a moment in which nothing changes."""
+_STEP = 0.02
+
+
+class Snapshots:
+    """Saves what has changed; asleep while nothing does."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._changed = trio.Event()
+        keeper.export.on_change = self._wake
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        export = self._keeper.export
+        complained = False
+        while True:
+            if not export.is_changed:
+                self._changed = trio.Event()
+                await self._changed.wait()
+            if not self._keeper.is_needed:
+                await trio.sleep(EVERY)
+                export.is_changed = False
+                continue
+            with trio.move_on_after(PATIENCE):
+                while not export.is_settled:
+                    await trio.sleep(_STEP)
+            begun = trio.current_time()
+            write = self._keeper.take()
+            taken = trio.current_time() - begun
+            try:
+                await trio.to_thread.run_sync(write)
+                complained = False
+            except OSError as error:
+                if not complained:
+                    log.warning("no image is kept", path=error.filename, error=error.strerror)
+                complained = True
+            await trio.sleep(max(EVERY, taken / SHARE))
