@@ -16,6 +16,7 @@ from protocol import fuse
 from protocol.frames import FSD_DIR
 
 from .attributes import StatLike
+from .fusekept import KeptSession
 from .inodes import ROOT_ID, Inode
 from .passthrough import Entry
 from .service import Caller, Service
@@ -58,7 +59,13 @@ class Nodes:
     """One guest's references on the export's inodes."""
 
     def __init__(
-        self, service: Service, caching: Caching, *, submounts: bool, limit: int = NODES_LIMIT
+        self,
+        service: Service,
+        caching: Caching,
+        *,
+        submounts: bool,
+        limit: int = NODES_LIMIT,
+        kept: KeptSession | None = None,
     ) -> None:
         self._service = service
         self._table = service.export.table
@@ -67,6 +74,7 @@ class Nodes:
         self._cached = self._entry_timeout != (0, 0) or self._attr_timeout != (0, 0)
         self._submounts = submounts
         self._limit = limit
+        self._kept = kept
         self._held: dict[int, int] = {}  # nodeid -> its lookup count
 
     def __len__(self) -> int:
@@ -103,12 +111,16 @@ class Nodes:
             del self._held[nodeid]
         else:
             self._held[nodeid] = held - count
+        if self._kept is not None:
+            self._kept.forgotten(nodeid, held - count)
         self._service.forget(nodeid, count)
 
     def hold(self, inode: Inode) -> Callable[[], None]:
         """Note a reference that the core has counted already. Returns what gives it back."""
         nodeid = inode.nodeid
-        self._held[nodeid] = self._held.get(nodeid, 0) + 1
+        count = self._held[nodeid] = self._held.get(nodeid, 0) + 1
+        if self._kept is not None:
+            self._kept.node(self._table, inode, count)
         return lambda: self.forget(nodeid, 1)
 
     # A server's restart
@@ -122,6 +134,9 @@ class Nodes:
         found again by fsd.restoring. Raises ValueError for what no guest can hold.
         """
         for nodeid, count in held.items():
+            if nodeid >= FSD_DIR:
+                self._held[nodeid] = count
+                continue
             if nodeid not in inodes or count < 1 or self.is_full:
                 raise ValueError(f"{count} references on nodeid {nodeid}")
             if nodeid != ROOT_ID:

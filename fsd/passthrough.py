@@ -398,6 +398,19 @@ class PassthroughFS:
             inode, _ = self.table.intern(fd, inode.parent, inode.name)
         return self._handle(inode, fd, flags)
 
+    def reopen(self, inode: Inode, flags: int) -> Handle:
+        """The very object again, for a handle that another process had. Raises OSError."""
+        _check_regular(inode.kind)
+        with self.table.opened(inode) as path_fd:
+            fd = os.open(host.fd_path(path_fd), flags | os.O_CLOEXEC)
+        return self._handle(inode, fd, flags)
+
+    def resume(self, inode: Inode | None, fd: int, flags: int) -> Handle:
+        """A file or directory that is open; None where nobody knows which. Takes ``fd``."""
+        if inode is None:
+            inode, _ = self.table.intern_nameless(fd, self.table.root)
+        return self._handle(inode, fd, flags)
+
     def opendir(self, inode: Inode) -> Handle:
         """OPENDIR."""
         with self.table.directory(inode) as path_fd:

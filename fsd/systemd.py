@@ -75,7 +75,7 @@ class Store:
     def put(self, name: str, fd: int) -> None:
         """Keep what a descriptor refers to. A name is used once: systemd does not replace."""
         if self.holds:
-            self._manager.notify(f"FDSTORE=1\nFDNAME={KEPT}{name}", [fd])
+            self._manager.notify(f"FDSTORE=1\nFDPOLL=0\nFDNAME={KEPT}{name}", [fd])
 
     def drop(self, name: str) -> None:
         """Keep it no longer."""

@@ -12,13 +12,15 @@ class TrioLoop:
     it calls must not raise.
     """
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery | None = None) -> None:
+        """Without one, nothing is called until there is."""
         self.nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
 
     def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
         """Call after a time; returns what cancels that."""
         scope = trio.CancelScope()
+        assert self.nursery is not None
         self.nursery.start_soon(self._sleep, scope, seconds, call)
         return scope.cancel
 
@@ -36,6 +38,7 @@ class TrioLoop:
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
         """Run ``work`` in a thread, then call ``then`` with what it raised."""
+        assert self.nursery is not None
         self.nursery.start_soon(self._work, work, then)
 
     @staticmethod

@@ -13,6 +13,7 @@ import socket
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -21,6 +22,7 @@ import trio
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
 from ..export import Export
+from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
 from ..service import Service
 from ..systemd import Store
@@ -78,8 +80,11 @@ def door_of(
     for VMMs that ask the device for it. ``store`` has what an earlier process has left, and holds
     what this one leaves.
     """
+    options = options or SessionOptions()
+    if store is not None and store.holds:
+        options = replace(options, kept=KeptSession(store, store_name(name)))
 
-    def new_session(loop: TrioLoop) -> Session:
+    def new_session(loop: TrioLoop) -> ExportSession:
         return ExportSession(export, name, loop, options)
 
     return Door(new_session, name=name, tag=tag, store=store)
@@ -88,22 +93,25 @@ def door_of(
 class ExportSession:
     """The requests of one guest's kernel, from its start to the next: a guest of the export."""
 
-    def __init__(
-        self, export: Export, name: str, loop: TrioLoop, options: SessionOptions | None
-    ) -> None:
+    def __init__(self, export: Export, name: str, loop: TrioLoop, options: SessionOptions) -> None:
         self._export = export
-        self._guest = export.add_replayer(name)
-        self._service = Service(export, self._guest)
+        self.guest = export.add_replayer(name)
+        if options.kept is not None:
+            self.guest.on_agent = options.kept.replayer
+        self._service = Service(export, self.guest)
         self._session = FuseSession(self._service, loop, options)
+        self.nodes = self._session.nodes
         self.serve = self._session.serve
         self.serve_again = self._session.serve_again
         self.suspend = self._session.suspend
+        self.leave = self._session.leave
+        self.resume = self._session.resume
 
     def close(self) -> None:
         """The guest has gone, and all that it held with it."""
         self._session.close()
         self._service.close()
-        self._export.remove_guest(self._guest)
+        self._export.remove_guest(self.guest)
 
 
 class Door:
@@ -118,22 +126,19 @@ class Door:
         request_queues: int = 1,
         store: Store | None = None,
     ) -> None:
-        self.new_session = new_session
+        self.new_session = partial(new_session, loop := TrioLoop())
+        self.loop = loop
         self.name = name
         self.tag = tag
         self.request_queues = request_queues
         self.conversation = Conversation(store, store_name(name)) if store is not None else None
         self.is_leaving = False
-        self._loop: TrioLoop | None = None
+        self.known = self.conversation.resume() if self.conversation is not None else None
+        """A VMM of an earlier process, and what it has said."""
+        self.session: Session | None = None
+        """Of that one."""
         self._left: Left | None = None
         self._connection: _Connection | None = None
-
-    def loop_in(self, nursery: trio.Nursery) -> TrioLoop:
-        """The loop of all sessions of this door, from now on in that nursery."""
-        if self._loop is None:
-            self._loop = TrioLoop(nursery)
-        self._loop.nursery = nursery
-        return self._loop
 
     def leave(self) -> None:
         """Serve nothing any more and end nothing: the next process goes on."""
@@ -149,11 +154,11 @@ class Door:
             source.setblocking(False)
             listens = source.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             endpoint = trio.socket.from_stdlib_socket(source)
-            known = self.conversation.resume() if self.conversation is not None else None
-            if known is not None:
-                known[0].setblocking(False)
+            if self.known is not None:
+                known, said = self.known
+                known.setblocking(False)
                 log.info("going on with a VMM", share=self.name)
-                await self._serve(trio.socket.from_stdlib_socket(known[0]), known[1])
+                await self._serve(trio.socket.from_stdlib_socket(known), said)
                 if not listens:
                     return
             while True:
@@ -214,9 +219,9 @@ class _Connection:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             door = self._door
-            new_session = partial(door.new_session, door.loop_in(nursery))
+            door.loop.nursery = nursery
             self._device = Device(
-                new_session,
+                door.new_session,
                 on_start=self._on_start,
                 on_stop=self._on_stop,
                 tag=door.tag,
@@ -227,7 +232,8 @@ class _Connection:
             self.left = None
             try:
                 if said:
-                    self._device.resume(said, new_session())
+                    session, door.session = door.session, None
+                    self._device.resume(said, session or door.new_session())
                 await self._converse()
             except (VhostUserError, DeviceError) as error:
                 log.error("VMM dropped", share=door.name, error=str(error))
