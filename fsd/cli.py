@@ -74,6 +74,14 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
 @click.option(
     "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
 )
+@click.option(
+    "--restore/--no-restore",
+    default=None,
+    help="Go on where the last server of this mount stopped (default: if it left an image).",
+)
+@click.option(
+    "--state-dir", callback=_path, help="Where images are (default: /var/lib/fsd, or XDG's)."
+)
 @click.option("--raw", is_flag=True, hidden=True, help="Without libfuse; root only.")
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning"
@@ -88,6 +96,8 @@ def mount(
     max_watches: int | None,
     allow_other: bool | None,
     raw: bool,
+    restore: bool | None,
+    state_dir: str | None,
     log_level: str,
 ) -> None:
     """Share SOURCE at MOUNTPOINT; inotify there sees what changes in SOURCE."""
@@ -101,6 +111,8 @@ def mount(
         max_queued_events=max_queued_events,
         watch_limit=max_watches,
         raw=raw,
+        restore=restore,
+        state_dir=os.path.abspath(state_dir) if state_dir else None,
     )
     behind = Daemon() if daemon else None
     try:
@@ -128,9 +140,13 @@ def _run(options: Options, line: str, behind: Daemon | None) -> None:
             behind.ready()
 
     try:
-        trio.run(Mounted(options, ready).run, strict_exception_groups=True)
+        trio.run(Mounted(options, ready, _complain).run, strict_exception_groups=True)
     except* StartError as errors:
         raise _first(errors) from None
+
+
+def _complain(line: str) -> None:
+    print(f"fsd: {line}", file=sys.stderr, flush=True)
 
 
 def _first(group: BaseExceptionGroup[StartError]) -> StartError:
@@ -139,6 +155,32 @@ def _first(group: BaseExceptionGroup[StartError]) -> StartError:
         error = error.exceptions[0]
     assert isinstance(error, StartError)
     return error
+
+
+@cli.command()
+@click.argument("mountpoint", callback=_path)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def checkpoint(mountpoint: str, as_json: bool) -> None:
+    """Save the state of the server of MOUNTPOINT now.
+
+    The next `fsd mount` of the same source at the same place goes on from there: it knows the same
+    files by the same nodes, and tells its guests what has changed since. A server saves its state
+    by itself when it ends, and every few seconds while somebody would come back to it.
+    """
+    path = os.path.abspath(mountpoint)
+    try:
+        done = json.loads(Path(path, ".fsd", "checkpoint").read_text())
+    except OSError as error:
+        known = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = "no mount of fsd (or of another user)" if known else error.strerror
+        raise click.ClickException(f"{path}: {reason}") from None
+    if as_json:
+        print(json.dumps(done))
+    else:
+        print(
+            f"{done['path']}: {done['inodes']} inodes, {done['watches']} watches, "
+            f"{done['guests']} guests, {done['bytes']} bytes in {done['seconds']} s"
+        )
 
 
 @cli.command()

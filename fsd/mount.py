@@ -22,10 +22,13 @@ from protocol.frames import FSD_NAME
 from .export import Export
 from .fusesession import SessionOptions
 from .mount_agent import AgentError, AgentProcess
+from .saving import Saver, open_export
 from .service import Service
+from .statefile import StateFile, state_directory, state_path
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump
 from .transports.rawfuse import RawFuseDoor
+from .transports.snapshots import Snapshots
 from .transports.socket import SocketDoor
 from .transports.spin import SpinBeforeSleep
 
@@ -49,6 +52,9 @@ class Options:
     max_queued_events: int | None = None
     watch_limit: int | None = None
     raw: bool = False
+    restore: bool | None = None
+    """None: where there is an image."""
+    state_dir: str | None = None
 
 
 def check(options: Options) -> None:
@@ -111,9 +117,14 @@ class Door(NamedTuple):
 class Mounted:
     """A running mount. ``on_ready`` is called once it can be used."""
 
-    def __init__(self, options: Options, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, options: Options, on_ready: Callable[[], None], complain: Callable[[str], None]
+    ) -> None:
         self._options = options
         self._on_ready = on_ready
+        self._complain = complain
+        directory = Path(options.state_dir) if options.state_dir else state_directory()
+        self._state = StateFile(state_path(directory, options.source, options.mountpoint))
         self._agent: AgentProcess | None = None
         self._unmount: Callable[[], None] = pyfuse3.terminate
 
@@ -128,6 +139,8 @@ class Mounted:
         ):
             export = self._open_export()
             cleanup.callback(export.close)
+            saver = Saver(export, self._state)
+            export.checkpoint = saver.save
             guest = export.add_replayer(options.mountpoint)
             service = Service(export, guest)
             cleanup.callback(service.close)
@@ -145,20 +158,30 @@ class Mounted:
                         nursery.start_soon(door.run)
                     nursery.start_soon(self._end_on, signals)
                     nursery.start_soon(self._come_up)
+                    nursery.start_soon(Snapshots(saver).run)
                     await mount.run()
+                    export.is_stopping = True
                     nursery.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
                     await self._stop_agent()
+            try:
+                saver.save()
+            except OSError as error:
+                self._complain(f"image {self._state.path} is not written: {error.strerror}")
 
     def _open_export(self) -> Export:
         options = self._options
-        try:
+
+        def make() -> Export:
             return Export(
                 options.source,
                 watch_limit=options.watch_limit,
                 max_queued_events=options.max_queued_events,
             )
+
+        try:
+            return open_export(make, self._state, self._complain, restore=options.restore)
         except OSError as error:
             where = error.filename or options.source
             raise StartError(

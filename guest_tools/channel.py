@@ -110,10 +110,33 @@ class Client:
         self._reader = frames.FrameReader()
         self._requests = 0
         self._events: deque[frames.Event] = deque()
+        self.token: bytes | None = None  # by which another server knows us
+        self._received = 0  # events since the token was given
         hello = frames.Hello(frames.VERSION, role, 0xFFF)
         channel.send(frames.encode(hello))
         for message in self._messages():
             if isinstance(message, frames.Welcome):
+                break
+
+    def keep(self) -> None:
+        """Ask to be known again by a server after this one; before anything else is asked."""
+        self._keep(b"", 0)
+
+    def come_back(self, old: Client) -> bool:
+        """As the one who had ``old``, to another server. Whether that knows us: then marks hold,
+        and what happened since comes as events.
+        """
+        self._events.extend(old._events)
+        self._keep(old.token or b"", old._received)
+        return self.token == old.token
+
+    def _keep(self, token: bytes, received: int) -> None:
+        self._requests += 1
+        self._channel.send(frames.encode(frames.Keep(self._requests, received, token)))
+        for message in self._messages():
+            if isinstance(message, frames.Kept):
+                self.token = message.token
+                self._received = received if message.token == token else 0
                 break
 
     def close(self) -> None:
@@ -122,7 +145,9 @@ class Client:
 
     def _messages(self) -> Iterator[frames.Message]:
         while True:
-            yield from self._reader
+            for message in self._reader:
+                self._received += isinstance(message, frames.Event)
+                yield message
             self._reader.feed(self._channel.receive())
 
     def _ask(self, message: frames.Resolve | frames.Update) -> frames.Result:

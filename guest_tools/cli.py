@@ -7,9 +7,7 @@ import errno
 import io
 import json
 import os
-import stat
 import sys
-from contextlib import suppress
 from typing import Any, NoReturn
 
 from protocol import masks
@@ -18,6 +16,7 @@ from protocol.frames import FSD_NAME, Role
 from .agent import Agent
 from .channel import ChannelError, Client, FileChannel, SocketChannel
 from .marks import device_of, marks_of, pids, process_name
+from .watching import Watch
 
 
 class Failure(Exception):
@@ -158,18 +157,21 @@ def _table(rows: list[dict[str, Any]]) -> None:
 class _Share:
     """Where paths lie: below a mount's root, or below the root of a socket's export."""
 
-    def __init__(self, path: str, socket_path: str | None, role: Role) -> None:
-        if socket_path:
-            self.root = "/"
-            self.client = Client(SocketChannel(socket_path), role)
-            return
-        self.root = _mountpoint_of(path)
+    def __init__(self, path: str, socket_path: str | None) -> None:
+        self._path = path
+        self._socket_path = socket_path
+        self.root = "/" if socket_path else _mountpoint_of(path)
+
+    def connect(self, role: Role) -> Client:
+        """A conversation with the server."""
+        if self._socket_path:
+            return Client(SocketChannel(self._socket_path), role)
         try:
             fsd = os.open(os.path.join(self.root, ".fsd"), os.O_PATH | os.O_DIRECTORY)
         except OSError:
-            raise Failure(f"{path}: not in a mount of fsd (or of another user)") from None
+            raise Failure(f"{self._path}: not in a mount of fsd (or of another user)") from None
         try:
-            self.client = Client(FileChannel(fsd, "session"), role)
+            return Client(FileChannel(fsd, "session"), role)
         finally:
             os.close(fsd)
 
@@ -194,56 +196,48 @@ def _mark(arguments: argparse.Namespace) -> int:
     if action != "remove" and not arguments.mask:
         raise Failure(f"mark {action}: --mask is missing, e.g. --mask create,delete")
     mask = 0 if action == "remove" else int(masks.parse(arguments.mask))
-    share = _Share(path, arguments.socket, Role.BY_HAND)
+    share = _Share(path, arguments.socket)
+    client = share.connect(Role.BY_HAND)
     try:
-        node = share.client.resolve(share.inner(path))
-        guests = share.client.stats()["guests"]
+        node = client.resolve(share.inner(path))
+        guests = client.stats()["guests"]
         marks = [m for g in guests if g["kind"] == "by hand" for m in g["armed"]]
         known = next((m for m in marks if m["nodeid"] == node.nodeid), None)
         if action != "add" and known is None:
             raise Failure(f"mark {action} {path}: there is no mark by hand; add one first")
         if action == "add" and known is not None:
             mask |= int(masks.parse(",".join(known["mask"])))
-        share.client.update(node.nodeid, node.generation, mask)
+        client.update(node.nodeid, node.generation, mask)
     except OSError as error:
         raise Failure(f"mark {action} {path}: {error.strerror}") from None
     finally:
-        share.client.close()
+        client.close()
     print(f"{path} (nodeid {node.nodeid}): {masks.describe(mask)}")
     return 0
 
 
 def _watch(arguments: argparse.Namespace) -> int:
     mask = int(masks.parse(arguments.mask))
-    if arguments.recursive:
-        mask |= int(masks.Mask.CREATE | masks.Mask.MOVED_TO)
-    share = _Share(arguments.paths[0], arguments.socket, Role.OBSERVER)
-    watching: dict[int, str] = {}
+    share = _Share(arguments.paths[0], arguments.socket)
 
-    def add(path: str) -> None:
-        node = share.client.resolve(share.inner(path))
-        share.client.update(node.nodeid, node.generation, mask)
-        watching[node.nodeid] = path
-        if arguments.recursive and stat.S_ISDIR(node.mode):
-            for name in share.client.directories(node):
-                add(os.path.join(path, os.fsdecode(name)))
+    def connect() -> Client:
+        return share.connect(Role.OBSERVER)
 
+    watch = Watch(connect, share.inner, mask, recursive=arguments.recursive)
+    if arguments.socket:
+        watch.keep()
     for path in arguments.paths:
         try:
-            add(path)
+            watch.add(path)
         except OSError as error:
             raise Failure(f"watch {path}: {error.strerror}") from None
     print("watches established", file=sys.stderr, flush=True)
-    for event in share.client.events():
-        where, name = watching.get(event.nodeid, "?"), os.fsdecode(event.name)
+    for where, event in watch.events():
+        name = os.fsdecode(event.name)
         words = masks.names(event.mask)
         if arguments.json:
             row = {"path": where, "name": name, "mask": words, "cookie": event.cookie}
             print(json.dumps(row), flush=True)
         else:
             print(f"{where}{'/' if name else ''} {','.join(words).upper()} {name}", flush=True)
-        arrived = event.mask & int(masks.Mask.CREATE | masks.Mask.MOVED_TO)
-        if arguments.recursive and arrived and event.mask & int(masks.Mask.ISDIR):
-            with suppress(OSError):  # gone already
-                add(os.path.join(where, name))
     return 0

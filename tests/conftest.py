@@ -33,6 +33,12 @@ def _mount(tmp_path: Path, *options: str) -> Iterator[Mount]:
         yield mount
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Servers of tests leave their images where tests leave the rest."""
+    os.environ["STATE_DIRECTORY"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture
 def share(tmp_path: Path) -> Iterator[Mount]:
     """An empty directory, mounted, with the guest's agent."""

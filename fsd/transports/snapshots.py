@@ -1,11 +1,11 @@
-"""The trio side of a Keeper: an image every now and then, for a server that is killed."""
+"""The trio side of a Saver: an image every now and then, for a server that is killed."""
 
 from __future__ import annotations
 
 import structlog
 import trio
 
-from ..keeping import Keeper
+from ..saving import Saver
 
 log = structlog.get_logger()
 EVERY = 2.0
@@ -20,23 +20,23 @@ _STEP = 0.02
 class Snapshots:
     """Saves what has changed; asleep while nothing does."""
 
-    def __init__(self, keeper: Keeper) -> None:
-        self._keeper = keeper
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
         self._changed = trio.Event()
-        keeper.export.on_change = self._wake
+        saver.export.on_change = self._wake
 
     def _wake(self) -> None:
         self._changed.set()
 
     async def run(self) -> None:
         """Until cancelled."""
-        export = self._keeper.export
+        export = self._saver.export
         complained = False
         while True:
             if not export.is_changed:
                 self._changed = trio.Event()
                 await self._changed.wait()
-            if not self._keeper.is_needed:
+            if not self._saver.is_needed:
                 await trio.sleep(EVERY)
                 export.is_changed = False
                 continue
@@ -44,7 +44,7 @@ class Snapshots:
                 while not export.is_settled:
                     await trio.sleep(_STEP)
             begun = trio.current_time()
-            write = self._keeper.take()
+            write = self._saver.take()
             taken = trio.current_time() - begun
             try:
                 await trio.to_thread.run_sync(write)

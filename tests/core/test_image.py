@@ -25,8 +25,8 @@ from fsd.checkpoint import (
     SavedTable,
 )
 from fsd.export import Export
-from fsd.keeping import Keeper, open_export
 from fsd.resuming import Resumption
+from fsd.saving import Saver, open_export
 from fsd.statefile import StateFile, state_directory, state_path
 from protocol import frames, images
 from protocol.images import ImageError
@@ -270,7 +270,7 @@ def test_a_start_goes_on_without_a_bad_image(damage: bytes | None, tmp_path: Pat
     guest = world.observer()
     guest.keep(b"t" * 16)
     world.mark(guest, "", int(Mask.CREATE))
-    Keeper(world.export, state).save()
+    Saver(world.export, state).save()
     world.close()
     if damage is None:  # whole, and of another directory
         saved = image.decode(state.path.read_bytes())
@@ -296,9 +296,9 @@ def test_a_start_goes_on_with_a_good_image(tmp_path: Path) -> None:
     guest = world.observer()
     guest.keep(b"t" * 16)
     world.mark(guest, "", int(EVENTS))
-    keeper = Keeper(world.export, state)
-    assert keeper.is_needed
-    assert keeper.save()["path"] == str(state.path)
+    saver = Saver(world.export, state)
+    assert saver.is_needed
+    assert saver.save()["path"] == str(state.path)
     assert not world.export.is_changed
     world.close()
     said: list[str] = []

@@ -5,6 +5,8 @@ Apart from the core because here files are read and written; knows no trio.
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,18 +29,22 @@ SETTLE_TIMEOUT = 0.5
 
 def open_export(
     make: Callable[[], Export],
-    state: StateFile | None,
+    state: StateFile,
     complain: Callable[[str], None],
     *,
+    restore: bool | None = None,
     prepare: Callable[[Resumption], None] = lambda _: None,
 ) -> Export:
     """An export that goes on where the image says, or a fresh one: an image that cannot be used is
-    refused with one line to ``complain``. ``prepare`` is given what goes on, for mounts to take up
+    refused with one line to ``complain``, and so is a missing one if ``restore`` is True; False
+    takes none. ``prepare`` is given what goes on, for mounts to take up
     their part. Raises OSError where the export cannot be opened.
     """
-    saved = _read(state, complain) if state is not None else None
+    saved = None
+    if restore is not False:
+        saved = _read(state, complain, expected=bool(restore))
     export = make()
-    if state is None or saved is None:
+    if saved is None:
         return export
     try:
         resumption = Resumption(export, saved)
@@ -53,9 +59,13 @@ def open_export(
     return export
 
 
-def _read(state: StateFile, complain: Callable[[str], None]) -> checkpoint.SavedExport | None:
+def _read(
+    state: StateFile, complain: Callable[[str], None], *, expected: bool
+) -> checkpoint.SavedExport | None:
     try:
         data = state.read()
+        if data is None and expected:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return None if data is None else image.decode(data)
     except (ImageError, OSError) as error:
         complain(_refused(state, error))
@@ -68,7 +78,7 @@ def _refused(state: StateFile, error: Exception) -> str:
 
 
 @dataclass
-class Keeper:
+class Saver:
     """Saves one export. ``mounts`` says what mounts that go on hold (fsd.checkpoint.take)."""
 
     export: Export

@@ -1,0 +1,101 @@
+"""Events straight from the server, also from the server after it: `fsd-guest watch`."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from protocol import frames
+from protocol.masks import Mask
+
+from .channel import ChannelError, Client
+
+RETURN_WITHIN = 60.0
+"""Seconds in which another server is waited for."""
+_RETRY = 0.1
+_ARRIVED = int(Mask.CREATE | Mask.MOVED_TO)
+
+
+class Watch:
+    """Marks on paths, and their events. ``connect`` makes the channel, now and for another server;
+    ``inner`` says where a path is in the share.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Client],
+        inner: Callable[[str], bytes],
+        mask: int,
+        *,
+        recursive: bool,
+    ) -> None:
+        self._connect = connect
+        self._inner = inner
+        self._mask = mask | (_ARRIVED if recursive else 0)
+        self._recursive = recursive
+        self._client = connect()
+        self._paths: dict[int, tuple[int, str]] = {}  # by nodeid: generation, path
+
+    def keep(self) -> None:
+        """Go on with another server, should this one end; before any path is added."""
+        self._client.keep()
+
+    def add(self, path: str) -> None:
+        """Set a mark; where it is recursive, on the directories below too. Raises OSError."""
+        node = self._client.resolve(self._inner(path))
+        self._client.update(node.nodeid, node.generation, self._mask)
+        self._paths[node.nodeid] = (node.generation, path)
+        if self._recursive and stat.S_ISDIR(node.mode):
+            for name in self._client.directories(node):
+                self.add(os.path.join(path, os.fsdecode(name)))
+
+    def events(self) -> Iterator[tuple[str, frames.Event]]:
+        """Events as they come, with the path of what was watched. Raises ChannelError where the
+        server has gone, and no other comes.
+        """
+        while True:
+            try:
+                for event in self._client.events():
+                    _, where = self._paths.get(event.nodeid, (0, "?"))
+                    yield where, event
+                    if self._recursive and event.mask & _ARRIVED and event.mask & int(Mask.ISDIR):
+                        with suppress(OSError):  # gone already
+                            self.add(os.path.join(where, os.fsdecode(event.name)))
+            except (ChannelError, ConnectionError) as error:
+                if self._client.token is None:
+                    raise
+                self._return(error)
+
+    def _return(self, error: Exception) -> None:
+        """To the server that comes after the one which has gone."""
+        old = self._client
+        old.close()
+        deadline = time.monotonic() + RETURN_WITHIN
+        while True:
+            try:
+                self._client = self._connect()
+                known = self._client.come_back(old)
+                break
+            except (ChannelError, ConnectionError):
+                self._client.close()
+                if time.monotonic() > deadline:
+                    raise ChannelError(str(error)) from None
+                time.sleep(_RETRY)
+        for nodeid, (generation, path) in list(self._paths.items()):
+            try:
+                self._client.update(nodeid, generation, self._mask)
+            except OSError:  # not the same node there, or gone
+                del self._paths[nodeid]
+                with suppress(OSError):
+                    self.add(path)
+        if not known:
+            print(
+                "fsd-guest: the server was replaced by one that does not know this watch; "
+                "what happened in between is not told",
+                file=sys.stderr,
+                flush=True,
+            )
