@@ -10,7 +10,8 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import structlog
 
@@ -20,16 +21,31 @@ from . import checkpoint, image
 from .export import Export
 from .guests import Guest, HandMarks, Observer
 from .resuming import Resumption
-from .statefile import StateFile
 
 log = structlog.get_logger()
+
+
+class State(Protocol):
+    """Where an image is kept: statefile.StateFile, or memory."""
+
+    @property
+    def path(self) -> Path:
+        """For people."""
+
+    def read(self) -> bytes | None:
+        """The image, if there is one. Raises OSError, ImageError."""
+
+    def write(self, data: bytes) -> None:
+        """Replace it. Raises OSError."""
+
+
 SETTLE_TIMEOUT = 0.5
 """Seconds that a stop waits for a moment in which nothing changes."""
 
 
 def open_export(
     make: Callable[[], Export],
-    state: StateFile,
+    state: State,
     complain: Callable[[str], None],
     *,
     restore: bool | None = None,
@@ -60,7 +76,7 @@ def open_export(
 
 
 def _read(
-    state: StateFile, complain: Callable[[str], None], *, expected: bool
+    state: State, complain: Callable[[str], None], *, expected: bool
 ) -> checkpoint.SavedExport | None:
     try:
         data = state.read()
@@ -72,7 +88,7 @@ def _read(
         return None
 
 
-def _refused(state: StateFile, error: Exception) -> str:
+def _refused(state: State, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else error
     return f"image {state.path} is not restored: {reason}; starting without"
 
@@ -82,7 +98,7 @@ class Saver:
     """Saves one export. ``mounts`` says what mounts that go on hold (fsd.checkpoint.take)."""
 
     export: Export
-    state: StateFile
+    state: State
     mounts: Callable[[], Mapping[Guest, dict[int, int]]] = dict
 
     @property

@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -22,15 +23,21 @@ import trio
 from . import sandbox
 from .export import Export
 from .fusesession import SessionOptions
+from .machines import ImageMemory, open_export
+from .replayer import ReplayGuest
 from .sandbox import NEEDED
+from .saving import Saver
 from .seccomp import Filter
 from .systemd import Manager, Store
 from .transports.pump import Pump
-from .transports.virtiofs import Door, door_of, from_fd, listen, store_name
+from .transports.snapshots import Snapshots
+from .transports.virtiofs import GuestDoor, from_fd, listen, store_name
 
 log = structlog.get_logger()
 FILES = 1_000_000
 """Descriptors that a server may have, where its user does not say."""
+QUIET = 1.0
+"""Seconds that a clean end waits for agents to do what they were told."""
 
 
 class StartError(Exception):
@@ -208,20 +215,22 @@ def _inside(
     os.umask(0)  # guests' kernels apply their callers' umask
     _take_turn(store)
     directory = enter(options)
-    try:
+
+    def make() -> Export:
         export = Export(directory, read_only=options.read_only)
+        export.source = options.source
+        if options.file_handles == "mandatory" and not export.table.by_handle:
+            export.close()
+            raise StartError(
+                f"{options.source}: its file system or this user's rights give no file handles, "
+                "which --inode-file-handles=mandatory asks"
+            )
+        return export
+
+    try:
+        trio.run(partial(_serve, options, sources, store, make, ready, lifeline))
     except OSError as error:
         raise StartError(f"{options.source}: {error.strerror or error}") from None
-    export.source = options.source
-    if options.file_handles == "mandatory" and not export.table.by_handle:
-        raise StartError(
-            f"{options.source}: its file system or this user's rights give no file handles, "
-            "which --inode-file-handles=mandatory asks"
-        )
-    try:
-        trio.run(partial(_serve, options, sources, store, export, ready, lifeline))
-    finally:
-        export.close()
     return 0
 
 
@@ -280,45 +289,63 @@ async def _serve(
     options: Options,
     sources: list[Source],
     store: Store,
-    export: Export,
+    make: Callable[[], Export],
     ready: Callable[[], object],
     lifeline: int | None,
 ) -> None:
     threads = trio.to_thread.current_default_thread_limiter()
     threads.total_tokens = max(1, options.threads)
     doors = [
-        door_of(export, name=name, tag=options.tag, options=options.session, store=store)
+        GuestDoor(name=name, tag=options.tag, options=options.session, store=store)
         for name, *_ in sources
     ]
+    memory = ImageMemory(store)
+    export = open_export(make, memory, doors)
+    store.sweep()
+    saver = Saver(export, memory, lambda: dict(ChainMap(*(door.guests for door in doors))))
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
-            def end() -> None:
+            async def end() -> None:
                 if store.holds:
                     store.stopping()
-                    _leave(doors)
+                    await _leave(doors, saver)
+                    memory.mark(last=True)
                 nursery.cancel_scope.cancel()
 
             async def end_on_signal() -> None:
                 async for _ in signals:
-                    end()
+                    await end()
 
             async def end_with_outside(fd: int) -> None:
                 await trio.lowlevel.wait_readable(fd)
-                end()
+                await end()
 
             nursery.start_soon(Pump(export).run)
             nursery.start_soon(end_on_signal)
             if lifeline is not None:
                 nursery.start_soon(end_with_outside, lifeline)
+            if store.holds:
+                nursery.start_soon(Snapshots(saver).run)
             async with trio.open_nursery() as guests:
                 for door, source in zip(doors, sources, strict=True):
                     guests.start_soon(door.serve, source.socket)
                 ready()
             nursery.cancel_scope.cancel()  # no guest can come any more
+    if not store.holds:
+        export.close()
 
 
-def _leave(doors: list[Door]) -> None:
+async def _leave(doors: list[GuestDoor], saver: Saver) -> None:
     """The process that comes next goes on with the guests."""
+    export = saver.export
+    export.is_stopping = True
+    guests = [guest for guest in export.guests if isinstance(guest, ReplayGuest)]
+    for guest in guests:
+        guest.is_paused = True
+    with trio.move_on_after(QUIET):  # until agents have done what they were told
+        while any(guest.pid and len(guest.ledger) for guest in guests):
+            await trio.sleep(0.002)
     for door in doors:
         door.leave()
+    saver.save()

@@ -24,6 +24,8 @@ from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 from ..export import Export
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
+from ..guests import Guest
+from ..resuming import Resumption
 from ..service import Service
 from ..systemd import Store
 from ..virtio.conversation import Conversation
@@ -66,28 +68,6 @@ def from_fd(fd: int) -> socket.socket:
     """
     os.set_inheritable(fd, False)
     return socket.socket(fileno=fd)
-
-
-def door_of(
-    export: Export,
-    *,
-    name: str,
-    tag: str = "",
-    options: SessionOptions | None = None,
-    store: Store | None = None,
-) -> Door:
-    """The door of an export for one guest. ``name`` is the guest's for people, ``tag`` the share's
-    for VMMs that ask the device for it. ``store`` has what an earlier process has left, and holds
-    what this one leaves.
-    """
-    options = options or SessionOptions()
-    if store is not None and store.holds:
-        options = replace(options, kept=KeptSession(store, store_name(name)))
-
-    def new_session(loop: TrioLoop) -> ExportSession:
-        return ExportSession(export, name, loop, options)
-
-    return Door(new_session, name=name, tag=tag, store=store)
 
 
 class ExportSession:
@@ -193,6 +173,54 @@ class Door:
         if self.conversation is not None:
             self.conversation.end()
         log.info("VMM has gone", share=self.name)
+
+
+class GuestDoor(Door):
+    """The door of a share for one guest. ``name`` is the guest's for people, ``tag`` the share's
+    for VMMs that ask the device for it. ``store`` has what an earlier process has left, and holds
+    what this one leaves. Needs ``export`` before anybody comes.
+    """
+
+    export: Export
+
+    def __init__(
+        self, *, name: str, tag: str, options: SessionOptions, store: Store | None = None
+    ) -> None:
+        self.kept: KeptSession | None = None
+        if store is not None and store.holds:
+            self.kept = KeptSession(store, store_name(name))
+            options = replace(options, kept=self.kept)
+        self._options = options
+        self._present: ExportSession | None = None
+        super().__init__(self._new_session, name=name, tag=tag, store=store)
+        if self.kept is not None and self.known is None:
+            self.kept.clear()
+            self.kept.taken()
+
+    def _new_session(self, loop: TrioLoop) -> ExportSession:
+        self._present = ExportSession(self.export, self.name, loop, self._options)
+        return self._present
+
+    def resume(self, resumption: Resumption) -> None:
+        """The guest of an earlier process goes on. Raises ValueError for what makes no sense."""
+        session = self._new_session(self.loop)
+        resumption.mount(session.guest)
+        session.resume(resumption.table.inodes)
+        self.session = session
+
+    @property
+    def guests(self) -> dict[Guest, dict[int, int]]:
+        """The guest, if there is one now, and what its kernel holds."""
+        session = self._present
+        if session is None or session.guest not in self.export.guests:
+            return {}
+        return {session.guest: session.nodes.saved()}
+
+    def leave(self) -> None:
+        """Serve nothing any more: the next process goes on, and is given what is open."""
+        super().leave()
+        if self._present is not None and self.guests:
+            self._present.leave()
 
 
 def store_name(name: str) -> str:

@@ -1,0 +1,149 @@
+"""Which virtual machines go on in this server that were an earlier one's, and what that left.
+
+The image of the export (saving.py) may be some seconds old where a server was killed; what each
+guest's kernel holds is in its session's journal (fusekept.py), which never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from protocol.images import ImageError
+from protocol.masks import EVENTS
+
+from . import checkpoint, image
+from .checkpoint import GuestKind, SavedExport, SavedGuest, SavedInode, SavedTable
+from .export import Export
+from .fusekept import KeptSession
+from .journal import Journal, JournalError
+from .resuming import Resumption
+from .systemd import Store
+from .transports.virtiofs import GuestDoor
+
+log = structlog.get_logger()
+_IMAGE, _IS_LAST = 1, 2
+
+
+class ImageMemory:
+    """The image of an export, in a journal that the store holds."""
+
+    path = Path("in memory")
+
+    def __init__(self, store: Store) -> None:
+        """Raises OSError."""
+        self._data: bytes | None = None
+        self.is_last = False
+        """It was made at a clean end: nothing happened after it."""
+        fd = store.take("image")
+        if fd >= 0:
+            try:
+                self._journal = Journal(fd)
+            except JournalError as error:
+                log.error("what the server before has left cannot be used", reason=str(error))
+                store.drop("image")
+                fd = -1
+        if fd < 0:
+            self._journal = Journal()
+            store.put("image", self._journal.fd)
+        records = self._journal.records
+        if (_IMAGE, 0) in records:
+            self._data = records[_IMAGE, 0].value
+        self.is_last = (_IS_LAST, 0) in records
+        records.clear()
+
+    def read(self) -> bytes | None:
+        """What an earlier process has left, once."""
+        data, self._data = self._data, None
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Replace it. Raises OSError."""
+        self._journal.put(_IMAGE, 0, data)
+
+    def mark(self, *, last: bool) -> None:
+        """Whether something may happen after it."""
+        if last:
+            self._journal.put(_IS_LAST, 0, b"")
+        else:
+            self._journal.remove(_IS_LAST, 0)
+
+
+def open_export(
+    make: Callable[[], Export], memory: ImageMemory, doors: Sequence[GuestDoor]
+) -> Export:
+    """The export, with the guests that go on; a fresh one where none does. Raises OSError."""
+    going = {door.name: door for door in doors if door.known is not None}
+    saved = _read(memory)
+    for state in _states(make, saved, memory.is_last, going) if going else ():
+        export = make()
+        try:
+            resumption = Resumption(export, state)
+        except ImageError as error:
+            log.error("what the server before has left cannot be used", reason=str(error))
+            export.close()
+            continue
+        memory.mark(last=False)
+        for door in doors:
+            door.export = export
+        for door in going.values():
+            try:
+                door.resume(resumption)
+            except ValueError as error:
+                log.error("a guest cannot go on", share=door.name, reason=str(error))
+        resumption.finish()
+        return export
+    export = make()
+    for door in doors:
+        door.export = export
+    return export
+
+
+def _read(memory: ImageMemory) -> SavedExport | None:
+    data = memory.read()
+    try:
+        return None if data is None else image.decode(data)
+    except ImageError as error:
+        log.error("what the server before has left cannot be used", reason=str(error))
+        return None
+
+
+def _states(
+    make: Callable[[], Export],
+    saved: SavedExport | None,
+    is_last: bool,
+    going: Mapping[str, GuestDoor],
+) -> Iterator[SavedExport]:
+    """What may be restored, the best first."""
+    kept = {name: door.kept for name, door in going.items() if door.kept is not None}
+    if saved is not None:
+        yield _merged(saved, kept, is_last=is_last)
+    export = make()
+    alone = checkpoint.identity_of(export)
+    export.close()
+    alone.saved_ns = saved.saved_ns if saved is not None else 0
+    yield _merged(alone, kept, is_last=False)
+
+
+def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: bool) -> SavedExport:
+    """The image, and what guests hold now; where they differ, the later one counts."""
+    rows: dict[int, SavedInode] = {}
+    objects: set[tuple[int, int, bytes]] = set()
+    now = [row for session in kept.values() for row, _ in session.nodes.values()]
+    sources = [saved.table.inodes, now] if is_last else [now, saved.table.inodes]
+    for row in (row for source in sources for row in source):
+        identity = (row.device, row.ino, row.handle)
+        if row.nodeid not in rows and identity not in objects and row.nodeid != 1:
+            rows[row.nodeid] = row
+            objects.add(identity)
+    guests = [guest for guest in saved.guests if guest.kind != GuestKind.MOUNT]
+    mounts = {guest.name: guest for guest in saved.guests if guest.kind == GuestKind.MOUNT}
+    for name, session in kept.items():
+        guest = mounts.get(name) or SavedGuest(GuestKind.MOUNT, name, events=int(EVENTS))
+        guest.nodes = {nodeid: count for nodeid, (_, count) in session.nodes.items()}
+        guests.append(guest)
+    saved.guests = guests
+    saved.table = SavedTable(list(rows.values()), saved.table.links)
+    return saved
