@@ -12,15 +12,14 @@ from typing import Any, NoReturn
 
 from protocol import masks
 from protocol.frames import FSD_NAME, Role
+from protocol.images import ImageError
 
 from .agent import Agent
 from .channel import ChannelError, Client, FileChannel, SocketChannel
+from .checkpoint_cli import add_commands
+from .errors import Failure
 from .marks import device_of, marks_of, pids, process_name
 from .watching import Watch
-
-
-class Failure(Exception):
-    """What failed, on what, and what to do: one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result: int = arguments.run(arguments)
         return result
-    except (Failure, ChannelError, masks.MaskError) as error:
+    except (Failure, ChannelError, ImageError, masks.MaskError) as error:
         print(f"fsd-guest: {error}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads: no complaint at exit either
@@ -83,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--json", action="store_true", help="one JSON object a line")
     watch.add_argument("--socket", help="the server's Unix socket instead of a mount")
     watch.set_defaults(run=_watch)
+    add_commands(commands)
     return parser
 
 

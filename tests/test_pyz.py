@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ def test_imports_only_the_standard_library_and_itself(archive: Path, python: str
     # -I -S: without that Python's site-packages, which could hide what is missing.
     libraries, origins = json.loads(run(python, "-I", "-S", "-c", IMPORT_ALL, archive))
     ours = {name for name, origin in origins.items() if (origin or "").startswith(str(archive))}
-    assert {name.partition(".")[0] for name in ours} == {"guest_tools", "protocol"}
+    # protobuf comes along, as pure Python.
+    assert {name.partition(".")[0] for name in ours} == {"guest_tools", "protocol", "google"}
     foreign = {
         name: origin
         for name, origin in origins.items()
@@ -76,6 +78,25 @@ def test_imports_only_the_standard_library_and_itself(archive: Path, python: str
         and ("site-packages" in origin or not origin.startswith(tuple(libraries)))
     }
     assert foreign == {}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_only_checkpoints_need_protobuf(archive: Path, python: str, tmp_path: Path) -> None:
+    without = tmp_path / "without.pyz"
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(without, "w") as new:
+        for name in old.namelist():
+            if not name.startswith("google"):
+                new.writestr(name, old.read(name))
+    for name, says in (
+        ("marks", "no mount of fsd"),
+        ("agent", "no mount of fsd"),
+        ("show", "checkpoints need the package protobuf"),
+    ):
+        command = [python, "-I", "-S", str(without), name, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_the_same_sources_give_the_same_bytes(archive: Path, tmp_path: Path) -> None:

@@ -1,0 +1,260 @@
+"""Reads the notification state of a process, which goes on running and notices nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from protocol.fdinfo import MarkInfo, parse_fanotify, parse_fdinfo, parse_flags
+
+from . import epoll, notify
+from .errors import Failure
+from .marks import process_name
+from .objects import Mounts
+from .state import (
+    Descriptor,
+    Epoll,
+    Fanotify,
+    FanotifyMark,
+    File,
+    FileSystem,
+    FileSystemMark,
+    Identity,
+    Inotify,
+    MountMark,
+    Object,
+    ObjectMark,
+    Queue,
+    State,
+    Watch,
+)
+
+_LINKS = {
+    "anon_inode:inotify": "inotify",
+    "anon_inode:[fanotify]": "fanotify",
+    "anon_inode:[eventpoll]": "epoll",
+}
+_TRIES = 10
+"""Readings of a process that goes on changing; each takes a millisecond or so."""
+
+
+def checkpoint(
+    pid: int, *, take_events: bool = False, search: Iterable[str] = (), warn: Callable[[str], None]
+) -> State:
+    """The state of a process. ``take_events``: read the queued events, too, which the process then
+    lacks; it must be stopped. ``search``: directories to be searched for watched files whose path
+    the kernel does not tell. ``warn`` gets what could not be saved. Raises Failure, OSError.
+    """
+    pidfd = _pidfd(pid)
+    try:
+        if take_events and not _is_stopped(pid):
+            raise Failure(
+                f"process {pid} runs, and would read its events itself: stop it first "
+                f"(kill -STOP {pid})"
+            )
+        with Mounts(pid) as mounts:
+            reader = _Reader(pid, pidfd, mounts, warn)
+            state = reader.read(search)
+            if take_events:
+                state = reader.take(state)
+            for file in state.files:
+                if not isinstance(file, Epoll) and file.queue.size > len(file.queue.events):
+                    warn(
+                        f"descriptor {state.fds(file.id)[0]}: {file.queue.size} bytes of events "
+                        "are queued and not saved; the process still has them"
+                    )
+            return state
+    finally:
+        os.close(pidfd)
+
+
+def _pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise Failure(f"there is no process {pid}") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise Failure(f"{pid} is no process (a thread, perhaps)") from None
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether every thread is."""
+    states = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat", errors="replace") as stat:
+            states.add(stat.read().rpartition(")")[2].split()[0])
+    return states <= {"T", "t"}
+
+
+class _Reader:
+    """One reading of one process."""
+
+    def __init__(self, pid: int, pidfd: int, mounts: Mounts, warn: Callable[[str], None]) -> None:
+        self._pid = pid
+        self._pidfd = pidfd
+        self._mounts = mounts
+        self._warn = warn
+        self._located: dict[Identity, tuple[bytes, bool]] = {}
+
+    def read(self, search: Iterable[str]) -> State:
+        texts = self._stable_texts()
+        if not texts:
+            raise Failure(f"process {self._pid} has no inotify, fanotify or epoll descriptor")
+        groups = self._groups(list(texts))
+        numbers = {fd: number for number, fds in enumerate(groups, 1) for fd in fds}
+        marks = [mark for fds in groups for mark in parse_fdinfo(texts[fds[0]][1])]
+        self._locate(marks, search)
+        files: list[File] = [
+            self._file(number, fds[0], *texts[fds[0]], numbers)
+            for number, fds in enumerate(groups, 1)
+        ]
+        descriptors = [
+            Descriptor(fd, bool(parse_flags(texts[fd][1]) & os.O_CLOEXEC), numbers[fd])
+            for fd in sorted(texts)
+        ]
+        sdevs = dict.fromkeys(mark.sdev for mark in marks if mark.sdev)
+        sdevs.update(
+            (mark.sdev, None)
+            for file in files
+            if isinstance(file, Fanotify)
+            for mark in file.marks
+            if isinstance(mark, MountMark)
+        )
+        known = (self._mounts.filesystem(sdev) for sdev in sdevs)
+        filesystems: list[FileSystem] = [filesystem for filesystem in known if filesystem]
+        command = os.fsencode(process_name(self._pid))
+        return State(self._pid, command, os.uname().release, filesystems, files, descriptors)
+
+    def _stable_texts(self) -> dict[int, tuple[str, str]]:
+        """For each descriptor its kind and its fdinfo, as they are at one moment."""
+        before = None
+        for _ in range(_TRIES):
+            texts = self._texts()
+            if texts == before:
+                return texts
+            before = texts
+        raise Failure(
+            f"process {self._pid} goes on changing: stop it meanwhile (kill -STOP {self._pid})"
+        )
+
+    def _texts(self) -> dict[int, tuple[str, str]]:
+        texts = {}
+        for name in os.listdir(f"/proc/{self._pid}/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                kind = _LINKS.get(os.readlink(f"/proc/{self._pid}/fd/{name}"))
+                if kind:
+                    with open(f"/proc/{self._pid}/fdinfo/{name}") as info:
+                        texts[int(name)] = kind, info.read()
+        return texts
+
+    def _groups(self, fds: list[int]) -> list[list[int]]:
+        """The descriptors of each open file, the lowest first."""
+
+        def order(one: int, other: int) -> int:
+            return notify.compare_files(self._pid, one, self._pid, other)
+
+        groups: list[list[int]] = []
+        try:
+            for fd in sorted(sorted(fds), key=functools.cmp_to_key(order)):
+                if groups and order(groups[-1][0], fd) == 0:
+                    groups[-1].append(fd)
+                else:
+                    groups.append([fd])
+        except OSError as error:
+            raise Failure(
+                f"descriptors of process {self._pid} cannot be compared (kcmp): {error.strerror}"
+            ) from None
+        return sorted(groups)
+
+    # Files
+
+    def _file(self, number: int, fd: int, kind: str, text: str, numbers: dict[int, int]) -> File:
+        own = notify.take_descriptor(self._pidfd, fd)
+        try:
+            flags, owner = fcntl.fcntl(own, fcntl.F_GETFL), notify.owner(own)
+            queue = Queue(0 if kind == "epoll" else notify.bytes_queued(own), b"")
+        finally:
+            os.close(own)
+        if kind == "epoll":
+
+            def file_of(pid: int, fd: int) -> int:
+                return numbers.get(fd, 0) if pid == self._pid else 0
+
+            return Epoll(number, flags, owner, epoll.targets(self._pid, fd, text, file_of))
+        marks = list(parse_fdinfo(text))
+        if kind == "inotify":
+            watches = [Watch(m.wd, m.mask, m.ignored_mask, self._object(m)) for m in marks]
+            watches.sort()
+            return Inotify(number, flags, owner, watches, queue)
+        init_flags, event_flags = parse_fanotify(text)
+        saved = [mark for mark in (self._fanotify_mark(fd, mark) for mark in marks) if mark]
+        return Fanotify(number, flags, owner, init_flags, event_flags, saved, queue)
+
+    def take(self, state: State) -> State:
+        """The same state with the queued events in it; the process has them no more."""
+        files: list[File] = []
+        for file in state.files:
+            if not isinstance(file, Inotify) or not file.queue.size:
+                files.append(file)
+                continue
+            own = notify.take_descriptor(self._pidfd, state.fds(file.id)[0])
+            try:
+                # The process does not read now. What came since the reading is taken, too.
+                size = notify.bytes_queued(own)
+                events = os.read(own, size) if size else b""
+            finally:
+                os.close(own)
+            files.append(file._replace(queue=Queue(len(events), events)))
+        return state._replace(files=files)
+
+    # Watched files
+
+    def _locate(self, marks: list[MarkInfo], search: Iterable[str]) -> None:
+        unknown = set()
+        for mark in marks:
+            identity = _identity(mark)
+            if not identity.ino or identity in self._located:
+                continue
+            self._located[identity] = self._mounts.locate(identity)
+            if not any(self._located[identity]):
+                unknown.add(identity)
+        numbers = {(identity.sdev, identity.ino): identity for identity in unknown}
+        wanted = set(numbers)
+        for top in search:
+            for sdev, ino, path in self._mounts.search(top, wanted):
+                self._located[numbers[sdev, ino]] = path, False
+        if wanted:
+            self._warn(
+                f"{len(wanted)} watched files have no path that is known, and can be found by "
+                "their handles only; --search DIR looks for them"
+            )
+
+    def _object(self, mark: MarkInfo) -> Object:
+        identity = _identity(mark)
+        path, deleted = self._located[identity]
+        decodable = bool(identity.handle) and self._mounts.decodable(identity.sdev)
+        return Object(identity, decodable, path, deleted)
+
+    def _fanotify_mark(self, fd: int, mark: MarkInfo) -> FanotifyMark | None:
+        bits = mark.mflags, mark.mask, mark.ignored_mask
+        if mark.ino:
+            return ObjectMark(*bits, self._object(mark))
+        if mark.sdev:
+            return FileSystemMark(*bits, mark.sdev)
+        mount = self._mounts.by_id(mark.mnt_id)
+        if mount:
+            return MountMark(*bits, mount.sdev, mark.mnt_id, mount.point)
+        self._warn(
+            f"descriptor {fd}: a mark on mount {mark.mnt_id}, which is not there, is not saved"
+        )
+        return None
+
+
+def _identity(mark: MarkInfo) -> Identity:
+    return Identity(mark.sdev, mark.ino, mark.handle_type, mark.handle)

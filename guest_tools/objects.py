@@ -1,0 +1,307 @@
+"""Watched files: where a process has them, and how to find exactly them again.
+
+A file is identified as the kernel does in fdinfo: by device, inode number and handle. That is what
+is compared in the end, by a trial watch on whatever was found: a name, or a number that another
+file has by now, is never enough.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from protocol.fdinfo import parse_fdinfo
+from protocol.masks import Mask
+
+from . import notify
+from .kernel import open_by_handle
+from .state import FileSystem, Identity, Object
+
+_DELETED = b" (deleted)"
+_OPEN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Mount(NamedTuple):
+    """A line of proc_pid_mountinfo(5)."""
+
+    mnt_id: int
+    sdev: int
+    root: bytes
+    point: bytes
+    fstype: bytes
+    source: bytes
+
+
+class Mounts:
+    """The mounts that a process sees; each is opened when it is first needed."""
+
+    def __init__(self, pid: int | None = None) -> None:
+        """Of ``pid``, or of this process. Raises OSError."""
+        self._root = b"" if pid is None else b"/proc/%d/root" % pid
+        with open(f"/proc/{'self' if pid is None else pid}/mountinfo", "rb") as table:
+            self._mounts = [_mount(line) for line in table]
+        self._opened: dict[int, int] = {}  # mnt_id -> descriptor, -1: it cannot be had
+        self._filesystems: dict[int, tuple[FileSystem, bool] | None] = {}
+
+    def __enter__(self) -> Mounts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._opened.values():
+            if fd >= 0:
+                os.close(fd)
+        self._opened.clear()
+
+    def by_id(self, mnt_id: int) -> Mount | None:
+        """The mount with that id."""
+        return next((mount for mount in self._mounts if mount.mnt_id == mnt_id), None)
+
+    def all(self) -> list[Mount]:
+        """All of them."""
+        return self._mounts
+
+    def of(self, sdev: int) -> Iterator[tuple[Mount, int]]:
+        """The mounts of a file system, and descriptors of their roots: those that show all of it
+        come first.
+        """
+        mounts = [mount for mount in self._mounts if mount.sdev == sdev]
+        for mount in sorted(mounts, key=lambda mount: mount.root != b"/"):
+            fd = self._open(mount)
+            if fd >= 0:
+                yield mount, fd
+
+    def _open(self, mount: Mount) -> int:
+        if mount.mnt_id not in self._opened:
+            self._opened[mount.mnt_id] = fd = self._try(mount)
+            # Another mount may lie over it.
+            if fd >= 0 and mount_id(fd) != mount.mnt_id:
+                os.close(fd)
+                self._opened[mount.mnt_id] = -1
+        return self._opened[mount.mnt_id]
+
+    def _try(self, mount: Mount) -> int:
+        path = self._root + mount.point
+        try:
+            # open_by_handle_at(2) takes no O_PATH. What is no directory may be a device.
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                return -1
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return -1
+
+    def open_mount(self, mount: Mount) -> int:
+        """An O_PATH descriptor of the mount's root; -1 where it is not to be had, or covered."""
+        try:
+            fd = self.open_path(mount.point)
+        except OSError:
+            return -1
+        if mount_id(fd) == mount.mnt_id:
+            return fd
+        os.close(fd)
+        return -1
+
+    def filesystem(self, sdev: int) -> FileSystem | None:
+        """What tells this file system from others; None where no mount of it is to be had."""
+        found = self._filesystem(sdev)
+        return found and found[0]
+
+    def decodable(self, sdev: int) -> bool:
+        """Whether the file system's handles lead to files."""
+        found = self._filesystem(sdev)
+        return found is not None and found[1]
+
+    def _filesystem(self, sdev: int) -> tuple[FileSystem, bool] | None:
+        if sdev not in self._filesystems:
+            self._filesystems[sdev] = None
+            for mount, fd in self.of(sdev):
+                fsid = os.fstatvfs(fd).f_fsid & 0xFFFF_FFFF_FFFF_FFFF
+                filesystem = FileSystem(sdev, mount.fstype, mount.source, fsid)
+                self._filesystems[sdev] = filesystem, notify.has_decodable_handles(fd)
+                break
+        return self._filesystems[sdev]
+
+    def open_handle(self, identity: Identity) -> int:
+        """An O_PATH descriptor of the file with that handle. Raises OSError."""
+        number = errno.ENODEV
+        for _, fd in self.of(identity.sdev):
+            try:
+                return open_by_handle(fd, identity.handle_type, identity.handle, _OPEN)
+            except OSError as error:
+                number = error.errno or number
+        raise OSError(number, os.strerror(number))
+
+    def open_path(self, path: bytes) -> int:
+        """An O_PATH descriptor of what that name is now; a symbolic link itself. Raises OSError."""
+        return os.open(self._root + path, _OPEN)
+
+    def locate(self, identity: Identity) -> tuple[bytes, bool]:
+        """Path of a file by its handle, and whether it is deleted; b"" where none can be told."""
+        for _, root in self.of(identity.sdev):
+            try:
+                fd = open_by_handle(root, identity.handle_type, identity.handle, _OPEN)
+            except OSError:
+                continue
+            try:
+                path = os.readlink(os.fsencode(notify.fd_path(fd)))
+                if os.fstat(fd).st_nlink == 0 and path.endswith(_DELETED):
+                    return path[: -len(_DELETED)], True
+                # A file that has left the kernel's cache of names has no path, or part of one.
+                found = os.stat(self._root + path, follow_symlinks=False)
+                if os.path.samestat(os.fstat(fd), found):
+                    return path, False
+            except OSError:
+                continue
+            finally:
+                os.close(fd)
+        return b"", False
+
+    def search(self, top: str, wanted: set[tuple[int, int]]) -> Iterator[tuple[int, int, bytes]]:
+        """Device, inode number and path of each of the ``wanted`` that lies below ``top``; it is
+        taken out of them.
+        """
+        start = os.path.abspath(os.fsencode(top))
+        stack = [start]
+        while stack and wanted:
+            path = stack.pop()
+            try:
+                status = os.lstat(self._root + path)
+            except OSError:
+                continue
+            key = kernel_device(status.st_dev), status.st_ino
+            if key in wanted:
+                wanted.discard(key)
+                yield (*key, path)
+            if stat.S_ISDIR(status.st_mode):
+                with suppress(OSError):
+                    names = os.listdir(self._root + path)
+                    stack += [os.path.join(path, name) for name in names]
+
+
+def kernel_device(st_dev: int) -> int:
+    """A device number as fdinfo has it: the kernel's s_dev."""
+    return os.major(st_dev) << 20 | os.minor(st_dev)
+
+
+def mount_id(fd: int) -> int:
+    """The id of the mount that a descriptor was opened on."""
+    found = re.search(r"^mnt_id:\s*(\d+)$", notify.fdinfo(fd), re.MULTILINE)
+    return int(found[1]) if found else -1
+
+
+def _mount(line: bytes) -> Mount:
+    head, _, tail = line.partition(b" - ")
+    mnt_id, _, device, root, point = head.split(b" ")[:5]
+    fstype, source = tail.split(b" ")[:2]
+    major, minor = device.split(b":")
+    sdev = int(major) << 20 | int(minor)
+    return Mount(int(mnt_id), sdev, _plain(root), _plain(point), fstype, source.rstrip(b"\n"))
+
+
+def _plain(path: bytes) -> bytes:
+    """Without the \\ooo by which the kernel writes blanks and backslashes."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), path)
+
+
+# Finding them again
+
+
+class Finder:
+    """Finds the files of a state among this process's mounts."""
+
+    def __init__(self, mounts: Mounts, filesystems: Iterable[FileSystem]) -> None:
+        self._mounts = mounts
+        self._known = {filesystem.sdev: filesystem for filesystem in filesystems}
+
+    def find(self, things: list[Object]) -> list[int | str]:
+        """For each an O_PATH descriptor, or why there is none: in words, for people."""
+        found = self._verified(things, [self._by_handle(thing) for thing in things])
+        missing = [i for i, result in enumerate(found) if isinstance(result, str)]
+        others = [things[i] for i in missing]
+        again = self._verified(others, [self._by_path(thing) for thing in others])
+        for i, result in zip(missing, again):
+            if isinstance(result, int) or not things[i].decodable:
+                found[i] = result  # else what the handle said tells more
+        return found
+
+    def same_filesystem(self, sdev: int, now: int) -> bool:
+        """Whether device ``now`` is the file system that was ``sdev`` at the checkpoint."""
+        known, present = self._known.get(sdev), self._mounts.filesystem(now)
+        if known is None or present is None:
+            return False
+        return known._replace(sdev=0) == present._replace(sdev=0)
+
+    def is_same(self, wanted: Identity, found: Identity) -> bool:
+        """Whether a file is the one. Its file system may bear another device number by now, if the
+        file has a handle to be known by.
+        """
+        if not self.same_filesystem(wanted.sdev, found.sdev):
+            return False
+        if wanted.handle:
+            return wanted._replace(sdev=0) == found._replace(sdev=0)
+        return wanted == found
+
+    def _by_handle(self, thing: Object) -> int | str:
+        if not thing.identity.handle or not thing.decodable:
+            return "its file system cannot find it by handle"
+        if not self.same_filesystem(thing.identity.sdev, thing.identity.sdev):
+            return "its file system is not there"
+        try:
+            return self._mounts.open_handle(thing.identity)
+        except OSError as error:
+            if error.errno in (errno.ESTALE, errno.ENOMEM):  # the latter while it is being freed
+                return "it does not exist any more"
+            return f"its handle cannot be opened: {error.strerror}"
+
+    def _by_path(self, thing: Object) -> int | str:
+        if not thing.path or thing.deleted:
+            return "it does not exist any more" if thing.deleted else "its path is not known"
+        try:
+            return self._mounts.open_path(thing.path)
+        except OSError as error:
+            return f"its path cannot be opened: {error.strerror}"
+
+    def _verified(self, things: list[Object], found: list[int | str]) -> list[int | str]:
+        """The same, where it is a descriptor of the very file; else closed, and why it is not."""
+        identities = identify([fd for fd in found if isinstance(fd, int)])
+        results: list[int | str] = []
+        for thing, fd in zip(things, found):
+            identity = fd if isinstance(fd, str) else next(identities)
+            if isinstance(fd, int) and not isinstance(identity, str):
+                if self.is_same(thing.identity, identity):
+                    results.append(fd)
+                    continue
+                identity = "another file is there now"
+            if isinstance(fd, int):
+                os.close(fd)
+            results.append(str(identity))
+        return results
+
+
+def identify(fds: list[int]) -> Iterator[Identity | str]:
+    """How fdinfo identifies each file, by a watch of an instance that is closed again; or why no
+    watch can be had.
+    """
+    instance = notify.inotify_init(os.O_CLOEXEC)
+    try:
+        results: list[int | str] = []
+        for fd in fds:
+            try:
+                results.append(notify.add_watch(instance, notify.fd_path(fd), Mask.DELETE_SELF))
+            except OSError as error:
+                results.append(f"it cannot be watched: {error.strerror}")
+        marks = {mark.wd: mark for mark in parse_fdinfo(notify.fdinfo(instance))}
+    finally:
+        os.close(instance)
+    for result in results:
+        if isinstance(result, str):
+            yield result
+        elif result in marks:
+            mark = marks[result]
+            yield Identity(mark.sdev, mark.ino, mark.handle_type, mark.handle)
+        else:
+            yield "it does not exist any more"
