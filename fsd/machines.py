@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 from protocol.masks import EVENTS
 
@@ -18,6 +19,7 @@ from . import checkpoint, image
 from .checkpoint import GuestKind, SavedExport, SavedGuest, SavedInode, SavedTable
 from .export import Export
 from .fusekept import KeptSession
+from .inodes import ROOT_ID
 from .journal import Journal, JournalError
 from .resuming import Resumption
 from .systemd import Store
@@ -135,7 +137,7 @@ def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: boo
     sources = [saved.table.inodes, now] if is_last else [now, saved.table.inodes]
     for row in (row for source in sources for row in source):
         identity = (row.device, row.ino, row.handle)
-        if row.nodeid not in rows and identity not in objects and row.nodeid != 1:
+        if row.nodeid not in rows and identity not in objects and ROOT_ID < row.nodeid < FSD_DIR:
             rows[row.nodeid] = row
             objects.add(identity)
     guests = [guest for guest in saved.guests if guest.kind != GuestKind.MOUNT]

@@ -325,6 +325,8 @@ class FileService:
 
     def flush(self, fh: int, owner: int) -> None:
         """FLUSH: a process closes the file, which takes the locks that it has on it."""
+        if isinstance(self._handles.get(fh), LostHandle):
+            return
         handle = self.handle(fh)
         if isinstance(handle, Handle):
             self.locks.drop(handle.inode, owner)
@@ -334,7 +336,7 @@ class FileService:
         handle = self._handles.pop(fh, None)
         if self.kept is not None:
             self.kept.released(fh)
-        if isinstance(handle, LostHandle) and handle.is_agents:
+        if isinstance(handle, LostHandle) and handle.is_agents and self.hidden.control is None:
             self.guest.let_go()
         if isinstance(handle, Handle):
             self.locks.released(handle)

@@ -57,6 +57,7 @@ class Scanner(threading.Thread):
         self._published: dict[NodeKey, int] = {}
         self._pidfds: dict[int, int] = {}  # descriptor -> process
         self._hint = 0
+        self._is_new = False  # the server, which is to be told everything
         self._last_hint = 0.0
         self._active = False
         self._fanotify: set[int] = set()  # processes with marks of fanotify
@@ -76,6 +77,11 @@ class Scanner(threading.Thread):
         if not self._active:
             self._active = True
             self._poke()
+
+    def anew(self) -> None:
+        """Another server, which was told nothing yet."""
+        self._is_new = True
+        self._poke()
 
     def _poke(self) -> None:
         os.write(self._pipe[1], b"\1\0\0\0\0\0\0\0")
@@ -103,6 +109,10 @@ class Scanner(threading.Thread):
                     next_recheck = min(next_recheck, time.monotonic() + RECHECK)
                 if any(fd == mountinfo.fileno() for fd, _ in ready) and not self._still_mounted():
                     os._exit(0)
+                if self._is_new:
+                    self._is_new = False
+                    self._hint, self._answered, full = 0, -1, 0.0
+                    self._published.clear()
                 now = time.monotonic()
                 if exited or now >= full:
                     self.scan(pids(), full=True)

@@ -16,10 +16,11 @@ from tests.support.mounts import STOP_TIMEOUT, await_ready, command
 @dataclass(frozen=True)
 class Share:
     """A running server. ``paths`` are the guests' sockets, ``pid`` is the process that guests
-    reach, in its sandbox."""
+    reach, in its sandbox; ``keeper`` is the one that was started."""
 
     paths: list[Path]
     pid: int
+    keeper: int = 0
 
     def descriptors(self) -> list[str]:
         """What the server has open."""
@@ -69,7 +70,7 @@ def shared(
         assert process.stdout is not None
         try:
             assert await_ready(process, process.stdout).startswith("fsd: ready: ")
-            yield Share(sockets, inside(process.pid))
+            yield Share(sockets, inside(process.pid), process.pid)
             process.terminate()
             assert process.wait(STOP_TIMEOUT) == 0
             assert "Traceback" not in log.read_text(), "the server wrote a traceback"
