@@ -28,10 +28,13 @@ _AGREED, _NODE, _HANDLE, _LISTING, _AGENT, _OWNER = range(1, 7)
 _INIT = struct.Struct("<IQ")  # minor version, flags
 _ROW = struct.Struct("<IqQIIQB")  # SavedInode but for nodeid, handle and name
 _OPEN = struct.Struct("<BIQ")  # type, flags, nodeid
+_LOCKS = struct.Struct("<QQIQ")  # Owner
 _ENTRY = struct.Struct("<QHB")  # ino, length of the name, type
 HELD_LIMIT = 256
 """Descriptors of open files in the store while the server runs: a service manager has limits."""
 _SO_SNDBUFFORCE = 32
+_OWNS = 1 << 63
+"""Number of an owner's own descriptor, among those of open files."""
 _BATCH = 200  # descriptors in one message; SCM_MAX_FD is 253
 
 
@@ -48,6 +51,17 @@ class Opened(NamedTuple):
     kind: int
     flags: int
     nodeid: int
+
+
+class Owner(NamedTuple):
+    """A process of the guest that has locks. ``fh`` is the handle whose descriptor has them; 0
+    where that is one of their own.
+    """
+
+    nodeid: int
+    owner: int
+    pid: int
+    fh: int
 
 
 FILE, DIRECTORY, IDLE, HIDDEN = range(4)
@@ -68,6 +82,7 @@ class KeptSession:
         self.nodes: dict[int, tuple[SavedInode, int]] = {}
         self.handles: dict[int, Opened] = {}
         self.listings: dict[int, Listing] = {}
+        self.owners: dict[int, Owner] = {}
         self.agreed: Agreed | None = None
         self.agent = 0
         """The process number of the guest's agent."""
@@ -101,6 +116,8 @@ class KeptSession:
             self.handles[number] = Opened(*_OPEN.unpack(value))
         elif kind == _LISTING:
             self.listings[number] = list(_entries(value))
+        elif kind == _OWNER:
+            self.owners[number] = Owner(*_LOCKS.unpack(value))
         elif kind == _AGREED:
             self.agreed = Agreed(*_INIT.unpack(value))
         elif kind == _AGENT:
@@ -113,7 +130,7 @@ class KeptSession:
             self._store.drop(f"{self._name}-files")
             with socket.socket(fileno=bag) as files:
                 fds = dict(_unpacked(files))
-        for fh in self.handles:
+        for fh in (*self.handles, *(_OWNS | number for number in self.owners)):
             fd = self._store.take(f"{self._name}-fh{fh}")
             if fd >= 0:
                 self._held.add(fh)
@@ -123,11 +140,15 @@ class KeptSession:
                     fds[fh] = fd
         return fds
 
+    def owned_fd(self, number: int) -> int:
+        """An owner's own descriptor, of the server before: the caller's now. -1: it is lost."""
+        return self.fds.pop(_OWNS | number, -1)
+
     def taken(self) -> None:
         """All is taken over that can be: forget the rest."""
         for fd in self.fds.values():
             os.close(fd)
-        for left in (self.fds, self.nodes, self.handles, self.listings):
+        for left in (self.fds, self.nodes, self.handles, self.listings, self.owners):
             left.clear()
 
     # What happens
@@ -182,6 +203,17 @@ class KeptSession:
             self._held.add(fh)
             self._store.put(f"{self._name}-fh{fh}", fd)
 
+    def owns(self, number: int, owner: Owner, fd: int) -> None:
+        """A process has locks, on a descriptor."""
+        self._journal.put(_OWNER, number, _LOCKS.pack(*owner))
+        self.hold(owner.fh or _OWNS | number, fd)
+
+    def disowned(self, number: int) -> None:
+        """It has none any more. What is held for a handle stays with that."""
+        self._journal.remove(_OWNER, number)
+        if _OWNS | number in self._held:
+            self._release(_OWNS | number)
+
     def _release(self, fh: int) -> None:
         self._held.discard(fh)
         self._store.drop(f"{self._name}-fh{fh}")
@@ -194,8 +226,9 @@ class KeptSession:
         if pid:
             self._journal.put(_AGENT, pid, b"")
 
-    def leave(self, files: Mapping[int, int]) -> None:
-        """A clean end: ``files`` are all descriptors, by handle."""
+    def leave(self, handles: Mapping[int, int], owned: Mapping[int, int]) -> None:
+        """A clean end, with all descriptors: of handles, and of owners that have one."""
+        files = {**handles, **{_OWNS | number: fd for number, fd in owned.items()}}
         if files:
             bag = _packed_files(files)
             self._store.put(f"{self._name}-files", bag.fileno())

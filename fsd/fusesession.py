@@ -84,7 +84,8 @@ class FuseSession:
         self._options = options or SessionOptions()
         caching, submounts = self._options.caching, self._options.submounts
         limit = self._options.nodes_limit
-        self._kept = service.kept = self._options.kept
+        self._kept = self._options.kept
+        service.keep(self._kept)
         self.nodes = Nodes(
             service, caching, submounts=submounts, limit=limit, kept=self._options.kept
         )
@@ -206,7 +207,7 @@ class FuseSession:
     def leave(self) -> None:
         """The session goes on in another process: hand over what is open."""
         if self._kept is not None:
-            self._kept.leave(self._service.descriptors())
+            self._kept.leave(self._service.descriptors(), self._service.locks.descriptors())
 
     # INIT and DESTROY
 

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -59,6 +59,7 @@ class Handle:
     fd: int
     flags: int = 0
     names: list[DirEntry] = field(default_factory=list)  # of a directory: the listing being read
+    fh: int = 0  # by which the guest names it
 
 
 class Changes(NamedTuple):
@@ -107,6 +108,8 @@ class PassthroughFS:
 
     def __init__(self, table: InodeTable) -> None:
         self.table = table
+        self.on_unlinked: list[Callable[[Inode], None]] = []
+        """Told of open files that have lost their last name, as far as is known."""
 
     # Names
 
@@ -247,8 +250,16 @@ class PassthroughFS:
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         inode = parent.children.pop(name, None)
-        if inode is not None and inode.nlink:
+        if inode is not None:
+            self._unlinked(inode)
+
+    def _unlinked(self, inode: Inode) -> None:
+        """It has one name less."""
+        if inode.nlink:
             inode.nlink -= 1
+        if not inode.nlink and inode.open_fds:
+            for tell in self.on_unlinked:
+                tell(inode)
 
     def rename(self, old: Inode, name: bytes, new: Inode, new_name: bytes, flags: int) -> None:
         """RENAME, RENAME2."""
@@ -267,8 +278,8 @@ class PassthroughFS:
             new.children.pop(new_name, None)
         if flags & host.RENAME_EXCHANGE and other is not None:
             self.table.place(other, old, name)
-        elif other is not None and other.nlink:
-            other.nlink -= 1
+        elif other is not None:
+            self._unlinked(other)
 
     def readlink(self, inode: Inode) -> bytes:
         """READLINK."""

@@ -76,9 +76,11 @@ class FileService:
         self._handles: dict[int, AnyHandle | LostHandle] = {}
         self._numbers = itertools.count(1)
         self.locks = GuestLocks(export.watcher, export.lock_waiters)
+        self._fs.on_unlinked.append(self._hold)
 
     def close(self) -> None:
         """Release every lock and every handle."""
+        self._fs.on_unlinked.remove(self._hold)
         self.locks.close()
         for fh in list(self._handles):
             self.release(fh)
@@ -125,8 +127,12 @@ class FileService:
     def _new(self, handle: AnyHandle) -> int:
         fh = next(self._numbers)
         self._handles[fh] = handle
+        if isinstance(handle, Handle):
+            handle.fh = fh
         if self.kept is not None:
             self.kept.opened(fh, _opened(handle))
+            if isinstance(handle, Handle) and not handle.inode.nlink:
+                self.kept.hold(fh, handle.fd)
         return fh
 
     def handle(self, fh: int) -> AnyHandle:
@@ -177,10 +183,13 @@ class FileService:
         inode = self._table.get(nodeid)
         self._looked_up(who, inode)
         with self._own(*self._about(inode, Mask.OPEN)):
-            try:
-                return self._new(self._fs.opendir(inode))
-            except FileNotFoundError:  # a removed one that somebody works in: it is empty
-                return self._new(IdleHandle(inode))
+            return self._new(self._opened_directory(inode))
+
+    def _opened_directory(self, inode: Inode) -> Handle | IdleHandle:
+        try:
+            return self._fs.opendir(inode)
+        except FileNotFoundError:  # a removed one that somebody works in: it is empty
+            return IdleHandle(inode)
 
     def names(self, fh: int, position: int) -> tuple[Inode, list[DirEntry]]:
         """READDIR: the directory and its names; read afresh at position 0."""
@@ -315,7 +324,10 @@ class FileService:
     def flock(self, who: Caller, fh: int, kind: int) -> None:
         """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way."""
         self._refuse_replayer(who, "flock")
-        self.locks.flock(self.file(fh), kind)
+        handle = self.file(fh)
+        self.locks.flock(handle, kind)
+        if self.kept is not None:
+            self.kept.hold(fh, handle.fd)
 
     def unlock(self, fh: int) -> None:
         """RELEASE of a file that flock(2) was used on."""
@@ -349,16 +361,29 @@ class FileService:
 
     # The server before, and the one after this
 
+    def keep(self, kept: KeptSession | None) -> None:
+        """Have noted there what is open and locked."""
+        self.kept = self.locks.kept = kept
+
     def resume(self, kept: KeptSession, inodes: Mapping[int, Inode]) -> Iterator[int]:
         """Take over what was open, by descriptor where there is one; else it is opened again."""
         for fh, opened in sorted(kept.handles.items()):
             fd = kept.fds.pop(fh, -1)
             self._handles[fh] = self._resumed(opened, fd, inodes)
             handle = self._handles[fh]
-            if isinstance(handle, Handle) and fh in kept.listings:
-                handle.names = [DirEntry(*entry) for entry in kept.listings[fh]]
+            if isinstance(handle, Handle):
+                handle.fh = fh
+                handle.names = [DirEntry(*entry) for entry in kept.listings.get(fh, ())]
             self._numbers = itertools.count(fh + 1)
             yield fh
+        for number, owner in kept.owners.items():
+            holder = self._handles.get(owner.fh)
+            holder = holder if isinstance(holder, Handle) else None
+            fd = holder.fd if holder is not None else kept.owned_fd(number)
+            if fd >= 0 and owner.nodeid in inodes:
+                self.locks.resume(number, inodes[owner.nodeid], owner, fd, holder)
+            else:
+                kept.disowned(number)
 
     def _resumed(
         self, opened: Opened, fd: int, inodes: Mapping[int, Inode]
@@ -375,13 +400,20 @@ class FileService:
             if inode is None or inode.is_placeholder:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             if kind == fusekept.DIRECTORY:
-                return self._fs.opendir(inode)
+                return self._opened_directory(inode)
             handle = self._fs.reopen(inode, flags & _REOPENING)
             handle.flags = flags
             return handle
         except OSError as error:
             log.warning("an open file is lost", nodeid=nodeid, error=str(error))
             return LostHandle(errno.ESTALE)
+
+    def _hold(self, inode: Inode) -> None:
+        """An open file has lost its last name: by that it cannot be opened again."""
+        if self.kept is not None:
+            for fh, handle in self._handles.items():
+                if isinstance(handle, Handle) and handle.inode is inode:
+                    self.kept.hold(fh, handle.fd)
 
     def descriptors(self) -> dict[int, int]:
         """Of all open files, by handle."""

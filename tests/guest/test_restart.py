@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,62 +15,131 @@ import pytest
 from tests.guest.agents import start_agent, start_watcher, status
 from tests.support.mounts import wait_until
 from tests.support.share_server import Share, inside, shared
-from tests.support.vm import guest
+from tests.support.vm import Guest, guest
 
-Restart = Callable[[], None]
+pytestmark = pytest.mark.timeout(120)
+WAYS = ["replace", "kill"]
+
+
+class Kept:
+    """A share with a keeper, and the ways to start its server again."""
+
+    def __init__(self, source: Path, share: Share) -> None:
+        self.source = source
+        self.share = share
+
+    @property
+    def pid(self) -> int:
+        """The process that guests reach."""
+        return inside(inside(self.share.keeper))
+
+    def again(self, way: str) -> None:
+        """The server ends, and there is another."""
+        before = self.pid
+        if way == "kill":
+            os.kill(before, signal.SIGKILL)
+        else:
+            os.kill(self.share.keeper, signal.SIGUSR2)
+        taken = (before, inside(self.share.keeper), self.share.keeper)
+        wait_until(lambda: self.pid not in (*taken, inside(self.share.keeper)), 20, "another")
 
 
 @contextmanager
-def kept(source: Path) -> Iterator[tuple[Share, dict[str, Restart]]]:
-    """A share with a keeper, and the ways to start it again."""
-    with shared(source, 1, "--keep") as server:
-        keeper = server.keeper
-
-        def serving() -> int:
-            """The process that guests reach."""
-            return inside(inside(keeper))
-
-        def again(end: Callable[[int], None]) -> None:
-            before = serving()
-            end(before)
-            wait_until(lambda: serving() not in (before, keeper), 20, "another server")
-
-        yield (
-            server,
-            {
-                "kill": lambda: again(lambda pid: os.kill(pid, signal.SIGKILL)),
-                "replace": lambda: again(lambda _: os.kill(keeper, signal.SIGUSR2)),
-            },
-        )
-
-
-def test_goes_on(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def kept(source: Path, *options: str) -> Iterator[Kept]:
     source.mkdir()
-    (source / "file").write_text("content\n")
-    with kept(source) as (server, restarts), guest({"share": server.paths[0]}) as vm:
+    with shared(source, 1, "--keep", *options) as server:
+        yield Kept(source, server)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Kept, Guest]]:
+    with (
+        kept(tmp_path_factory.mktemp("restart") / "source") as server,
+        guest({"share": server.share.paths[0]}) as vm,
+    ):
         vm.mount("share")
-        vm.run("mkdir /mnt/dir; echo one > /mnt/dir/file")
-        agent = start_agent(vm)
-        watcher = start_watcher(vm)
-        (source / "first").touch()
-        watcher.wait_output("CREATE first")
-        reader = vm.start(["sh", "-c", "cd /mnt/dir; echo un > unlinked; "
-                          "exec 3< file 4>> log 5<> unlinked; rm unlinked; echo ready; "
-                          "while read line; do eval \"$line\"; done"])
-        assert reader.line() == "ready"
-        for name, restart in restarts.items():
-            restart()
-            assert vm.run("cat /mnt/file").stdout == "content\n", name
-            reader.write(b"pwd; ls\n")
-            assert [reader.line() for _ in range(3)] == ["/mnt/dir", "file", "log"]
-            (source / name).touch()
+        start_agent(vm)
+        yield server, vm
+
+
+def is_locked(path: Path) -> tuple[bool, bool]:
+    """Whether somebody has a lock of flock(2), of fcntl(2)."""
+    found = []
+    for lock in (fcntl.flock, fcntl.lockf):
+        with path.open("r+") as file:
             try:
-                watcher.wait_output(f"CREATE {name}", 12)
-            except Exception:
-                print("AGENT", agent.status, agent.stdout, agent.stderr)
-                print(vm.run(f"cat /proc/{agent.pid}/wchan; cat /proc/{agent.pid}/stack; for t in /proc/{agent.pid}/task/*; do echo $t; cat $t/wchan; done; ls -l /proc/{agent.pid}/fd", check=False))
-                print(status(vm))
-                raise
-        reader.write(b"read x <&3; echo $x\n")
-        assert reader.line() == "one"
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append(False)
+            except BlockingIOError:
+                found.append(True)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_open_files(place: tuple[Kept, Guest], way: str) -> None:
+    """Files of all kinds that a program has open go on, with their locks; directories too."""
+    server, vm = place
+    holder = vm.start(["python3", "-m", "tests.support.open_files", f"/mnt/{way}"], cwd="/suite")
+    assert holder.line(20) == "READY"
+    folder = server.source / way
+    for _ in range(3):
+        server.again(way)
+        assert is_locked(folder / "flocked") == (True, False)
+        assert is_locked(folder / "locked") == (False, True)
+        holder.write(b"check\n")
+        assert holder.line(20) == "OK"
+    holder.write(None)
+    assert holder.wait().status == 0
+    assert is_locked(folder / "flocked") == is_locked(folder / "locked") == (False, False)
+    # Nothing is held of files that nobody has open.
+    assert not [name for name in server.share.descriptors() if str(folder) in name]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_waits(place: tuple[Kept, Guest], way: str) -> None:
+    """A program that waits for a lock, and one that a stopped server keeps waiting."""
+    server, vm = place
+    path = server.source / f"lock-{way}"
+    path.touch()
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'r+'); print('waits', flush=True); "
+        "fcntl.flock(f, fcntl.LOCK_EX); print('has it', flush=True)"
+    )
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiter = vm.start(["python3", "-c", code, f"/mnt/{path.name}"])
+        assert waiter.line() == "waits"
+        vm.run(f"until grep -q request_wait /proc/{waiter.pid}/wchan; do :; done")
+        for _ in range(2):
+            server.again(way)
+        assert waiter.status is None
+    assert waiter.line() == "has it"
+    assert waiter.wait().status == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_events(place: tuple[Kept, Guest], way: str) -> None:
+    """What the host does before, meanwhile and after is told; each thing once."""
+    server, vm = place
+    folder = server.source / f"events-{way}"
+    folder.mkdir()
+    watcher = start_watcher(vm, f"/mnt/{folder.name}")
+    names = []
+    for step in range(3):
+        names += [f"before{step}", f"meanwhile{step}", f"after{step}"]
+        (folder / f"before{step}").touch()
+        watcher.wait_output(f"CREATE before{step}", 20)
+        if way == "kill":  # an image that is some seconds old would tell again
+            time.sleep(4)
+        old = server.pid
+        os.kill(old, signal.SIGSTOP)
+        (folder / f"meanwhile{step}").touch()
+        os.kill(old, signal.SIGCONT)
+        server.again(way)
+        (folder / f"after{step}").touch()
+        watcher.wait_output(f"CREATE after{step}", 30)
+    created = [x.partition(" ")[2] for x in watcher.stdout.splitlines() if x.startswith("CREATE")]
+    watcher.signal()
+    assert sorted(created) == sorted(names)
+    (state,) = status(vm)["guests"]
+    assert state["refused"] == 0
