@@ -463,17 +463,24 @@ class Export:
         """Tell what happened since the listings were saved. Observers that do not come back within
         ``patience`` seconds are given up.
         """
+        missing = [inode for inode in self.interest.inodes() if inode in gone]
+        # What is reached by its path alone may only have moved: the comparison finds it again.
+        dead = [inode for inode in missing if self.table.handle_opens(inode.identity)]
+        self._compare([*self.watcher.inodes(), *dead])
+        for inode in missing:
+            self.set_watch(inode)
+            if inode not in dead:
+                self._compare([inode])
+            if not self.watcher.mask_of(inode):
+                self._died(inode)
+        self._give_up_at = time.monotonic() + patience if self.waiting else math.inf
+
+    def _compare(self, nodes: list[Inode]) -> None:
         changes: Changes = {}
-        for node in self.watcher.inodes():
+        for node in nodes:
             if node.is_dir and node.listing is not None and node.listing.complete:
                 changes.update(self._difference_at_once(node, node.listing))
         self._tell(changes)
-        for inode in self.interest.inodes():
-            if inode in gone:
-                self.set_watch(inode)  # found again by the comparison
-                if not self.watcher.mask_of(inode):
-                    self._died(inode)
-        self._give_up_at = time.monotonic() + patience if self.waiting else math.inf
 
     def _difference_at_once(self, node: Inode, known: Listing) -> Changes:
         """The difference as of one moment: what the queue has of before is told by it, and dropped

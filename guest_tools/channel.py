@@ -113,10 +113,14 @@ class Client:
         self.token: bytes | None = None  # by which another server knows us
         self._received = 0  # events since the token was given
         hello = frames.Hello(frames.VERSION, role, 0xFFF)
-        channel.send(frames.encode(hello))
-        for message in self._messages():
-            if isinstance(message, frames.Welcome):
-                break
+        try:
+            channel.send(frames.encode(hello))
+            for message in self._messages():
+                if isinstance(message, frames.Welcome):
+                    break
+        except BaseException:
+            channel.close()
+            raise
 
     def keep(self) -> None:
         """Ask to be known again by a server after this one; before anything else is asked."""

@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--mask", default="all", help="events (default: all)")
     watch.add_argument("--json", action="store_true", help="one JSON object a line")
     watch.add_argument("--socket", help="the server's Unix socket instead of a mount")
+    watch.add_argument(
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="with --socket: for another server, should this one end (default: 60; 0: do not)",
+    )
     watch.set_defaults(run=_watch)
     add_commands(commands)
     return parser
@@ -224,8 +231,8 @@ def _watch(arguments: argparse.Namespace) -> int:
         return share.connect(Role.OBSERVER)
 
     watch = Watch(connect, share.inner, mask, recursive=arguments.recursive)
-    if arguments.socket:
-        watch.keep()
+    if arguments.socket and arguments.wait > 0:
+        watch.keep(arguments.wait)
     for path in arguments.paths:
         try:
             watch.add(path)

@@ -14,8 +14,6 @@ from protocol.masks import Mask
 
 from .channel import ChannelError, Client
 
-RETURN_WITHIN = 60.0
-"""Seconds in which another server is waited for."""
 _RETRY = 0.1
 _ARRIVED = int(Mask.CREATE | Mask.MOVED_TO)
 
@@ -37,12 +35,20 @@ class Watch:
         self._inner = inner
         self._mask = mask | (_ARRIVED if recursive else 0)
         self._recursive = recursive
+        self._patience = 0.0
         self._client = connect()
         self._paths: dict[int, tuple[int, str]] = {}  # by nodeid: generation, path
 
-    def keep(self) -> None:
-        """Go on with another server, should this one end; before any path is added."""
+    def keep(self, patience: float) -> None:
+        """Go on with another server, should this one end: if it comes within ``patience`` seconds.
+        To be called before any path is added.
+        """
+        self._patience = patience
         self._client.keep()
+
+    def close(self) -> None:
+        """Leave; the server drops the marks."""
+        self._client.close()
 
     def add(self, path: str) -> None:
         """Set a mark; where it is recursive, on the directories below too. Raises OSError."""
@@ -74,7 +80,7 @@ class Watch:
         """To the server that comes after the one which has gone."""
         old = self._client
         old.close()
-        deadline = time.monotonic() + RETURN_WITHIN
+        deadline = time.monotonic() + self._patience
         while True:
             try:
                 self._client = self._connect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -34,9 +35,12 @@ def _mount(tmp_path: Path, *options: str) -> Iterator[Mount]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def state_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Servers of tests leave their images where tests leave the rest."""
-    os.environ["STATE_DIRECTORY"] = str(tmp_path_factory.mktemp("state"))
+def state_directory() -> Iterator[None]:
+    """Where servers of tests leave their images, those of ordinary users too."""
+    with tempfile.TemporaryDirectory(prefix="fsd-state-") as path:
+        os.chmod(path, 0o1777)
+        os.environ["STATE_DIRECTORY"] = path
+        yield
 
 
 @pytest.fixture

@@ -990,7 +990,7 @@ def test_watch_ends_with_the_server(places: tuple[Path, Path], tmp_path: Path) -
     name = str(tmp_path / "socket")
     with server(*places, "--no-agent", "--socket", name) as process:
         with (
-            background(GUEST, "watch", "/", "--socket", name) as one,
+            background(GUEST, "watch", "/", "--socket", name, "--wait", "0") as one,
             background(GUEST, "watch", places[1]) as two,
         ):
             established(one)

@@ -95,6 +95,7 @@ def test_hidden_nodes() -> None:
         ".fsd/status": frames.STATUS,
         ".fsd/staging": frames.STAGING,
         ".fsd/alias": frames.ALIAS,
+        ".fsd/checkpoint": frames.CHECKPOINT,
     }
 
 

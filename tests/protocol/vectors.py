@@ -51,6 +51,8 @@ FRAMES: dict[str, Message] = {
     "order failed": frames.Ack(258, 17),
     "ask for statistics": frames.StatsRequest(6),
     "bye": frames.Bye(),
+    "keep": frames.Keep(8, 0, b""),
+    "come back": frames.Keep(1, 4711, bytes(range(16))),
     "list": frames.List(7, 4711, 0x1234_5678),
     "welcome": frames.Welcome(1, 1, EVENTS),
     "resolved": frames.Result(5, 0, 4711, 0x1234_5678, DIR),
@@ -80,6 +82,7 @@ FRAMES: dict[str, Message] = {
     "statistics, last part": frames.Stats(6, 0, b"1}"),
     "directory of a list": frames.Name(7, 1, b"lib"),
     "end of a list": frames.Name(7, 0, b""),
+    "kept": frames.Kept(8, bytes(range(16))),
 }  # fmt: skip
 
 # What decode() refuses. In a stream some of these are only incomplete, or a frame and a rest.
