@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -448,6 +448,32 @@ class Export:
             time.sleep(_SETTLING / 10)
             self.watcher.drain()
 
+    def hand_over(self, patience: float) -> int:
+        """Tell all that has happened, and leave to the next process what happens from now on.
+        Returns the inotify instance in which that is queued; -1 where something could not be told
+        within ``patience`` seconds. Nothing but the state may be asked for afterwards.
+        """
+        deadline = time.monotonic() + patience
+        self._work_off(deadline, drain=True)
+        root_fd = self.table.root_fd
+        with self._own(self.table.root):  # as the end of this process would close it
+            path_fd = os.open(host.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
+            os.dup2(path_fd, root_fd, inheritable=False)
+            os.close(path_fd)
+        inotify = self.watcher.hand_over()
+        self._work_off(deadline + patience, drain=False)
+        return -1 if self.watcher.backlog else inotify
+
+    def _work_off(self, deadline: float, *, drain: bool) -> None:
+        while time.monotonic() < deadline:
+            if drain:
+                self.watcher.drain()
+            if not self.watcher.backlog:
+                break
+            self.process(self.watcher.backlog)
+            if self._resolver.waiting_until is not None:
+                time.sleep(0.001)
+
     @property
     def is_settled(self) -> bool:
         """Whether all is told, and nothing has changed for a moment."""
@@ -459,14 +485,21 @@ class Export:
         if mask:
             self._set_interest(guest, inode, mask)
 
-    def resume(self, gone: Set[Inode], patience: float) -> None:
+    def drop_watches(self, inodes: Iterable[Inode]) -> None:
+        """Watch none of these that nobody is interested in."""
+        for inode in inodes:
+            if not self._wanted(inode):
+                self.set_watch(inode)
+
+    def resume(self, gone: Set[Inode], patience: float, *, compare: bool = True) -> None:
         """Tell what happened since the listings were saved. Observers that do not come back within
         ``patience`` seconds are given up.
         """
         missing = [inode for inode in self.interest.inodes() if inode in gone]
         # What is reached by its path alone may only have moved: the comparison finds it again.
         dead = [inode for inode in missing if self.table.handle_opens(inode.identity)]
-        self._compare([*self.watcher.inodes(), *dead])
+        if compare:
+            self._compare([*self.watcher.inodes(), *dead])
         for inode in missing:
             self.set_watch(inode)
             if inode not in dead:

@@ -74,12 +74,15 @@ class ImageMemory:
 
 
 def open_export(
-    make: Callable[[], Export], memory: ImageMemory, doors: Sequence[GuestDoor]
+    make: Callable[[], Export], memory: ImageMemory, store: Store, doors: Sequence[GuestDoor]
 ) -> Export:
     """The export, with the guests that go on; a fresh one where none does. Raises OSError."""
     going = {door.name: door for door in doors if door.known is not None}
-    saved = _read(memory)
-    for state in _states(make, saved, memory.is_last, going) if going else ():
+    inotify = store.take("inotify")
+    if inotify >= 0:
+        store.drop("inotify")
+    saved, is_last = _read(memory), memory.is_last
+    for state in _states(make, saved, is_last, going) if going else ():
         export = make()
         try:
             resumption = Resumption(export, state)
@@ -95,7 +98,7 @@ def open_export(
                 door.resume(resumption)
             except ValueError as error:
                 log.error("a guest cannot go on", share=door.name, reason=str(error))
-        resumption.finish()
+        resumption.finish(inotify if state is saved and is_last else -1)
         return export
     export = make()
     for door in doors:

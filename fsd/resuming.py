@@ -149,13 +149,22 @@ class Resumption:
 
     # The end
 
-    def finish(self) -> None:
-        """Set the marks, place the watches, tell what happened while no server ran."""
+    def finish(self, inotify: int = -1) -> None:
+        """Set the marks, place the watches, tell what happened while no server ran. ``inotify``:
+        the instance of the server before, in which all of that is queued; else it is found out by
+        comparing. Takes the descriptor.
+        """
         export = self._export
-        export.watcher.remember(self._wds)
+        if inotify >= 0:
+            export.watcher.adopt(inotify, self._wds)
+        else:
+            export.watcher.remember(self._wds)
         for guest, saved in self._marks:
             for nodeid, mask in saved.marks:
                 export.resume_mark(guest, self._optional(nodeid), EVENTS & mask)
-        export.watcher.remembered()
+        if inotify >= 0:
+            export.drop_watches(self._wds)
+        else:
+            export.watcher.remembered()
         self.table.release()
-        export.resume(self.table.gone, WAIT_FOR)
+        export.resume(set() if inotify >= 0 else self.table.gone, WAIT_FOR, compare=inotify < 0)

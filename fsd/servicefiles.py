@@ -76,11 +76,12 @@ class FileService:
         self._handles: dict[int, AnyHandle | LostHandle] = {}
         self._numbers = itertools.count(1)
         self.locks = GuestLocks(export.watcher, export.lock_waiters)
-        self._fs.on_unlinked.append(self._hold)
 
     def close(self) -> None:
         """Release every lock and every handle."""
-        self._fs.on_unlinked.remove(self._hold)
+        if self.kept is not None:
+            self._fs.on_unlinked.remove(self._hold)
+            self.kept = None
         self.locks.close()
         for fh in list(self._handles):
             self.release(fh)
@@ -364,6 +365,8 @@ class FileService:
     def keep(self, kept: KeptSession | None) -> None:
         """Have noted there what is open and locked."""
         self.kept = self.locks.kept = kept
+        if kept is not None:
+            self._fs.on_unlinked.append(self._hold)
 
     def resume(self, kept: KeptSession, inodes: Mapping[int, Inode]) -> Iterator[int]:
         """Take over what was open, by descriptor where there is one; else it is opened again."""

@@ -300,7 +300,7 @@ async def _serve(
         for name, *_ in sources
     ]
     memory = ImageMemory(store)
-    export = open_export(make, memory, doors)
+    export = open_export(make, memory, store, doors)
     store.sweep()
     saver = Saver(export, memory, lambda: dict(ChainMap(*(door.guests for door in doors))))
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
@@ -309,8 +309,7 @@ async def _serve(
             async def end() -> None:
                 if store.holds:
                     store.stopping()
-                    await _leave(doors, saver)
-                    memory.mark(last=True)
+                    await _leave(doors, saver, memory, store)
                 nursery.cancel_scope.cancel()
 
             async def end_on_signal() -> None:
@@ -336,7 +335,7 @@ async def _serve(
         export.close()
 
 
-async def _leave(doors: list[GuestDoor], saver: Saver) -> None:
+async def _leave(doors: list[GuestDoor], saver: Saver, memory: ImageMemory, store: Store) -> None:
     """The process that comes next goes on with the guests."""
     export = saver.export
     export.is_stopping = True
@@ -348,4 +347,8 @@ async def _leave(doors: list[GuestDoor], saver: Saver) -> None:
             await trio.sleep(0.002)
     for door in doors:
         door.leave()
-    saver.save()
+    inotify = export.hand_over(QUIET)
+    saver.take()()
+    if inotify >= 0:
+        store.put("inotify", inotify)
+        memory.mark(last=True)
