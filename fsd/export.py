@@ -90,6 +90,8 @@ class Export:
         self.is_stopping = False  # sessions that end now may come back
         self.is_changed = False  # since the state was saved
         self.on_change: Callable[[], None] = _nobody
+        self.on_name: Callable[[Inode, bytes, Inode], None] = _unnoted
+        """Told of each name that comes: its directory, it, and what it stands for."""
         self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, where that may be
         self._outbox_limit = outbox_limit
         self._give_up_at = math.inf  # on those who wait
@@ -333,6 +335,10 @@ class Export:
                     if moved is not None and moved in self._care:
                         self._set_care(moved)
             self._cover_arrival(event, child)
+            if event.node2 is not None:
+                self.on_name(event.node2, event.name2, child)
+            elif event.mask & (_CREATE | _MOVED_TO):
+                self.on_name(event.node, event.name, child)
         for inode in (child, event.replaced):
             if inode is not None:
                 self.table.release(inode)
@@ -554,6 +560,10 @@ class Export:
             halves = self.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)
+
+
+def _unnoted(directory: Inode, name: bytes, child: Inode) -> None:
+    """Nobody writes down what comes."""
 
 
 def _nobody() -> None:

@@ -6,6 +6,9 @@ guest's kernel holds is in its session's journal (fusekept.py), which never is.
 
 from __future__ import annotations
 
+import os
+import struct
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,45 +19,62 @@ from protocol.images import ImageError
 from protocol.masks import EVENTS
 
 from . import checkpoint, image
-from .checkpoint import GuestKind, SavedExport, SavedGuest, SavedInode, SavedTable
+from .checkpoint import (
+    GuestKind,
+    SavedExport,
+    SavedGuest,
+    SavedInode,
+    SavedName,
+    SavedTable,
+)
 from .export import Export
 from .fusekept import KeptSession
-from .inodes import ROOT_ID
+from .inodes import ROOT_ID, Inode
 from .journal import Journal, JournalError
 from .resuming import Resumption
+from .saving import Saver
 from .systemd import Store
 from .transports.virtiofs import GuestDoor
 
 log = structlog.get_logger()
-_IMAGE, _IS_LAST = 1, 2
+_IMAGE, _IS_LAST, _NAME = 1, 2, 3
+_ARRIVED = struct.Struct("<QQIQ")  # directory's nodeid, ino, type, time in ns
+EVERY, PATIENCE = 0.1, 0.02
+"""Seconds between images in memory, and to wait for a moment in which nothing changes."""
 
 
 class ImageMemory:
-    """The image of an export, in a journal that the store holds."""
+    """The image of an export, and what has come to it since, in journals that the store holds."""
 
     path = Path("in memory")
 
     def __init__(self, store: Store) -> None:
         """Raises OSError."""
-        self._data: bytes | None = None
-        self.is_last = False
+        self._store = store
+        self._image = self._journal("image")
+        self._names = self._journal("names")
+        image, names = self._image.records, self._names.records
+        self._data = image[_IMAGE, 0].value if (_IMAGE, 0) in image else None
+        self.is_last = (_IS_LAST, 0) in image
         """It was made at a clean end: nothing happened after it."""
-        fd = store.take("image")
+        self.names = [_arrived(record.value) for record in names.values()]
+        """Names that came after it was made: guests may know them."""
+        self._first = self._next = self._written = 0
+        image.clear()
+        self._names.clear()
+
+    def _journal(self, name: str) -> Journal:
+        fd = self._store.take(name)
         if fd >= 0:
             try:
-                self._journal = Journal(fd)
+                return Journal(fd)
             except JournalError as error:
                 log.error("what the server before has left cannot be used", reason=str(error))
-                store.drop("image")
-                fd = -1
-        if fd < 0:
-            self._journal = Journal()
-            store.put("image", self._journal.fd)
-        records = self._journal.records
-        if (_IMAGE, 0) in records:
-            self._data = records[_IMAGE, 0].value
-        self.is_last = (_IS_LAST, 0) in records
-        records.clear()
+                self._store.drop(name)
+                os.close(fd)
+        journal = Journal()
+        self._store.put(name, journal.fd)
+        return journal
 
     def read(self) -> bytes | None:
         """What an earlier process has left, once."""
@@ -62,15 +82,56 @@ class ImageMemory:
         return data
 
     def write(self, data: bytes) -> None:
-        """Replace it. Raises OSError."""
-        self._journal.put(_IMAGE, 0, data)
+        """Replace it: in any thread. Raises OSError."""
+        self._image.put(_IMAGE, 0, data)
 
     def mark(self, *, last: bool) -> None:
         """Whether something may happen after it."""
         if last:
-            self._journal.put(_IS_LAST, 0, b"")
+            self._image.put(_IS_LAST, 0, b"")
         else:
-            self._journal.remove(_IS_LAST, 0)
+            self._image.remove(_IS_LAST, 0)
+
+    def note_name(self, directory: Inode, name: bytes, child: Inode) -> None:
+        """A name has come."""
+        row = _ARRIVED.pack(directory.nodeid, child.identity[1], child.kind, time.time_ns())
+        self._names.put(_NAME, self._next, row + name)
+        self._next += 1
+        while self._first < self._written:
+            self._names.remove(_NAME, self._first)
+            self._first += 1
+
+    @property
+    def noted(self) -> int:
+        """How many names have come."""
+        return self._next
+
+    def has_names(self, count: int) -> None:
+        """An image has the first ``count`` of them: said by any thread."""
+        self._written = count
+
+
+class MemorySaver(Saver):
+    """Saves to an ImageMemory, which is ``memory``."""
+
+    memory: ImageMemory
+
+    def take(self) -> Callable[[], int]:
+        """The state as of now, and a function that writes it, also in another thread."""
+        noted = self.memory.noted
+        write = super().take()
+
+        def written() -> int:
+            size = write()
+            self.memory.has_names(noted)
+            return size
+
+        return written
+
+
+def _arrived(value: bytes) -> SavedName:
+    directory, ino, kind, seen_ns = _ARRIVED.unpack_from(value)
+    return SavedName(directory, value[_ARRIVED.size :], ino, kind, seen_ns, 0)
 
 
 def open_export(
@@ -82,6 +143,9 @@ def open_export(
     if inotify >= 0:
         store.drop("inotify")
     saved, is_last = _read(memory), memory.is_last
+    if saved is not None:
+        known = {(row.directory, row.name) for row in saved.names}
+        saved.names += (row for row in memory.names if (row.directory, row.name) not in known)
     for state in _states(make, saved, is_last, going) if going else ():
         export = make()
         try:
@@ -150,5 +214,6 @@ def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: boo
         guest.nodes = {nodeid: count for nodeid, (_, count) in session.nodes.items()}
         guests.append(guest)
     saved.guests = guests
+    saved.names = [row for row in saved.names if row.directory in rows or row.directory == ROOT_ID]
     saved.table = SavedTable(list(rows.values()), saved.table.links)
     return saved

@@ -23,7 +23,7 @@ import trio
 from . import sandbox
 from .export import Export
 from .fusesession import SessionOptions
-from .machines import ImageMemory, open_export
+from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 from .replayer import ReplayGuest
 from .sandbox import NEEDED
 from .saving import Saver
@@ -302,7 +302,8 @@ async def _serve(
     memory = ImageMemory(store)
     export = open_export(make, memory, store, doors)
     store.sweep()
-    saver = Saver(export, memory, lambda: dict(ChainMap(*(door.guests for door in doors))))
+    saver = MemorySaver(export, memory, lambda: dict(ChainMap(*(door.guests for door in doors))))
+    saver.memory = memory
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -325,7 +326,8 @@ async def _serve(
             if lifeline is not None:
                 nursery.start_soon(end_with_outside, lifeline)
             if store.holds:
-                nursery.start_soon(Snapshots(saver).run)
+                export.on_name = memory.note_name
+                nursery.start_soon(Snapshots(saver, every=EVERY, patience=PATIENCE).run)
             async with trio.open_nursery() as guests:
                 for door, source in zip(doors, sources, strict=True):
                     guests.start_soon(door.serve, source.socket)
