@@ -143,9 +143,6 @@ def open_export(
     if inotify >= 0:
         store.drop("inotify")
     saved, is_last = _read(memory), memory.is_last
-    if saved is not None:
-        known = {(row.directory, row.name) for row in saved.names}
-        saved.names += (row for row in memory.names if (row.directory, row.name) not in known)
     for state in _states(make, saved, is_last, going) if going else ():
         export = make()
         try:
@@ -155,6 +152,7 @@ def open_export(
             export.close()
             continue
         memory.mark(last=False)
+        resumption.came_later(memory.names)
         for door in doors:
             door.export = export
         for door in going.values():

@@ -7,9 +7,11 @@ no server ran.
 
 from __future__ import annotations
 
+import os
 import secrets
 import stat
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from protocol.images import ImageError
@@ -139,6 +141,20 @@ class Resumption:
             node = self._get(saved.directory)
             if node.is_dir:
                 listing(node).names[saved.name] = self._known(saved)
+
+    def came_later(self, names: Iterable[SavedName]) -> None:
+        """Names that came after the image was made, of which guests may have been told or not:
+        those that are gone are told as gone, the others once more.
+        """
+        for saved in names:
+            node = self.table.inodes.get(saved.directory)
+            if node is None or node.listing is None or saved.name in node.listing.names:
+                continue
+            try:
+                with self._export.table.directory(node) as dir_fd:
+                    os.stat(saved.name, dir_fd=dir_fd, follow_symlinks=False)
+            except OSError:
+                node.listing.names[saved.name] = self._known(saved)
 
     def _watch_descriptors(self) -> dict[Inode, int]:
         wds = {self._get(nodeid): wd for nodeid, wd in self._saved.watches}

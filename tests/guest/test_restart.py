@@ -229,6 +229,7 @@ def test_upgrades_under_load(place: tuple[Kept, Guest]) -> None:
     assert not failures
     assert int(rounds) > 20
     (state,) = status(vm)["guests"]
+    print("LOG", (server.share.paths[0].parent / "log").read_text()[-6000:], state)
     assert state["refused"] == 0
     assert state["failed"] == 0
 
@@ -268,7 +269,19 @@ def test_kills_under_load(place: tuple[Kept, Guest]) -> None:
         (told.add if event in ("CREATE", "MOVED_TO") else told.discard)(name)
     (state,) = status(vm)["guests"]
     print(state)
+    print("LOG", (server.share.paths[0].parent / "log").read_text())
     there = set(os.listdir(folder))
     print("missing", sorted(there - told)[:20], "too many", sorted(told - there)[:20])
+    for name in sorted(there - told)[:6]:
+        n = name[3:]
+        print(
+            name,
+            [
+                (i, x)
+                for i, x in enumerate(watcher.stdout.splitlines())
+                if x.endswith((f" one{n}", f" two{n}"))
+            ],
+        )
+    print(len(watcher.stdout.splitlines()))
     assert told == there
     assert state["refused"] == 0
