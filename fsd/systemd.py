@@ -52,6 +52,7 @@ class Manager:
                 self._socket.sendmsg([state.encode()], rights)
             except OSError as error:
                 log.warning("the service manager cannot be told", state=state, reason=str(error))
+                self.stores = False  # it is gone
 
 
 class Store:
