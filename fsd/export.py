@@ -155,6 +155,8 @@ class Export:
         self._change()
         had = self.interest.of(guest, inode)
         before, after = self.interest.update(guest, inode, mask)
+        if isinstance(guest, ReplayGuest) and had != mask:
+            guest.on_mark(0 if inode is None else inode.nodeid, int(mask))
         if inode is None:
             if before != after:
                 self._cover(self.table.root, announce=False)

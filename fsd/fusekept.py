@@ -24,7 +24,7 @@ from .journal import Journal, JournalError
 from .systemd import Store
 
 log = structlog.get_logger()
-_AGREED, _NODE, _HANDLE, _LISTING, _AGENT, _OWNER = range(1, 7)
+_AGREED, _NODE, _HANDLE, _LISTING, _AGENT, _OWNER, _MARK = range(1, 8)
 _INIT = struct.Struct("<IQ")  # minor version, flags
 _ROW = struct.Struct("<IqQIIQB")  # SavedInode but for nodeid, handle and name
 _OPEN = struct.Struct("<BIQ")  # type, flags, nodeid
@@ -83,11 +83,17 @@ class KeptSession:
         self.handles: dict[int, Opened] = {}
         self.listings: dict[int, Listing] = {}
         self.owners: dict[int, Owner] = {}
+        self.marks: dict[int, int] = {}
+        """What the guest's agent has said: nodeid (0 = all), mask."""
         self.agreed: Agreed | None = None
         self.agent = 0
         """The process number of the guest's agent."""
-        for (kind, number), record in self._journal.records.items():
-            self._read(kind, number, record.value, record.count)
+        try:
+            for (kind, number), record in self._journal.records.items():
+                self._read(kind, number, record.value, record.count)
+        except (struct.error, ValueError, TypeError) as error:  # of another version
+            log.error("a guest's session cannot be taken over", share=name, error=str(error))
+            self.clear()
         self._journal.records.clear()
         self.fds = self._descriptors()
         """Open files of the server before, by handle: whoever takes them out is their owner."""
@@ -118,6 +124,8 @@ class KeptSession:
             self.listings[number] = list(_entries(value))
         elif kind == _OWNER:
             self.owners[number] = Owner(*_LOCKS.unpack(value))
+        elif kind == _MARK:
+            self.marks[number] = count
         elif kind == _AGREED:
             self.agreed = Agreed(*_INIT.unpack(value))
         elif kind == _AGENT:
@@ -148,7 +156,14 @@ class KeptSession:
         """All is taken over that can be: forget the rest."""
         for fd in self.fds.values():
             os.close(fd)
-        for left in (self.fds, self.nodes, self.handles, self.listings, self.owners):
+        for left in (
+            self.fds,
+            self.nodes,
+            self.handles,
+            self.listings,
+            self.owners,
+            self.marks,
+        ):
             left.clear()
 
     # What happens
@@ -164,6 +179,7 @@ class KeptSession:
             self._release(fh)
         self._places.clear()
         self._journal.clear()
+        self.agreed = None
 
     def node(self, table: InodeTable, inode: Inode, count: int) -> None:
         """The guest's kernel holds so many references."""
@@ -217,6 +233,13 @@ class KeptSession:
     def _release(self, fh: int) -> None:
         self._held.discard(fh)
         self._store.drop(f"{self._name}-fh{fh}")
+
+    def marked(self, nodeid: int, mask: int) -> None:
+        """The guest's interest in a node; 0 = none any more."""
+        if (_MARK, nodeid) in self._journal or not mask:
+            self._journal.count(_MARK, nodeid, mask)
+        else:
+            self._journal.put(_MARK, nodeid, b"", mask)
 
     def replayer(self, pid: int) -> None:
         """The agent's process, whose calls must not reach the host; 0 = there is none."""

@@ -76,6 +76,8 @@ class Nodes:
         self._limit = limit
         self._kept = kept
         self._held: dict[int, int] = {}  # nodeid -> its lookup count
+        if kept is not None:
+            self._table.on_moved.append(self._moved)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -85,6 +87,16 @@ class Nodes:
         held, self._held = self._held, {}
         for nodeid, count in held.items():
             self._service.forget(nodeid, count)
+
+    def end(self) -> None:
+        """The session is over."""
+        if self._kept is not None:
+            self._table.on_moved.remove(self._moved)
+
+    def _moved(self, inode: Inode) -> None:
+        count = self._held.get(inode.nodeid)
+        if count and self._kept is not None:
+            self._kept.node(self._table, inode, count)
 
     def check(self, nodeid: int) -> None:
         """Raises OSError ESTALE for a node that the guest does not hold."""

@@ -148,7 +148,7 @@ class Journal:
     def count(self, kind: int, number: int, count: int) -> None:
         """Change a record's count; 0 removes it."""
         key = (kind, number)
-        place = self._places[key] if count else self._forget(key)
+        place = self._places.get(key) if count else self._forget(key)
         if place is not None:
             os.pwrite(self.fd, _COUNT.pack(count), place.count_at)
 

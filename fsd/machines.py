@@ -210,6 +210,9 @@ def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: boo
     for name, session in kept.items():
         guest = mounts.get(name) or SavedGuest(GuestKind.MOUNT, name, events=int(EVENTS))
         guest.nodes = {nodeid: count for nodeid, (_, count) in session.nodes.items()}
+        if not is_last:
+            marks = session.marks.items()
+            guest.marks = [mark for mark in marks if mark[0] in rows or mark[0] <= ROOT_ID]
         guests.append(guest)
     saved.guests = guests
     saved.names = [row for row in saved.names if row.directory in rows or row.directory == ROOT_ID]

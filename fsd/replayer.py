@@ -74,6 +74,7 @@ class ReplayGuest(Guest):
         "is_paused",
         "ledger",
         "on_agent",
+        "on_mark",
         "pid",
         "waiting_until",
     )  # fmt: skip
@@ -86,6 +87,8 @@ class ReplayGuest(Guest):
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
         self.on_agent: Callable[[int], None] = _nobody
         """Told the agent's number whenever that changes."""
+        self.on_mark: Callable[[int, int], None] = _nobody_marks
+        """Told of each change of interest: nodeid (0 = all), mask."""
         self.is_paused = False  # no orders are given, those that were are still answered
         self._held: deque[_Held] = deque()
         # Of each inode, the OPENs (None) and CLOSEs (True = for writing) among the held events
@@ -495,6 +498,10 @@ directory keeps a name of its own, by which what happens in it can still be told
 
 def _nobody(pid: int) -> None:
     """Nobody wants to know."""
+
+
+def _nobody_marks(nodeid: int, mask: int) -> None:
+    """Nobody writes interest down."""
 
 
 def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:

@@ -78,6 +78,7 @@ class ExportSession:
         self.guest = export.add_replayer(name)
         if options.kept is not None:
             self.guest.on_agent = options.kept.replayer
+            self.guest.on_mark = options.kept.marked
         self._service = Service(export, self.guest)
         self._session = FuseSession(self._service, loop, options)
         self.nodes = self._session.nodes
@@ -90,6 +91,7 @@ class ExportSession:
     def close(self) -> None:
         """The guest has gone, and all that it held with it."""
         self._session.close()
+        self.nodes.end()
         self._service.close()
         self._export.remove_guest(self.guest)
 

@@ -272,6 +272,8 @@ class Device:
             for name in ("kick", "call", "err"):
                 ring.drop_fd(name)
             ring.noted = None
+            for left in (ring.in_flight, ring.held, ring.again):
+                left.clear()
         self._memory = GuestMemory()
         if self._inflight is not None:
             self._inflight.close()
