@@ -83,6 +83,7 @@ class Export:
         self.lock_waiters = LockWaiters()
         self.arming = Arming(self)
         self.counts: Counter[str] = Counter()
+        self.kinds: Counter[tuple[str, int]] = Counter()
         self.unwatched: dict[Inode, str] = {}  # wanted, but the host gave no watch: why
         self._care: dict[Inode, Inode] = {}  # watched object -> the directory that names it
         self._cared_for: Counter[Inode] = Counter()
@@ -322,6 +323,7 @@ class Export:
     def _handle(self, event: Event) -> None:
         self.counts["in"] += 1
         self._change()
+        self.kinds["in", event.kind] += 1
         if event.mask & _OVERFLOW:
             self.counts["overflows"] += 1
             self._resync(self.watcher.inodes())
@@ -365,10 +367,10 @@ class Export:
             if not halves:
                 continue
             if guest is event.origin:
-                guest.counts["echo"] += 1
+                guest.count("echo", event.mask)
                 continue
             self.counts["forwarded"] += 1
-            guest.counts["forwarded"] += 1
+            guest.count("forwarded", event.mask)
             guest.offer(event, halves)
 
     def _candidates(self, event: Event) -> list[Guest]:

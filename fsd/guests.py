@@ -34,8 +34,8 @@ class Guest(Origin):
     """One guest: its counters, and what it missed while its outbox was full."""
 
     __slots__ = (
-        "counts", "events", "latencies", "limit", "max_depth", "missed", "missing", "number",
-        "via", "wake",
+        "counts", "events", "kinds", "latencies", "limit", "max_depth", "missed", "missing",
+        "number", "via", "wake",
     )  # fmt: skip
 
     def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:
@@ -44,6 +44,7 @@ class Guest(Origin):
         self.limit = limit
         self.events = EVENTS
         self.counts: Counter[str] = Counter()
+        self.kinds: Counter[tuple[str, int]] = Counter()  # what of counts is events: by their bits
         self.latencies: deque[float] = deque(maxlen=4096)  # seconds, host event to delivered
         self.missed: dict[tuple[Inode, bytes], Missed] = {}
         self.missing = False  # events are noted, not queued
@@ -86,18 +87,15 @@ class Guest(Origin):
             else:
                 self.missed[node, name] = Missed(old.before, old.mask | event.mask)
 
+    def count(self, what: str, mask: int, times: int = 1) -> None:
+        """Count what became of an event."""
+        self.counts[what] += times
+        self.kinds[what, mask & 0xFFF] += times
+
     def delivered(self, mask: int, latency: float) -> None:
         """Count an event as delivered, ``latency`` seconds after it was read from the host."""
-        self.counts["replayed"] += 1
-        for name, bit in _NAMED_BITS:
-            if mask & bit:
-                self.counts[f"replayed.{name}"] += 1
+        self.count("replayed", mask)
         self.latencies.append(latency)
-
-
-_NAMED_BITS = [
-    (mask.name.lower(), int(mask)) for mask in Mask if mask & EVENTS and mask.name is not None
-]
 
 
 def _nothing() -> None:

@@ -23,6 +23,7 @@ from .export import Export
 from .fusesession import SessionOptions
 from .mount_agent import AgentError, AgentProcess
 from .saving import Saver, open_export
+from .scheduling import shorten_turns
 from .service import Service
 from .statefile import StateFile, state_directory, state_path
 from .transports.fuse import FuseDoor
@@ -132,6 +133,7 @@ class Mounted:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
         options = self._options
         _raise_file_limit()
+        shorten_turns()
         os.umask(0)  # the guest's kernel applies its callers' umask
         with (
             trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,

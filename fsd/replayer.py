@@ -204,8 +204,7 @@ class ReplayGuest(Guest):
         self._settle()
         if task is None or task.event is None:
             return None
-        self.counts["failed"] += 1
-        self.counts[f"failed.{Op(task.order.op).name.lower()}"] += 1
+        self.count("failed", task.event.mask)
         return task.event
 
     def _settle(self) -> None:
@@ -253,7 +252,7 @@ class ReplayGuest(Guest):
             follows = any(event.implied_by is named for named in self._recent)
         else:
             follows = event.implied
-        self.counts["coalesced"] += follows
+        self.count("coalesced", event.mask, follows)
         return follows
 
     # Planning

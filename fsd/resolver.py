@@ -48,6 +48,8 @@ RENAME_WAIT = 0.005
 microseconds apart, unless the renaming process is preempted between them."""
 RENAME_WINDOW = 128
 """Events behind a MOVED_FROM after which its other half is no longer expected."""
+UNLINKED_LIMIT = 1024
+"""Lost names that are remembered: a file that is still open goes on having events under its."""
 
 
 class Resolver:
@@ -64,6 +66,7 @@ class Resolver:
         self._implied: dict[int, Event | None] = {}
         self._ended: dict[int, tuple[Inode, bool]] = {}  # by DELETE: what it was, whether it died
         self._lost_link: Inode | None = None  # the last arrival was its ATTRIB
+        self._unlinked: dict[tuple[Inode, bytes], Inode] = {}  # oldest first
 
     def next(self) -> Iterator[Event]:
         """Events of the next arrival (none, one, or more). ``waiting_until`` is set, and nothing
@@ -299,6 +302,7 @@ class Resolver:
         before = names.get(name)
         if replaced is not None:
             event.replaced = replaced
+            self._remember_unlinked(node, name, replaced)
             if own.lost is None:  # else it says so itself, and to look would delay its end
                 event.nlink = self._links_before(replaced)
         if event.node2 is None:
@@ -318,6 +322,7 @@ class Resolver:
             self._table.displace(node, name, removed)
             if (removed.parent, removed.name) == (node, name):
                 removed.parent = None  # other links may be left, at names that nobody looked up
+            self._remember_unlinked(node, name, removed)
         elif mask & _MOVED_FROM:
             names.pop(name, None)
             child = self._known_child(node, name, before)
@@ -357,13 +362,26 @@ class Resolver:
             event.child = ghost
         else:
             child = self._known_child(node, name, before)
-            if child is not None and child.is_dir != bool(mask & _ISDIR):
-                # A file that is still open under a name that stands for another by now.
-                event.child = self._gone(node, name, mask)
+            if child is None:
+                child = self._look(node, arrival)
+            lost = None if mask & _ISDIR else self._unlinked.get((node, name))
+            is_lost = lost is not None and before is None and child.is_placeholder
+            if is_lost or child.is_dir != bool(mask & _ISDIR):
+                # A file that is still open under a name that it has no more.
+                event.child = lost or self._gone(node, name, mask)
                 return event
-            event.child = self._touched(event, arrival, child or self._look(node, arrival))
-            names[name] = of_inode(event.child)
+            event.child = self._touched(event, arrival, child, lost)
+            if event.child is not lost:
+                names[name] = of_inode(event.child)
         return event
+
+    def _remember_unlinked(self, node: Inode, name: bytes, removed: Inode) -> None:
+        if removed.is_dir:
+            return
+        self._unlinked.pop((node, name), None)
+        self._unlinked[node, name] = removed
+        if len(self._unlinked) > UNLINKED_LIMIT:
+            del self._unlinked[next(iter(self._unlinked))]
 
     def _deleted(self, event: Event, arrival: Arrival, before: Known | None) -> Inode:
         """What a DELETE removed."""
@@ -404,8 +422,10 @@ class Resolver:
             return inode
         return None
 
-    def _touched(self, event: Event, arrival: Arrival, child: Inode) -> Inode:
-        """What an event of a name's object is about, given what the name is taken for."""
+    def _touched(self, event: Event, arrival: Arrival, child: Inode, lost: Inode | None) -> Inode:
+        """What an event of a name's object is about, given what the name is taken for, and what
+        it stood for last.
+        """
         bits = event.kind
         wd = self._watcher.wd_of(child)
         if not int(self._watcher.mask_of(child)) & bits:
@@ -421,6 +441,8 @@ class Resolver:
         if not self._own_events.expected(child, bits, arrival):
             event.twin = True
             return child
+        if lost is not None:
+            return lost
         self._table.displace(event.node, event.name, child)
         return self._gone(event.node, event.name, event.mask)
 

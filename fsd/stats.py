@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,19 @@ def snapshot(export: Export, viewer: Guest | None = None) -> dict[str, Any]:
         ],
         "backlog": export.watcher.backlog,
         "counts": dict(export.counts),
+        "by_kind": _by_kind(export.kinds),
         "guests": [_guest(export, guest) for guest in _seen_by(viewer, export.guests)],
     }
+
+
+def _by_kind(kinds: Counter[tuple[str, int]]) -> dict[str, dict[str, int]]:
+    """{kind of event: {what became of it: how often}}; a rename is of two kinds."""
+    table: dict[str, dict[str, int]] = {}
+    for (what, bits), times in kinds.items():
+        for kind in masks.names(bits) if times else ():
+            row = table.setdefault(kind, {})
+            row[what] = row.get(what, 0) + times
+    return table
 
 
 def _seen_by(viewer: Guest | None, guests: list[Guest]) -> list[Guest]:
@@ -88,9 +100,7 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
         "overflows": counts["overflows"],
         "resyncs": counts["resyncs"],
         "refused": counts["refused"],
-        "by_kind": {
-            k: n for k, n in sorted(counts.items()) if k.startswith(("replayed.", "failed."))
-        },
+        "by_kind": _by_kind(guest.kinds),
         "latency_ms": {
             "p50": _milliseconds(percentile(guest.latencies, 0.5)),
             "p99": _milliseconds(percentile(guest.latencies, 0.99)),

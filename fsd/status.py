@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from protocol import masks
+
 
 def mounts() -> list[str]:
     """Where fsd is mounted, as this process sees it."""
@@ -48,6 +50,7 @@ def render(path: str, state: dict[str, Any]) -> None:
     guests = state["guests"]
     for start in range(0, len(guests), _BESIDE):
         console.print(_table(guests[start : start + _BESIDE]))
+    console.print(_by_kind([state, *guests]))
 
 
 def _table(guests: list[dict[str, Any]]) -> Table:
@@ -57,13 +60,28 @@ def _table(guests: list[dict[str, Any]]) -> Table:
     for guest in guests:
         table.add_column(escape(guest["name"]), justify="right", overflow="fold")
     rows = [(title, [guest.get(key) for guest in guests]) for title, key in _ROWS]
-    kinds = sorted({kind for guest in guests for kind in guest["by_kind"]})
-    rows += [
-        (kind.replace(".", " "), [g["by_kind"].get(kind, 0) for g in guests]) for kind in kinds
-    ]
     rows += [(f"{p} ms", [guest["latency_ms"][p] for guest in guests]) for p in ("p50", "p99")]
     for title, cells in rows:
         table.add_row(title, *map(_cell, cells))
+    return table
+
+
+_FATES = (
+    ("in", "in"), ("forwarded", "forwarded"), ("own echo", "echo"), ("coalesced", "coalesced"),
+    ("replayed", "replayed"), ("failed", "failed"),
+)  # fmt: skip
+
+
+def _by_kind(states: list[dict[str, Any]]) -> Table:
+    """What became of the events of each kind, all guests together (--json has them apart)."""
+    table = Table()
+    table.add_column("events")
+    for title, _ in _FATES:
+        table.add_column(title, justify="right")
+    for kind in masks.names(int(masks.EVENTS)):
+        rows = [state["by_kind"][kind] for state in states if kind in state["by_kind"]]
+        if rows:
+            table.add_row(kind, *(str(sum(row.get(key, 0) for row in rows)) for _, key in _FATES))
     return table
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from protocol.fdinfo import MarkInfo, parse_fanotify, parse_fdinfo, parse_flags
+from protocol.masks import Mask
 
 from . import epoll, notify
 from .errors import Failure
@@ -38,6 +39,7 @@ _LINKS = {
     "anon_inode:[fanotify]": "fanotify",
     "anon_inode:[eventpoll]": "epoll",
 }
+_FLAGS = int(Mask.ONESHOT | Mask.EXCL_UNLINK)
 _TRIES = 10
 """Readings of a process that goes on changing; each takes a millisecond or so."""
 
@@ -61,6 +63,8 @@ def checkpoint(
             state = reader.read(search)
             if take_events:
                 state = reader.take(state)
+            if any(isinstance(file, Inotify) for file in state.files) and not _shows_flags():
+                warn("IN_ONESHOT and IN_EXCL_UNLINK are not saved: Linux shows them from 5.19 on")
             for file in state.files:
                 if not isinstance(file, Epoll) and file.queue.size > len(file.queue.events):
                     warn(
@@ -70,6 +74,18 @@ def checkpoint(
             return state
     finally:
         os.close(pidfd)
+
+
+def _shows_flags() -> bool:
+    """Whether this kernel's fdinfo has IN_ONESHOT and IN_EXCL_UNLINK: Linux 5.19."""
+    memory, instance = os.memfd_create("trial"), notify.inotify_init(os.O_CLOEXEC)
+    try:
+        notify.add_watch(instance, notify.fd_path(memory), Mask.MODIFY | _FLAGS)
+        (mark,) = parse_fdinfo(notify.fdinfo(instance))
+    finally:
+        os.close(instance)
+        os.close(memory)
+    return mark.mask & _FLAGS == _FLAGS
 
 
 def _pidfd(pid: int) -> int:
@@ -108,28 +124,34 @@ class _Reader:
             raise Failure(f"process {self._pid} has no inotify, fanotify or epoll descriptor")
         groups = self._groups(list(texts))
         numbers = {fd: number for number, fds in enumerate(groups, 1) for fd in fds}
-        marks = [mark for fds in groups for mark in parse_fdinfo(texts[fds[0]][1])]
-        self._locate(marks, search)
+        marks = {fds[0]: list(parse_fdinfo(texts[fds[0]][1])) for fds in groups}
+        self._locate([mark for part in marks.values() for mark in part], search)
         files: list[File] = [
-            self._file(number, fds[0], *texts[fds[0]], numbers)
+            self._file(number, fds[0], *texts[fds[0]], marks[fds[0]], numbers)
             for number, fds in enumerate(groups, 1)
         ]
         descriptors = [
             Descriptor(fd, bool(parse_flags(texts[fd][1]) & os.O_CLOEXEC), numbers[fd])
             for fd in sorted(texts)
         ]
-        sdevs = dict.fromkeys(mark.sdev for mark in marks if mark.sdev)
-        sdevs.update(
-            (mark.sdev, None)
-            for file in files
-            if isinstance(file, Fanotify)
-            for mark in file.marks
-            if isinstance(mark, MountMark)
-        )
-        known = (self._mounts.filesystem(sdev) for sdev in sdevs)
-        filesystems: list[FileSystem] = [filesystem for filesystem in known if filesystem]
         command = os.fsencode(process_name(self._pid))
+        filesystems = self._filesystems(files)
         return State(self._pid, command, os.uname().release, filesystems, files, descriptors)
+
+    def _filesystems(self, files: list[File]) -> list[FileSystem]:
+        """Those that marks are on."""
+        sdevs: dict[int, None] = {}
+        for file in files:
+            if isinstance(file, Inotify):
+                sdevs.update((watch.object.identity.sdev, None) for watch in file.watches)
+            elif isinstance(file, Fanotify):
+                for mark in file.marks:
+                    if isinstance(mark, ObjectMark):
+                        sdevs[mark.object.identity.sdev] = None
+                    else:
+                        sdevs[mark.sdev] = None
+        known = (self._mounts.filesystem(sdev) for sdev in sdevs)
+        return [filesystem for filesystem in known if filesystem]
 
     def _stable_texts(self) -> dict[int, tuple[str, str]]:
         """For each descriptor its kind and its fdinfo, as they are at one moment."""
@@ -174,7 +196,15 @@ class _Reader:
 
     # Files
 
-    def _file(self, number: int, fd: int, kind: str, text: str, numbers: dict[int, int]) -> File:
+    def _file(
+        self,
+        number: int,
+        fd: int,
+        kind: str,
+        text: str,
+        marks: list[MarkInfo],
+        numbers: dict[int, int],
+    ) -> File:
         own = notify.take_descriptor(self._pidfd, fd)
         try:
             flags, owner = fcntl.fcntl(own, fcntl.F_GETFL), notify.owner(own)
@@ -187,7 +217,6 @@ class _Reader:
                 return numbers.get(fd, 0) if pid == self._pid else 0
 
             return Epoll(number, flags, owner, epoll.targets(self._pid, fd, text, file_of))
-        marks = list(parse_fdinfo(text))
         if kind == "inotify":
             watches = [Watch(m.wd, m.mask, m.ignored_mask, self._object(m)) for m in marks]
             watches.sort()
@@ -230,9 +259,10 @@ class _Reader:
             for sdev, ino, path in self._mounts.search(top, wanted):
                 self._located[numbers[sdev, ino]] = path, False
         if wanted:
+            lost = sum(not self._mounts.decodable(sdev) for sdev, _ in wanted)
             self._warn(
-                f"{len(wanted)} watched files have no path that is known, and can be found by "
-                "their handles only; --search DIR looks for them"
+                f"{len(wanted)} watched files have no path that is known, of which {lost} cannot "
+                "be found again by handle; --search DIR looks for them"
             )
 
     def _object(self, mark: MarkInfo) -> Object:

@@ -122,6 +122,7 @@ def _restore(arguments: argparse.Namespace) -> int:
             os.lseek(memory, 0, os.SEEK_SET)
             os.set_inheritable(memory, True)
             variable += [f"{fd}:{memory}" for fd in state.fds(file.id)]
+    os.environ.pop(EVENTS_VARIABLE, None)
     if variable:
         os.environ[EVENTS_VARIABLE] = ",".join(variable)
     stderr = restorer.park(os.dup(2))  # which may be one of the state's numbers

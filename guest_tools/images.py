@@ -19,10 +19,9 @@ import hashlib
 import os
 import shutil
 import struct
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import NoReturn, TypeVar, Union
+from typing import NoReturn, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -30,7 +29,7 @@ from protocol import images
 from protocol.images import ImageError
 
 from . import watcher_pb2 as pb
-from .notify import Owner, words
+from .notify import Owner, from_words, to_words
 from .state import (
     Descriptor,
     Epoll,
@@ -57,11 +56,9 @@ _MAGICS = {FILES: 0x5630_3138, FDINFO: 0x5621_3732}
 _HEAD = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
 _INT_MAX = (1 << 31) - 1
-_HANDLE_MAX = 128  # MAX_HANDLE_SZ
 _FD_CLOEXEC = 1
 
 M = TypeVar("M", bound=Message)
-_AnyMark = Union[ObjectMark, MountMark, FileSystemMark]
 
 
 def check_free(directory: str) -> None:
@@ -75,27 +72,37 @@ def check_free(directory: str) -> None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), parent) from None
 
 
-def write(directory: str, state: State) -> None:
-    """Put a state into a directory that is new or empty: all of it or nothing. Raises OSError."""
-    check_free(directory)
+def bodies(state: State) -> tuple[bytes, bytes, bytes]:
+    """What process.img, files.img and fdinfo.img hold."""
     files = _stream(FILES, (_file_entry(file) for file in state.files))
     fdinfo = _stream(FDINFO, _fdinfo_entries(state))
+    files_sha256, fdinfo_sha256 = digests(files, fdinfo)
     process = pb.process_entry(
         pid=state.pid,
         command=state.command,
         kernel=state.kernel,
-        files_sha256=hashlib.sha256(files).digest(),
-        fdinfo_sha256=hashlib.sha256(fdinfo).digest(),
+        files_sha256=files_sha256,
+        fdinfo_sha256=fdinfo_sha256,
         filesystem=[
             pb.filesystem_entry(s_dev=f.sdev, fstype=f.fstype, source=f.source, fsid=f.fsid)
             for f in state.filesystems
         ],
     )
-    bodies = {PROCESS: process.SerializeToString(), FILES: files, FDINFO: fdinfo}
+    return process.SerializeToString(), files, fdinfo
+
+
+def digests(files: bytes, fdinfo: bytes) -> tuple[bytes, bytes]:
+    """What process.img says of the other two."""
+    return hashlib.sha256(files).digest(), hashlib.sha256(fdinfo).digest()
+
+
+def write(directory: str, state: State) -> None:
+    """Put a state into a directory that is new or empty: all of it or nothing. Raises OSError."""
+    check_free(directory)
     target = os.path.abspath(directory)
     scratch = tempfile.mkdtemp(prefix=".checkpoint-", dir=os.path.dirname(target))
     try:
-        for kind, body in bodies.items():
+        for kind, body in zip((PROCESS, FILES, FDINFO), bodies(state)):
             with open(os.path.join(scratch, f"{kind}.img"), "xb") as image:
                 image.write(images.pack(kind, VERSION, body))
                 image.flush()
@@ -108,17 +115,17 @@ def write(directory: str, state: State) -> None:
 
 def read(directory: str) -> State:
     """The state in a directory. Raises OSError, and ImageError, which names the file."""
-    bodies = {}
+    found = []
     for kind in (PROCESS, FILES, FDINFO):
         path = os.path.join(directory, f"{kind}.img")
         with open(path, "rb") as image:
             data = image.read()
         try:
-            bodies[kind] = images.unpack(data, kind, VERSION)
+            found.append(images.unpack(data, kind, VERSION))
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from None
     try:
-        return parse(bodies[PROCESS], bodies[FILES], bodies[FDINFO])
+        return parse(*found)
     except ImageError as error:
         raise ImageError(f"{directory}: {error}") from None
 
@@ -126,9 +133,7 @@ def read(directory: str) -> State:
 def parse(process_body: bytes, files_body: bytes, fdinfo_body: bytes) -> State:
     """The state of the three bodies. Raises ImageError."""
     process = _message(pb.process_entry, process_body)
-    digests = process.files_sha256, process.fdinfo_sha256
-    found = tuple(hashlib.sha256(body).digest() for body in (files_body, fdinfo_body))
-    if found != digests:
+    if digests(files_body, fdinfo_body) != (process.files_sha256, process.fdinfo_sha256):
         _refuse("the images are of different checkpoints")
     files = [_file(entry) for entry in _entries(FILES, files_body, pb.file_entry)]
     types = {file.id: _type(file) for file in files}
@@ -149,7 +154,7 @@ def parse(process_body: bytes, files_body: bytes, fdinfo_body: bytes) -> State:
     return State(
         process.pid,
         process.command,
-        process.kernel,
+        _text(process.kernel),
         [FileSystem(f.s_dev, f.fstype, f.source, f.fsid) for f in process.filesystem],
         files,
         descriptors,
@@ -262,7 +267,7 @@ def _wd_entry(watch: Watch) -> pb.inotify_wd_entry:
 def _fh_entry(thing: Object) -> pb.fh_entry:
     identity = thing.identity
     entry = pb.fh_entry(
-        bytes=len(identity.handle), type=identity.handle_type, handle=words(identity.handle)
+        bytes=len(identity.handle), type=identity.handle_type, handle=to_words(identity.handle)
     )
     if identity.handle:
         entry.kind = pb.DECODABLE if thing.decodable else pb.ENCODABLE
@@ -376,20 +381,28 @@ def _watch(entry: pb.inotify_wd_entry) -> Watch:
 
 
 def _object(sdev: int, ino: int, entry: pb.fh_entry) -> Object:
-    if entry.bytes > _HANDLE_MAX or entry.bytes > 8 * len(entry.handle):
-        _refuse(f"a file handle cannot have {entry.bytes} bytes")
     if entry.type > _INT_MAX:
         _refuse("a file handle's type is out of range")
-    handle = b"".join(word.to_bytes(8, sys.byteorder) for word in entry.handle)[: entry.bytes]
+    try:
+        handle = from_words(entry.handle, entry.bytes)
+    except ValueError as error:
+        _refuse(str(error))
     identity = Identity(sdev, ino, entry.type, handle)
     return Object(identity, entry.kind == pb.DECODABLE, _path(entry), entry.deleted)
 
 
 def _path(entry: pb.fh_entry | pb.fanotify_mount_mark_entry) -> bytes:
-    path = entry.raw_path or entry.path.encode()
+    path = entry.raw_path or _text(entry.path).encode()
     if b"\0" in path or (path and not path.startswith(b"/")):
         _refuse("a path is no absolute path")
     return path
+
+
+def _text(value: str) -> str:
+    """A string; protobuf's C library gives bytes where it is not UTF-8."""
+    if not hasattr(value, "encode"):
+        _refuse("a string is not UTF-8")
+    return value
 
 
 def _mark(entry: pb.fanotify_mark_entry) -> FanotifyMark:

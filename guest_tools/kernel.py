@@ -64,7 +64,7 @@ def make_writable(mount_fd: int) -> None:
 
 
 def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int) -> int:
-    """open_by_handle_at(2); ``mount_fd`` must not be O_PATH. Raises OSError, EPERM where the
+    """open_by_handle_at(2); ``mount_fd``: not O_PATH, or AT_FDCWD. Raises OSError, EPERM where the
     process lacks CAP_DAC_READ_SEARCH.
     """
     data = struct.pack("=Ii", len(handle), kind) + handle

@@ -10,8 +10,8 @@ import errno
 import fcntl
 import os
 import struct
-import sys
 import termios
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -22,10 +22,13 @@ _INOTIFY_IOC_SETNEXTWD = 0x4004_4900  # _IOW('I', 0, __s32)
 _F_SETOWN_EX, _F_GETOWN_EX, _F_SETSIG, _F_GETSIG, _F_GETOWNER_UIDS = 15, 16, 10, 11, 17
 _EPOLL_CTL_ADD = 1
 _AT_FDCWD = -100
+_WORDS = struct.Struct("=16Q")  # MAX_HANDLE_SZ
 _AT_EMPTY_PATH = 0x1000
 _FAN_MARK_ADD = 1
 
 IN_MASK_CREATE = 0x1000_0000
+FAN_PERMISSION = 0x17_0000
+"""FAN_OPEN_PERM, FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM, FAN_PRE_ACCESS."""
 FAN_MARK_MOUNT, FAN_MARK_FILESYSTEM = 0x10, 0x100
 FAN_MARK_IGNORED_MASK, FAN_MARK_EVICTABLE, FAN_MARK_IGNORE = 0x20, 0x200, 0x400
 
@@ -131,6 +134,13 @@ def add_watch(fd: int, path: str, mask: int) -> int:
     return _check(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)))
 
 
+def why_not(error: OSError) -> str:
+    """Why a file cannot be watched, for people."""
+    if error.errno == errno.ENOSPC:  # inotify(7)
+        return "the user's limit of watches (fs.inotify.max_user_watches) is reached"
+    return f"it cannot be watched: {error.strerror}"
+
+
 def remove_watch(fd: int, wd: int) -> None:
     """inotify_rm_watch(2)."""
     _check(_libc.inotify_rm_watch(fd, wd))
@@ -184,7 +194,13 @@ def has_decodable_handles(fd: int) -> bool:
     return result == 0 or ctypes.get_errno() == errno.EOVERFLOW
 
 
-def words(handle: bytes) -> list[int]:
-    """A handle as CRIU keeps it: 64-bit words of the machine's order, 16 at least."""
-    padded = handle.ljust(max(128, (len(handle) + 7) // 8 * 8), b"\0")
-    return [int.from_bytes(padded[i : i + 8], sys.byteorder) for i in range(0, len(padded), 8)]
+def to_words(handle: bytes) -> tuple[int, ...]:
+    """A handle as CRIU keeps it: 64-bit words of the machine's order, 16 for the longest."""
+    return _WORDS.unpack(handle.ljust(_WORDS.size, b"\0"))
+
+
+def from_words(words: Sequence[int], size: int) -> bytes:
+    """The handle of ``size`` bytes. Raises ValueError where the words hold none of that size."""
+    if size > _WORDS.size or size > 8 * len(words):
+        raise ValueError(f"a file handle cannot have {size} bytes")
+    return struct.pack(f"={len(words)}Q", *words)[:size]

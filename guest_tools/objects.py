@@ -23,6 +23,7 @@ from .kernel import open_by_handle
 from .state import FileSystem, Identity, Object
 
 _DELETED = b" (deleted)"
+_AT_FDCWD = -100
 _OPEN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -45,7 +46,11 @@ class Mounts:
         self._root = b"" if pid is None else b"/proc/%d/root" % pid
         with open(f"/proc/{'self' if pid is None else pid}/mountinfo", "rb") as table:
             self._mounts = [_mount(line) for line in table]
+        self._by_sdev: dict[int, list[Mount]] = {}
+        for mount in sorted(self._mounts, key=lambda mount: mount.root != b"/"):
+            self._by_sdev.setdefault(mount.sdev, []).append(mount)
         self._opened: dict[int, int] = {}  # mnt_id -> descriptor, -1: it cannot be had
+        self._home = os.open(".", os.O_PATH | os.O_CLOEXEC)
         self._filesystems: dict[int, tuple[FileSystem, bool] | None] = {}
 
     def __enter__(self) -> Mounts:
@@ -56,53 +61,38 @@ class Mounts:
             if fd >= 0:
                 os.close(fd)
         self._opened.clear()
+        os.close(self._home)
 
     def by_id(self, mnt_id: int) -> Mount | None:
         """The mount with that id."""
         return next((mount for mount in self._mounts if mount.mnt_id == mnt_id), None)
 
-    def all(self) -> list[Mount]:
-        """All of them."""
-        return self._mounts
+    def devices(self, fstype: bytes, source: bytes) -> set[int]:
+        """The file systems of that type and source, by device."""
+        return {mount.sdev for mount in self._mounts if mount[4:] == (fstype, source)}
 
     def of(self, sdev: int) -> Iterator[tuple[Mount, int]]:
         """The mounts of a file system, and descriptors of their roots: those that show all of it
         come first.
         """
-        mounts = [mount for mount in self._mounts if mount.sdev == sdev]
-        for mount in sorted(mounts, key=lambda mount: mount.root != b"/"):
+        for mount in self._by_sdev.get(sdev, ()):
             fd = self._open(mount)
             if fd >= 0:
                 yield mount, fd
 
     def _open(self, mount: Mount) -> int:
         if mount.mnt_id not in self._opened:
-            self._opened[mount.mnt_id] = fd = self._try(mount)
-            # Another mount may lie over it.
-            if fd >= 0 and mount_id(fd) != mount.mnt_id:
-                os.close(fd)
-                self._opened[mount.mnt_id] = -1
+            self._opened[mount.mnt_id] = self._try(mount)
         return self._opened[mount.mnt_id]
 
     def _try(self, mount: Mount) -> int:
-        path = self._root + mount.point
         try:
-            # open_by_handle_at(2) takes no O_PATH. What is no directory may be a device.
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                return -1
-            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return -1
-
-    def open_mount(self, mount: Mount) -> int:
-        """An O_PATH descriptor of the mount's root; -1 where it is not to be had, or covered."""
-        try:
-            fd = self.open_path(mount.point)
+            fd = os.open(self._root + mount.point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             return -1
         if mount_id(fd) == mount.mnt_id:
             return fd
-        os.close(fd)
+        os.close(fd)  # another mount lies over it
         return -1
 
     def filesystem(self, sdev: int) -> FileSystem | None:
@@ -128,12 +118,21 @@ class Mounts:
     def open_handle(self, identity: Identity) -> int:
         """An O_PATH descriptor of the file with that handle. Raises OSError."""
         number = errno.ENODEV
-        for _, fd in self.of(identity.sdev):
+        for _, root in self.of(identity.sdev):
             try:
-                return open_by_handle(fd, identity.handle_type, identity.handle, _OPEN)
+                return self._open_handle(root, identity)
             except OSError as error:
                 number = error.errno or number
         raise OSError(number, os.strerror(number))
+
+    def _open_handle(self, root: int, identity: Identity) -> int:
+        # open_by_handle_at(2) takes no O_PATH but as working directory, and to open the root in
+        # any other way would be an event for whoever watches it.
+        os.fchdir(root)
+        try:
+            return open_by_handle(_AT_FDCWD, identity.handle_type, identity.handle, _OPEN)
+        finally:
+            os.fchdir(self._home)
 
     def open_path(self, path: bytes) -> int:
         """An O_PATH descriptor of what that name is now; a symbolic link itself. Raises OSError."""
@@ -143,16 +142,15 @@ class Mounts:
         """Path of a file by its handle, and whether it is deleted; b"" where none can be told."""
         for _, root in self.of(identity.sdev):
             try:
-                fd = open_by_handle(root, identity.handle_type, identity.handle, _OPEN)
+                fd = self._open_handle(root, identity)
             except OSError:
                 continue
             try:
-                path = os.readlink(os.fsencode(notify.fd_path(fd)))
-                if os.fstat(fd).st_nlink == 0 and path.endswith(_DELETED):
+                path, status = os.readlink(b"/proc/self/fd/%d" % fd), os.fstat(fd)
+                if status.st_nlink == 0 and path.endswith(_DELETED):
                     return path[: -len(_DELETED)], True
                 # A file that has left the kernel's cache of names has no path, or part of one.
-                found = os.stat(self._root + path, follow_symlinks=False)
-                if os.path.samestat(os.fstat(fd), found):
+                if os.path.samestat(status, os.lstat(self._root + path)):
                     return path, False
             except OSError:
                 continue
@@ -216,6 +214,14 @@ class Finder:
     def __init__(self, mounts: Mounts, filesystems: Iterable[FileSystem]) -> None:
         self._mounts = mounts
         self._known = {filesystem.sdev: filesystem for filesystem in filesystems}
+        self._same: dict[tuple[int, int], bool] = {}
+        self._trial = notify.inotify_init(os.O_CLOEXEC)
+
+    def __enter__(self) -> Finder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._trial)
 
     def find(self, things: list[Object]) -> list[int | str]:
         """For each an O_PATH descriptor, or why there is none: in words, for people."""
@@ -230,10 +236,21 @@ class Finder:
 
     def same_filesystem(self, sdev: int, now: int) -> bool:
         """Whether device ``now`` is the file system that was ``sdev`` at the checkpoint."""
-        known, present = self._known.get(sdev), self._mounts.filesystem(now)
-        if known is None or present is None:
-            return False
-        return known._replace(sdev=0) == present._replace(sdev=0)
+        if (sdev, now) not in self._same:
+            known, present = self._known.get(sdev), self._mounts.filesystem(now)
+            self._same[sdev, now] = (
+                known is not None
+                and present is not None
+                and known._replace(sdev=0) == present._replace(sdev=0)
+            )
+        return self._same[sdev, now]
+
+    def mounts_of(self, sdev: int) -> Iterator[tuple[Mount, int]]:
+        """The mounts of the file system that was ``sdev``, and descriptors of their roots."""
+        known = self._known.get(sdev)
+        for now in self._mounts.devices(known.fstype, known.source) if known else ():
+            if self.same_filesystem(sdev, now):
+                yield from self._mounts.of(now)
 
     def is_same(self, wanted: Identity, found: Identity) -> bool:
         """Whether a file is the one. Its file system may bear another device number by now, if the
@@ -242,7 +259,7 @@ class Finder:
         if not self.same_filesystem(wanted.sdev, found.sdev):
             return False
         if wanted.handle:
-            return wanted._replace(sdev=0) == found._replace(sdev=0)
+            return wanted[1:] == found[1:]
         return wanted == found
 
     def _by_handle(self, thing: Object) -> int | str:
@@ -267,7 +284,7 @@ class Finder:
 
     def _verified(self, things: list[Object], found: list[int | str]) -> list[int | str]:
         """The same, where it is a descriptor of the very file; else closed, and why it is not."""
-        identities = identify([fd for fd in found if isinstance(fd, int)])
+        identities = self._identities([fd for fd in found if isinstance(fd, int)])
         results: list[int | str] = []
         for thing, fd in zip(things, found):
             identity = fd if isinstance(fd, str) else next(identities)
@@ -281,27 +298,25 @@ class Finder:
             results.append(str(identity))
         return results
 
-
-def identify(fds: list[int]) -> Iterator[Identity | str]:
-    """How fdinfo identifies each file, by a watch of an instance that is closed again; or why no
-    watch can be had.
-    """
-    instance = notify.inotify_init(os.O_CLOEXEC)
-    try:
+    def _identities(self, fds: list[int]) -> Iterator[Identity | str]:
+        """How fdinfo identifies each file, by a watch that is removed again; or why no watch can
+        be had.
+        """
         results: list[int | str] = []
         for fd in fds:
             try:
-                results.append(notify.add_watch(instance, notify.fd_path(fd), Mask.DELETE_SELF))
+                results.append(notify.add_watch(self._trial, notify.fd_path(fd), Mask.DELETE_SELF))
             except OSError as error:
-                results.append(f"it cannot be watched: {error.strerror}")
-        marks = {mark.wd: mark for mark in parse_fdinfo(notify.fdinfo(instance))}
-    finally:
-        os.close(instance)
-    for result in results:
-        if isinstance(result, str):
-            yield result
-        elif result in marks:
-            mark = marks[result]
-            yield Identity(mark.sdev, mark.ino, mark.handle_type, mark.handle)
-        else:
-            yield "it does not exist any more"
+                results.append(notify.why_not(error))
+        marks = {mark.wd: mark for mark in parse_fdinfo(notify.fdinfo(self._trial))}
+        for wd in marks:
+            with suppress(OSError):  # the file has just been deleted
+                notify.remove_watch(self._trial, wd)
+        for result in results:
+            if isinstance(result, str):
+                yield result
+            elif result in marks:
+                mark = marks[result]
+                yield Identity(mark.sdev, mark.ino, mark.handle_type, mark.handle)
+            else:
+                yield "it does not exist any more"

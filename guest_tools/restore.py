@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,7 +28,6 @@ from .state import (
     File,
     FileSystemMark,
     Inotify,
-    MountMark,
     ObjectMark,
     State,
     Watch,
@@ -43,7 +43,6 @@ _DRAIN = 4096
 _ASKED = int(EVENTS | Mask.EXCL_UNLINK | Mask.ONESHOT)
 """What inotify_add_watch(2) takes of a mask in fdinfo; the rest is the kernel's own."""
 _INT_MAX = (1 << 31) - 1
-_FAN_CLOEXEC, _FAN_NONBLOCK = 1, 2
 
 
 class Restorer:
@@ -68,7 +67,7 @@ class Restorer:
 
     def _make_room(self) -> None:
         """Let descriptors of the wanted numbers exist."""
-        wanted = max(self._reserved) + 1
+        wanted = max(self._reserved, default=0) + 1
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft >= wanted or soft == resource.RLIM_INFINITY:
             return
@@ -82,14 +81,13 @@ class Restorer:
 
     def restore(self) -> None:
         """Make everything. What cannot be had again goes to ``problems``."""
-        with Mounts() as mounts:
-            finder = Finder(mounts, self._state.filesystems)
+        with Mounts() as mounts, Finder(mounts, self._state.filesystems) as finder:
             for file in self._state.files:
                 try:
                     if isinstance(file, Inotify):
                         self._inotify(file, finder)
                     elif isinstance(file, Fanotify):
-                        self._fanotify(file, finder, mounts)
+                        self._fanotify(file, finder)
                     else:
                         self._files[file.id] = self.park(notify.epoll_create(os.O_CLOEXEC))
                 except OSError as error:
@@ -126,12 +124,15 @@ class Restorer:
     def _settle(self, file: File) -> None:
         """Flags and owner of a file."""
         fd, owner = self._files[file.id], file.owner
+        flags = file.flags & (os.O_NONBLOCK | os.O_ASYNC)
         try:
             if owner.pid and (owner.pid != self._state.pid or owner.pid_type > 1):
                 self._problem(file.id, f"its signals went to {owner.pid}, which is not restored")
+                flags &= ~os.O_ASYNC
             elif owner.pid or owner.signum:
                 notify.set_owner(fd, owner._replace(pid=os.getpid() if owner.pid else 0))
-            flags = file.flags & (os.O_NONBLOCK | os.O_ASYNC)
+            if flags & os.O_ASYNC:  # which ends a program that is not prepared for it yet
+                signal.signal(owner.signum or signal.SIGIO, signal.SIG_IGN)
             if flags:
                 fcntl.fcntl(fd, fcntl.F_SETFL, flags)
         except OSError as error:
@@ -175,22 +176,22 @@ class Restorer:
         except Failure as failure:
             return str(failure)
         except OSError as error:
-            return f"it cannot be watched: {error.strerror}"
+            return notify.why_not(error)
         finally:
             os.close(fd)
         return ""
 
     # fanotify
 
-    def _fanotify(self, file: Fanotify, finder: Finder, mounts: Mounts) -> None:
-        flags = file.init_flags | _FAN_CLOEXEC
-        if file.flags & os.O_NONBLOCK:
-            flags |= _FAN_NONBLOCK
-        group = self.park(notify.fanotify_init(flags, file.event_flags))
+    def _fanotify(self, file: Fanotify, finder: Finder) -> None:
+        group = self.park(notify.fanotify_init(file.init_flags, file.event_flags))
         self._files[file.id] = group
         for mark in file.marks:
-            found = _target_of(mark, finder, mounts)
-            why = found if isinstance(found, str) else _mark(group, mark, found)
+            if mark.mask & notify.FAN_PERMISSION:
+                why = "it decides on accesses, and would wait for itself to decide on the command's"
+            else:
+                found = _target_of(mark, finder)
+                why = found if isinstance(found, str) else _mark(group, mark, found)
             if why:
                 self._problem(file.id, f"mark on {_name(mark)}: {why}")
             else:
@@ -289,17 +290,13 @@ class _Numbers:
         )
 
 
-def _target_of(mark: FanotifyMark, finder: Finder, mounts: Mounts) -> int | str:
+def _target_of(mark: FanotifyMark, finder: Finder) -> int | str:
     """An O_PATH descriptor of what a mark was on, or why there is none."""
     if isinstance(mark, ObjectMark):
         return finder.find([mark.object])[0]
-    for mount in mounts.all():
-        if isinstance(mark, MountMark) and mount.point != mark.path:
-            continue
-        if finder.same_filesystem(mark.sdev, mount.sdev):
-            fd = mounts.open_mount(mount)
-            if fd >= 0:
-                return fd
+    for mount, fd in finder.mounts_of(mark.sdev):
+        if isinstance(mark, FileSystemMark) or mount.point == mark.path:
+            return os.dup(fd)
     return "it is not mounted"
 
 

@@ -18,9 +18,10 @@ class Pump:
     def __init__(self, export: Export) -> None:
         self._export = export
         self._poke = trio.Event()
-        export.watcher.on_arrival = self.poke
+        self._until = 0.0  # time.monotonic() at which _work looks again by itself
+        export.watcher.on_arrival = self._arrived
 
-    def poke(self) -> None:
+    def _arrived(self) -> None:
         """There may be work, or an earlier deadline."""
         self._poke.set()
 
@@ -31,18 +32,30 @@ class Pump:
             nursery.start_soon(self._work)
 
     async def _read(self) -> None:
+        watcher = self._export.watcher
         while True:
-            await trio.lowlevel.wait_readable(self._export.watcher.fd)
-            self._export.watcher.drain()
+            await trio.lowlevel.wait_readable(watcher.fd)
+            # Without a poke, as what comes in is processed at once: whoever then waits for orders
+            # is to be the next that runs.
+            watcher.on_arrival = _nothing
+            watcher.drain()
+            watcher.on_arrival = self._arrived
             self._export.process(BUDGET)
+            if self._export.next_deadline < self._until:
+                self._poke.set()
 
     async def _work(self) -> None:
         while True:
             self._poke = trio.Event()
             self._export.process(BUDGET)
-            wait = self._export.next_deadline - time.monotonic()
+            self._until = self._export.next_deadline
+            wait = self._until - time.monotonic()
             if wait <= 0:
                 await trio.lowlevel.checkpoint()
                 continue
             with trio.move_on_after(wait):
                 await self._poke.wait()
+
+
+def _nothing() -> None:
+    pass

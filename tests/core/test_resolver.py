@@ -42,8 +42,11 @@ def test_a_name_that_is_moved_over_and_goes_on_is_not_exchanged(
     assert (left.op, left.name, left.nodeid2, left.arg) == (Op.RENAME, b"name", directory.nodeid, 0)
 
 
-def test_an_open_that_just_ended_waits_for_its_close(world: World) -> None:
+def test_an_open_that_just_ended_waits_for_its_close(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """/proc shows nobody who has it open, and that it is not for reading."""
+    monkeypatch.setattr(replayer, "OPEN_WAIT", 0.3)  # a busy machine comes late
     (world.source / "file").touch()
     mount = world.mount()
     world.mark(mount.guest)
@@ -150,3 +153,25 @@ def test_what_is_overwritten_where_nobody_watches_is_told_with_what_left(
     ]  # fmt: skip
     last = mount.guest.ledger._tasks[-1]
     assert (last.child, last.target, last.nlink) == (new, old, links)
+
+
+def test_what_is_open_under_a_lost_name_takes_no_place(world: World) -> None:
+    """The kernel goes on naming an unlinked file's events: nothing is there, all the same, when a
+    directory is renamed to that name.
+    """
+    (world.source / "name").touch()
+    (world.source / "dir").mkdir()
+    mount = world.mount()
+    world.mark(mount.guest)
+    fd = os.open(world.source / "name", os.O_WRONLY)
+    os.unlink(world.source / "name")
+    os.write(fd, b"x")
+    os.rename(world.source / "dir", world.source / "name")
+    os.close(fd)
+    orders = world.orders(mount)
+    assert [order.op for order in orders] == [Op.OPEN, Op.REMOVE, Op.TOUCH, Op.RENAME, Op.CLOSE]
+    opened, _, _, renamed, closed = orders
+    assert closed.arg == opened.seq
+    mount.guest.ledger.failed(renamed.seq - 1)  # all before it is done
+    with pytest.raises(FileNotFoundError):
+        mount.guest.ledger.lookup(1, b"name")

@@ -133,7 +133,7 @@ def test_what_the_server_counts_as_wrong_is_noticed(tmp_path: Path) -> None:
     (tmp_path / ".fsd/status").write_text(json.dumps(state))
     assert faults(tmp_path) == []
     state["counts"] = {"faults": 2}
-    guest |= {"failed": 1, "by_kind": {"failed.rename": 1}}
+    guest |= {"failed": 1, "by_kind": {"moved_from": {"failed": 1}}}
     (tmp_path / ".fsd/status").write_text(json.dumps(state))
     assert len(faults(tmp_path)) == 2
 

@@ -194,3 +194,30 @@ def test_kills_under_load(place: tuple[Kept, Guest]) -> None:
     (state,) = status(vm)["guests"]
     assert state["failed"] == 0
     assert told == set(os.listdir(folder))
+
+
+def test_paused_and_reset(tmp_path: Path) -> None:
+    """Servers die while the machine is paused, and when it was reset. Without file handles."""
+    with (
+        kept(tmp_path / "source", "--inode-file-handles=never") as server,
+        guest({"share": server.share.paths[0]}) as vm,
+    ):
+        for boot in range(2):
+            if boot:
+                vm.reset()
+                server.again("kill")
+            vm.mount("share")
+            start_agent(vm)
+            watcher = start_watcher(vm)
+            wait_armed(vm, watcher.pid, [Path("/mnt")])
+            command = ["python3", "-m", "tests.support.open_files", f"/mnt/boot{boot}"]
+            holder = vm.start(command, cwd="/suite")
+            assert holder.line(30) == "READY"
+            vm.qmp("stop")
+            server.again("kill" if boot else "replace")
+            (server.source / f"paused{boot}").touch()
+            vm.qmp("cont")
+            watcher.wait_output(f"CREATE paused{boot}", 20)
+            server.again("kill")
+            holder.write(b"check\n")
+            assert holder.line(20) == "OK"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import select
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.fdinfo import MarkInfo, parse_fdinfo
+from protocol.fdinfo import (
+    MarkInfo,
+    TargetInfo,
+    parse_fanotify,
+    parse_fdinfo,
+    parse_flags,
+    parse_targets,
+)
 from protocol.handles import NodeKey, decode_fh, encode_fh
 from protocol.masks import EVENTS, Mask
 
@@ -28,7 +36,7 @@ TABLE: list[tuple[str, list[MarkInfo]]] = [
     ("fanotify flags:10 event-flags:0", []),
     (
         "fanotify mnt_id:12 mflags:40 mask:38 ignored_mask:40000003",
-        [MarkInfo("fanotify", -1, 0, 0, 0x12, 0x38, 0x4000_0003, *NO_HANDLE)],
+        [MarkInfo("fanotify", -1, 0, 0, 0x12, 0x38, 0x4000_0003, *NO_HANDLE, 0x40)],
     ),
     (
         "fanotify ino:4f969 sdev:800013 mflags:0 mask:3b ignored_mask:40000000 "
@@ -118,6 +126,49 @@ WORDS = st.sampled_from(
 def test_any_text_gives_marks_and_never_an_error(text: str) -> None:
     for mark in parse_fdinfo(text):
         assert mark.family in ("inotify", "fanotify")
+
+
+# Other lines
+
+SET = "pos:\t0\nflags:\t02000002\nmnt_id:\t17\nino:\t1038\n"
+
+
+def test_entries_of_an_epoll_set() -> None:
+    text = (
+        f"{SET}tfd:       20 events:       19 data: fedcba9876543210  pos:0 ino:40e sdev:10\n"
+        "tfd:       20 events: c0000001 data:                2  pos:-1 ino:40f sdev:fe00000\n"
+        "tfd: x events: 1 data: 2  pos:0 ino:40f sdev:f\n"
+    )
+    assert list(parse_targets(text)) == [
+        TargetInfo(20, 0x19, 0xFEDC_BA98_7654_3210, 0, 0x40E, 0x10),
+        TargetInfo(20, 0xC000_0001, 2, -1, 0x40F, 0xFE0_0000),
+    ]
+    assert list(parse_fdinfo(text)) == []
+
+
+def test_flags() -> None:
+    assert parse_flags(SET) == os.O_CLOEXEC | os.O_RDWR
+    group = f"{SET}fanotify flags:26 event-flags:8002\n"
+    assert parse_fanotify(group) == (0x26, 0x8002)
+    for text in ("", "flags:\tx\n", "fanotify flags: event-flags:\n"):
+        with pytest.raises(ValueError, match="flags in fdinfo"):
+            parse_flags(text)
+        with pytest.raises(ValueError, match="flags in fdinfo"):
+            parse_fanotify(text)
+
+
+@given(st.text() | st.lists(WORDS).map(" ".join))
+def test_any_text_gives_entries_and_never_another_error(text: str) -> None:
+    assert all(entry.tfd >= 0 for entry in parse_targets(text))
+
+
+def test_an_epoll_set_of_this_kernel() -> None:
+    with kernel.inotify() as fd, select.epoll() as epoll:
+        epoll.register(fd, select.EPOLLIN)
+        (entry,) = parse_targets(kernel.fdinfo(epoll.fileno()))
+        assert (entry.tfd, entry.data & 0xFFFF_FFFF) == (fd, fd)
+        assert entry.ino == os.fstat(fd).st_ino
+        assert parse_flags(kernel.fdinfo(epoll.fileno())) & os.O_CLOEXEC
 
 
 # This kernel

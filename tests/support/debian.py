@@ -70,10 +70,36 @@ def extract(packages: Iterable[str], tree: Path) -> None:
             _run("dpkg-deb", "-x", str(archive), str(tree))
 
 
+def closure(suite: str, packages: Iterable[str]) -> Path:
+    """A directory with the files of another suite's binary packages and all that they depend on.
+
+    Fetched when it is not there yet; the machine's own apt sources stay as they are.
+    """
+    names = sorted(packages)
+    folder = CACHE / f"{suite}-{'-'.join(names)}"
+    if folder.exists():
+        return folder
+    archive = _debian()[0].partition(" ")[0]
+    with tempfile.TemporaryDirectory(dir=cache()) as name:
+        scratch = Path(name)
+        (scratch / "source.list").write_text(f"deb {_signed()}{archive} {suite} main\n")
+        (scratch / "status").touch()  # nothing is installed: all of it is wanted
+        _apt("update", cwd=scratch)
+        _apt("install", "--yes", "--download-only", "--no-install-recommends", *names, cwd=scratch)
+        for package in sorted((scratch / "archives").glob("*.deb")):
+            _run("dpkg-deb", "-x", str(package), str(scratch / "tree"))
+        (scratch / "tree").rename(folder)
+    return folder
+
+
+def _signed() -> str:
+    return f"[signed-by={KEYS}] " if KEYS.exists() else ""
+
+
 def _download(package: str, folder: Path) -> Path:
     """The upstream archive of a source package."""
-    signed = f"[signed-by={KEYS}] " if KEYS.exists() else ""
-    (folder / "source.list").write_text("".join(f"deb-src {signed}{line}\n" for line in _debian()))
+    lines = (f"deb-src {_signed()}{line}\n" for line in _debian())
+    (folder / "source.list").write_text("".join(lines))
     _apt("update", cwd=folder)
     _apt("source", "--download-only", package, cwd=folder)
     (archive,) = folder.glob(f"{package}_*.orig.tar.*[!c]")  # not the signature, .asc
@@ -83,13 +109,16 @@ def _download(package: str, folder: Path) -> Path:
 def _apt(*arguments: str, cwd: Path) -> None:
     """Run apt-get on lists of its own."""
     (cwd / "lists" / "partial").mkdir(parents=True, exist_ok=True)
-    options = {
+    (cwd / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+    options: dict[str, Path | str] = {
         "Dir::Etc::SourceList": cwd / "source.list",
         "Dir::Etc::SourceParts": cwd / "none",
         "Dir::State::Lists": cwd / "lists",
         "Dir::Cache": cwd,
         "APT::Sandbox::User": "root",  # _apt may not be able to write here
     }
+    if (cwd / "status").exists():
+        options["Dir::State::status"] = cwd / "status"
     _run("apt-get", *(f"-o{name}={value}" for name, value in options.items()), *arguments, cwd=cwd)
 
 
