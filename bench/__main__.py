@@ -1,4 +1,4 @@
-"""python -m bench latency|throughput|rest|memory|workloads|virtiofs [--json FILE]"""
+"""python -m bench latency|throughput|rest|memory|workloads|virtiofs|checkpoint [--json FILE]"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "memory": "memory",
     "workloads": "workloads",
     "virtiofs": "virtiofs",
+    "checkpoint": "checkpoint",
 }
 
 

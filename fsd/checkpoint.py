@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from protocol import frames
 from protocol.frames import FSD_DIR
 
+from . import host
 from .events import Event
 from .guests import Guest, HandMarks, Observer
-from .inodes import Inode, InodeTable
+from .inodes import Identity, Inode, InodeTable
 from .listings import CLOCK_LAG_NS, Known, Listing
 from .replayer import ReplayGuest
+from .watcher import HostWatcher
 
 if TYPE_CHECKING:
     from .export import Export
@@ -52,11 +54,23 @@ class SavedLink(NamedTuple):
     nodeid: int
 
 
+class SavedForgotten(NamedTuple):
+    """An object that nobody refers to, but for a file handle perhaps (fsd.inodes.Forgotten)."""
+
+    nodeid: int
+    device: int  # 0 = the root's
+    ino: int
+    handle: bytes
+    parent: int
+    name: bytes
+
+
 class SavedTable(NamedTuple):
     """The inode table. The root has no row."""
 
     inodes: list[SavedInode]
     links: list[SavedLink]
+    forgotten: list[SavedForgotten]
 
 
 class SavedName(NamedTuple):
@@ -128,7 +142,7 @@ class SavedExport:
     root_handle: bytes
     file_system: int  # f_fsid of statvfs(3); 0 where there is none
     saved_ns: int = 0
-    table: SavedTable = field(default_factory=lambda: SavedTable([], []))
+    table: SavedTable = field(default_factory=lambda: SavedTable([], [], []))
     watches: list[tuple[int, int]] = field(default_factory=list)  # nodeid, wd
     listed: list[int] = field(default_factory=list)  # directories whose names are all known
     names: list[SavedName] = field(default_factory=list)
@@ -157,8 +171,9 @@ class _Taking:
     def __init__(self, export: Export) -> None:
         self._export = export
         self._table = export.table
+        self._nodeids = {inode.nodeid: inode for inode in self._table}  # that can be named
         self._told_ns = 0  # when all that had happened in watched directories was told
-        self._others: dict[int, Inode] = {}  # named below, and in the table no more
+        self._others: dict[Identity, Inode] = {}  # named below, and in the table no more
 
     def take(self, nodes: Mapping[Guest, dict[int, int]]) -> SavedExport:
         saved = identity_of(self._export)
@@ -168,6 +183,7 @@ class _Taking:
         if not watcher.backlog:
             # File times lag: what is made right after this may seem older than it.
             self._told_ns = saved.saved_ns - CLOCK_LAG_NS
+            self._confirm(watcher)
         for inode in watcher.inodes():
             saved.watches.append((self._name(inode), watcher.wd_of(inode)))
             if inode.listing is not None and inode.listing.complete:
@@ -185,15 +201,17 @@ class _Taking:
         """The nodeid by which the image names an inode; 0 where it cannot."""
         if inode is None:
             return 0
+        if self._nodeids.get(inode.nodeid) is inode:
+            return inode.nodeid
         inode = self._table.current(inode)
-        nodeid = inode.nodeid
-        if nodeid >= FSD_DIR:
+        if inode.nodeid >= FSD_DIR:
             return 0
-        if not self._table.holds(inode) and (
-            self._table.has(nodeid) or self._others.setdefault(nodeid, inode) is not inode
-        ):
-            return 0
-        return nodeid
+        if not self._table.holds(inode):
+            inode = self._others.get(inode.identity, inode)
+            if self._nodeids.setdefault(inode.nodeid, inode) is not inode:
+                return 0  # the number has come to stand for something else
+            self._others[inode.identity] = inode
+        return inode.nodeid
 
     def _known(self, node: Inode, name: bytes, known: Known) -> SavedName:
         nodeid = self._name(known.inode)
@@ -203,19 +221,33 @@ class _Taking:
         """The names of a directory; of what is watched there, all is told up to now."""
         told_ns = 0 if node in self._export.unwatched else self._told_ns
         for name, entry in known.names.items():
-            if told_ns and entry.inode is not None and entry.inode.is_placeholder:
-                entry = self._met(node, name, entry)
             yield self._known(node, name, entry._replace(seen_ns=max(told_ns, entry.seen_ns)))
 
-    def _met(self, node: Inode, name: bytes, known: Known) -> Known:
-        """What stands under a name of which the server only knows that it came."""
+    def _confirm(self, watcher: HostWatcher) -> None:
+        """All is told, so what came under a name is what is there: in a storm the server may have
+        taken it for something else.
+        """
+        right: list[tuple[Listing, dict[bytes, Known]]] = []
+        for node in watcher.inodes():
+            if node.listing is not None and node.listing.complete:
+                right.append((node.listing, self._looked_at(node, node.listing)))
+        watcher.drain()
+        if watcher.backlog:
+            return  # some of it may be newer than what is told
+        for known, names in right:
+            known.names.update(names)
+        self._export.confirmed_ns = self._told_ns
+
+    def _looked_at(self, node: Inode, known: Listing) -> dict[bytes, Known]:
+        since = self._export.confirmed_ns
+        names = {name: entry for name, entry in known.names.items() if entry.seen_ns > since}
+        if not names:
+            return {}
         try:
             with self._table.directory(node) as dir_fd:
-                status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+                return {name: _as_it_is(dir_fd, name, entry) for name, entry in names.items()}
         except OSError:
-            return known
-        kind = stat.S_IFMT(status.st_mode)
-        return Known(status.st_ino, kind, known.seen_ns) if kind == known.kind else known
+            return {}
 
     def _guest(self, guest: Guest, nodes: dict[int, int]) -> SavedGuest:
         kind = GuestKind.MOUNT
@@ -252,6 +284,18 @@ class _Taking:
         return saved
 
 
+def _as_it_is(dir_fd: int, name: bytes, known: Known) -> Known:
+    """The entry of a name, looked at."""
+    try:
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        handle = known.inode.identity[2] if known.inode is not None else b""
+        is_same = not handle or host.file_handle(dir_fd, name) == handle
+    except OSError:  # gone by now
+        return known
+    now = Known(status.st_ino, stat.S_IFMT(status.st_mode), known.seen_ns)
+    return known if is_same and known.may_be(now) else now
+
+
 def inode_table(table: InodeTable) -> SavedTable:
     """Every inode that is known, with its place; the references of guests are saved with them."""
     inodes: list[SavedInode] = []
@@ -262,7 +306,11 @@ def inode_table(table: InodeTable) -> SavedTable:
         for name, child in inode.children.items():
             if child.name != name or child.parent is not inode:
                 links.append(SavedLink(inode.nodeid, name, child.nodeid))
-    return SavedTable(inodes, links)
+    forgotten = [
+        SavedForgotten(nodeid, 0 if device == table.device else device, ino, handle, parent, name)
+        for nodeid, ((device, ino, handle), parent, name) in table.forgotten.items()
+    ]
+    return SavedTable(inodes, links, forgotten)
 
 
 def saved_inode(table: InodeTable, inode: Inode) -> SavedInode:

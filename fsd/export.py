@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -90,6 +90,7 @@ class Export:
         self.waiting: dict[bytes, Observer] = {}  # by token: observers that may come back
         self.is_stopping = False  # sessions that end now may come back
         self.is_changed = False  # since the state was saved
+        self.confirmed_ns = 0  # up to then, listings are known to be right
         self.on_change: Callable[[], None] = _nobody
         self.on_name: Callable[[Inode, bytes, Inode], None] = _unnoted
         """Told of each name that comes: its directory, it, and what it stands for."""
@@ -487,13 +488,31 @@ class Export:
     @property
     def is_settled(self) -> bool:
         """Whether all is told, and nothing has changed for a moment."""
-        quiet = time.monotonic() - self.watcher.last_arrival > _SETTLING
+        quiet = time.monotonic() - self.watcher.last_activity > _SETTLING
         return quiet and not self.watcher.backlog
 
-    def resume_mark(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:
-        """A mark that was set in the server before."""
-        if mask:
-            self._set_interest(guest, inode, mask)
+    def resume_marks(
+        self, marks: Iterable[tuple[Guest, Inode | None, Mask]], order: Iterable[Inode]
+    ) -> None:
+        """Marks that were set in the server before: all of them first, then each watch once, in
+        that order as far as it goes.
+        """
+        inodes: dict[Inode, None] = {}
+        for guest, inode, mask in marks:
+            if not mask:
+                continue
+            if inode is not None and not self.interest.of(guest, inode):
+                self.table.pin(inode)
+                inodes[inode] = None
+            self.interest.update(guest, inode, mask)
+        for inode in inodes:
+            if inode.parent is not None:
+                self._care[inode] = inode.parent
+                self._cared_for[inode.parent] += 1
+        for inode in dict.fromkeys((*order, *inodes, *self._cared_for)):
+            self.set_watch(inode)
+        if self.interest.aggregate(None):
+            self._cover(self.table.root, announce=False)
 
     def drop_watches(self, inodes: Iterable[Inode]) -> None:
         """Watch none of these that nobody is interested in."""
@@ -501,11 +520,12 @@ class Export:
             if not self._wanted(inode):
                 self.set_watch(inode)
 
-    def resume(self, gone: Set[Inode], patience: float, *, compare: bool = True) -> None:
+    def resume(self, patience: float, *, compare: bool = True) -> None:
         """Tell what happened since the listings were saved. Observers that do not come back within
         ``patience`` seconds are given up.
         """
-        missing = [inode for inode in self.interest.inodes() if inode in gone]
+        watched, refused = self.watcher.mask_of, self.unwatched
+        missing = [i for i in self.interest.inodes() if not watched(i) and i not in refused]
         # What is reached by its path alone may only have moved: the comparison finds it again.
         dead = [inode for inode in missing if self.table.handle_opens(inode.identity)]
         if compare:
@@ -529,7 +549,7 @@ class Export:
         """The difference as of one moment: what the queue has of before is told by it, and dropped
         there.
         """
-        watched = (node, *node.children.values())
+        watched = (node, *(child for child in node.children.values() if not child.is_dir))
         wds = {wd for inode in watched if (wd := self.watcher.wd_of(inode)) >= 0}
         changes: Changes = {}
         for _ in range(_ATTEMPTS):

@@ -17,7 +17,7 @@ from protocol.frames import FSD_DIR
 
 from .attributes import StatLike
 from .fusekept import KeptSession
-from .inodes import ROOT_ID, Inode
+from .inodes import FORGOTTEN_LIMIT, ROOT_ID, Inode
 from .passthrough import Entry
 from .service import Caller, Service
 
@@ -66,6 +66,7 @@ class Nodes:
         submounts: bool,
         limit: int = NODES_LIMIT,
         kept: KeptSession | None = None,
+        is_local: bool = False,
     ) -> None:
         self._service = service
         self._table = service.export.table
@@ -78,6 +79,8 @@ class Nodes:
         self._held: dict[int, int] = {}  # nodeid -> its lookup count
         if kept is not None:
             self._table.on_moved.append(self._moved)
+        self._forgotten: dict[int, None] = {}  # held once, the oldest first
+        self._is_local = is_local
 
     def __len__(self) -> int:
         return len(self._held)
@@ -103,6 +106,11 @@ class Nodes:
         if nodeid not in self._held and nodeid != ROOT_ID:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
+    def check_handle(self, nodeid: int) -> None:
+        """The same for a node that a file handle names: the guest may have forgotten it since."""
+        if nodeid not in self._forgotten and not self._is_local:
+            self.check(nodeid)
+
     def check_room(self) -> None:
         """Raises OSError ENFILE where the guest may hold no more nodes."""
         if self.is_full:
@@ -121,6 +129,9 @@ class Nodes:
             return
         if count == held:
             del self._held[nodeid]
+            self._forgotten[nodeid] = None
+            if len(self._forgotten) > FORGOTTEN_LIMIT:
+                del self._forgotten[next(iter(self._forgotten))]
         else:
             self._held[nodeid] = held - count
         if self._kept is not None:

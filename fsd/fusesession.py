@@ -53,6 +53,8 @@ _ONCE = frozenset({
     Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
 })  # fmt: skip
 """Requests that do something else the second time (docs/decisions/restart.md)."""
+_DOTS = (b".\0", b"..\0")
+"""What LOOKUP asks for of a node that a file handle names (fs/fuse/inode.c, fuse_get_dentry)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ class FuseSession:
         self._kept = self._options.kept
         service.keep(self._kept)
         self.nodes = Nodes(
-            service, caching, submounts=submounts, limit=limit, kept=self._options.kept
+            service,
+            caching,
+            submounts=submounts,
+            limit=limit,
+            is_local=self._options.is_local,
+            kept=self._kept,
         )
         self._names = Names(service, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
@@ -138,7 +145,9 @@ class FuseSession:
         handler = self._handlers.get(opcode)
         if handler is None:
             raise OSError(errno.ENOSYS, f"opcode {opcode}")
-        if opcode not in _WITHOUT_NODE:
+        if opcode == Opcode.LOOKUP and request.body in _DOTS:
+            self.nodes.check_handle(request.nodeid)
+        elif opcode not in _WITHOUT_NODE:
             self.nodes.check(request.nodeid)
         payload = handler(request)
         if payload is not None:

@@ -171,8 +171,12 @@ class Observer(Guest):
 
     def received(self, count: int) -> None:
         """The guest has come back, with so many events received in all."""
-        for _ in range(min(max(count - self.told, 0), self._before)):
+        known = min(max(count - self.told, 0), self._before)
+        for _ in range(known):
             self._outbox.popleft()
+        if count > self.told + known:  # the server that told it was killed before it saved that
+            lost = frames.Event(0, 0, int(Mask.Q_OVERFLOW), 0, b"")
+            self._outbox.appendleft((lost, time.monotonic()))
         self._before = 0
         self.told = count
 

@@ -16,6 +16,7 @@ from functools import cache
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_EMPTY_PATH = 0x1000
 _AT_SYMLINK_NOFOLLOW = 0x100
+_AT_HANDLE_FID = 0x200
 _MAX_HANDLE_SZ = 128
 _handle_buffer = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
 _handle_view = memoryview(_handle_buffer).cast("B")
@@ -62,7 +63,12 @@ def file_handle(fd: int, name: bytes = b"") -> bytes:
     _handle_view[:8] = _HANDLE_ROOM
     flags = 0 if name else _AT_EMPTY_PATH
     if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
-        _check(-1)
+        if ctypes.get_errno() != errno.EOPNOTSUPP:
+            _check(-1)
+        # One that cannot be opened again, and identifies all the same (Linux 6.5).
+        flags |= _AT_HANDLE_FID
+        if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), name)
     (size,) = _unpack_size(_handle_view)
     return bytes(_handle_view[4 : 8 + size])
 

@@ -18,6 +18,7 @@ from .checkpoint import (
     GuestKind,
     SavedEvent,
     SavedExport,
+    SavedForgotten,
     SavedGuest,
     SavedInode,
     SavedLink,
@@ -44,6 +45,7 @@ def encode(saved: SavedExport) -> bytes:
     )
     _put(body.inodes, saved.table.inodes)
     _put(body.links, saved.table.links)
+    _put(body.forgotten, saved.table.forgotten)
     _put(body.watches, saved.watches)
     _put(body.names, saved.names)
     for guest in saved.guests:
@@ -62,7 +64,11 @@ def decode(data: bytes) -> SavedExport:
             body.root_handle,
             body.file_system,
             body.saved_ns,
-            SavedTable(_rows(SavedInode, body.inodes), _rows(SavedLink, body.links)),
+            SavedTable(
+                _rows(SavedInode, body.inodes),
+                _rows(SavedLink, body.links),
+                _rows(SavedForgotten, body.forgotten),
+            ),
             list(_columns(body.watches)),
             list(body.listed),
             _rows(SavedName, body.names),

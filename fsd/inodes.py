@@ -15,8 +15,8 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 ROOT_ID = 1
 _SYNTHETIC = 1 << 62
 """First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
+
+FORGOTTEN_LIMIT = 131_072
+"""Forgotten objects that are found again by their file handles; some 50 MB at worst."""
 
 Identity = tuple[int, int, bytes]
 """(st_dev, st_ino, file handle or b"")."""
@@ -102,8 +105,19 @@ def _hidden_directory(nodeid: int, name: bytes) -> Inode:
     return inode
 
 
+class Forgotten(NamedTuple):
+    """An object that nobody refers to: a guest may still hold a file handle of it."""
+
+    identity: Identity
+    parent: int  # nodeid; 0 = not known
+    name: bytes
+
+
 class LookupCountError(AssertionError):
     """A guest forgot more than it had looked up: a bug of ours, loud in tests."""
+
+
+_UNKNOWN = Forgotten((0, 0, b""), 0, b"")
 
 
 class InodeTable:
@@ -133,6 +147,8 @@ class InodeTable:
         self.outside.parent.parent = self.root
         self._by_node = {ROOT_ID: self.root}
         self._by_identity = {identity: self.root}
+        self.forgotten: dict[int, Forgotten] = {}  # by nodeid, the oldest first
+        self._forgotten_synthetic: dict[Identity, int] = {}
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -153,6 +169,53 @@ class InodeTable:
             return self._by_node[nodeid]
         except KeyError:
             raise OSError(errno.ESTALE, f"unknown nodeid {nodeid}") from None
+
+    def recall(self, nodeid: int) -> Inode:
+        """The inode of a file handle that a guest took: also one that it has forgotten since, if it
+        is found again in the export. Raises OSError ESTALE.
+
+        It may have no reference yet; the caller gives it one.
+        """
+        missing: list[int] = []  # the object, the directory that it is in, and so on upwards
+        while nodeid not in self._by_node and nodeid not in missing:
+            missing.append(nodeid)
+            nodeid = self.forgotten.get(nodeid, _UNKNOWN).parent
+        found: list[Inode] = []
+        while missing:
+            nodeid = missing.pop()
+            again = self._find_again(self.forgotten.get(nodeid, _UNKNOWN))
+            found += [again] if again is not None else []
+        inode = self._by_node.get(nodeid)
+        if inode is not None and (inode is self.root or self.verify_place(inode)):
+            return inode
+        for again in reversed(found):
+            self.release(again)
+        raise OSError(errno.ESTALE, f"nodeid {nodeid} is not in the export any more")
+
+    def _find_again(self, record: Forgotten) -> Inode | None:
+        """The very object, by its name, else by its handle."""
+        parent = self._by_node.get(record.parent)
+        with suppress(OSError):
+            if parent is not None and parent.is_dir:
+                with self.directory(parent) as dir_fd:
+                    if self._identity_of(dir_fd, record.name) == record.identity:
+                        return self._step(dir_fd, parent, record.name)
+        with suppress(OSError):
+            if self.handle_opens(record.identity):
+                handle = record.identity[2]
+                fd = host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
+                try:
+                    return self._at_path(fd)
+                finally:
+                    os.close(fd)
+        return None
+
+    def _identity_of(self, dir_fd: int, name: bytes) -> Identity:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            return self.identify(fd)[0]
+        finally:
+            os.close(fd)
 
     def find(self, key: NodeKey) -> Inode:
         """The inode of (nodeid, generation)."""
@@ -251,10 +314,6 @@ class InodeTable:
         self._by_identity[inode.identity] = inode
         return inode
 
-    def has(self, nodeid: int) -> bool:
-        """Whether the nodeid stands for anything."""
-        return nodeid in self._by_node
-
     def holds(self, inode: Inode) -> bool:
         """Whether it is in the table, and not forgotten."""
         return self._by_node.get(inode.nodeid) is inode
@@ -274,12 +333,14 @@ class InodeTable:
     def _new(self, identity: Identity, kind: int) -> Inode:
         device, ino, handle = identity
         nodeid = ino
+        self.forgotten.pop(ino, None)
         if (old := self._by_node.get(ino)) is not None:
             self.release(old)
         if device != self.device or not ROOT_ID < ino < _SYNTHETIC or ino in self._by_node:
             # Also where the host reused the number: a guest's requests name only the nodeid, so the
             # old object keeps it for as long as anybody refers to it.
-            nodeid = self._synthetic()
+            nodeid = self._forgotten_synthetic.pop(identity, 0) or self._synthetic()
+            self.forgotten.pop(nodeid, None)
         inode = Inode(nodeid, zlib.crc32(handle) or 1, identity, kind)
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
@@ -341,9 +402,27 @@ class InodeTable:
         if inode.fd >= 0:
             fd, inode.fd = inode.fd, -1
             os.close(fd)
+        if not inode.is_placeholder:
+            self._remember(inode)
         if inode.parent is not None:
             self.displace(inode.parent, inode.name, inode)
             self.release(inode.parent)
+
+    def _remember(self, inode: Inode) -> None:
+        parent = inode.parent
+        known = parent is not None and parent.nodeid < FSD_DIR
+        place = (parent.nodeid, inode.name) if parent is not None and known else (0, b"")
+        self.remember(inode.nodeid, Forgotten(inode.identity, *place))
+
+    def remember(self, nodeid: int, forgotten: Forgotten) -> None:
+        """Keep in mind what a nodeid stood for that nobody refers to any more."""
+        self.forgotten[nodeid] = forgotten
+        if nodeid >= _SYNTHETIC:
+            self._forgotten_synthetic[forgotten.identity] = nodeid
+            self._next_synthetic = max(self._next_synthetic, nodeid + 1)
+        if len(self.forgotten) > FORGOTTEN_LIMIT:
+            oldest = self.forgotten.pop(next(iter(self.forgotten)))
+            self._forgotten_synthetic.pop(oldest.identity, None)
 
     # How an inode is reached on the host
 
@@ -392,7 +471,14 @@ class InodeTable:
                 os.close(fd)
         if inode.open_fds:
             return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
-        return self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+        return self._open_by_verified_handle(inode)
+
+    def _open_by_verified_handle(self, inode: Inode) -> int:
+        fd = self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+        if os.fstat(fd).st_ino != inode.identity[1]:  # restored from an image that lies
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
 
     def stat_by_name(self, inode: Inode) -> os.stat_result | None:
         """Attributes of a file by the name it was last known by; None if that is not it now."""
@@ -421,25 +507,35 @@ class InodeTable:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return host.open_by_handle(self.root_fd, inode.identity[2], flags)
 
-    def locate(self, directory: Inode, fd: int) -> None:
-        """Place a directory, open as ``fd``, where the kernel says that it is."""
-        top = os.fsencode(os.readlink(host.fd_path(self.root_fd)))
+    def verify_place(self, inode: Inode) -> bool:
+        """Make sure that an object is where it is known to be, or find out where it is; whether it
+        is in the export at all. A directory that is not goes out of sight.
+        """
+        parent = inode.parent
+        if parent is not None and parent is not self.outside:
+            with suppress(OSError), self.directory(parent) as dir_fd:
+                if self._identity_of(dir_fd, inode.name) == inode.identity:
+                    return True
+        with suppress(OSError), self.opened(inode) as fd:
+            if self._at_path(fd) is inode:
+                return True
+        if inode.is_dir:
+            self.lose(inode)
+        return False
+
+    def _at_path(self, fd: int) -> Inode | None:
+        """The inode at the path that the kernel knows for an open object: the object's, unless it
+        has just moved. None where that is not in the export.
+        """
+        top = os.fsencode(os.readlink(host.fd_path(self.root_fd))).rstrip(b"/") + b"/"
         path = os.fsencode(os.readlink(host.fd_path(fd)))
-        below = path[len(top.rstrip(b"/")) + 1 :]
-        if not below or not path.startswith(top.rstrip(b"/") + b"/"):
-            self.lose(directory)
-            return
-        *way, name = below.split(b"/")
-        try:
-            parent = self.root
-            for step in way:
-                with self.directory(parent) as parent_fd:
-                    parent = self._step(parent_fd, parent, step)
-            with self.directory(parent) as parent_fd:
-                if self._step(parent_fd, parent, name) is not directory:
-                    self.lose(directory)
-        except OSError:
-            self.lose(directory)
+        if not path.startswith(top):
+            return None
+        inode = self.root
+        for name in path[len(top) :].split(b"/"):
+            with self.directory(inode) as dir_fd:
+                inode = self._step(dir_fd, inode, name)
+        return inode
 
     def _step(self, dir_fd: int, parent: Inode, name: bytes) -> Inode:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
@@ -452,6 +548,18 @@ class InodeTable:
     def opened(self, inode: Inode) -> Iterator[int]:
         """``open`` for the time of a with block."""
         fd = self.open(inode)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def reached(self, inode: Inode) -> Iterator[int]:
+        """The same where it does not matter by what name: to set a watch."""
+        if inode.is_dir or inode.open_fds or not self.handle_opens(inode.identity):
+            fd = self.open(inode)
+        else:
+            fd = self._open_by_verified_handle(inode)
         try:
             yield fd
         finally:

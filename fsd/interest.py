@@ -44,8 +44,11 @@ class Interest:
 
     def aggregate(self, inode: Inode | None) -> Mask:
         """The OR of all guests' masks of an inode."""
-        mask = Mask(0)
-        for wanted in self._marks.get(inode, {}).values():
+        guests = self._marks.get(inode)
+        if guests is None:
+            return _NOTHING
+        mask, *others = guests.values()
+        for wanted in others:
             mask |= wanted
         return mask
 

@@ -216,5 +216,7 @@ def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: boo
         guests.append(guest)
     saved.guests = guests
     saved.names = [row for row in saved.names if row.directory in rows or row.directory == ROOT_ID]
-    saved.table = SavedTable(list(rows.values()), saved.table.links)
+    forgotten = [row for row in saved.table.forgotten if row.nodeid not in rows]
+    links = [link for link in saved.table.links if link.nodeid in rows]
+    saved.table = SavedTable(list(rows.values()), links, forgotten)
     return saved

@@ -123,7 +123,12 @@ class PassthroughFS:
         if name == b".":
             return Entry(parent, self.getattr(parent))
         if name == b"..":
-            above = parent.parent or self.table.root
+            above = parent
+            if parent is not self.table.root:
+                self.table.verify_place(parent)
+                above = parent.parent or self.table.root
+            if above is self.table.outside:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             return Entry(above, self.getattr(above))
         self._check_name(name)
         dir_fd = self.table.open_directory(parent)

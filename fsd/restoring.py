@@ -11,11 +11,12 @@ import os
 import stat
 from collections import defaultdict, deque
 
+from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 
 from . import host
 from .checkpoint import GONE, SavedInode, SavedTable
-from .inodes import ROOT_ID, Inode, InodeTable
+from .inodes import ROOT_ID, Forgotten, Inode, InodeTable
 
 _HANDLE_SIZES = range(4, 4 + 128 + 1)  # the type, MAX_HANDLE_SZ
 _KINDS = {
@@ -52,8 +53,17 @@ class RestoredTable:
             if node.is_dir and not inode.is_dir:
                 node.children.setdefault(name, inode)
         for inode in self.inodes.values():
-            if inode is not table.root and not inode.is_placeholder and not self._find(inode):
+            if inode is table.root or inode.is_placeholder:
+                continue
+            if not inode.is_dir and table.handle_opens(inode.identity):
+                continue  # verified at each use: its handle leads to it, or to nothing
+            if not self._find(inode):
                 self.gone.add(inode)
+        for nodeid, device, ino, handle, parent, name in saved.forgotten:
+            check_name(name or b"-")
+            if nodeid not in self.inodes and ROOT_ID < nodeid < FSD_DIR:
+                identity = (device or table.device, ino, handle)
+                table.remember(nodeid, Forgotten(identity, parent, name))
         for inode in self.inodes.values():
             if inode.is_dir and inode.parent is None and inode is not table.root:
                 table.lose(inode)
@@ -102,7 +112,7 @@ class RestoredTable:
     def _find(self, inode: Inode) -> bool:
         """Whether the object is still there; afterwards it is reached as any other."""
         if self._table.handle_opens(inode.identity):
-            return self._find_by_handle(inode)
+            return self._find_directory(inode)
         if self._find_by_path(inode):
             return True
         # A handle proves the object wherever it is met again; without one, or on a device that may
@@ -111,7 +121,7 @@ class RestoredTable:
             self._table.identify_as(inode, (GONE, inode.nodeid, b""))
         return False
 
-    def _find_by_handle(self, inode: Inode) -> bool:
+    def _find_directory(self, inode: Inode) -> bool:
         try:
             fd = self._table.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
         except OSError:
@@ -121,23 +131,10 @@ class RestoredTable:
             if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity[1], inode.kind):
                 self._table.identify_as(inode, (GONE, inode.nodeid, b""))
                 return False
-            if inode.is_dir:
-                self._place_directory(inode, fd)
+            self._table.verify_place(inode)
         finally:
             os.close(fd)
         return True
-
-    def _place_directory(self, inode: Inode, fd: int) -> None:
-        """Where a directory is now, if not where it was: the kernel knows."""
-        parent = inode.parent
-        if parent is not None:
-            try:
-                with self._table.directory(parent) as parent_fd:
-                    if host.file_handle(parent_fd, inode.name) == inode.identity[2]:
-                        return
-            except OSError:
-                pass
-        self._table.locate(inode, fd)
 
     def _find_by_path(self, inode: Inode) -> bool:
         parent = inode.parent

@@ -12,6 +12,7 @@ import secrets
 import stat
 import time
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from protocol.images import ImageError
@@ -38,6 +39,11 @@ _WD_LIMIT = 1 << 31
 def new_token() -> bytes:
     """What an observer shows when it comes back; not to be guessed."""
     return secrets.token_bytes(16)
+
+
+@cache
+def _mask(bits: int) -> Mask:
+    return EVENTS & bits
 
 
 class Resumption:
@@ -175,12 +181,15 @@ class Resumption:
             export.watcher.adopt(inotify, self._wds)
         else:
             export.watcher.remember(self._wds)
-        for guest, saved in self._marks:
-            for nodeid, mask in saved.marks:
-                export.resume_mark(guest, self._optional(nodeid), EVENTS & mask)
+        marks = (
+            (guest, self._optional(nodeid), _mask(mask))
+            for guest, saved in self._marks
+            for nodeid, mask in saved.marks
+        )
+        export.resume_marks(marks, sorted(self._wds, key=self._wds.__getitem__))
         if inotify >= 0:
             export.drop_watches(self._wds)
         else:
             export.watcher.remembered()
         self.table.release()
-        export.resume(set() if inotify >= 0 else self.table.gone, WAIT_FOR, compare=inotify < 0)
+        export.resume(WAIT_FOR, compare=inotify < 0)

@@ -36,29 +36,49 @@ def difference(export: Export, node: Inode, known: Listing) -> Changes:
     """Compare a directory with its listing, which is brought up to date."""
     now = export.read_directory(node)
     changes: Changes = {}
-    for name in known.names.keys() | now.keys():
-        before, after = known.names.get(name), now.get(name)
-        if before is not None and after is not None and _is_reborn(export, node, name, before):
-            before = before._replace(ino=0)  # no object's number any more
-        if before is None or after is None or not before.may_be(after):
-            changes[node, name] = Missed(before, _CHANGE)
-        else:
-            mask = _touched(export, node, name, before)
+    for name in known.names.keys() - now.keys():
+        changes[node, name] = Missed(known.names[name], _CHANGE)
+    try:
+        dir_fd = export.table.open_directory(node)
+    except OSError:  # gone, and empty
+        known.names = now
+        return changes
+    try:
+        for name, after in now.items():
+            before = known.names.get(name)
+            mask = _CHANGE
+            if before is not None:
+                status = _status(dir_fd, name)
+                _, anything = changed_since(status, before.seen_ns) if status else (False, False)
+                # Any other object was made since, and so changed.
+                if anything and _is_reborn(export, dir_fd, name, before):
+                    before = before._replace(ino=0)  # no object's number any more
+                if before.may_be(after):
+                    mask = _touched(status, before) if status else 0
+                    now[name] = after._replace(inode=before.inode)
             if mask:
                 changes[node, name] = Missed(before, mask)
-            now[name] = after._replace(inode=before.inode)
+    finally:
+        if dir_fd != node.fd:
+            os.close(dir_fd)
     known.names = now
     return changes
 
 
-def _is_reborn(export: Export, node: Inode, name: bytes, before: Known) -> bool:
+def _status(dir_fd: int, name: bytes) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except OSError:  # it has just gone
+        return None
+
+
+def _is_reborn(export: Export, dir_fd: int, name: bytes, before: Known) -> bool:
     """Whether the name stands for another object, with the inode number of the known one."""
     known = before.inode
     try:
-        with export.table.directory(node) as dir_fd:
-            if known is None or known.is_placeholder:
-                return host.born_ns(dir_fd, name) > before.seen_ns
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        if known is None or known.is_placeholder:
+            return host.born_ns(dir_fd, name) > before.seen_ns
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             return export.table.identify(fd)[0] != known.identity
         finally:
@@ -67,12 +87,7 @@ def _is_reborn(export: Export, node: Inode, name: bytes, before: Known) -> bool:
         return False
 
 
-def _touched(export: Export, node: Inode, name: bytes, before: Known) -> int:
-    try:
-        with export.table.directory(node) as dir_fd:
-            status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except OSError:
-        return 0
+def _touched(status: os.stat_result, before: Known) -> int:
     content, anything = changed_since(status, before.seen_ns)
     if content and stat.S_ISREG(status.st_mode):
         return _CHANGE
@@ -106,7 +121,7 @@ def told(export: Export, changes: Changes) -> Iterator[Event]:
         # A name that is also taken anew is told as DELETE and CREATE: no order of moves is known.
         if source is None or source[:2] in new or changes[node, name].before is not None:
             continue
-        if _is_reborn(export, node, name, source[2]):
+        if _came_since(export, node, name, source[2]):
             continue
         del gone[after.ino, after.kind], new[node, name]
         yield _moved(export, source[0], source[1], source[2], node, name)
@@ -123,6 +138,14 @@ def told(export: Export, changes: Changes) -> Iterator[Event]:
         for kind in _CLOSES:
             if mask & kind and name:
                 yield _event(export, node, name, after, kind)
+
+
+def _came_since(export: Export, node: Inode, name: bytes, before: Known) -> bool:
+    try:
+        with export.table.directory(node) as dir_fd:
+            return _is_reborn(export, dir_fd, name, before)
+    except OSError:
+        return False
 
 
 def _size(export: Export, node: Inode, name: bytes) -> int:

@@ -6,9 +6,11 @@ Apart from the core because here files are read and written; knows no trio.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,9 +65,10 @@ def open_export(
     if saved is None:
         return export
     try:
-        resumption = Resumption(export, saved)
-        prepare(resumption)
-        resumption.finish()
+        with _without_collection():
+            resumption = Resumption(export, saved)
+            prepare(resumption)
+            resumption.finish()
     except Exception as error:
         if not isinstance(error, ImageError):
             log.exception("restoring failed", image=str(state.path))
@@ -75,6 +78,20 @@ def open_export(
     return export
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Many objects are made here and none dropped: to look for garbage among them takes longer than
+    to make them.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _read(
     state: State, complain: Callable[[str], None], *, expected: bool
 ) -> checkpoint.SavedExport | None:
@@ -82,7 +99,8 @@ def _read(
         data = state.read()
         if data is None and expected:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        return None if data is None else image.decode(data)
+        with _without_collection():
+            return None if data is None else image.decode(data)
     except (ImageError, OSError) as error:
         complain(_refused(state, error))
         return None
@@ -111,11 +129,13 @@ class Saver:
 
     def take(self) -> Callable[[], int]:
         """The state as of now, and a function that writes it, also in another thread."""
-        saved = checkpoint.take(self.export, self.mounts())
+        with _without_collection():
+            saved = checkpoint.take(self.export, self.mounts())
         self.export.is_changed = False
 
         def write() -> int:
-            data = image.encode(saved)
+            with _without_collection():
+                data = image.encode(saved)
             self.state.write(data)
             return len(data)
 

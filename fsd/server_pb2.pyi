@@ -5,6 +5,22 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Forgotten(_message.Message):
+    __slots__ = ["device", "handle", "ino", "name", "nodeid", "parent"]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    INO_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODEID_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    device: _containers.RepeatedScalarFieldContainer[int]
+    handle: _containers.RepeatedScalarFieldContainer[bytes]
+    ino: _containers.RepeatedScalarFieldContainer[int]
+    name: _containers.RepeatedScalarFieldContainer[bytes]
+    nodeid: _containers.RepeatedScalarFieldContainer[int]
+    parent: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, nodeid: _Optional[_Iterable[int]] = ..., device: _Optional[_Iterable[int]] = ..., ino: _Optional[_Iterable[int]] = ..., handle: _Optional[_Iterable[bytes]] = ..., parent: _Optional[_Iterable[int]] = ..., name: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class Guest(_message.Message):
     __slots__ = ["events", "held", "kind", "marks", "missed", "name", "nodes", "outbox", "token", "told"]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
@@ -148,8 +164,9 @@ class OutboxEvents(_message.Message):
     def __init__(self, nodeid: _Optional[_Iterable[int]] = ..., generation: _Optional[_Iterable[int]] = ..., mask: _Optional[_Iterable[int]] = ..., cookie: _Optional[_Iterable[int]] = ..., name: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Server(_message.Message):
-    __slots__ = ["file_system", "guests", "inodes", "links", "listed", "names", "root_handle", "root_ino", "saved_ns", "source", "watches"]
+    __slots__ = ["file_system", "forgotten", "guests", "inodes", "links", "listed", "names", "root_handle", "root_ino", "saved_ns", "source", "watches"]
     FILE_SYSTEM_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
     GUESTS_FIELD_NUMBER: _ClassVar[int]
     INODES_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +178,7 @@ class Server(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WATCHES_FIELD_NUMBER: _ClassVar[int]
     file_system: int
+    forgotten: Forgotten
     guests: _containers.RepeatedCompositeFieldContainer[Guest]
     inodes: Inodes
     links: Links
@@ -171,7 +189,7 @@ class Server(_message.Message):
     saved_ns: int
     source: bytes
     watches: Watches
-    def __init__(self, source: _Optional[bytes] = ..., root_ino: _Optional[int] = ..., root_handle: _Optional[bytes] = ..., file_system: _Optional[int] = ..., saved_ns: _Optional[int] = ..., inodes: _Optional[_Union[Inodes, _Mapping]] = ..., links: _Optional[_Union[Links, _Mapping]] = ..., watches: _Optional[_Union[Watches, _Mapping]] = ..., listed: _Optional[_Iterable[int]] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., guests: _Optional[_Iterable[_Union[Guest, _Mapping]]] = ...) -> None: ...
+    def __init__(self, source: _Optional[bytes] = ..., root_ino: _Optional[int] = ..., root_handle: _Optional[bytes] = ..., file_system: _Optional[int] = ..., saved_ns: _Optional[int] = ..., inodes: _Optional[_Union[Inodes, _Mapping]] = ..., links: _Optional[_Union[Links, _Mapping]] = ..., watches: _Optional[_Union[Watches, _Mapping]] = ..., listed: _Optional[_Iterable[int]] = ..., names: _Optional[_Union[Names, _Mapping]] = ..., guests: _Optional[_Iterable[_Union[Guest, _Mapping]]] = ..., forgotten: _Optional[_Union[Forgotten, _Mapping]] = ...) -> None: ...
 
 class Watches(_message.Message):
     __slots__ = ["nodeid", "wd"]

@@ -38,6 +38,12 @@ class Service(FileService):
             if entry is not None:
                 return entry
             return self._fs.lookup(self._table.get(nodeid), name)
+        if name in (b".", b".."):  # of a file handle, whose node may be forgotten
+            node = self._table.recall(nodeid)
+            try:
+                return self._fs.lookup(node, name)
+            finally:
+                self._table.release(node)
         entry = self._fs.lookup(self._table.get(nodeid), name)
         self._looked_up(who, entry.inode)
         return entry

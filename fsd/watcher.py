@@ -108,12 +108,13 @@ class HostWatcher:
         self._limit = watch_limit
         self._old_wds: dict[Inode, int] = {}
         self._highest_wd = 0
+        self._next_wd = 1  # what the kernel will give
         self._sets_wd = True  # the kernel knows SETNEXTWD, as far as is known
         self._is_handed_over = False
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
         self._number = 0
-        self.last_arrival = 0.0  # time.monotonic()
+        self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
@@ -166,20 +167,24 @@ class HostWatcher:
             return
         if self._limit is not None and inode not in self._wd_of and len(self) >= self._limit:
             raise OSError(errno.ENOSPC, "limit on host watches reached")
-        with self._table.opened(inode) as fd:
+        with self._table.reached(inode) as fd:
             path = host.fd_path(fd)
             if inode in self._old_wds:
-                self._set_next_wd(self._old_wds.pop(inode))
+                self._set_next_wd(self._old_wds[inode])
             wd: int = self._manager.add_watch(path, int(mask), quiet=True)[path]
             if wd < 0:
                 number = ctypes.get_errno() or errno.EIO
                 raise OSError(number, os.strerror(number))
+        if inode not in self._wd_of:
+            self._next_wd = wd + 1
         if self._by_wd.get(wd) is not inode:
             self._table.pin(inode)
         self._by_wd[wd] = inode
         self._wd_of[inode] = wd
         if mask & ~self.mask_of(inode):
-            self.drain()
+            if not self._old_wds:
+                self.drain()
+            self.last_activity = time.monotonic()
             self._since[inode] = self._number
         self._mask_of[inode] = mask
         if inode.attr_given and not self.tells_changes(inode):
@@ -193,6 +198,7 @@ class HostWatcher:
     def remembered(self) -> None:
         """All of them are watched that will be; what comes now gets numbers above theirs."""
         self._old_wds.clear()
+        self.drain()
         if self._highest_wd < _HIGHEST_WD:
             self._set_next_wd(self._highest_wd + 1)
 
@@ -230,7 +236,7 @@ class HostWatcher:
                 return
 
     def _set_next_wd(self, wd: int) -> None:
-        if self._sets_wd:
+        if self._sets_wd and wd != self._next_wd:
             try:
                 fcntl.ioctl(self.fd, _SETNEXTWD, wd)
             except OSError:  # no CONFIG_CHECKPOINT_RESTORE: other numbers do as well
@@ -306,7 +312,7 @@ class HostWatcher:
             return
         self._arrivals.append(Arrival(raw, origin, stamp, self._number))
         self._number += 1
-        self.last_arrival = stamp
+        self.last_activity = stamp
         if raw.mask & _CHANGING:
             self._note_change(raw)
         self._pushed(raw)

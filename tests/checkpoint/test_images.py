@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import struct
@@ -338,16 +339,18 @@ def test_the_same_in_pure_python() -> None:
 # The messages
 
 
-def test_the_generated_code_is_of_the_definitions() -> None:
+@pytest.mark.parametrize("name", ["guest_tools/watcher", "fsd/server"])
+def test_the_generated_code_is_of_the_definitions(name: str) -> None:
     """What script/proto would make today is what is there."""
     done = subprocess.run(
-        ["protoc", "--descriptor_set_out=/dev/stdout", "guest_tools/watcher.proto"],
+        ["protoc", "--descriptor_set_out=/dev/stdout", f"{name}.proto"],
         cwd=ROOT, capture_output=True, check=True, timeout=60,
     )  # fmt: skip
     from google.protobuf import descriptor_pb2
 
     (generated,) = descriptor_pb2.FileDescriptorSet.FromString(done.stdout).file
-    present = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+    module = importlib.import_module(f"{name.replace('/', '.')}_pb2")
+    present = descriptor_pb2.FileDescriptorProto.FromString(module.DESCRIPTOR.serialized_pb)
     for message in generated.message_type:
         for field in message.field:
             field.ClearField("json_name")

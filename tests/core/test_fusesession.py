@@ -156,6 +156,25 @@ def test_a_guest_can_use_only_nodes_it_looked_up(
     assert guest.ask(opcode, node.nodeid, b"f\0").error == errno.ESTALE
 
 
+def test_file_handles_outlive_the_guests_memory(
+    world: World, guest: GuestKernel, other: GuestKernel
+) -> None:
+    """A guest's kernel asks for "." of a node that it has forgotten; of its own alone."""
+    (world.source / "d").mkdir()
+    node = guest.lookup(b"d")
+    for name in (b".\0", b"..\0"):
+        assert other.ask(Opcode.LOOKUP, node.nodeid, name).error == errno.ESTALE
+    guest.forget(node.nodeid, 1)
+    again = guest.lookup(b".", node.nodeid)
+    assert (again.nodeid, again.generation) == (node.nodeid, node.generation)
+    assert guest.lookup(b"..", node.nodeid).nodeid == 1
+    guest.forget(node.nodeid, 1)
+    for name in (b".\0", b"..\0"):
+        assert other.ask(Opcode.LOOKUP, node.nodeid, name).error == errno.ESTALE
+    (world.source / "d").rmdir()
+    assert guest.ask(Opcode.LOOKUP, node.nodeid, b".\0").error == errno.ESTALE
+
+
 def test_the_second_node_of_a_request_is_checked_too(
     world: World, guest: GuestKernel, other: GuestKernel
 ) -> None:

@@ -268,6 +268,24 @@ def test_a_storm_at_the_restart(world: World, make_world: Callable[..., World]) 
     assert len(set(seen)) == 3000
 
 
+def test_one_object_that_was_known_twice(world: World, restart: Callable[..., World]) -> None:
+    """Looked up, forgotten and looked up again it has had two nodes; listings name either."""
+    kept(world, "", mask=STRUCTURE)
+    (world.source / "x").touch()
+    os.link(world.source / "x", world.source / "y")
+    world.pump()
+    assert world.root.listing is not None
+    names = world.root.listing.names
+    for name in (b"x", b"y"):
+        inode = world.export.fs.peek(world.root, name).inode
+        names[name] = names[name]._replace(inode=inode)
+        world.table.release(inode)
+        inode.nodeid = (1 << 62) + name[0]
+    new = restart(world, lambda source: (source / "x").rename(source / "z"))
+    (seen,) = {event.path for event in new.take(back(new)) if event.mask == "moved_to"}
+    assert seen == b"z"
+
+
 # What is refused
 
 
