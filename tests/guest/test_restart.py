@@ -105,8 +105,8 @@ def test_events(place: tuple[Kept, Guest], way: str) -> None:
         names += [f"before{step}", f"meanwhile{step}", f"after{step}"]
         (folder / f"before{step}").touch()
         watcher.wait_output(f"CREATE before{step}", 20)
-        if way == "kill":  # an image that is some seconds old would tell again
-            time.sleep(4)
+        if way == "kill":  # what came just before would be told again
+            time.sleep(0.6)
         old = server.pid
         os.kill(old, signal.SIGSTOP)
         (folder / f"meanwhile{step}").touch()
