@@ -94,8 +94,12 @@ def run(options: Options) -> int:
                 raise _no_namespaces(error) from None
 
         def inside(lifeline: int) -> int:
+            def say_ready() -> None:
+                with suppress(BrokenPipeError):  # the end has come before
+                    os.write(lifeline, b"\0")
+
             try:
-                return _inside(options, sources, store, lambda: os.write(lifeline, b"\0"), lifeline)
+                return _inside(options, sources, store, say_ready, lifeline)
             except StartError as error:
                 print(f"fsd: {error}", file=sys.stderr)
                 return 1
