@@ -1,4 +1,7 @@
-"""python -m bench latency|throughput|rest|memory|workloads|virtiofs|checkpoint [--json FILE]"""
+"""python -m bench latency|throughput|rest|memory|workloads|virtiofs|guest-latency|checkpoint
+
+[--json FILE]
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ COMMANDS = {
     "workloads": "workloads",
     "virtiofs": "virtiofs",
     "checkpoint": "checkpoint",
+    "guest-latency": "guest_latency",
 }
 
 

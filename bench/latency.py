@@ -19,7 +19,7 @@ from protocol.masks import EVENTS, Mask
 from tests.support.mounts import mounted
 
 from .polling import POLLERS, poll_latencies
-from .readers import Reader, reading
+from .readers import Watching, reading
 from .report import Report, number, percentile
 
 TYPICAL = Mask.MODIFY | Mask.CLOSE_WRITE | Mask.CREATE
@@ -35,7 +35,7 @@ class Lane:
     """A directory with its own reader, and the samples made there: (name, kind, start in ns)."""
 
     title: str
-    reader: Reader
+    reader: Watching
     samples: list[tuple[str, Mask, int]] = field(default_factory=list)
 
     def write(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from protocol.masks import Mask
 
@@ -24,6 +24,17 @@ class Seen(NamedTuple):
     when: int
     mask: int
     name: str
+
+
+class Watching(Protocol):
+    """A running reader. ``host`` is the directory that it watches, where the host changes it."""
+
+    @property
+    def host(self) -> Path:
+        """The directory."""
+
+    def finish(self) -> list[Seen]:
+        """All that it saw, in order, with the host's times."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Mapping
 
@@ -48,8 +49,10 @@ class Files:
         caching: Caching,
         *,
         notify: Callable[[bytes], None] | None,
+        direct_io: bool = False,
     ) -> None:
         self._service = service
+        self._direct_io = os.O_DIRECT if direct_io else 0
         self._nodes = nodes
         self._loop = loop
         self._notify = notify
@@ -114,10 +117,21 @@ class Files:
             self._channels[fh] = Channel(handle.session)
         if isinstance(handle, HiddenHandle | IdleHandle):  # no data of it may be cached
             return self._opened(request, fh, _DIRECT_IO)
+        if flags & self._direct_io:
+            self._bypass_cache(fh)
         flags = self._file_flags
         if flags == _KEEP_CACHE and self._nodes.is_watched(handle.inode):
             flags = 0
         return self._opened(request, fh, flags)
+
+    def _bypass_cache(self, fh: int) -> None:
+        """O_DIRECT for an open file. Raises OSError EINVAL where its file system knows none."""
+        fd = self._service.file_fd(fh)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+        except OSError:
+            self._close(fh)
+            raise
 
     def _create(self, request: Request) -> bytes:
         flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
@@ -125,17 +139,25 @@ class Files:
         self._check_room()
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
-        return self._made(request, *self._service.create(who, request.nodeid, name, mode, flags))
+        entry, fh = self._service.create(who, request.nodeid, name, mode, flags)
+        return self._made(request, entry, fh, flags)
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
         self._check_room()
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
-        return self._made(request, *self._service.tmpfile(who, request.nodeid, mode, flags))
+        entry, fh = self._service.tmpfile(who, request.nodeid, mode, flags)
+        return self._made(request, entry, fh, flags)
 
-    def _made(self, request: Request, entry: Entry, fh: int) -> bytes:
+    def _made(self, request: Request, entry: Entry, fh: int, flags: int) -> bytes:
         forget = self._nodes.hold(entry.inode)
+        if flags & self._direct_io:
+            try:
+                self._bypass_cache(fh)
+            except OSError:
+                forget()
+                raise
 
         def undo() -> None:
             self._close(fh)

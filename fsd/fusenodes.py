@@ -42,7 +42,6 @@ class Caching:
     keep_listings: bool = False
     direct_io: bool = False
     """File data is never kept."""
-    writeback: bool = False
 
 
 _DAY = 86400.0
@@ -73,6 +72,7 @@ class Nodes:
         self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
         self._attr_timeout = divmod(round(caching.attr_timeout * _SECOND), _SECOND)
         self._cached = self._entry_timeout != (0, 0) or self._attr_timeout != (0, 0)
+        service.guest.keeps_names = self._entry_timeout != (0, 0)
         self._submounts = submounts
         self._limit = limit
         self._kept = kept

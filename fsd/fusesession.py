@@ -69,6 +69,8 @@ class SessionOptions:
     """Locks are the host's, seen by everyone; else each guest's own."""
     submounts: bool = False
     """Tell the guest where another file system of the host begins."""
+    direct_io: bool = False
+    """O_DIRECT holds on the host, too: it is to keep no data of such a file either."""
     is_local: bool = False
     """The guest's processes are this machine's: /proc has their groups."""
     notify: Callable[[bytes], None] | None = None
@@ -99,7 +101,10 @@ class FuseSession:
         self._names = Names(service, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
         notify = self._options.notify
-        self._files = Files(service, self.nodes, loop, self._waiting, caching, notify=notify)
+        direct_io = self._options.direct_io
+        self._files = Files(
+            service, self.nodes, loop, self._waiting, caching, notify=notify, direct_io=direct_io
+        )
         self._handlers: dict[int, Callable[[Request], bytes | None]] = {
             **self._names.handlers,
             **self._files.handlers,
@@ -258,8 +263,6 @@ class FuseSession:
             wanted |= Init.POSIX_ACL
         if options.submounts:
             wanted |= Init.SUBMOUNTS
-        if options.caching.writeback:
-            wanted |= Init.WRITEBACK_CACHE
         return wanted
 
     def _destroy(self, request: Request) -> bytes:

@@ -99,7 +99,7 @@ def _check_regular(kind: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-# O_APPEND: the guest's kernel sends offsets. O_DIRECT: data comes through unaligned buffers.
+# O_APPEND: the guest's kernel sends offsets. O_DIRECT: the caller may not mean ours.
 _DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW
 
 

@@ -72,6 +72,7 @@ class ReplayGuest(Guest):
         "_watcher",
         "_ways",
         "is_paused",
+        "keeps_names",
         "ledger",
         "on_agent",
         "on_mark",
@@ -90,6 +91,7 @@ class ReplayGuest(Guest):
         self.on_mark: Callable[[int, int], None] = _nobody_marks
         """Told of each change of interest: nodeid (0 = all), mask."""
         self.is_paused = False  # no orders are given, those that were are still answered
+        self.keeps_names = False  # its kernel may look a name up without asking us
         self._held: deque[_Held] = deque()
         # Of each inode, the OPENs (None) and CLOSEs (True = for writing) among the held events
         self._open_close: dict[Inode, deque[bool | None]] = {}
@@ -353,7 +355,10 @@ class ReplayGuest(Guest):
             assert event.node2 is not None
             to = (event.node2.nodeid, event.node2.generation, event.name2)
             yield self._task(held, Op.RENAME, child, to=to, arg=flags)
-            self._reopen_as(event, child)
+            old, new = (event.node, event.name), (event.node2, event.name2)
+            self._reopen_as(child, old, new)
+            if event.exchanged and event.replaced is not None:
+                self._reopen_as(event.replaced, new, old)
         elif kind & _MOVED_FROM:
             out = _out_of_sight(child, b"") if child.is_dir else _STAGED
             yield self._task(held, Op.RENAME, child, to=out)
@@ -385,14 +390,13 @@ class ReplayGuest(Guest):
         self._opened.setdefault((child, writing), []).append(opened)
         return task
 
-    def _reopen_as(self, event: Event, child: Inode) -> None:
+    def _reopen_as(self, child: Inode, old: tuple[Inode, bytes], new: tuple[Inode, bytes]) -> None:
         """An open file is closed under the name that it has by then."""
-        assert event.node2 is not None
         for writing in (False, True):
-            for index, opened in enumerate(self._opened.get((child, writing), ())):
-                if (opened.node, opened.name) == (event.node, event.name):
-                    renamed = _Open(opened.seq, event.node2, event.name2)
-                    self._opened[child, writing][index] = renamed
+            files = self._opened.get((child, writing), [])
+            files[:] = [
+                _Open(file.seq, *new) if (file.node, file.name) == old else file for file in files
+            ]
 
     def _close(self, held: _Held, child: Inode, writing: bool) -> Iterator[Task]:
         place = (held.event.node, held.event.name)

@@ -179,7 +179,7 @@ class Resolver:
         )  # fmt: skip
         exchanged = 0
         if replaced is not None and own.lost is None:
-            exchanged = self._exchanged(event, replaced, own.length)
+            exchanged, replaced = self._exchanged(event, replaced, own.length)
         if not exchanged:
             replaced = self._lost(first, replaced, own)
         event.exchanged = exchanged
@@ -224,27 +224,41 @@ class Resolver:
             self._implied[ahead.number] = event
             event.nlink = 1
 
-    def _exchanged(self, event: Event, replaced: Inode, skip: int) -> int:
-        """Cookie of the second pair, back, that RENAME_EXCHANGE queues; 0 for a plain rename."""
+    def _exchanged(self, event: Event, replaced: Inode, skip: int) -> tuple[int, Inode]:
+        """Cookie of the second pair, back, that RENAME_EXCHANGE queues (0 for a plain rename), and
+        what came back.
+        """
         ahead = self._own_events.ahead(skip + 3)[skip:]
         if len(ahead) < 2:
-            return 0
+            return 0, replaced
         back, there = (arrival.raw for arrival in ahead[:2])
         if not back.mask & _MOVED_FROM or back.cookie != there.cookie:
-            return 0
+            return 0, replaced
         if [back.name, there.name] != [event.name2, event.name]:
-            return 0
+            return 0, replaced
         nodes = (self._watcher.inode_of(back.wd), self._watcher.inode_of(there.wd))
         if nodes != (event.node2, event.node):
-            return 0
+            return 0, replaced
         moved = self._moved_self(ahead[2:])
         assert event.child is not None
+        if replaced.is_placeholder:
+            replaced = self._came_back(event) or replaced
         if not self._is_exchange(event.child, replaced, moved):
-            return 0
+            return 0, replaced
         if moved is replaced:
             self._implied[ahead[2].number] = event
         self._watcher.drop_rename(back.cookie, skip + 2)
-        return back.cookie
+        return back.cookie, replaced
+
+    def _came_back(self, event: Event) -> Inode | None:
+        """What is at a rename's old place now, if it is what the listing had at the new one."""
+        assert event.node2 is not None
+        known = listing(event.node2).names[event.name2]
+        try:
+            inode = self._fs.peek(event.node, event.name).inode
+        except OSError:
+            return None
+        return inode if (inode.identity[1], inode.kind) == (known.ino, known.kind) else None
 
     def _moved_self(self, ahead: list[Arrival]) -> Inode | None:
         if ahead and ahead[0].raw.mask & _MOVE_SELF:

@@ -110,4 +110,5 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
     if isinstance(guest, ReplayGuest):
         state["agent"] = bool(guest.pid)
         state["agent_pid"] = guest.pid
+        state["keeps_names"] = guest.keeps_names
     return state

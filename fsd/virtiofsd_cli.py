@@ -33,8 +33,7 @@ LEVELS = {
 }  # fmt: skip
 _SOCKETS = "--socket-path, --fd or a socket of systemd's"
 _REFUSED = {
-    "--writeback": "the guest would not see what the host does to files that it writes",
-    "--allow-direct-io": "files are opened without O_DIRECT on the host",
+    "--writeback": "the guest would not see sizes and times that the host gives to files",
     "--no-readdirplus": "the guest decides",
     "--no-killpriv-v2": "suid bits are cleared by the server in any case",
     "--security-label": "there are no labels at the creation of files",
@@ -50,7 +49,7 @@ _REFUSED = {
 }
 """Options of virtiofsd's that are not honoured, and why."""
 _FLAGS = {
-    "--writeback", "--allow-direct-io", "--no-readdirplus", "--no-killpriv-v2", "--security-label",
+    "--writeback", "--no-readdirplus", "--no-killpriv-v2", "--security-label",
     "--migration-verify-handles", "--migration-confirm-paths",
 }  # fmt: skip
 _COMPAT_FLAGS: dict[str, tuple[str, Any]] = {
@@ -58,6 +57,8 @@ _COMPAT_FLAGS: dict[str, tuple[str, Any]] = {
     "no_xattr": ("xattr", False),
     "posix_acl": ("posix_acl", True),
     "no_posix_acl": ("posix_acl", False),
+    "allow_direct_io": ("allow_direct_io", True),
+    "no_allow_direct_io": ("allow_direct_io", False),
     "announce_submounts": ("announce_submounts", True),
     "flock": ("flock", True),
     "no_flock": ("flock", False),
@@ -68,7 +69,6 @@ _COMPAT_FLAGS: dict[str, tuple[str, Any]] = {
     "readdirplus": ("", None),
     "killpriv_v2": ("", None),
     "no_writeback": ("", None),
-    "no_allow_direct_io": ("", None),
     "no_security_label": ("", None),
 }
 _COMPAT_VALUES: dict[str, tuple[str, dict[str, str] | None]] = {
@@ -129,6 +129,7 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--readonly", is_flag=True, help="Guests may not change anything.")
 @click.option("--xattr", is_flag=True, help="Extended attributes.")
 @click.option("--posix-acl", is_flag=True, help="ACLs (and extended attributes).")
+@click.option("--allow-direct-io", is_flag=True, help="O_DIRECT holds on the host, too.")
 @click.option("--announce-submounts", is_flag=True, help="Tell guests where mounts begin.")
 @click.option("--no-announce-submounts", is_flag=True, help="Do not. [default]")
 @click.option(
@@ -265,6 +266,7 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
             xattr=given["xattr"] or given["posix_acl"],
             locks=given["flock"] is not False,
             submounts=given["announce_submounts"],
+            direct_io=given["allow_direct_io"],
         ),
         read_only=given["readonly"],
         file_handles="prefer" if handles == "fallback" else handles,

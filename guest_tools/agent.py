@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -12,9 +14,15 @@ from protocol import frames
 
 from . import kernel
 from .channel import ChannelError, FileChannel
+from .markcalls import MarkCalls
 from .marks import device_of, mount_ids, pids
 from .replayer import Replayer
 from .scanner import Scanner
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end it, when nothing is left behind."""
+_PATIENCE = 1.0
+"""Seconds for the server to take our leave."""
 
 
 class Agent:
@@ -30,7 +38,16 @@ class Agent:
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
         self._sending = threading.Lock()
-        self._scanner = Scanner(self._device, self._send, self._still_mounted)
+        calls = _trace_calls() if self._keeps_names else None
+        self._scanner = Scanner(
+            self._device,
+            self._send,
+            self._still_mounted,
+            calls=calls,
+            blind=self._keeps_names and calls is None,
+        )
+        self._ender = threading.Thread(target=self._end_on_signal, name="ender", daemon=True)
+        self._ended = False
         self._refusals = {0}  # errnos that need not be shown (again)
 
     def _connect(self) -> None:
@@ -38,6 +55,7 @@ class Agent:
         fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=root_fd)
         try:
             self._channel = FileChannel(fsd_fd, "control")
+            self._keeps_names = _keeps_names(fsd_fd)
         finally:
             os.close(fsd_fd)
         self._replayer = Replayer(root_fd, self._open_mountpoint, self._channel.fileno())
@@ -46,9 +64,12 @@ class Agent:
     def _come_back(self) -> None:
         """To the server that has come after ours: it knows nothing of this channel."""
         with self._sending:
-            self._replayer.close()
-            self._channel.close()
+            replayer, channel = self._replayer, self._channel
             self._connect()
+            with suppress(OSError):  # as the old server's end makes it
+                replayer.close()
+            with suppress(OSError):
+                channel.close()
             self._hello()
         self._scanner.anew()
 
@@ -104,6 +125,8 @@ class Agent:
         os.chdir("/")
         os.umask(0)
         self._hello()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        self._ender.start()
         self._scanner.scan(pids(), full=True)
         self._scanner.start()
         print(f"fsd-guest: ready: {self._mountpoint}", flush=True)
@@ -122,7 +145,12 @@ class Agent:
             if not gone:
                 raise
             return 0
+        except ChannelError:
+            if self._ended:
+                self._ender.join()
+            raise
         finally:
+            self._scanner.end()
             self._replayer.close()
 
     def _serve(self) -> None:
@@ -133,6 +161,22 @@ class Agent:
             for message in self._reader:
                 self._handle(message)
             self._replayer.batch_done()
+
+    def _end_on_signal(self) -> None:
+        """A thread: a signal's handler would not run before the server has answered our read."""
+        number = signal.sigwait(_ENDING)
+        self._ended = True
+        # The server answers our read upon it; one that does not go on keeps this thread alone.
+        bye = threading.Thread(target=self._say_bye, daemon=True)
+        bye.start()
+        bye.join(_PATIENCE)
+        self._scanner.end()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        os.kill(os.getpid(), number)
+
+    def _say_bye(self) -> None:
+        with suppress(OSError):
+            self._channel.send(frames.encode(frames.Bye()))
 
     def _handle(self, message: frames.Message) -> None:
         if isinstance(message, frames.Order):
@@ -150,3 +194,23 @@ class Agent:
                 "more of the same are not shown, see fsd-guest marks",
                 file=sys.stderr,
             )
+
+
+def _keeps_names(fsd_fd: int) -> bool:
+    """Whether this kernel keeps names of the mount, so that a look-up may make no request."""
+    fd = os.open("status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=fsd_fd)
+    with open(fd) as status:
+        guests = json.load(status)["guests"]
+    return any(guest["kind"] == "mount" and guest.get("keeps_names") for guest in guests)
+
+
+def _trace_calls() -> MarkCalls | None:
+    try:
+        return MarkCalls()
+    except OSError as error:
+        print(
+            f"fsd-guest: no trace of the calls that set marks: {error.strerror}; marks on names "
+            "that the kernel has kept may be found up to 30 s late",
+            file=sys.stderr,
+        )
+        return None

@@ -8,11 +8,13 @@ import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # The same on every architecture.
-_SYS_OPEN_TREE, _SYS_FSCONFIG, _SYS_FSPICK, _SYS_MOUNT_SETATTR = 428, 431, 433, 442
+_SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 428, 430, 431, 432
+_SYS_FSPICK, _SYS_MOUNT_SETATTR = 433, 442
 _AT_EMPTY_PATH = 0x1000
 _MOUNT_ATTR_RDONLY = 1
 _FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 1, 8
-_FSCONFIG_SET_FLAG, _FSCONFIG_CMD_RECONFIGURE = 0, 7
+_FSCONFIG_SET_FLAG, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 6, 7
+_FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
 _OPEN_TREE_CLONE = 1
 _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
@@ -59,6 +61,16 @@ def make_writable(mount_fd: int) -> None:
     try:
         _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"rw", None, 0))
         _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0))
+    finally:
+        os.close(context)
+
+
+def mount_privately(kind: str) -> int:
+    """The root of a file system that is mounted nowhere: fsmount(2), Linux 5.2. Raises OSError."""
+    context = _check(_libc.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC))
+    try:
+        _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
+        return _check(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0))
     finally:
         os.close(context)
 

@@ -54,6 +54,15 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
+def process_of(thread: int) -> int:
+    """The process of a thread; the number itself where that is gone."""
+    try:
+        with open(f"/proc/{thread}/status", errors="surrogateescape") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("Tgid:"))
+    except (OSError, StopIteration):
+        return thread
+
+
 def marks_of(pid: int, device: Device) -> Iterator[Mark]:
     """Marks that a process (or thread) holds on the mount; none where it is gone or not ours."""
     try:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,17 @@ import click
 import pytest
 
 from fsd.virtiofsd_cli import _FLAGS, _REFUSED, virtiofs
+from protocol import fuse
+from protocol.fuse import Opcode
+from protocol.vhostuser import Config, Protocol, Type
 
+from .support.fuse_driver import Driver
 from .support.mounts import STOP_TIMEOUT, await_ready, command, wait_until
 from .support.namespace import as_user, private, python_of_everybody, run
 from .support.share_server import inside
+from .support.vhost_frontend import Frontend
 
+PLACES = ["--shared-dir=/tmp", "--socket-path=/s"]
 FSD, DAEMON = command("fsd"), command("fsd-virtiofsd")
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 
@@ -128,6 +135,7 @@ def test_version() -> None:
         (["-o", "xattrmap=:map::user.x.:"], "-o xattrmap"),
         (["-o", "writeback"], "-o writeback"),
         (["--shared-dir=/tmp", "--socket-path=/s", "-o", "flock"], "both or neither"),
+        (["--announce-submounts", "--no-announce-submounts", *PLACES], "exclude one another"),
     ],
 )
 def test_wrong_usage(arguments: list[str], says: str) -> None:
@@ -345,6 +353,78 @@ def test_rlimit_nofile(top: Path) -> None:
     with server(*arguments, "--rlimit-nofile=4321") as process:
         limits = Path(f"/proc/{inside(process.pid)}/limits").read_text()
         assert "4321" in next(line for line in limits.splitlines() if "open files" in line)
+
+
+def test_a_limit_that_cannot_be_had(top: Path) -> None:
+    """Not even by root: fs.nr_open."""
+    arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
+    refused(run([DAEMON, *arguments, "--rlimit-nofile=2147483648"]), "--rlimit-nofile=2147483648: ")
+
+
+def test_tag(top: Path) -> None:
+    """A VMM that asks the device is told; without --tag there is nothing to ask."""
+    arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
+    with server(*arguments, "--tag=share of mine") as process:
+        vmm = Frontend(top / "s")
+        assert vmm.negotiate() & Protocol.CONFIG
+        answer = vmm.ask(Type.GET_CONFIG, Config(0, 36, 0, bytes(36)), Config)
+        assert isinstance(answer, Config)
+        assert answer.data.rstrip(b"\0") == b"share of mine"
+        vmm.close()
+        assert stopped(process) == 0
+    with server(*arguments) as process:
+        vmm = Frontend(top / "s")
+        assert not vmm.negotiate() & Protocol.CONFIG
+        vmm.close()
+        assert stopped(process) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_thread_pool_size(top: Path, threads: int) -> None:
+    """So many wait for a file system that does not answer; the others wait for them."""
+    (top / "real").mkdir()
+    slow = subprocess.Popen(
+        ["bindfs", "-f", top / "real", top / "share"], stderr=subprocess.DEVNULL
+    )
+    files = 4
+    try:
+        wait_until(lambda: os.path.ismount(top / "share"), 10, "bindfs is mounted")
+        arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
+        with server(*arguments, f"--thread-pool-size={threads}") as process:
+            driver = Driver(top / "s")
+            handles = [driver.create(b"f%d" % number) for number in range(files)]
+            os.kill(slow.pid, signal.SIGSTOP)
+            for handle in handles:
+                driver.send(Opcode.FSYNC, handle.nodeid, fuse.FSYNC_IN.pack(handle.fh, 0))
+            tasks = Path(f"/proc/{inside(process.pid)}/task")
+
+            def waiting() -> int:
+                return sum("request_wait" in (t / "wchan").read_text() for t in tasks.iterdir())
+
+            wait_until(lambda: waiting() == threads, 10, f"{threads} threads that wait")
+            time.sleep(0.2)
+            assert waiting() == threads
+            os.kill(slow.pid, signal.SIGCONT)
+            assert [driver.receive() for _ in handles] == [0] * files
+            driver.close()
+            assert stopped(process) == 0
+    finally:
+        os.kill(slow.pid, signal.SIGCONT)
+        subprocess.run(["umount", top / "share"], check=True)
+        slow.wait(STOP_TIMEOUT)
+
+
+def test_what_is_as_it_is_always(top: Path) -> None:
+    """Options of virtiofsd's that change nothing here, in the words of both of its versions."""
+    given = ["-f", "-d", "--allow-mmap", "--killpriv-v2", "--preserve-noatime", "-o", "readdirplus",
+             "-o", f"source={top / 'share'},vhost_user_socket={top / 's'},cache=none,sandbox=none",
+             "-o", "no_writeback,no_xattr,killpriv_v2,no_allow_direct_io"]  # fmt: skip
+    with server(*given) as process:
+        with connected(top / "s") as vmm:
+            assert len(features(vmm)) == 20
+        assert stopped(process) == 0
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
 
 
 def test_modcaps(top: Path) -> None:

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsd.fusefiles import LONG_POLL
-from fsd.fusenodes import Caching
 from fsd.fusesession import SessionOptions
 from protocol import frames, fuse
 from protocol.fuse import Init, Opcode
@@ -98,9 +97,7 @@ def test_an_option_is_offered_only_if_asked_for(name: str, world: World) -> None
         options = SessionOptions(**{name: value})  # type: ignore[arg-type]
         agreed = flags_of(GuestKernel(world.mount(agent=False), options, init=False).init())
         assert bool(agreed & OPTIONAL[name]) is value
-    writeback = SessionOptions(caching=Caching(writeback=True))
-    agreed = flags_of(GuestKernel(world.mount(agent=False), writeback, init=False).init())
-    assert Init.WRITEBACK_CACHE in agreed
+        assert Init.WRITEBACK_CACHE not in agreed
 
 
 def test_nothing_before_init_and_nothing_unknown(world: World) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsd import replayer
+from fsd.host import RENAME_EXCHANGE, renameat2
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.masks import Mask
 
@@ -175,3 +176,16 @@ def test_what_is_open_under_a_lost_name_takes_no_place(world: World) -> None:
     mount.guest.ledger.failed(renamed.seq - 1)  # all before it is done
     with pytest.raises(FileNotFoundError):
         mount.guest.ledger.lookup(1, b"name")
+
+
+def test_an_exchange_with_what_only_a_listing_knows(world: World) -> None:
+    """Not two renames: a file that is open is closed at its new name."""
+    (world.source / "a").touch()
+    (world.source / "b").touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    names = (os.fsencode(world.source / name) for name in "ab")
+    renameat2(-100, next(names), -100, next(names), RENAME_EXCHANGE)
+    (order,) = world.orders(mount)
+    assert (order.op, order.name, order.name2) == (Op.RENAME, b"a", b"b")
+    assert order.arg == RENAME_EXCHANGE

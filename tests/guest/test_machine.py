@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.guest.agents import start_agent, start_watcher
 from tests.support.mounts import wait_until
 from tests.support.share_server import shared
@@ -41,9 +43,12 @@ def test_reset(tmp_path: Path) -> None:
             assert len(vm.run("ls /mnt").stdout.split()) == boot + 1
 
 
-def test_the_next_vmm(tmp_path: Path) -> None:
-    """A VMM that is killed in the middle of things, and another on the same socket."""
-    with shared(tmp_path) as server:
+@pytest.mark.parametrize("handed", [False, True], ids=["path", "fd"])
+def test_the_next_vmm(tmp_path: Path, handed: bool) -> None:
+    """A VMM that is killed in the middle of things, and another on the same socket, which the
+    server has made or was given as libvirt gives it.
+    """
+    with shared(tmp_path, handed=handed) as server:
         before = server.descriptors()
         for boot in range(2):
             with guest({"share": server.paths[0]}) as vm:

@@ -29,6 +29,7 @@ SETTINGS = {
     "bare": ("--sandbox=none", "--seccomp=none"),
     "submounts": ("--announce-submounts",),
     "private": ("-o", "no_flock,no_posix_lock"),
+    "direct": ("--allow-direct-io",),
 }
 
 
@@ -146,6 +147,46 @@ def test_submounts(vm: Guest) -> None:
     assert plain[0] == plain[1]
     for name in ("submounts", "plain"):
         assert vm.run(f"ls /{name}/d").stdout == "inner\n"
+
+
+DIRECT = """
+import errno, mmap, os, sys
+path = sys.argv[1]
+page = mmap.mmap(-1, 8192)
+page[:4096] = b"d" * 4096
+for name, flags in ((path + "/old", 0), (path + "/new", os.O_CREAT | os.O_EXCL)):
+    fd = os.open(name, os.O_RDWR | os.O_DIRECT | flags)
+    assert os.pwrite(fd, memoryview(page)[:4096], 0) == 4096
+    assert os.preadv(fd, [memoryview(page)[4096:]], 0) == 4096
+    assert page[4096:] == b"d" * 4096
+    try:
+        print(os.preadv(fd, [memoryview(page)[1:514]], 0))
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_direct_io(vm: Guest, servers: dict[str, Share], tops: Path) -> None:
+    """O_DIRECT of a guest's program holds on the host, with what the host's file system asks of
+    its buffers; without the option it is the guest's alone.
+    """
+    for name, unaligned in (("direct", "EINVAL"), ("plain", "513")):
+        (tops / name / "old").touch()
+        program = vm.start(["python3", "-c", DIRECT, f"/{name}"])
+        assert [program.line() for _ in range(3)] == [unaligned, unaligned, "open"]
+        flags = []
+        for fd in Path(f"/proc/{servers[name].pid}/fd").iterdir():
+            if os.readlink(fd).endswith(("/old", "/new")):
+                info = Path(f"/proc/{servers[name].pid}/fdinfo/{fd.name}").read_text()
+                flags.append(int(info.split()[3], 8) & os.O_DIRECT)
+        assert flags == [os.O_DIRECT if name == "direct" else 0] * 2
+        for made in ("old", "new"):
+            assert (tops / name / made).read_bytes() == b"d" * 4096
+            (tops / name / made).unlink()
+        program.write(None)
+        program.wait()
 
 
 LOCK = "import fcntl, sys; f = open('/{}/file', 'r+'); fcntl.flock(f, 6); print('held', flush=True)"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +45,21 @@ def shared(
     *options: str,
     cache: str | None = None,
     paths: Sequence[Path] = (),
+    handed: bool = False,
 ) -> Iterator[Share]:
-    """Serve ``source`` for the block, on sockets of its own or on ``paths``.
+    """Serve ``source`` for the block, on sockets of its own or on ``paths``; ``handed``: on sockets
+    that it is given as open descriptors.
 
     At the end the server must stop on SIGTERM with exit code 0, have written no traceback and left
-    no socket.
+    no socket, but those that it was given.
     """
-    with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch, ExitStack() as stack:
         sockets = [*paths] or [Path(scratch, f"socket{number}") for number in range(guests)]
+        listeners = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in sockets * handed]
+        for listener, path in zip(listeners, sockets, strict=False):
+            listener.bind(os.fspath(path))
+            listener.listen(1)
+        fds = [listener.fileno() for listener in listeners]
         log = Path(scratch, "log")
         with log.open("wb") as stderr:
             process = subprocess.Popen(
@@ -59,13 +67,15 @@ def shared(
                     command("fsd"),
                     "virtiofs",
                     f"--shared-dir={source}",
-                    *(f"--socket-path={path}" for path in sockets),
+                    *(f"--fd={fd}" for fd in fds),
+                    *(f"--socket-path={path}" for path in sockets if not handed),
                     *([f"--cache={cache}"] if cache else []),
                     *options,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                pass_fds=fds,
             )
         assert process.stdout is not None
         try:
@@ -74,7 +84,7 @@ def shared(
             process.terminate()
             assert process.wait(STOP_TIMEOUT) == 0
             assert "Traceback" not in log.read_text(), "the server wrote a traceback"
-            assert not any(path.exists() for path in sockets)
+            assert all(path.exists() is handed for path in sockets)
         except BaseException as error:
             error.add_note(f"--- stderr of the server:\n{log.read_text(errors='replace')}")
             raise

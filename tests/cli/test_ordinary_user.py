@@ -1,0 +1,109 @@
+"""A mount of an ordinary user's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cli.support import FSD, GUEST, background, line_of, world_readable
+from tests.support.mounts import Mount, wait_until
+from tests.support.namespace import (
+    UID,
+    as_user,
+    device_of_everybody,
+    inside,
+    private,
+    python_of_everybody,
+    run,
+)
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
+
+
+@contextmanager
+def users_mount(tmp_path: Path, *options: str) -> Iterator[tuple[Mount, Path]]:
+    """A mount made by nobody, by fusermount3, in a namespace of its own."""
+    with world_readable() as top:
+        source, mountpoint = top / "source", top / "mount"
+        for directory in (source, mountpoint):
+            directory.mkdir()
+            os.chown(directory, UID, UID)
+        setup = f"{device_of_everybody(tmp_path)}\n{python_of_everybody(tmp_path)}"
+        line = private(setup, *as_user(), FSD, "mount", source, mountpoint, *options)
+        with background(*line) as process:
+            assert line_of(process, 30) == f"fsd: ready: {source} on {mountpoint}", (
+                process.stderr.read() if process.stderr and process.poll() is not None else ""
+            )
+            try:
+                yield Mount(source, mountpoint, process), top
+            finally:
+                process.terminate()
+                process.wait(20)
+
+
+def test_an_ordinary_users_mount(tmp_path: Path) -> None:
+    with users_mount(tmp_path) as (share, _):
+        process = share.process
+        said = line_of(process, stderr=True)
+        assert said.startswith("fsd: not root: ")
+        user = inside(process.pid, *as_user())
+        kinds = "create,modify,close_write,move,delete"
+        with background(*user, "inotifywait", "-mq", "-e", kinds, share.mountpoint) as watcher:
+
+            def armed() -> bool:
+                done = run([*user, str(GUEST), "marks", str(share.mountpoint), "--json"])
+                assert done.returncode == 0, done.stderr
+                return any(row["armed"] for row in json.loads(done.stdout))
+
+            wait_until(armed, 20, "the armed mark")
+            (share.source / "made").mkdir()
+            assert line_of(watcher) == f"{share.mountpoint}/ CREATE,ISDIR made"
+            (share.source / "text").write_text("x")
+            assert [line_of(watcher).split()[1:] for _ in range(3)] == [
+                ["CREATE", "text"], ["MODIFY", "text"], ["CLOSE_WRITE,CLOSE", "text"],
+            ]  # fmt: skip
+            (share.source / "text").rename(share.source / "new")
+            (share.source / "new").unlink()
+            assert [line_of(watcher).split()[1:] for _ in range(3)] == [
+                ["MOVED_FROM", "text"], ["MOVED_TO", "new"], ["DELETE", "new"],
+            ]  # fmt: skip
+        made = run([*user, "sh", "-c", f"echo y > {share.mountpoint}/own; id -u"])
+        assert (made.returncode, made.stdout) == (0, f"{UID}\n")
+        assert (share.source / "own").stat().st_uid == UID
+        process.terminate()
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""  # what is reduced was said once
+
+
+def test_an_ordinary_users_mount_without_an_agent(tmp_path: Path) -> None:
+    """The twin: nothing arrives."""
+    with users_mount(tmp_path, "--no-agent") as (share, _):
+        user = inside(share.process.pid, *as_user())
+        with background(*user, "inotifywait", "-m", share.mountpoint) as watcher:
+            while "established" not in line_of(watcher, stderr=True):
+                pass
+            (share.source / "host").mkdir()
+            run([*user, "mkdir", share.mountpoint / "own"])
+            assert line_of(watcher) == f"{share.mountpoint}/ CREATE,ISDIR own"
+
+
+def test_an_ordinary_users_removed_working_directory(tmp_path: Path) -> None:
+    with users_mount(tmp_path) as (share, _):
+        user = inside(share.process.pid, *as_user())
+        script = "mkdir d && cd d && rmdir ../d && ls -a . && stat -c %h . && getfacl -c ."
+        done = run([*user, "sh", "-c", f"cd {share.mountpoint} && {script}"])
+        assert (done.returncode, done.stdout.split()[0]) == (0, "0"), done
+
+
+def test_an_ordinary_user_unmounts(tmp_path: Path) -> None:
+    with users_mount(tmp_path) as (share, _):
+        user = inside(share.process.pid, *as_user())
+        done = run([*user, "fusermount3", "-u", "-z", share.mountpoint])
+        assert done.returncode == 0, done.stderr
+        assert share.process.wait(20) == 0
