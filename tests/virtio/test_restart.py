@@ -294,3 +294,14 @@ def test_bad_inflight(machine: Machine) -> None:
     machine.vmm.start_queue(0, machine.queues[0])
     assert machine.vmm.ack(Type.SET_VRING_ENABLE, VringState(0, 1)) == 1
     os.close(small)
+
+
+def test_no_use_in_another(tmp_path: Path) -> None:
+    """A server that dies young again and again is given up, and leaves no socket."""
+    kept = Kept(tmp_path / "socket")
+    with kept.process as process:
+        for _ in range(5):
+            kept.kill()
+        os.kill(kept.pid, signal.SIGKILL)
+        assert process.wait(10) == signal.SIGKILL
+    assert not kept.path.exists()
