@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -34,7 +35,10 @@ class Share:
 
 def inside(pid: int) -> int:
     """The process in the sandbox of a server; the server itself where it has none."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return pid
     return int(children[0]) if children else pid
 
 
@@ -89,6 +93,10 @@ def shared(
             error.add_note(f"--- stderr of the server:\n{log.read_text(errors='replace')}")
             raise
         finally:
+            for pid in (inside(inside(process.pid)), inside(process.pid)):
+                if pid != process.pid:  # outlives a keeper that is killed
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             process.kill()
             process.wait(STOP_TIMEOUT)
             process.stdout.close()
