@@ -1,7 +1,4 @@
-"""python -m bench latency|throughput|rest|memory|workloads|virtiofs|guest-latency|checkpoint
-
-[--json FILE]
-"""
+"""python -m bench WHAT [--json FILE]; WHAT as in COMMANDS"""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class SavedLink(NamedTuple):
 
 
 class SavedForgotten(NamedTuple):
-    """An object that nobody refers to, but for a file handle perhaps (fsd.inodes.Forgotten)."""
+    """An object that nobody refers to, but for a file handle perhaps (fsd.forgotten)."""
 
     nodeid: int
     device: int  # 0 = the root's

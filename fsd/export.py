@@ -28,12 +28,11 @@ from .events import RENAME, Event
 from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
 from .interest import Interest
-from .listings import Listing, Missed
 from .locks import LockWaiters
 from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
-from .resync import Changes, difference, told
+from .resync import Changes, difference, difference_at_once, told
 from .watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 
 log = structlog.get_logger()
@@ -49,8 +48,6 @@ SETTLE = 0.00003
 several, which is seen only from their CLOSEs."""
 _SETTLING = 2 * listings.CLOCK_LAG_NS / 1e9
 """Seconds without a change after which file times tell later changes from earlier ones."""
-_ATTEMPTS = 8
-"""Comparisons of a directory that changes all the while, to have one without a change in it."""
 COMPARE_EVERY = 2.0
 """Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
 
@@ -542,25 +539,8 @@ class Export:
         changes: Changes = {}
         for node in nodes:
             if node.is_dir and node.listing is not None and node.listing.complete:
-                changes.update(self._difference_at_once(node, node.listing))
+                changes.update(difference_at_once(self, node, node.listing))
         self._tell(changes)
-
-    def _difference_at_once(self, node: Inode, known: Listing) -> Changes:
-        """The difference as of one moment: what the queue has of before is told by it, and dropped
-        there.
-        """
-        watched = (node, *(child for child in node.children.values() if not child.is_dir))
-        wds = {wd for inode in watched if (wd := self.watcher.wd_of(inode)) >= 0}
-        changes: Changes = {}
-        for _ in range(_ATTEMPTS):
-            self.watcher.discard(wds)
-            for place, now in difference(self, node, known).items():
-                before = changes.get(place)
-                changes[place] = Missed(before.before, before.mask | now.mask) if before else now
-            self.watcher.drain()
-            if not self.watcher.has_any(wds):
-                break
-        return changes
 
     def come_back(self, token: bytes, received: int) -> Observer | None:
         """The observer that waits for whoever has the token, if it is one."""

@@ -16,8 +16,9 @@ from protocol import fuse
 from protocol.frames import FSD_DIR
 
 from .attributes import StatLike
+from .forgotten import FORGOTTEN_LIMIT
 from .fusekept import KeptSession
-from .inodes import FORGOTTEN_LIMIT, ROOT_ID, Inode
+from .inodes import ROOT_ID, Inode
 from .passthrough import Entry
 from .service import Caller, Service
 

@@ -16,12 +16,13 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
 
 from . import host
+from .forgotten import Forgotten, ForgottenObjects
 
 if TYPE_CHECKING:
     from .listings import Listing
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 ROOT_ID = 1
 _SYNTHETIC = 1 << 62
 """First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
-
-FORGOTTEN_LIMIT = 131_072
-"""Forgotten objects that are found again by their file handles; some 50 MB at worst."""
 
 Identity = tuple[int, int, bytes]
 """(st_dev, st_ino, file handle or b"")."""
@@ -105,19 +103,8 @@ def _hidden_directory(nodeid: int, name: bytes) -> Inode:
     return inode
 
 
-class Forgotten(NamedTuple):
-    """An object that nobody refers to: a guest may still hold a file handle of it."""
-
-    identity: Identity
-    parent: int  # nodeid; 0 = not known
-    name: bytes
-
-
 class LookupCountError(AssertionError):
     """A guest forgot more than it had looked up: a bug of ours, loud in tests."""
-
-
-_UNKNOWN = Forgotten((0, 0, b""), 0, b"")
 
 
 class InodeTable:
@@ -147,8 +134,7 @@ class InodeTable:
         self.outside.parent.parent = self.root
         self._by_node = {ROOT_ID: self.root}
         self._by_identity = {identity: self.root}
-        self.forgotten: dict[int, Forgotten] = {}  # by nodeid, the oldest first
-        self._forgotten_synthetic: dict[Identity, int] = {}
+        self.forgotten = ForgottenObjects()
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -179,11 +165,11 @@ class InodeTable:
         missing: list[int] = []  # the object, the directory that it is in, and so on upwards
         while nodeid not in self._by_node and nodeid not in missing:
             missing.append(nodeid)
-            nodeid = self.forgotten.get(nodeid, _UNKNOWN).parent
+            nodeid = self.forgotten.get(nodeid).parent
         found: list[Inode] = []
         while missing:
             nodeid = missing.pop()
-            again = self._find_again(self.forgotten.get(nodeid, _UNKNOWN))
+            again = self._find_again(self.forgotten.get(nodeid))
             found += [again] if again is not None else []
         inode = self._by_node.get(nodeid)
         if inode is not None and (inode is self.root or self.verify_place(inode)):
@@ -333,14 +319,14 @@ class InodeTable:
     def _new(self, identity: Identity, kind: int) -> Inode:
         device, ino, handle = identity
         nodeid = ino
-        self.forgotten.pop(ino, None)
         if (old := self._by_node.get(ino)) is not None:
             self.release(old)
         if device != self.device or not ROOT_ID < ino < _SYNTHETIC or ino in self._by_node:
             # Also where the host reused the number: a guest's requests name only the nodeid, so the
             # old object keeps it for as long as anybody refers to it.
-            nodeid = self._forgotten_synthetic.pop(identity, 0) or self._synthetic()
-            self.forgotten.pop(nodeid, None)
+            had = self.forgotten.nodeid_of(identity)
+            nodeid = had if had >= _SYNTHETIC else self._synthetic()
+        self.forgotten.drop(nodeid)
         inode = Inode(nodeid, zlib.crc32(handle) or 1, identity, kind)
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
@@ -416,13 +402,9 @@ class InodeTable:
 
     def remember(self, nodeid: int, forgotten: Forgotten) -> None:
         """Keep in mind what a nodeid stood for that nobody refers to any more."""
-        self.forgotten[nodeid] = forgotten
-        if nodeid >= _SYNTHETIC:
-            self._forgotten_synthetic[forgotten.identity] = nodeid
-            self._next_synthetic = max(self._next_synthetic, nodeid + 1)
-        if len(self.forgotten) > FORGOTTEN_LIMIT:
-            oldest = self.forgotten.pop(next(iter(self.forgotten)))
-            self._forgotten_synthetic.pop(oldest.identity, None)
+        self.forgotten.add(nodeid, forgotten)
+        if nodeid >= self._next_synthetic:
+            self._next_synthetic = nodeid + 1
 
     # How an inode is reached on the host
 

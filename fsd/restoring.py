@@ -16,7 +16,8 @@ from protocol.images import ImageError
 
 from . import host
 from .checkpoint import GONE, SavedInode, SavedTable
-from .inodes import ROOT_ID, Forgotten, Inode, InodeTable
+from .forgotten import Forgotten
+from .inodes import ROOT_ID, Inode, InodeTable
 
 _HANDLE_SIZES = range(4, 4 + 128 + 1)  # the type, MAX_HANDLE_SZ
 _KINDS = {
@@ -61,6 +62,7 @@ class RestoredTable:
                 self.gone.add(inode)
         for nodeid, device, ino, handle, parent, name in saved.forgotten:
             check_name(name or b"-")
+            _check_handle(handle)
             if nodeid not in self.inodes and ROOT_ID < nodeid < FSD_DIR:
                 identity = (device or table.device, ino, handle)
                 table.remember(nodeid, Forgotten(identity, parent, name))
@@ -89,8 +91,7 @@ class RestoredTable:
         nodeid, generation, device, ino, handle, kind, nlink, _parent, _name = row
         if not 0 <= generation < 1 << 32 or kind not in _KINDS:
             raise ImageError(f"nodeid {nodeid} has generation {generation}, type {kind:o}")
-        if handle and len(handle) not in _HANDLE_SIZES:
-            raise ImageError(f"nodeid {nodeid} has a handle of {len(handle)} bytes")
+        _check_handle(handle)
         identity = (device or self._table.device, ino, handle)
         if device < 0:
             identity = (GONE, nodeid, b"")
@@ -186,6 +187,11 @@ def _downwards(places: dict[int, list[int]]) -> list[int]:
         order += below
         todo += below
     return order
+
+
+def _check_handle(handle: bytes) -> None:
+    if handle and len(handle) not in _HANDLE_SIZES:
+        raise ImageError(f"a file handle of {len(handle)} bytes")
 
 
 def check_name(name: bytes) -> None:

@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 WAIT_FOR = 60.0
 """Seconds that an observer's interest and events wait for it to come back."""
 _WD_LIMIT = 1 << 31
+_TOKEN_SIZE = 16
 
 
 def new_token() -> bytes:
     """What an observer shows when it comes back; not to be guessed."""
-    return secrets.token_bytes(16)
+    return secrets.token_bytes(_TOKEN_SIZE)
 
 
 @cache
@@ -89,6 +90,8 @@ class Resumption:
         return saved.nodes
 
     def _observer(self, saved: SavedGuest) -> Observer:
+        if len(saved.token) != _TOKEN_SIZE or saved.token in self._export.waiting:
+            raise ImageError("a guest that nobody could be")
         guest = self._export.add_observer(saved.name)
         guest.token = saved.token
         self._export.waiting[saved.token] = guest

@@ -28,6 +28,8 @@ Changes = dict[tuple[Inode, bytes], Missed]
 """What may have changed: directory and name -> what was known before, and the kinds of change."""
 
 _CHANGE = int(Mask.MODIFY | Mask.CLOSE_WRITE)
+_ATTEMPTS = 8
+"""Comparisons of a directory that changes all the while, to have one without a change in it."""
 _KINDS = [int(k) for k in (Mask.ACCESS, Mask.MODIFY, Mask.ATTRIB)]
 _CLOSES = [int(k) for k in (Mask.CLOSE_WRITE, Mask.CLOSE_NOWRITE)]
 
@@ -62,6 +64,24 @@ def difference(export: Export, node: Inode, known: Listing) -> Changes:
         if dir_fd != node.fd:
             os.close(dir_fd)
     known.names = now
+    return changes
+
+
+def difference_at_once(export: Export, node: Inode, known: Listing) -> Changes:
+    """The difference as of one moment: what the queue has of before is told by it, and dropped."""
+    watcher = export.watcher
+    watched = (node, *(child for child in node.children.values() if not child.is_dir))
+    wds = {wd for inode in watched if (wd := watcher.wd_of(inode)) >= 0}
+    changes: Changes = {}
+    for _ in range(_ATTEMPTS):
+        watcher.discard(wds)
+        for place, now in difference(export, node, known).items():
+            before = changes.get(place)
+            changes[place] = Missed(before.before, before.mask | now.mask) if before else now
+        watcher.drain()
+        if not watcher.has_any(wds):
+            return changes
+    watcher.drop_told(watcher.wd_of(node), known.names)
     return changes
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,8 +56,8 @@ def open_export(
 ) -> Export:
     """An export that goes on where the image says, or a fresh one: an image that cannot be used is
     refused with one line to ``complain``, and so is a missing one if ``restore`` is True; False
-    takes none. ``prepare`` is given what goes on, for mounts to take up
-    their part. Raises OSError where the export cannot be opened.
+    takes none. ``prepare`` is given what goes on, for mounts to take up their part. Raises OSError
+    where the export cannot be opened.
     """
     saved = None
     if restore is not False:
@@ -118,6 +119,9 @@ class Saver:
     export: Export
     state: State
     mounts: Callable[[], Mapping[Guest, dict[int, int]]] = dict
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+    _taken: int = 0
+    _written: int = 0
 
     @property
     def is_needed(self) -> bool:
@@ -132,11 +136,15 @@ class Saver:
         with _without_collection():
             saved = checkpoint.take(self.export, self.mounts())
         self.export.is_changed = False
+        self._taken = number = self._taken + 1
 
         def write() -> int:
             with _without_collection():
                 data = image.encode(saved)
-            self.state.write(data)
+            with self._writing:
+                if number > self._written:  # else a later state is there already
+                    self.state.write(data)
+                    self._written = number
             return len(data)
 
         return write

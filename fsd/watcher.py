@@ -16,7 +16,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,8 @@ BACKLOG_LIMIT = 524_288
 _NOTHING = Mask(0)
 _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
+_ARRIVING = int(Mask.CREATE | Mask.MOVED_TO)
+_STRUCTURE = _LEAVING & ~int(Mask.MOVED_TO) | _ARRIVING
 DIRECTORY = STRUCTURE | Mask.ATTRIB
 """What a directory is always watched for: its names, and all that changes its attributes."""
 MARKED = SELF | Mask.ATTRIB
@@ -349,12 +351,29 @@ class HostWatcher:
         """Drop the events of these watches that wait: what they tell is found out by comparing."""
         self.drain()
         if self.has_any(wds):
-            arrivals, self._arrivals = self._arrivals, deque()
-            self._leaving.clear()
-            for arrival in arrivals:
-                if arrival.raw.wd not in wds or arrival.raw.mask & Mask.IGNORED:
-                    self._arrivals.append(arrival)
-                    self._pushed(arrival.raw)
+            self._keep(
+                a for a in self._arrivals if a.raw.wd not in wds or a.raw.mask & Mask.IGNORED
+            )
+
+    def _keep(self, arrivals: Iterable[Arrival]) -> None:
+        self._arrivals = deque(arrivals)
+        self._leaving.clear()
+        for arrival in self._arrivals:
+            self._pushed(arrival.raw)
+
+    def drop_told(self, wd: int, names: Container[bytes]) -> None:
+        """Drop the first event of each name that waits, if it came and is in ``names`` already, or
+        went and is not: it happened before they were read.
+        """
+        seen: set[bytes] = set()
+
+        def is_told(raw: RawEvent) -> bool:
+            if raw.wd != wd or not raw.mask & _STRUCTURE or raw.name in seen:
+                return False
+            seen.add(raw.name)
+            return (raw.name in names) == bool(raw.mask & _ARRIVING)
+
+        self._keep([arrival for arrival in self._arrivals if not is_told(arrival.raw)])
 
     def push_back(self, arrival: Arrival) -> None:
         """Undo a pop."""

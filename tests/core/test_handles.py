@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd import inodes
+from fsd import forgotten as forgotten_objects
 from fsd.inodes import Inode
 from fsd.service import Service
 from protocol.handles import NodeKey
@@ -134,7 +134,7 @@ def test_unknown_nodes_are_stale(mount: Service) -> None:
 
 
 def test_memory_is_bounded(mount: Service, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inodes, "FORGOTTEN_LIMIT", 3)
+    monkeypatch.setattr(forgotten_objects, "FORGOTTEN_LIMIT", 3)
     keys = []
     for name in "abcde":
         (world.source / name).touch()

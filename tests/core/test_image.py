@@ -121,7 +121,7 @@ class Share:
             resumption.finish()
             export.process(1 << 20)
             guest.take(1 << 20)
-            for nodeid in list(export.table.forgotten):
+            for nodeid in dict(export.table.forgotten.items()):
                 with suppress(OSError):
                     assert export.table.recall(nodeid).identity[1] in self.inos
             for observer in list(export.waiting.values()):
@@ -317,6 +317,23 @@ def test_a_start_goes_on_with_a_good_image(tmp_path: Path) -> None:
     assert export.come_back(b"t" * 16, 0) is not None
     assert len(export.watcher) == 1
     export.close()
+
+
+def test_an_older_state_does_not_replace_a_newer_one(tmp_path: Path) -> None:
+    """Images are written in another thread, and on request in this one."""
+    source = tmp_path / "source"
+    source.mkdir()
+    state = StateFile(tmp_path / "image")
+    world = World(source)
+    saver = Saver(world.export, state)
+    write_old = saver.take()
+    world.export.hand_marks()
+    saver.take()()
+    new = state.path.read_bytes()
+    write_old()
+    assert state.path.read_bytes() == new
+    assert len(image.decode(new).guests) == 1
+    world.close()
 
 
 def test_many_marks_take_little() -> None:

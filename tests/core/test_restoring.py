@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.checkpoint import GONE, SavedInode, SavedLink, SavedTable, inode_table
+from fsd.checkpoint import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
 from fsd.inodes import Inode
 from fsd.restoring import RestoredTable
 from protocol.frames import FSD_DIR
@@ -180,6 +180,13 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ImageError):
         RestoredTable(world.table, SavedTable(inodes, links, []), time.time_ns())
+
+
+@pytest.mark.parametrize("change", [{"handle": b".."}, {"handle": bytes(200)}, {"name": b"a/b"}])
+def test_forgotten_objects_that_make_no_sense(change: dict[str, bytes], world: World) -> None:
+    row = SavedForgotten(77, 0, 77, b"", 1, b"x")._replace(**change)  # type: ignore[arg-type]
+    with pytest.raises(ImageError):
+        RestoredTable(world.table, SavedTable([], [], [row]), time.time_ns())
 
 
 def test_rings_and_foreign_objects_are_harmless(world: World) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import json
 import os
 import time
 from collections.abc import Callable
@@ -13,11 +16,12 @@ from fsd import checkpoint, resuming
 from fsd.checkpoint import SavedExport
 from fsd.guests import Observer
 from fsd.resuming import Resumption
+from protocol import frames
 from protocol.images import ImageError
 from protocol.masks import Mask
 
 from .conftest import Worlds
-from .support import ALL, STRUCTURE, WHOLE, World, plain, settle
+from .support import ALL, STRUCTURE, USER, WHOLE, World, plain, settle
 
 TOKEN = b"token of a guest"
 CHANGES = ALL & ~int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
@@ -209,6 +213,17 @@ def test_who_did_not_ask_is_not_kept(world: World, restart: Callable[..., World]
     assert len(new.table) == 1
 
 
+def test_a_guest_cannot_have_the_state_saved(world: World) -> None:
+    """Where no edge allows it, as for virtual machines."""
+    hidden = world.mount(agent=False).hidden
+    with pytest.raises(OSError, match=r".") as error:
+        hidden.open(frames.CHECKPOINT, USER, os.O_RDONLY)
+    assert error.value.errno == errno.EOPNOTSUPP
+    world.export.checkpoint = lambda: {"path": "somewhere"}
+    handle = hidden.open(frames.CHECKPOINT, USER, os.O_RDONLY)
+    assert json.loads(handle.text) == {"path": "somewhere"}
+
+
 def test_a_token_is_good_once(world: World, restart: Callable[..., World]) -> None:
     kept(world, "")
     new = restart(world)
@@ -292,6 +307,15 @@ def test_one_object_that_was_known_twice(world: World, restart: Callable[..., Wo
 def _saved(world: World) -> SavedExport:
     kept(world, "")
     return checkpoint.take(world.export)
+
+
+@pytest.mark.parametrize("tokens", [[b""], [b"short"], [TOKEN, TOKEN]])
+def test_guests_that_nobody_could_be(tokens: list[bytes], world: World, make_world: Worlds) -> None:
+    saved = _saved(world)
+    (guest,) = saved.guests
+    saved.guests = [dataclasses.replace(guest, token=token) for token in tokens]
+    with pytest.raises(ImageError, match="nobody"):
+        Resumption(make_world().export, saved)
 
 
 @pytest.mark.parametrize(

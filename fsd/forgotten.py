@@ -1,0 +1,60 @@
+"""What nodeids stood for that nobody refers to any more: a guest may still hold file handles.
+
+Apart from the inode table, which finds the objects again (InodeTable.recall): this only remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .inodes import Identity
+
+FORGOTTEN_LIMIT = 131_072
+"""Objects that are remembered; some 50 MB at worst."""
+
+
+class Forgotten(NamedTuple):
+    """One object: which it is, and where it was."""
+
+    identity: Identity
+    parent: int  # nodeid; 0 = not known
+    name: bytes
+
+
+_UNKNOWN = Forgotten((0, 0, b""), 0, b"")
+
+
+class ForgottenObjects:
+    """The last ones, by nodeid and by object."""
+
+    def __init__(self) -> None:
+        self._by_node: dict[int, Forgotten] = {}  # the oldest first
+        self._nodeids: dict[Identity, int] = {}
+
+    def items(self) -> ItemsView[int, Forgotten]:
+        """All, with their nodeids."""
+        return self._by_node.items()
+
+    def get(self, nodeid: int) -> Forgotten:
+        """What the nodeid stood for; an object that there is not, where that is not known."""
+        return self._by_node.get(nodeid, _UNKNOWN)
+
+    def add(self, nodeid: int, forgotten: Forgotten) -> None:
+        """Remember one more, and no longer the oldest."""
+        self.drop(nodeid)
+        self._by_node[nodeid] = forgotten
+        self._nodeids[forgotten.identity] = nodeid
+        if len(self._by_node) > FORGOTTEN_LIMIT:
+            self.drop(next(iter(self._by_node)))
+
+    def drop(self, nodeid: int) -> None:
+        """The nodeid stands for something again."""
+        old = self._by_node.pop(nodeid, None)
+        if old is not None and self._nodeids.get(old.identity) == nodeid:
+            del self._nodeids[old.identity]
+
+    def nodeid_of(self, identity: Identity) -> int:
+        """The nodeid that an object had; 0 where that is not known."""
+        return self._nodeids.get(identity, 0)
