@@ -107,6 +107,8 @@ def test_events(place: tuple[Kept, Guest], way: str) -> None:
         names += [f"before{step}", f"meanwhile{step}", f"after{step}"]
         (folder / f"before{step}").touch()
         watcher.wait_output(f"CREATE before{step}", 20)
+        if way == "kill":  # until there is an image that knows of the mark
+            time.sleep(1)
         old = server.pid
         os.kill(old, signal.SIGSTOP)
         (folder / f"meanwhile{step}").touch()
