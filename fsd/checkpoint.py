@@ -280,7 +280,7 @@ class _Taking:
     def _inode_table(self) -> SavedTable:
         table = self._table
         saved = inode_table(table)
-        saved.inodes.extend(_inode(table, inode) for inode in self._others.values())
+        saved.inodes.extend(saved_inode(table, inode) for inode in self._others.values())
         return saved
 
 
@@ -302,7 +302,7 @@ def inode_table(table: InodeTable) -> SavedTable:
     links: list[SavedLink] = []
     for inode in table:
         if inode is not table.root:
-            inodes.append(_inode(table, inode))
+            inodes.append(saved_inode(table, inode))
         for name, child in inode.children.items():
             if child.name != name or child.parent is not inode:
                 links.append(SavedLink(inode.nodeid, name, child.nodeid))
@@ -313,7 +313,8 @@ def inode_table(table: InodeTable) -> SavedTable:
     return SavedTable(inodes, links, forgotten)
 
 
-def _inode(table: InodeTable, inode: Inode) -> SavedInode:
+def saved_inode(table: InodeTable, inode: Inode) -> SavedInode:
+    """One inode, as it is known now."""
     device, ino, handle = inode.identity
     parent = inode.parent
     known = (

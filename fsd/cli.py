@@ -129,13 +129,13 @@ def mount(
 def _run(options: Options, line: str, behind: Daemon | None) -> None:
     import trio
 
-    notify = systemd.notifier()
+    notify = systemd.Manager().notify
 
     def ready() -> None:
         for reduced in reductions(options):
             print(f"fsd: {reduced}", file=sys.stderr)
         print(line, flush=True)
-        notify(b"READY=1")
+        notify("READY=1")
         if behind is not None:
             behind.ready()
 

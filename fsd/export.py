@@ -89,6 +89,8 @@ class Export:
         self.is_changed = False  # since the state was saved
         self.confirmed_ns = 0  # up to then, listings are known to be right
         self.on_change: Callable[[], None] = _nobody
+        self.on_name: Callable[[Inode, bytes, Inode], None] = _unnoted
+        """Told of each name that comes: its directory, it, and what it stands for."""
         self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, where that may be
         self._outbox_limit = outbox_limit
         self._give_up_at = math.inf  # on those who wait
@@ -152,6 +154,8 @@ class Export:
         self._change()
         had = self.interest.of(guest, inode)
         before, after = self.interest.update(guest, inode, mask)
+        if isinstance(guest, ReplayGuest) and had != mask:
+            guest.on_mark(0 if inode is None else inode.nodeid, int(mask))
         if inode is None:
             if before != after:
                 self._cover(self.table.root, announce=False)
@@ -333,6 +337,10 @@ class Export:
                     if moved is not None and moved in self._care:
                         self._set_care(moved)
             self._cover_arrival(event, child)
+            if event.node2 is not None:
+                self.on_name(event.node2, event.name2, child)
+            elif event.mask & (_CREATE | _MOVED_TO):
+                self.on_name(event.node, event.name, child)
         for inode in (child, event.replaced):
             if inode is not None:
                 self.table.release(inode)
@@ -448,6 +456,32 @@ class Export:
             time.sleep(_SETTLING / 10)
             self.watcher.drain()
 
+    def hand_over(self, patience: float) -> int:
+        """Tell all that has happened, and leave to the next process what happens from now on.
+        Returns the inotify instance in which that is queued; -1 where something could not be told
+        within ``patience`` seconds. Nothing but the state may be asked for afterwards.
+        """
+        deadline = time.monotonic() + patience
+        self._work_off(deadline, drain=True)
+        root_fd = self.table.root_fd
+        with self._own(self.table.root):  # as the end of this process would close it
+            path_fd = os.open(host.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
+            os.dup2(path_fd, root_fd, inheritable=False)
+            os.close(path_fd)
+        inotify = self.watcher.hand_over()
+        self._work_off(deadline + patience, drain=False)
+        return -1 if self.watcher.backlog else inotify
+
+    def _work_off(self, deadline: float, *, drain: bool) -> None:
+        while time.monotonic() < deadline:
+            if drain:
+                self.watcher.drain()
+            if not self.watcher.backlog:
+                break
+            self.process(self.watcher.backlog)
+            if self._resolver.waiting_until is not None:
+                time.sleep(0.001)
+
     @property
     def is_settled(self) -> bool:
         """Whether all is told, and nothing has changed for a moment."""
@@ -477,7 +511,13 @@ class Export:
         if self.interest.aggregate(None):
             self._cover(self.table.root, announce=False)
 
-    def resume(self, patience: float) -> None:
+    def drop_watches(self, inodes: Iterable[Inode]) -> None:
+        """Watch none of these that nobody is interested in."""
+        for inode in inodes:
+            if not self._wanted(inode):
+                self.set_watch(inode)
+
+    def resume(self, patience: float, *, compare: bool = True) -> None:
         """Tell what happened since the listings were saved. Observers that do not come back within
         ``patience`` seconds are given up.
         """
@@ -485,7 +525,8 @@ class Export:
         missing = [i for i in self.interest.inodes() if not watched(i) and i not in refused]
         # What is reached by its path alone may only have moved: the comparison finds it again.
         dead = [inode for inode in missing if self.table.handle_opens(inode.identity)]
-        self._compare([*self.watcher.inodes(), *dead])
+        if compare:
+            self._compare([*self.watcher.inodes(), *dead])
         for inode in missing:
             self.set_watch(inode)
             if inode not in dead:
@@ -523,6 +564,10 @@ class Export:
             halves = self.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)
+
+
+def _unnoted(directory: Inode, name: bytes, child: Inode) -> None:
+    """Nobody writes down what comes."""
 
 
 def _nobody() -> None:

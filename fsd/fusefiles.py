@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
 from . import host
 from .channel import READY, Channel
+from .fusekept import KeptSession
 from .fusemessage import Request
 from .fusenodes import Caching, Nodes
 from .fusewaiting import Loop, Waiting
 from .hidden import HiddenHandle
-from .passthrough import Entry
+from .inodes import Inode
+from .passthrough import DirEntry, Entry
 from .service import IdleHandle, Service
 
 LONG_POLL = 10.0
@@ -82,6 +84,10 @@ class Files:
             Opcode.IOCTL: self._ioctl,
             Opcode.SYNCFS: self._syncfs,
         }
+
+    def resume(self, kept: KeptSession, inodes: Mapping[int, Inode]) -> None:
+        """Take over what was open in another process."""
+        self._handles.update(self._service.resume(kept, inodes))
 
     def close(self) -> None:
         """Close everything."""
@@ -319,9 +325,15 @@ class Files:
                 ino = (node.parent or node).identity[1]
             record = fuse.dirent(ino, position + 1, kind, name)
             if len(reply) + len(record) > size:
+                self._cut_off(fh, offset, names)
                 break
             reply += record
         return bytes(reply)
+
+    def _cut_off(self, fh: int, offset: int, names: list[DirEntry]) -> None:
+        """More of this listing will be asked for, by its positions."""
+        if offset == 0 and self._service.kept is not None:
+            self._service.kept.listed(fh, names)
 
     def _readdirplus(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
@@ -333,6 +345,7 @@ class Files:
         for position in range(offset, len(names)):
             name, ino, kind = names[position]
             if len(reply) + _ENTRY_SIZE + _DIRENT_SIZE + len(name) + 7 & ~7 > size:
+                self._cut_off(fh, offset, names)
                 break
             if name in (b".", b".."):
                 plus = _NO_ENTRY

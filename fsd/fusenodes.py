@@ -17,6 +17,7 @@ from protocol.frames import FSD_DIR
 
 from .attributes import StatLike
 from .forgotten import FORGOTTEN_LIMIT
+from .fusekept import KeptSession
 from .inodes import ROOT_ID, Inode
 from .passthrough import Entry
 from .service import Caller, Service
@@ -64,6 +65,7 @@ class Nodes:
         *,
         submounts: bool,
         limit: int = NODES_LIMIT,
+        kept: KeptSession | None = None,
         is_local: bool = False,
     ) -> None:
         self._service = service
@@ -74,7 +76,10 @@ class Nodes:
         service.guest.keeps_names = self._entry_timeout != (0, 0)
         self._submounts = submounts
         self._limit = limit
+        self._kept = kept
         self._held: dict[int, int] = {}  # nodeid -> its lookup count
+        if kept is not None:
+            self._table.on_moved.append(self._moved)
         self._forgotten: dict[int, None] = {}  # held once, the oldest first
         self._is_local = is_local
 
@@ -86,6 +91,16 @@ class Nodes:
         held, self._held = self._held, {}
         for nodeid, count in held.items():
             self._service.forget(nodeid, count)
+
+    def end(self) -> None:
+        """The session is over."""
+        if self._kept is not None:
+            self._table.on_moved.remove(self._moved)
+
+    def _moved(self, inode: Inode) -> None:
+        count = self._held.get(inode.nodeid)
+        if count and self._kept is not None:
+            self._kept.node(self._table, inode, count)
 
     def check(self, nodeid: int) -> None:
         """Raises OSError ESTALE for a node that the guest does not hold."""
@@ -120,12 +135,16 @@ class Nodes:
                 del self._forgotten[next(iter(self._forgotten))]
         else:
             self._held[nodeid] = held - count
+        if self._kept is not None:
+            self._kept.forgotten(nodeid, held - count)
         self._service.forget(nodeid, count)
 
     def hold(self, inode: Inode) -> Callable[[], None]:
         """Note a reference that the core has counted already. Returns what gives it back."""
         nodeid = inode.nodeid
-        self._held[nodeid] = self._held.get(nodeid, 0) + 1
+        count = self._held[nodeid] = self._held.get(nodeid, 0) + 1
+        if self._kept is not None:
+            self._kept.node(self._table, inode, count)
         return lambda: self.forget(nodeid, 1)
 
     # A server's restart
@@ -139,6 +158,9 @@ class Nodes:
         found again by fsd.restoring. Raises ValueError for what no guest can hold.
         """
         for nodeid, count in held.items():
+            if nodeid >= FSD_DIR:
+                self._held[nodeid] = count
+                continue
             if nodeid not in inodes or count < 1 or self.is_full:
                 raise ValueError(f"{count} references on nodeid {nodeid}")
             if nodeid != ROOT_ID:

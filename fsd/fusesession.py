@@ -10,7 +10,7 @@ The guest is not trusted: nothing that it sends raises out of ``serve``.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -19,11 +19,13 @@ from protocol import fuse
 from protocol.fuse import Init, Opcode
 
 from .fusefiles import Files
+from .fusekept import Agreed, KeptSession
 from .fuselocks import Locks
 from .fusemessage import Buffers, Request, copy_in, copy_out, size_of
 from .fusenames import Names
 from .fusenodes import NODES_LIMIT, Caching, Nodes
 from .fusewaiting import Loop, Waiting
+from .inodes import Inode
 from .service import Service
 
 log = structlog.get_logger()
@@ -45,6 +47,12 @@ _WITHOUT_NODE = frozenset({
     Opcode.SYNCFS,
 })  # fmt: skip
 """Requests that name no node, or only a handle."""
+_ONCE = frozenset({
+    Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.UNLINK, Opcode.RMDIR, Opcode.RENAME,
+    Opcode.LINK, Opcode.REMOVEXATTR, Opcode.CREATE, Opcode.RENAME2, Opcode.TMPFILE, Opcode.IOCTL,
+    Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
+})  # fmt: skip
+"""Requests that do something else the second time (docs/decisions/restart.md)."""
 _DOTS = (b".\0", b"..\0")
 """What LOOKUP asks for of a node that a file handle names (fs/fuse/inode.c, fuse_get_dentry)."""
 
@@ -68,6 +76,8 @@ class SessionOptions:
     notify: Callable[[bytes], None] | None = None
     """Sends an unsolicited message; None where there is no way, as with virtiofs."""
     nodes_limit: int = NODES_LIMIT
+    kept: KeptSession | None = None
+    """What outlives this process of the session, and what an earlier one has left of it."""
 
 
 class FuseSession:
@@ -78,8 +88,16 @@ class FuseSession:
         self._options = options or SessionOptions()
         caching, submounts = self._options.caching, self._options.submounts
         limit = self._options.nodes_limit
-        is_local = self._options.is_local
-        self.nodes = Nodes(service, caching, submounts=submounts, limit=limit, is_local=is_local)
+        self._kept = self._options.kept
+        service.keep(self._kept)
+        self.nodes = Nodes(
+            service,
+            caching,
+            submounts=submounts,
+            limit=limit,
+            is_local=self._options.is_local,
+            kept=self._kept,
+        )
         self._names = Names(service, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
         notify = self._options.notify
@@ -140,6 +158,41 @@ class FuseSession:
         if payload is not None:
             request.reply(payload)
 
+    def serve_again(
+        self, readable: Buffers, writable: Buffers, done: Callable[[int], None], *, safe: bool
+    ) -> None:
+        """As ``serve``, for a request that a session before may have done, but not answered: it is
+        done again where that comes to the same, and else fails with EIO. Not ``safe``: it fails.
+        """
+        try:
+            request = Request(readable, writable, done, self._groups)
+        except fuse.DecodeError:
+            _refuse(readable, writable, done)
+            return
+        if request.opcode in _FORGETS:
+            request.drop()
+        elif not safe or request.opcode in _ONCE or self._changes_more(request):
+            log.warning("a request may be done in part", opcode=request.opcode)
+            request.fail(errno.EIO)
+        else:
+            self.serve(readable, writable, done)
+
+    @staticmethod
+    def _changes_more(request: Request) -> bool:
+        """Whether the arguments make a difference to a second time."""
+        try:
+            if request.opcode == Opcode.SETXATTR:  # XATTR_CREATE, XATTR_REPLACE
+                return bool(int.from_bytes(request.body[4:8], "little"))
+            if request.opcode == Opcode.FALLOCATE:  # FALLOC_FL_COLLAPSE_RANGE, _INSERT_RANGE
+                return bool(fuse.FALLOCATE_IN.unpack(request.body).mode & 0x28)
+        except fuse.DecodeError:
+            pass
+        return False
+
+    def suspend(self) -> None:
+        """Answer nothing any more: what waits is asked again."""
+        self._waiting.suspend()
+
     def close(self) -> None:
         """The guest is gone: give back all that it held, answer what still waits."""
         self._minor = 0
@@ -147,6 +200,28 @@ class FuseSession:
         self._service.locks.close()
         self._files.close()
         self.nodes.close()
+        if self._kept is not None:
+            self._kept.clear()
+
+    # The server before, and the one after this
+
+    def resume(self, inodes: Mapping[int, Inode]) -> None:
+        """Go on where the session of another process was; ``inodes`` by the nodeids that it had.
+        Raises ValueError for what cannot have been.
+        """
+        kept = self._kept
+        if kept is None or kept.agreed is None:
+            return
+        self._agree(kept.agreed)
+        self.nodes.restore({nodeid: count for nodeid, (_, count) in kept.nodes.items()}, inodes)
+        self._files.resume(kept, inodes)
+        self._service.guest.pid = kept.agent
+        kept.taken()
+
+    def leave(self) -> None:
+        """The session goes on in another process: hand over what is open."""
+        if self._kept is not None:
+            self._kept.leave(self._service.descriptors(), self._service.locks.descriptors())
 
     # INIT and DESTROY
 
@@ -163,16 +238,21 @@ class FuseSession:
         if flags & Init.INIT_EXT:
             flags |= fuse.INIT_FLAGS2.unpack(request.body, fuse.INIT_IN.size) << 32
         self.close()  # a guest that boots again
-        self._minor = min(minor, fuse.MINOR)
         agreed = int(self._wanted() & flags)
-        supp_group = agreed & Init.CREATE_SUPP_GROUP
-        self._groups = None if self._options.is_local and not supp_group else ()
-        self._names.long_setxattr = bool(agreed & Init.SETXATTR_EXT)
+        self._agree(Agreed(min(minor, fuse.MINOR), agreed))
+        if self._kept is not None:
+            self._kept.agree(Agreed(self._minor, agreed))
         log.debug("guest's kernel is here", version=f"{major}.{minor}", flags=Init(agreed).name)
         return fuse.INIT_OUT.pack(
             fuse.MAJOR, self._minor, readahead, agreed & 0xFFFF_FFFF, _MAX_BACKGROUND,
             _MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_PAGES, 0, agreed >> 32, 0, 0,
         )  # fmt: skip
+
+    def _agree(self, agreed: Agreed) -> None:
+        self._minor, flags = agreed
+        supp_group = flags & Init.CREATE_SUPP_GROUP
+        self._groups = None if self._options.is_local and not supp_group else ()
+        self._names.long_setxattr = bool(flags & Init.SETXATTR_EXT)
 
     def _wanted(self) -> Init:
         options = self._options

@@ -61,6 +61,12 @@ class Waiting:
         if entry is not None and entry.interruptible:
             self._end(entry)
 
+    def suspend(self) -> None:
+        """Answer none: all are asked again elsewhere."""
+        for entry in self._entries.values():
+            entry.stop()
+        self._entries.clear()
+
     def close(self) -> None:
         """Answer all with EINTR."""
         for entry in list(self._entries.values()):

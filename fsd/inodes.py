@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -114,6 +114,8 @@ class InodeTable:
         self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._next_synthetic = _SYNTHETIC
         self.moves = 0  # of directories: paths made before are out of date
+        self.on_moved: list[Callable[[Inode], None]] = []
+        """Told of each object that has another place than it had."""
         self.by_handle = True
         try:
             handle = host.file_handle(self.root_fd)
@@ -260,6 +262,9 @@ class InodeTable:
             self.lose(other)
         inode.parent, inode.name = parent, name
         parent.children[name] = inode
+        if moved:
+            for tell in self.on_moved:
+                tell(inode)
 
     def lose(self, directory: Inode) -> None:
         """Note that a directory is no longer where it was, and not known where it is."""

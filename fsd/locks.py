@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from protocol.masks import Mask
 
 from . import host
+from .fusekept import KeptSession, Owner
 from .inodes import Inode
 from .passthrough import Handle
 from .watcher import SERVER, HostWatcher
@@ -41,6 +43,7 @@ class Lock(tuple[int, int, int, int]):
 
 @dataclass(slots=True, eq=False)
 class _Owner:
+    number: int
     fd: int
     handle: Handle | None  # whose descriptor it is; None = our own
     pid: int
@@ -78,6 +81,9 @@ class GuestLocks:
         self.waiters = waiters
         self._owners: dict[Inode, dict[int, _Owner]] = {}
         self._count = 0
+        self._numbers = itertools.count(1)
+        self.kept: KeptSession | None = None
+        """Is told who has locks."""
 
     # POSIX locks
 
@@ -109,6 +115,22 @@ class GuestLocks:
                 raise
             self._widen(mine, handle)
             self._set(mine.fd, lock)
+        if self.kept is not None:
+            fh = mine.handle.fh if mine.handle is not None else 0
+            self.kept.owns(mine.number, Owner(handle.inode.nodeid, owner, mine.pid, fh), mine.fd)
+
+    def resume(
+        self, number: int, inode: Inode, owner: Owner, fd: int, handle: Handle | None
+    ) -> None:
+        """Locks of another process of the server, which ``fd`` still has."""
+        self._owners.setdefault(inode, {})[owner.owner] = _Owner(number, fd, handle, owner.pid)
+        self._count += 1
+        self._numbers = itertools.count(max(number + 1, next(self._numbers)))
+
+    def descriptors(self) -> dict[int, int]:
+        """Those that are owners' own."""
+        owners = (mine for found in self._owners.values() for mine in found.values())
+        return {mine.number: mine.fd for mine in owners if mine.handle is None}
 
     def drop(self, inode: Inode, owner: int) -> None:
         """FLUSH: a process has closed the object, which takes all its locks."""
@@ -117,6 +139,8 @@ class GuestLocks:
         if mine is None:
             return
         self._count -= 1
+        if self.kept is not None:
+            self.kept.disowned(mine.number)
         if not owners:
             del self._owners[inode]
         if mine.handle is None:
@@ -144,9 +168,10 @@ class GuestLocks:
             if self._count >= OWNERS_LIMIT:
                 raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
             if any(other.handle is handle for other in owners.values()):
-                mine = _Owner(self._open(handle, handle.flags & os.O_ACCMODE), None, pid)
+                mine = _Owner(0, self._open(handle, handle.flags & os.O_ACCMODE), None, pid)
             else:
-                mine = _Owner(handle.fd, handle, pid)
+                mine = _Owner(0, handle.fd, handle, pid)
+            mine.number = next(self._numbers)
             self._owners.setdefault(handle.inode, owners)[owner] = mine
             self._count += 1
         return mine

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -59,6 +59,7 @@ class Handle:
     fd: int
     flags: int = 0
     names: list[DirEntry] = field(default_factory=list)  # of a directory: the listing being read
+    fh: int = 0  # by which the guest names it
 
 
 class Changes(NamedTuple):
@@ -107,6 +108,8 @@ class PassthroughFS:
 
     def __init__(self, table: InodeTable) -> None:
         self.table = table
+        self.on_unlinked: list[Callable[[Inode], None]] = []
+        """Told of open files that have lost their last name, as far as is known."""
 
     # Names
 
@@ -252,8 +255,16 @@ class PassthroughFS:
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         inode = parent.children.pop(name, None)
-        if inode is not None and inode.nlink:
+        if inode is not None:
+            self._unlinked(inode)
+
+    def _unlinked(self, inode: Inode) -> None:
+        """It has one name less."""
+        if inode.nlink:
             inode.nlink -= 1
+        if not inode.nlink and inode.open_fds:
+            for tell in self.on_unlinked:
+                tell(inode)
 
     def rename(self, old: Inode, name: bytes, new: Inode, new_name: bytes, flags: int) -> None:
         """RENAME, RENAME2."""
@@ -272,8 +283,8 @@ class PassthroughFS:
             new.children.pop(new_name, None)
         if flags & host.RENAME_EXCHANGE and other is not None:
             self.table.place(other, old, name)
-        elif other is not None and other.nlink:
-            other.nlink -= 1
+        elif other is not None:
+            self._unlinked(other)
 
     def readlink(self, inode: Inode) -> bytes:
         """READLINK."""
@@ -401,6 +412,19 @@ class PassthroughFS:
             fd = os.open(host.fd_path(path_fd), flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
         if inode.parent is not None and self.table.identify(fd)[0] != inode.identity:
             inode, _ = self.table.intern(fd, inode.parent, inode.name)
+        return self._handle(inode, fd, flags)
+
+    def reopen(self, inode: Inode, flags: int) -> Handle:
+        """The very object again, for a handle that another process had. Raises OSError."""
+        _check_regular(inode.kind)
+        with self.table.opened(inode) as path_fd:
+            fd = os.open(host.fd_path(path_fd), flags | os.O_CLOEXEC)
+        return self._handle(inode, fd, flags)
+
+    def resume(self, inode: Inode | None, fd: int, flags: int) -> Handle:
+        """A file or directory that is open; None where nobody knows which. Takes ``fd``."""
+        if inode is None:
+            inode, _ = self.table.intern_nameless(fd, self.table.root)
         return self._handle(inode, fd, flags)
 
     def opendir(self, inode: Inode) -> Handle:

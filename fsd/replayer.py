@@ -12,7 +12,7 @@ import itertools
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from protocol import frames
@@ -71,8 +71,11 @@ class ReplayGuest(Guest):
         "_tasks",
         "_watcher",
         "_ways",
+        "is_paused",
         "keeps_names",
         "ledger",
+        "on_agent",
+        "on_mark",
         "pid",
         "waiting_until",
     )  # fmt: skip
@@ -83,6 +86,11 @@ class ReplayGuest(Guest):
         self._watcher = watcher
         self.ledger = Ledger(fs)
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
+        self.on_agent: Callable[[int], None] = _nobody
+        """Told the agent's number whenever that changes."""
+        self.on_mark: Callable[[int, int], None] = _nobody_marks
+        """Told of each change of interest: nodeid (0 = all), mask."""
+        self.is_paused = False  # no orders are given, those that were are still answered
         self.keeps_names = False  # its kernel may look a name up without asking us
         self._held: deque[_Held] = deque()
         # Of each inode, the OPENs (None) and CLOSEs (True = for writing) among the held events
@@ -103,6 +111,7 @@ class ReplayGuest(Guest):
     def connect(self, pid: int, hello: frames.Hello) -> None:
         """An agent took the control channel."""
         self.pid = pid
+        self.on_agent(pid)
         self.events = EVENTS & hello.events
         self._opened.clear()
         self._outgoing.clear()
@@ -111,9 +120,14 @@ class ReplayGuest(Guest):
 
     def disconnect(self) -> None:
         """The agent is gone: what it had not executed waits for the next one."""
-        self.pid = 0
+        self.let_go()
         self._settle()
         self._tasks.extendleft(reversed(self.ledger.abandon()))
+
+    def let_go(self) -> None:
+        """There is no agent any more."""
+        self.pid = 0
+        self.on_agent(0)
 
     def hint(self, pid: int) -> int:
         """Have the agent read the marks of a process; returns the number of that hint."""
@@ -152,6 +166,8 @@ class ReplayGuest(Guest):
         """Whether ``take`` would return something."""
         overflowed = self.missing and not self._held  # a read then tells that the rest is done
         hints = self._hinted and not self._scanning
+        if self.is_paused:
+            return bool(self._outgoing)
         return bool(self._outgoing or self._tasks or hints or overflowed)
 
     def asked(self) -> None:
@@ -170,7 +186,7 @@ class ReplayGuest(Guest):
             self._hinted.clear()
         while self._outgoing and len(messages) < limit:
             messages.append(self._outgoing.popleft())
-        while self._tasks and len(messages) < limit:
+        while self._tasks and len(messages) < limit and not self.is_paused:
             task = self._tasks.popleft()
             self.ledger.add(task)
             messages.append(task.order)
@@ -481,6 +497,14 @@ _Place = tuple[int, int, bytes]
 _STAGED: _Place = (STAGING, 0, b"x")
 """The one name for files in the staging directory: each move out replaces the one before. A
 directory keeps a name of its own, by which what happens in it can still be told."""
+
+
+def _nobody(pid: int) -> None:
+    """Nobody wants to know."""
+
+
+def _nobody_marks(nodeid: int, mask: int) -> None:
+    """Nobody writes interest down."""
 
 
 def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:

@@ -7,9 +7,11 @@ no server ran.
 
 from __future__ import annotations
 
+import os
 import secrets
 import stat
 import time
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -149,6 +151,20 @@ class Resumption:
             if node.is_dir:
                 listing(node).names[saved.name] = self._known(saved)
 
+    def came_later(self, names: Iterable[SavedName]) -> None:
+        """Names that came after the image was made, of which guests may have been told or not:
+        those that are gone are told as gone, the others once more.
+        """
+        for saved in names:
+            node = self.table.inodes.get(saved.directory)
+            if node is None or node.listing is None or saved.name in node.listing.names:
+                continue
+            try:
+                with self._export.table.directory(node) as dir_fd:
+                    os.stat(saved.name, dir_fd=dir_fd, follow_symlinks=False)
+            except OSError:
+                node.listing.names[saved.name] = self._known(saved)
+
     def _watch_descriptors(self) -> dict[Inode, int]:
         wds = {self._get(nodeid): wd for nodeid, wd in self._saved.watches}
         numbers = set(wds.values())
@@ -158,16 +174,25 @@ class Resumption:
 
     # The end
 
-    def finish(self) -> None:
-        """Set the marks, place the watches, tell what happened while no server ran."""
+    def finish(self, inotify: int = -1) -> None:
+        """Set the marks, place the watches, tell what happened while no server ran. ``inotify``:
+        the instance of the server before, in which all of that is queued; else it is found out by
+        comparing. Takes the descriptor.
+        """
         export = self._export
-        export.watcher.remember(self._wds)
+        if inotify >= 0:
+            export.watcher.adopt(inotify, self._wds)
+        else:
+            export.watcher.remember(self._wds)
         marks = (
             (guest, self._optional(nodeid), _mask(mask))
             for guest, saved in self._marks
             for nodeid, mask in saved.marks
         )
         export.resume_marks(marks, sorted(self._wds, key=self._wds.__getitem__))
-        export.watcher.remembered()
+        if inotify >= 0:
+            export.drop_watches(self._wds)
+        else:
+            export.watcher.remembered()
         self.table.release()
-        export.resume(WAIT_FOR)
+        export.resume(WAIT_FOR, compare=inotify < 0)

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import structlog
 
@@ -23,16 +24,31 @@ from . import checkpoint, image
 from .export import Export
 from .guests import Guest, HandMarks, Observer
 from .resuming import Resumption
-from .statefile import StateFile
 
 log = structlog.get_logger()
+
+
+class State(Protocol):
+    """Where an image is kept: statefile.StateFile, or memory."""
+
+    @property
+    def path(self) -> Path:
+        """For people."""
+
+    def read(self) -> bytes | None:
+        """The image, if there is one. Raises OSError, ImageError."""
+
+    def write(self, data: bytes) -> None:
+        """Replace it. Raises OSError."""
+
+
 SETTLE_TIMEOUT = 0.5
 """Seconds that a stop waits for a moment in which nothing changes."""
 
 
 def open_export(
     make: Callable[[], Export],
-    state: StateFile,
+    state: State,
     complain: Callable[[str], None],
     *,
     restore: bool | None = None,
@@ -78,7 +94,7 @@ def _without_collection() -> Iterator[None]:
 
 
 def _read(
-    state: StateFile, complain: Callable[[str], None], *, expected: bool
+    state: State, complain: Callable[[str], None], *, expected: bool
 ) -> checkpoint.SavedExport | None:
     try:
         data = state.read()
@@ -91,7 +107,7 @@ def _read(
         return None
 
 
-def _refused(state: StateFile, error: Exception) -> str:
+def _refused(state: State, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else error
     return f"image {state.path} is not restored: {reason}; starting without"
 
@@ -101,7 +117,7 @@ class Saver:
     """Saves one export. ``mounts`` says what mounts that go on hold (fsd.checkpoint.take)."""
 
     export: Export
-    state: StateFile
+    state: State
     mounts: Callable[[], Mapping[Guest, dict[int, int]]] = dict
     _writing: threading.Lock = field(default_factory=threading.Lock)
     _taken: int = 0

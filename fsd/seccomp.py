@@ -10,19 +10,19 @@ import errno
 
 ALLOWED = """
 accept4 brk capget capset clock_getres clock_gettime clock_nanosleep close close_range
-copy_file_range dup dup2 dup3 epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait
-eventfd2 exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2
-fchown fchownat fcntl fdatasync fgetxattr flistxattr flock fremovexattr fsetxattr fstat fstatfs
-fsync ftruncate futex futex_wait futex_wake getcwd getdents64 getegid geteuid getgid getgroups
-getpid getppid getrandom getrlimit getrusage getsockname getsockopt gettid gettimeofday getuid
-getxattr inotify_add_watch inotify_init1 inotify_rm_watch ioctl lgetxattr linkat listen listxattr
-llistxattr lremovexattr lseek lsetxattr madvise membarrier mkdirat mknodat mmap mprotect mremap
-munmap name_to_handle_at nanosleep newfstatat open_by_handle_at openat openat2 pipe2 ppoll
-pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read readlinkat readv recvfrom
-recvmsg removexattr renameat renameat2 restart_syscall rseq rt_sigaction rt_sigpending
-rt_sigprocmask rt_sigreturn rt_sigtimedwait sched_getaffinity sched_yield sendmsg sendto
-set_robust_list setfsgid setfsuid setgroups setsockopt setxattr shutdown sigaltstack socketpair
-statfs statx symlinkat syncfs sysinfo tgkill truncate umask uname unlinkat utimensat write writev
+copy_file_range dup dup2 dup3 epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd2
+exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown
+fchownat fcntl fdatasync fgetxattr flistxattr flock fremovexattr fsetxattr fstat fstatfs fsync
+ftruncate futex futex_wait futex_wake getcwd getdents64 getegid geteuid getgid getgroups getpid
+getppid getrandom getrlimit getrusage getsockname getsockopt gettid gettimeofday getuid getxattr
+inotify_add_watch inotify_init1 inotify_rm_watch ioctl lgetxattr linkat listen listxattr llistxattr
+lremovexattr lseek lsetxattr madvise membarrier memfd_create mkdirat mknodat mmap mprotect mremap
+munmap name_to_handle_at nanosleep newfstatat open_by_handle_at openat openat2 pipe2 ppoll pread64
+preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read readlinkat readv recvfrom recvmsg
+removexattr renameat renameat2 restart_syscall rseq rt_sigaction rt_sigpending rt_sigprocmask
+rt_sigreturn rt_sigtimedwait sched_getaffinity sched_yield sendmsg sendto set_robust_list setfsgid
+setfsuid setgroups setsockopt setxattr shutdown sigaltstack socketpair statfs statx symlinkat syncfs
+sysinfo tgkill truncate umask uname unlinkat utimensat write writev
 """
 """By name; those of old machines that have others in their place are below."""
 OLDER = """

@@ -10,17 +10,18 @@ import fcntl
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import structlog
 
-from protocol.frames import FSD_DIR
+from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
-from . import host
+from . import fusekept, host
 from .export import Export
+from .fusekept import KeptSession, Opened
 from .hidden import HiddenFiles, HiddenHandle
 from .inodes import Inode
 from .ledger import UnexpectedCall
@@ -31,6 +32,8 @@ from .watcher import Expected
 
 log = structlog.get_logger()
 Caller = Identity
+_REOPENING = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOCK
+"""Flags with which a file is opened once more."""
 COPY_LIMIT = 1 << 24
 """Bytes of one COPY_FILE_RANGE: some 10 ms, for which other guests wait. Callers ask again."""
 _OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
@@ -43,6 +46,16 @@ class IdleHandle:
     """A handle that does nothing: what the replayer opened, or a directory that is removed."""
 
     inode: Inode
+
+
+@dataclass(slots=True, eq=False)
+class LostHandle:
+    """One that an earlier process of the server had, and this one cannot have: what is asked of it
+    fails with ``errno``.
+    """
+
+    errno: int
+    is_agents: bool = False
 
 
 AnyHandle = Handle | IdleHandle | HiddenHandle
@@ -59,12 +72,16 @@ class FileService:
         self._fs = export.fs
         self._table = export.table
         self.hidden = HiddenFiles(export, guest)
-        self._handles: dict[int, AnyHandle] = {}
+        self.kept: KeptSession | None = None
+        self._handles: dict[int, AnyHandle | LostHandle] = {}
         self._numbers = itertools.count(1)
         self.locks = GuestLocks(export.watcher, export.lock_waiters)
 
     def close(self) -> None:
         """Release every lock and every handle."""
+        if self.kept is not None:
+            self._fs.on_unlinked.remove(self._hold)
+            self.kept = None
         self.locks.close()
         for fh in list(self._handles):
             self.release(fh)
@@ -111,14 +128,23 @@ class FileService:
     def _new(self, handle: AnyHandle) -> int:
         fh = next(self._numbers)
         self._handles[fh] = handle
+        if isinstance(handle, Handle):
+            handle.fh = fh
+        if self.kept is not None:
+            self.kept.opened(fh, _opened(handle))
+            if isinstance(handle, Handle) and not handle.inode.nlink:
+                self.kept.hold(fh, handle.fd)
         return fh
 
     def handle(self, fh: int) -> AnyHandle:
         """The open file of a request. Raises OSError EBADF."""
         try:
-            return self._handles[fh]
+            handle = self._handles[fh]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+        if isinstance(handle, LostHandle):
+            raise OSError(handle.errno, os.strerror(handle.errno))
+        return handle
 
     def file(self, fh: int) -> Handle:
         """The open file or directory of a request that is about its data. Raises OSError EBADF,
@@ -158,10 +184,13 @@ class FileService:
         inode = self._table.get(nodeid)
         self._looked_up(who, inode)
         with self._own(*self._about(inode, Mask.OPEN)):
-            try:
-                return self._new(self._fs.opendir(inode))
-            except FileNotFoundError:  # a removed one that somebody works in: it is empty
-                return self._new(IdleHandle(inode))
+            return self._new(self._opened_directory(inode))
+
+    def _opened_directory(self, inode: Inode) -> Handle | IdleHandle:
+        try:
+            return self._fs.opendir(inode)
+        except FileNotFoundError:  # a removed one that somebody works in: it is empty
+            return IdleHandle(inode)
 
     def names(self, fh: int, position: int) -> tuple[Inode, list[DirEntry]]:
         """READDIR: the directory and its names; read afresh at position 0."""
@@ -296,7 +325,10 @@ class FileService:
     def flock(self, who: Caller, fh: int, kind: int) -> None:
         """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way."""
         self._refuse_replayer(who, "flock")
-        self.locks.flock(self.file(fh), kind)
+        handle = self.file(fh)
+        self.locks.flock(handle, kind)
+        if self.kept is not None:
+            self.kept.hold(fh, handle.fd)
 
     def unlock(self, fh: int) -> None:
         """RELEASE of a file that flock(2) was used on."""
@@ -306,6 +338,8 @@ class FileService:
 
     def flush(self, fh: int, owner: int) -> None:
         """FLUSH: a process closes the file, which takes the locks that it has on it."""
+        if isinstance(self._handles.get(fh), LostHandle):
+            return
         handle = self.handle(fh)
         if isinstance(handle, Handle):
             self.locks.drop(handle.inode, owner)
@@ -313,6 +347,10 @@ class FileService:
     def release(self, fh: int) -> None:
         """RELEASE, RELEASEDIR."""
         handle = self._handles.pop(fh, None)
+        if self.kept is not None:
+            self.kept.released(fh)
+        if isinstance(handle, LostHandle) and handle.is_agents and self.hidden.control is None:
+            self.guest.let_go()
         if isinstance(handle, Handle):
             self.locks.released(handle)
             reading = handle.flags & os.O_ACCMODE == os.O_RDONLY
@@ -321,6 +359,78 @@ class FileService:
                 self._fs.release(handle)
         elif isinstance(handle, HiddenHandle):
             self.hidden.release(handle)
+
+    # The server before, and the one after this
+
+    def keep(self, kept: KeptSession | None) -> None:
+        """Have noted there what is open and locked."""
+        self.kept = self.locks.kept = kept
+        if kept is not None:
+            self._fs.on_unlinked.append(self._hold)
+
+    def resume(self, kept: KeptSession, inodes: Mapping[int, Inode]) -> Iterator[int]:
+        """Take over what was open, by descriptor where there is one; else it is opened again."""
+        for fh, opened in sorted(kept.handles.items()):
+            fd = kept.fds.pop(fh, -1)
+            self._handles[fh] = self._resumed(opened, fd, inodes)
+            handle = self._handles[fh]
+            if isinstance(handle, Handle):
+                handle.fh = fh
+                handle.names = [DirEntry(*entry) for entry in kept.listings.get(fh, ())]
+            self._numbers = itertools.count(fh + 1)
+            yield fh
+        for number, owner in kept.owners.items():
+            holder = self._handles.get(owner.fh)
+            holder = holder if isinstance(holder, Handle) else None
+            fd = holder.fd if holder is not None else kept.owned_fd(number)
+            if fd >= 0 and owner.nodeid in inodes:
+                self.locks.resume(number, inodes[owner.nodeid], owner, fd, holder)
+            else:
+                kept.disowned(number)
+
+    def _resumed(
+        self, opened: Opened, fd: int, inodes: Mapping[int, Inode]
+    ) -> AnyHandle | LostHandle:
+        kind, flags, nodeid = opened
+        if kind == fusekept.HIDDEN:
+            return LostHandle(errno.ECONNRESET, is_agents=nodeid == CONTROL)
+        inode = inodes.get(nodeid)
+        if kind == fusekept.IDLE and inode is not None:
+            return IdleHandle(inode)
+        try:
+            if fd >= 0:
+                return self._fs.resume(inode, fd, flags)
+            if inode is None or inode.is_placeholder:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            if kind == fusekept.DIRECTORY:
+                return self._opened_directory(inode)
+            handle = self._fs.reopen(inode, flags & _REOPENING)
+            handle.flags = flags
+            return handle
+        except OSError as error:
+            log.warning("an open file is lost", nodeid=nodeid, error=str(error))
+            return LostHandle(errno.ESTALE)
+
+    def _hold(self, inode: Inode) -> None:
+        """An open file has lost its last name: by that it cannot be opened again."""
+        if self.kept is not None:
+            for fh, handle in self._handles.items():
+                if isinstance(handle, Handle) and handle.inode is inode:
+                    self.kept.hold(fh, handle.fd)
+
+    def descriptors(self) -> dict[int, int]:
+        """Of all open files, by handle."""
+        return {fh: handle.fd for fh, handle in self._handles.items() if isinstance(handle, Handle)}
+
+
+def _opened(handle: AnyHandle) -> Opened:
+    if isinstance(handle, HiddenHandle):
+        return Opened(fusekept.HIDDEN, 0, handle.nodeid)
+    inode = handle.inode
+    if isinstance(handle, IdleHandle):
+        return Opened(fusekept.IDLE, 0, inode.nodeid)
+    kind = fusekept.DIRECTORY if inode.is_dir else fusekept.FILE
+    return Opened(kind, handle.flags & 0xFFFF_FFFF, inode.nodeid)
 
 
 def opening(flags: int) -> Mask:

@@ -1,44 +1,125 @@
-"""What a service manager gives and is told: sockets that it has opened, and that we are ready."""
+"""What a service manager gives and is told: sockets that it has opened, that we are ready, and
+descriptors that it holds for the process that comes after this one. Of systemd, and of keeper.py.
+"""
 
 from __future__ import annotations
 
+import array
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import structlog
 
 log = structlog.get_logger()
 _FIRST = 3  # SD_LISTEN_FDS_START
+KEPT = "kept-"
+"""Names of descriptors in the store begin so; others that are handed over are sockets."""
 
 
-def notifier() -> Callable[[bytes], None]:
-    """sd_notify(3), to be called with a state; does nothing where nobody asked for it. Connects
-    now, as a sandbox may not let it later.
+class Manager:
+    """sd_notify(3) and its FDSTORE=1. Does nothing where nobody asked for it. Connects now, as a
+    sandbox may not let it later.
     """
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return lambda state: None
-    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        manager.connect("\0" + address[1:] if address[0] == "@" else address)
-    except OSError as error:
-        manager.close()
-        log.warning("no one hears NOTIFY_SOCKET", address=address, reason=error.strerror or error)
-        return lambda state: None
 
-    def notify(state: bytes) -> None:
-        with suppress(OSError):
-            manager.send(state)
+    def __init__(self) -> None:
+        address = os.environ.get("NOTIFY_SOCKET")
+        self._socket: socket.socket | None = None
+        self.stores = False
+        """Whether descriptors are held for the next process. systemd says so from 254 on; with an
+        older one its user does, by Environment=FDSTORE=1.
+        """
+        if not address:
+            return
+        manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            manager.connect("\0" + address[1:] if address[0] == "@" else address)
+        except OSError as error:
+            manager.close()
+            reason = error.strerror or error
+            log.warning("no one hears NOTIFY_SOCKET", address=address, reason=reason)
+            return
+        self._socket = manager
+        self.stores = os.environ.get("FDSTORE", "0") not in ("", "0")
 
-    return notify
+    def notify(self, state: str, fds: Sequence[int] = ()) -> None:
+        """Tell a state."""
+        if self._socket is not None:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                self._socket.sendmsg([state.encode()], rights)
+            except OSError as error:
+                log.warning("the service manager cannot be told", state=state, reason=str(error))
+                self.stores = False  # it is gone
 
 
-def listen_fds() -> list[int]:
-    """sd_listen_fds(3): the sockets passed to this process; they are no one else's afterwards."""
-    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
-        return []
-    os.environ.pop("LISTEN_FDNAMES", None)
+class Store:
+    """Descriptors that outlive this process, by name. ``kept`` are those of the one before, of
+    which this is the owner.
+    """
+
+    def __init__(self, manager: Manager, kept: Mapping[str, int]) -> None:
+        self._manager = manager
+        self._kept = dict(kept)
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything put here outlives this process."""
+        return self._manager.stores
+
+    def stopping(self) -> None:
+        """This process ends because it was told to, and another shall go on."""
+        self._manager.notify("STOPPING=1")
+
+    def put(self, name: str, fd: int) -> None:
+        """Keep what a descriptor refers to. A name is used once: systemd does not replace."""
+        if self.holds:
+            self._manager.notify(f"FDSTORE=1\nFDPOLL=0\nFDNAME={KEPT}{name}", [fd])
+
+    def drop(self, name: str) -> None:
+        """Keep it no longer."""
+        if self.holds:
+            self._manager.notify(f"FDSTOREREMOVE=1\nFDNAME={KEPT}{name}")
+
+    def take(self, name: str) -> int:
+        """A descriptor of the process before: the caller's now. It stays in the store. -1 where
+        there is none.
+        """
+        return self._kept.pop(KEPT + name, -1)
+
+    def sweep(self, prefix: str = "") -> None:
+        """Give up what nobody has taken."""
+        for name in [name for name in self._kept if name.startswith(KEPT + prefix)]:
+            os.close(self._kept.pop(name))
+            self.drop(name.removeprefix(KEPT))
+
+
+class Inherited(NamedTuple):
+    """What this process was started with."""
+
+    sockets: list[int]
+    kept: dict[str, int]
+
+
+def listen_fds() -> Inherited:
+    """sd_listen_fds_with_names(3): descriptors passed to this process; they are no one else's
+    afterwards.
+    """
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     count = os.environ.pop("LISTEN_FDS", "")
-    return list(range(_FIRST, _FIRST + int(count))) if count.isdecimal() else []
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdecimal():
+        return Inherited([], {})
+    inherited = Inherited([], {})
+    names += [""] * int(count)
+    for fd, name in zip(range(_FIRST, _FIRST + int(count)), names, strict=False):
+        if not name.startswith(KEPT):
+            inherited.sockets.append(fd)
+        elif name in inherited.kept:
+            os.close(fd)
+        else:
+            with suppress(OSError):
+                os.set_inheritable(fd, False)
+            inherited.kept[name] = fd
+    return inherited

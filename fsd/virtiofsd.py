@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
 import socket
 import stat
 import sys
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,17 +20,24 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from . import sandbox, systemd
+from . import sandbox
 from .export import Export
 from .fusesession import SessionOptions
+from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
+from .replayer import ReplayGuest
 from .sandbox import NEEDED
+from .saving import Saver
 from .seccomp import Filter
+from .systemd import Manager, Store
 from .transports.pump import Pump
-from .transports.virtiofs import from_fd, listen, serve
+from .transports.snapshots import Snapshots
+from .transports.virtiofs import GuestDoor, from_fd, listen, store_name
 
 log = structlog.get_logger()
 FILES = 1_000_000
 """Descriptors that a server may have, where its user does not say."""
+QUIET = 1.0
+"""Seconds that a clean end waits for agents to do what they were told."""
 
 
 class StartError(Exception):
@@ -52,6 +61,8 @@ class Options:
     capabilities: frozenset[str] = NEEDED
     file_limit: int | None = None
     threads: int = 0
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Descriptors that an earlier process has left with the service manager."""
 
 
 class Source(NamedTuple):
@@ -70,10 +81,12 @@ def run(options: Options) -> int:
     _check(options)
     _limit_files(options.file_limit)
     with ExitStack() as cleanup:
-        sources = _sources(options, cleanup)
-        ready = _announcement(options, sources)
+        manager = Manager()
+        store = Store(manager, options.kept)
+        sources = _sources(options, store, cleanup)
+        ready = _announcement(options, sources, manager)
         if options.sandbox == "none":
-            return _inside(options, sources, ready)
+            return _inside(options, sources, store, ready)
         if options.sandbox == "namespace":
             try:
                 sandbox.own_processes()
@@ -81,8 +94,12 @@ def run(options: Options) -> int:
                 raise _no_namespaces(error) from None
 
         def inside(lifeline: int) -> int:
+            def say_ready() -> None:
+                with suppress(BrokenPipeError):  # the end has come before
+                    os.write(lifeline, b"\0")
+
             try:
-                return _inside(options, sources, lambda: os.write(lifeline, b"\0"), lifeline)
+                return _inside(options, sources, store, say_ready, lifeline)
             except StartError as error:
                 print(f"fsd: {error}", file=sys.stderr)
                 return 1
@@ -125,7 +142,7 @@ def _limit_files(limit: int | None) -> None:
 # Sockets
 
 
-def _sources(options: Options, cleanup: ExitStack) -> list[Source]:
+def _sources(options: Options, store: Store, cleanup: ExitStack) -> list[Source]:
     sources: list[Source] = []
     for fd in options.fds:
         try:
@@ -139,6 +156,10 @@ def _sources(options: Options, cleanup: ExitStack) -> list[Source]:
         cleanup.callback(endpoint.close)
         sources.append(Source(f"fd {fd}", endpoint))
     for path in options.socket_paths:
+        kept = store.take(f"listen-{store_name(path)}")
+        if kept >= 0:
+            sources.append(Source(path, socket.socket(fileno=kept), path))
+            continue
         try:
             listener = listen(path, options.socket_group)
         except LookupError:
@@ -147,7 +168,9 @@ def _sources(options: Options, cleanup: ExitStack) -> list[Source]:
             raise StartError(f"socket {path}: {_why(error, path)}") from None
         cleanup.callback(listener.close)
         source = Source(path, listener, path, os.stat(path).st_ino)
-        cleanup.callback(_unlink, source)
+        store.put(f"listen-{store_name(path)}", listener.fileno())
+        if not store.holds:  # else it stays for the next process
+            cleanup.callback(_unlink, source)
         sources.append(source)
     return sources
 
@@ -169,14 +192,15 @@ def _unlink(source: Source) -> None:
             os.unlink(source.path)
 
 
-def _announcement(options: Options, sources: list[Source]) -> Callable[[], object]:
+def _announcement(
+    options: Options, sources: list[Source], manager: Manager
+) -> Callable[[], object]:
     """What is to be called once guests can come; made before the sandbox takes everything away."""
     names = ", ".join(source.name for source in sources)
-    notify = systemd.notifier()
 
     def ready() -> None:
         print(f"fsd: ready: {options.source} for virtual machines on {names}", flush=True)
-        notify(b"READY=1")
+        manager.notify("READY=1")
 
     return ready
 
@@ -187,27 +211,44 @@ def _announcement(options: Options, sources: list[Source]) -> Callable[[], objec
 def _inside(
     options: Options,
     sources: list[Source],
+    store: Store,
     ready: Callable[[], object],
     lifeline: int | None = None,
 ) -> int:
     """In the sandbox; the end of the socket ``lifeline`` means to stop."""
     os.umask(0)  # guests' kernels apply their callers' umask
+    _take_turn(store)
     directory = enter(options)
-    try:
+
+    def make() -> Export:
         export = Export(directory, read_only=options.read_only)
+        export.source = options.source
+        if options.file_handles == "mandatory" and not export.table.by_handle:
+            export.close()
+            raise StartError(
+                f"{options.source}: its file system or this user's rights give no file handles, "
+                "which --inode-file-handles=mandatory asks"
+            )
+        return export
+
+    try:
+        trio.run(partial(_serve, options, sources, store, make, ready, lifeline))
     except OSError as error:
         raise StartError(f"{options.source}: {error.strerror or error}") from None
-    export.source = options.source
-    if options.file_handles == "mandatory" and not export.table.by_handle:
-        raise StartError(
-            f"{options.source}: its file system or this user's rights give no file handles, "
-            "which --inode-file-handles=mandatory asks"
-        )
-    try:
-        trio.run(partial(_serve, options, sources, export, ready, lifeline))
-    finally:
-        export.close()
     return 0
+
+
+def _take_turn(store: Store) -> None:
+    """Wait until no earlier process serves the guests that this one takes over: a lock of fcntl(2)
+    ends with its process, however that ends.
+    """
+    if not store.holds:
+        return
+    turn = store.take("turn")
+    if turn < 0:
+        turn = os.memfd_create("fsd-turn", os.MFD_CLOEXEC)
+        store.put("turn", turn)
+    fcntl.lockf(turn, fcntl.LOCK_EX)
 
 
 def enter(options: Options) -> str:
@@ -251,38 +292,69 @@ def _no_namespaces(error: OSError) -> StartError:
 async def _serve(
     options: Options,
     sources: list[Source],
-    export: Export,
+    store: Store,
+    make: Callable[[], Export],
     ready: Callable[[], object],
     lifeline: int | None,
 ) -> None:
     threads = trio.to_thread.current_default_thread_limiter()
     threads.total_tokens = max(1, options.threads)
+    doors = [
+        GuestDoor(name=name, tag=options.tag, options=options.session, store=store)
+        for name, *_ in sources
+    ]
+    memory = ImageMemory(store)
+    export = open_export(make, memory, store, doors)
+    store.sweep()
+    saver = MemorySaver(export, memory, lambda: dict(ChainMap(*(door.guests for door in doors))))
+    saver.memory = memory
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
+            async def end() -> None:
+                if store.holds:
+                    store.stopping()
+                    await _leave(doors, saver, memory, store)
+                nursery.cancel_scope.cancel()
+
             async def end_on_signal() -> None:
                 async for _ in signals:
-                    nursery.cancel_scope.cancel()
+                    await end()
 
             async def end_with_outside(fd: int) -> None:
                 await trio.lowlevel.wait_readable(fd)
-                nursery.cancel_scope.cancel()
+                await end()
 
             nursery.start_soon(Pump(export).run)
             nursery.start_soon(end_on_signal)
             if lifeline is not None:
                 nursery.start_soon(end_with_outside, lifeline)
-            ready()
+            if store.holds:
+                export.on_name = memory.note_name
+                nursery.start_soon(Snapshots(saver, every=EVERY, patience=PATIENCE).run)
             async with trio.open_nursery() as guests:
-                for source in sources:
-                    guests.start_soon(
-                        partial(
-                            serve,
-                            source.socket,
-                            export,
-                            name=source.name,
-                            tag=options.tag,
-                            options=options.session,
-                        )
-                    )
+                for door, source in zip(doors, sources, strict=True):
+                    guests.start_soon(door.serve, source.socket)
+                ready()
             nursery.cancel_scope.cancel()  # no guest can come any more
+    if not store.holds:
+        export.close()
+
+
+async def _leave(doors: list[GuestDoor], saver: Saver, memory: ImageMemory, store: Store) -> None:
+    """The process that comes next goes on with the guests."""
+    export = saver.export
+    export.is_stopping = True
+    guests = [guest for guest in export.guests if isinstance(guest, ReplayGuest)]
+    for guest in guests:
+        guest.is_paused = True
+    with trio.move_on_after(QUIET):  # until agents have done what they were told
+        while any(guest.pid and len(guest.ledger) for guest in guests):
+            await trio.sleep(0.002)
+    for door in doors:
+        door.leave()
+    inotify = export.hand_over(QUIET)
+    saver.take()()
+    if inotify >= 0:
+        store.put("inotify", inotify)
+        memory.mark(last=True)

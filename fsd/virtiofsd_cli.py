@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 from . import sandbox, systemd
 from .fusenodes import CACHE_MODES, Caching
 from .fusesession import SessionOptions
+from .keeper import KEEPER, Keeper
 from .logs import log_to_stderr, log_to_syslog
 from .seccomp import ACTIONS
 from .virtio.device import TAG_LENGTH
@@ -156,6 +158,11 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--thread-pool-size", type=click.IntRange(0), default=0, help="Threads that wait for disks."
 )
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Start a server again that has ended: guests go on. SIGUSR2 has it replaced.",
+)
 @click.option("--log-level", type=click.Choice([*LEVELS]), default="info", show_default=True)
 @click.option("--syslog", is_flag=True, help="Log to syslog instead of stderr.")
 @click.option("--allow-mmap", is_flag=True, hidden=True)
@@ -181,13 +188,19 @@ def virtiofs(**given: Any) -> int:
     `fsd-guest agent` runs there.
     """  # fmt: skip
     _take_compat(given)
-    options = _options(given)
+    is_kept = bool(os.environ.pop(KEEPER, ""))
+    inherited = systemd.listen_fds()
+    if is_kept:  # what it was given as --fd
+        given["fd"] = inherited.sockets
+    options = _options(given, inherited)
     level = LEVELS["debug" if given["debug"] else given["log_level"]]
     if given["syslog"]:
         log_to_syslog(level, "fsd-virtiofsd")
     else:
         log_to_stderr(level)
     try:
+        if given["keep"] and not is_kept:
+            return Keeper([sys.executable, *sys.orig_argv[1:]], options.fds).run()
         return run(options)
     except StartError as error:
         raise click.ClickException(str(error)) from None
@@ -215,7 +228,7 @@ def _take_compat(given: dict[str, Any]) -> None:
                 raise click.UsageError(f"-o {word} is not supported")
 
 
-def _options(given: dict[str, Any]) -> Options:
+def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
     if not given["shared_dir"]:
         raise click.UsageError("--shared-dir is missing")
     paths, fds = tuple(given["socket_path"]), tuple(given["fd"])
@@ -229,7 +242,7 @@ def _options(given: dict[str, Any]) -> Options:
         raise click.UsageError(
             "--announce-submounts and --no-announce-submounts exclude one another"
         )
-    fds = fds or (() if paths else tuple(systemd.listen_fds()))
+    fds = fds or (() if paths else tuple(inherited.sockets))
     if not paths and not fds:
         raise click.UsageError(f"{_SOCKETS} is missing")
     for twice in (paths, fds):
@@ -262,6 +275,7 @@ def _options(given: dict[str, Any]) -> Options:
         capabilities=_capabilities(given["modcaps"]),
         file_limit=given["rlimit_nofile"],
         threads=given["thread_pool_size"],
+        kept=inherited.kept,
     )
 
 

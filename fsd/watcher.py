@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import pyinotify
 
+from protocol.fdinfo import parse_fdinfo
 from protocol.inotify import RawEvent, parse_events
 from protocol.masks import SELF, STRUCTURE, Mask
 
@@ -111,6 +112,7 @@ class HostWatcher:
         self._highest_wd = 0
         self._next_wd = 1  # what the kernel will give
         self._sets_wd = True  # the kernel knows SETNEXTWD, as far as is known
+        self._is_handed_over = False
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
         self._number = 0
@@ -202,6 +204,39 @@ class HostWatcher:
         if self._highest_wd < _HIGHEST_WD:
             self._set_next_wd(self._highest_wd + 1)
 
+    def hand_over(self) -> int:
+        """Another process goes on with this instance: nothing is read any more. Returns its
+        descriptor.
+        """
+        self._is_handed_over = True
+        return self.fd
+
+    def adopt(self, fd: int, wds: Mapping[Inode, int]) -> None:
+        """Go on with the instance of another process, whose watches these are, and with what is
+        queued there. Takes ``fd``. Raises OSError.
+        """
+        os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
+        with open(host.fdinfo_path(self.fd)) as info:
+            masks = {mark.wd: Mask(mark.mask) for mark in parse_fdinfo(info.read())}
+        for inode, wd in wds.items():
+            if wd in masks:
+                self._by_wd[wd] = inode
+                self._wd_of[inode] = wd
+                self._mask_of[inode] = masks[wd]
+                self._table.pin(inode)
+        self.drain()
+        self._own_opening()
+
+    def _own_opening(self) -> None:
+        """This process has just opened the root, which is no one's event."""
+        wd = self.wd_of(self._table.root)
+        for index in reversed(range(len(self._arrivals))):
+            arrival = self._arrivals[index]
+            if arrival.raw == RawEvent(wd, int(Mask.OPEN | Mask.ISDIR), 0, b""):
+                self._arrivals[index] = arrival._replace(origin=SERVER)
+                return
+
     def _set_next_wd(self, wd: int) -> None:
         if self._sets_wd and wd != self._next_wd:
             try:
@@ -252,6 +287,8 @@ class HostWatcher:
         return events
 
     def _readable(self) -> bool:
+        if self._is_handed_over:
+            return False
         (size,) = struct.unpack("i", fcntl.ioctl(self.fd, _FIONREAD, b"\0\0\0\0"))
         return bool(size)
 

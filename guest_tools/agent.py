@@ -32,30 +32,55 @@ class Agent:
         self._mountpoint = os.path.abspath(mountpoint)
         try:
             status = os.stat(self._mountpoint)
-            root_fd = self._open_root()
-            fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=root_fd)
-            try:
-                self._channel = FileChannel(fsd_fd, "control")
-                keeps_names = _keeps_names(fsd_fd)
-            finally:
-                os.close(fsd_fd)
+            self._device = device_of(status)
+            self._st_dev = status.st_dev
+            self._connect()
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
-        self._device = device_of(status)
-        self._st_dev = status.st_dev
-        self._replayer = Replayer(root_fd, self._open_mountpoint, self._channel.fileno())
-        calls = _trace_calls() if keeps_names else None
+        self._sending = threading.Lock()
+        calls = _trace_calls() if self._keeps_names else None
         self._scanner = Scanner(
             self._device,
-            self._channel.send,
+            self._send,
             self._still_mounted,
             calls=calls,
-            blind=keeps_names and calls is None,
+            blind=self._keeps_names and calls is None,
         )
         self._ender = threading.Thread(target=self._end_on_signal, name="ender", daemon=True)
         self._ended = False
-        self._reader = frames.FrameReader()
         self._refusals = {0}  # errnos that need not be shown (again)
+
+    def _connect(self) -> None:
+        root_fd = self._open_root()
+        fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=root_fd)
+        try:
+            self._channel = FileChannel(fsd_fd, "control")
+            self._keeps_names = _keeps_names(fsd_fd)
+        finally:
+            os.close(fsd_fd)
+        self._replayer = Replayer(root_fd, self._open_mountpoint, self._channel.fileno())
+        self._reader = frames.FrameReader()
+
+    def _come_back(self) -> None:
+        """To the server that has come after ours: it knows nothing of this channel."""
+        with self._sending:
+            replayer, channel = self._replayer, self._channel
+            self._connect()
+            with suppress(OSError):  # as the old server's end makes it
+                replayer.close()
+            with suppress(OSError):
+                channel.close()
+            self._hello()
+        self._scanner.anew()
+
+    def _hello(self) -> None:
+        hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF)
+        self._channel.send(frames.encode(hello))
+
+    def _send(self, data: bytes) -> None:
+        """The scanner's frames. A server that has gone need not be told."""
+        with self._sending, suppress(ConnectionResetError):
+            self._channel.send(data)
 
     def _explain(self, error: OSError) -> str:
         if error.errno == errno.EBUSY:
@@ -99,20 +124,22 @@ class Agent:
         """
         os.chdir("/")
         os.umask(0)
-        hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF)
-        self._channel.send(frames.encode(hello))
+        self._hello()
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         self._ender.start()
         self._scanner.scan(pids(), full=True)
         self._scanner.start()
         print(f"fsd-guest: ready: {self._mountpoint}", flush=True)
+        is_reset = False
         try:
             while True:
-                self._reader.feed(self._channel.receive())
-                self._replayer.visibly = self._scanner.knows_fanotify
-                for message in self._reader:
-                    self._handle(message)
-                self._replayer.batch_done()
+                try:
+                    if is_reset:
+                        self._come_back()
+                    is_reset = False
+                    self._serve()
+                except ConnectionResetError:
+                    is_reset = True
         except OSError as error:
             gone = error.errno in (errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED)
             if not gone:
@@ -125,6 +152,15 @@ class Agent:
         finally:
             self._scanner.end()
             self._replayer.close()
+
+    def _serve(self) -> None:
+        """Until an error. Raises ConnectionResetError where the server was started again."""
+        while True:
+            self._reader.feed(self._channel.receive())
+            self._replayer.visibly = self._scanner.knows_fanotify
+            for message in self._reader:
+                self._handle(message)
+            self._replayer.batch_done()
 
     def _end_on_signal(self) -> None:
         """A thread: a signal's handler would not run before the server has answered our read."""

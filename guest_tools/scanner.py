@@ -76,6 +76,7 @@ class Scanner(threading.Thread):
         self._published: dict[NodeKey, int] = {}
         self._pidfds: dict[int, int] = {}  # descriptor -> process
         self._hint = 0
+        self._is_new = False  # the server, which is to be told everything
         self._last_hint = 0.0
         self._active = False
         self._fanotify: set[int] = set()  # processes with marks of fanotify
@@ -95,6 +96,11 @@ class Scanner(threading.Thread):
         if not self._active:
             self._active = True
             self._poke()
+
+    def anew(self) -> None:
+        """Another server, which was told nothing yet."""
+        self._is_new = True
+        self._poke()
 
     def end(self) -> None:
         """Have the thread end, and leave nothing behind."""
@@ -149,6 +155,10 @@ class Scanner(threading.Thread):
                 if any(fd == mountinfo.fileno() for fd, _ in ready) and not self._still_mounted():
                     self._leave()
                     os._exit(0)
+                if self._is_new:
+                    self._is_new = False
+                    self._hint, self._answered, full = 0, -1, 0.0
+                    self._published.clear()
                 exited |= self._take_calls()
                 now = time.monotonic()
                 if exited or now >= full:

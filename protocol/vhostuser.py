@@ -136,13 +136,24 @@ class Config(NamedTuple):
     data: bytes
 
 
+class Inflight(NamedTuple):
+    """VhostUserInflight: where in a file it is noted what is being done; sizes in bytes, but
+    ``queue_size`` in entries.
+    """
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+
 class Raw(NamedTuple):
     """The payload of a message that this module does not know, or that nobody offered."""
 
     data: bytes
 
 
-Payload = Union[Empty, U64, VringState, VringAddr, Region, Regions, Config, Raw]
+Payload = Union[Empty, U64, VringState, VringAddr, Region, Regions, Config, Inflight, Raw]
 
 
 class Request(NamedTuple):
@@ -170,6 +181,7 @@ _FIXED: dict[type[Payload], struct.Struct] = {
     VringState: struct.Struct("=II"),
     VringAddr: struct.Struct("=IIQQQQ"),
     Region: _SINGLE,
+    Inflight: struct.Struct("=QQHH"),
 }
 # What each message carries, and how many descriptors at least and at most.
 _TABLE: dict[int, tuple[type[Payload], int, int]] = {
@@ -191,6 +203,8 @@ _TABLE: dict[int, tuple[type[Payload], int, int]] = {
     Type.SET_VRING_ENABLE: (VringState, 0, 0),
     Type.GET_CONFIG: (Config, 0, 0),
     Type.SET_CONFIG: (Config, 0, 0),
+    Type.GET_INFLIGHT_FD: (Inflight, 0, 0),
+    Type.SET_INFLIGHT_FD: (Inflight, 1, 1),
     Type.RESET_DEVICE: (Empty, 0, 0),
     Type.GET_MAX_MEM_SLOTS: (Empty, 0, 0),
     Type.ADD_MEM_REG: (Region, 1, 1),

@@ -8,16 +8,20 @@ import trio
 
 
 class TrioLoop:
-    """The ``Loop`` of a fusesession, in a nursery. What it calls must not raise."""
+    """The ``Loop`` of a fusesession, in a nursery: another one where the session outlives it. What
+    it calls must not raise.
+    """
 
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
+    def __init__(self, nursery: trio.Nursery | None = None) -> None:
+        """Without one, nothing is called until there is."""
+        self.nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
 
     def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
         """Call after a time; returns what cancels that."""
         scope = trio.CancelScope()
-        self._nursery.start_soon(self._sleep, scope, seconds, call)
+        assert self.nursery is not None
+        self.nursery.start_soon(self._sleep, scope, seconds, call)
         return scope.cancel
 
     @staticmethod
@@ -34,7 +38,8 @@ class TrioLoop:
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
         """Run ``work`` in a thread, then call ``then`` with what it raised."""
-        self._nursery.start_soon(self._work, work, then)
+        assert self.nursery is not None
+        self.nursery.start_soon(self._work, work, then)
 
     @staticmethod
     async def _work(work: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:

@@ -20,8 +20,10 @@ _STEP = 0.02
 class Snapshots:
     """Saves what has changed; asleep while nothing does."""
 
-    def __init__(self, saver: Saver) -> None:
+    def __init__(self, saver: Saver, *, every: float = EVERY, patience: float = PATIENCE) -> None:
         self._saver = saver
+        self._every = every
+        self._patience = patience
         self._changed = trio.Event()
         saver.export.on_change = self._wake
 
@@ -37,10 +39,10 @@ class Snapshots:
                 self._changed = trio.Event()
                 await self._changed.wait()
             if not self._saver.is_needed:
-                await trio.sleep(EVERY)
+                await trio.sleep(self._every)
                 export.is_changed = False
                 continue
-            with trio.move_on_after(PATIENCE):
+            with trio.move_on_after(self._patience):
                 while not export.is_settled:
                     await trio.sleep(_STEP)
             begun = trio.current_time()
@@ -53,4 +55,4 @@ class Snapshots:
                 if not complained:
                     log.warning("no image is kept", path=error.filename, error=error.strerror)
                 complained = True
-            await trio.sleep(max(EVERY, taken / SHARE))
+            await trio.sleep(max(self._every, taken / SHARE))

@@ -10,24 +10,34 @@ import array
 import grp
 import os
 import socket
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 
 import structlog
 import trio
 
-from protocol.vhostuser import MAX_FDS, RequestReader, VhostUserError
+from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
 from ..export import Export
+from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
+from ..guests import Guest
+from ..resuming import Resumption
 from ..service import Service
-from ..virtio.device import Device, DeviceError, Session
+from ..systemd import Store
+from ..virtio.conversation import Conversation
+from ..virtio.device import Device, DeviceError, Left, Session
 from .loop import TrioLoop
 from .socket import unlink_stale
 
 log = structlog.get_logger()
 BUDGET = 16
 """Requests of one queue before others, other guests and events get their turn: under 1 ms."""
+RECONNECT = 30.0
+"""Seconds for which a guest's session waits for a VMM that may connect again."""
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
@@ -60,110 +70,208 @@ def from_fd(fd: int) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
-async def serve(
-    source: socket.socket,
-    export: Export,
-    *,
-    name: str,
-    tag: str = "",
-    request_queues: int = 1,
-    options: SessionOptions | None = None,
-) -> None:
-    """Serve an export's guests: the VMMs that connect to ``source``, one after the other, until
-    cancelled; or the one that ``source`` is connected to, until it has gone. Takes the socket.
-
-    ``name`` is the guest's for people, ``tag`` the share's for VMMs that ask the device for it.
-    """
-
-    def new_session(loop: TrioLoop) -> Session:
-        return ExportSession(export, name, loop, options)
-
-    await serve_sessions(source, new_session, name=name, tag=tag, request_queues=request_queues)
-
-
 class ExportSession:
     """The requests of one guest's kernel, from its start to the next: a guest of the export."""
 
-    def __init__(
-        self, export: Export, name: str, loop: TrioLoop, options: SessionOptions | None
-    ) -> None:
+    def __init__(self, export: Export, name: str, loop: TrioLoop, options: SessionOptions) -> None:
         self._export = export
-        self._guest = export.add_replayer(name)
-        self._service = Service(export, self._guest)
+        self.guest = export.add_replayer(name)
+        if options.kept is not None:
+            self.guest.on_agent = options.kept.replayer
+            self.guest.on_mark = options.kept.marked
+        self._service = Service(export, self.guest)
         self._session = FuseSession(self._service, loop, options)
+        self.nodes = self._session.nodes
         self.serve = self._session.serve
+        self.serve_again = self._session.serve_again
+        self.suspend = self._session.suspend
+        self.leave = self._session.leave
+        self.resume = self._session.resume
 
     def close(self) -> None:
         """The guest has gone, and all that it held with it."""
         self._session.close()
+        self.nodes.end()
         self._service.close()
-        self._export.remove_guest(self._guest)
+        self._export.remove_guest(self.guest)
 
 
-async def serve_sessions(
-    source: socket.socket,
-    new_session: Callable[[TrioLoop], Session],
-    *,
-    name: str,
-    tag: str = "",
-    request_queues: int = 1,
-) -> None:
-    """As ``serve``, whatever answers the requests."""
-    with source:
-        source.setblocking(False)
-        listens = source.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        endpoint = trio.socket.from_stdlib_socket(source)
-        while True:
-            connection = (await endpoint.accept())[0] if listens else endpoint
-            log.info("VMM connected", share=name)
-            with connection:
-                try:
-                    await _Connection(connection, new_session, name, tag, request_queues).run()
-                except* Exception:  # whatever it is, it is one VMM's
-                    log.exception("virtiofs device failed", share=name)
-            log.info("VMM has gone", share=name)
-            if not listens:
-                return
+class Door:
+    """A socket, and the guest that comes in there. ``new_session`` makes what answers requests."""
+
+    def __init__(
+        self,
+        new_session: Callable[[TrioLoop], Session],
+        *,
+        name: str,
+        tag: str = "",
+        request_queues: int = 1,
+        store: Store | None = None,
+    ) -> None:
+        self.new_session = partial(new_session, loop := TrioLoop())
+        self.loop = loop
+        self.name = name
+        self.tag = tag
+        self.request_queues = request_queues
+        self.conversation = Conversation(store, store_name(name)) if store is not None else None
+        self.is_leaving = False
+        self.known = self.conversation.resume() if self.conversation is not None else None
+        """A VMM of an earlier process, and what it has said."""
+        self.session: Session | None = None
+        """Of that one."""
+        self._left: Left | None = None
+        self._connection: _Connection | None = None
+
+    def leave(self) -> None:
+        """Serve nothing any more and end nothing: the next process goes on."""
+        self.is_leaving = True
+        if self._connection is not None:
+            self._connection.suspend()
+
+    async def serve(self, source: socket.socket) -> None:
+        """Serve the VMMs that connect to ``source``, one after the other, until cancelled; or the
+        one that ``source`` is connected to, until it has gone. Takes the socket.
+        """
+        with source:
+            source.setblocking(False)
+            listens = source.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            endpoint = trio.socket.from_stdlib_socket(source)
+            if self.known is not None:
+                known, said = self.known
+                known.setblocking(False)
+                log.info("going on with a VMM", share=self.name)
+                await self._serve(trio.socket.from_stdlib_socket(known), said)
+                if not listens:
+                    return
+            while True:
+                connection = await self._next(endpoint) if listens else endpoint
+                if self.conversation is not None:
+                    self.conversation.begin(connection.fileno())
+                log.info("VMM connected", share=self.name)
+                await self._serve(connection, [])
+                if not listens:
+                    return
+
+    async def _next(self, endpoint: trio.socket.SocketType) -> trio.socket.SocketType:
+        """The next connection. What the last VMM has left waits for it, but not for ever."""
+        if self._left is not None:
+            with trio.move_on_after(RECONNECT):
+                return (await endpoint.accept())[0]
+            left, self._left = self._left, None
+            left.session.close()
+        return (await endpoint.accept())[0]
+
+    async def _serve(self, connection: trio.socket.SocketType, said: list[Request]) -> None:
+        with connection:
+            left, self._left = self._left, None
+            self._connection = served = _Connection(connection, self, left)
+            try:
+                await served.run(said)
+            except* Exception:  # whatever it is, it is one VMM's
+                log.exception("virtiofs device failed", share=self.name)
+            finally:
+                self._connection = None
+            self._left = served.left
+        if self.conversation is not None:
+            self.conversation.end()
+        log.info("VMM has gone", share=self.name)
+
+
+class GuestDoor(Door):
+    """The door of a share for one guest. ``name`` is the guest's for people, ``tag`` the share's
+    for VMMs that ask the device for it. ``store`` has what an earlier process has left, and holds
+    what this one leaves. Needs ``export`` before anybody comes.
+    """
+
+    export: Export
+
+    def __init__(
+        self, *, name: str, tag: str, options: SessionOptions, store: Store | None = None
+    ) -> None:
+        self.kept: KeptSession | None = None
+        if store is not None and store.holds:
+            self.kept = KeptSession(store, store_name(name))
+            options = replace(options, kept=self.kept)
+        self._options = options
+        self._present: ExportSession | None = None
+        super().__init__(self._new_session, name=name, tag=tag, store=store)
+        if self.kept is not None and self.known is None:
+            self.kept.clear()
+            self.kept.taken()
+
+    def _new_session(self, loop: TrioLoop) -> ExportSession:
+        self._present = ExportSession(self.export, self.name, loop, self._options)
+        return self._present
+
+    def resume(self, resumption: Resumption) -> None:
+        """The guest of an earlier process goes on. Raises ValueError for what makes no sense."""
+        session = self._new_session(self.loop)
+        resumption.mount(session.guest)
+        session.resume(resumption.table.inodes)
+        self.session = session
+
+    @property
+    def guests(self) -> dict[Guest, dict[int, int]]:
+        """The guest, if there is one now, and what its kernel holds."""
+        session = self._present
+        if session is None or session.guest not in self.export.guests:
+            return {}
+        return {session.guest: session.nodes.saved()}
+
+    def leave(self) -> None:
+        """Serve nothing any more: the next process goes on, and is given what is open."""
+        super().leave()
+        if self._present is not None and self.guests:
+            self._present.leave()
+
+
+def store_name(name: str) -> str:
+    """A guest's in the store: short, and of letters that systemd takes."""
+    return f"{zlib.crc32(os.fsencode(name)):08x}"
 
 
 class _Connection:
     """One VMM."""
 
-    def __init__(
-        self,
-        connection: trio.socket.SocketType,
-        new_session: Callable[[TrioLoop], Session],
-        name: str,
-        tag: str,
-        request_queues: int,
-    ) -> None:
+    def __init__(self, connection: trio.socket.SocketType, door: Door, left: Left | None) -> None:
         self._socket = connection
-        self._new_session = new_session
-        self._name = name
-        self._tag = tag
-        self._request_queues = request_queues
+        self._door = door
+        self.left = left
+        """What the one before has left, and then this one."""
         self._waiting: dict[int, trio.CancelScope] = {}
 
-    async def run(self) -> None:
-        """Until it has gone."""
+    def suspend(self) -> None:
+        """Serve nothing any more."""
+        self._device.suspend()
+
+    async def run(self, said: list[Request]) -> None:
+        """Until it has gone. ``said``: by it to an earlier process."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            loop = TrioLoop(nursery)
+            door = self._door
+            door.loop.nursery = nursery
             self._device = Device(
-                lambda: self._new_session(loop),
+                door.new_session,
                 on_start=self._on_start,
                 on_stop=self._on_stop,
-                tag=self._tag,
-                request_queues=self._request_queues,
+                tag=door.tag,
+                request_queues=door.request_queues,
+                listener=door.conversation,
+                left=self.left,
             )
+            self.left = None
             try:
+                if said:
+                    session, door.session = door.session, None
+                    self._device.resume(said, session or door.new_session())
                 await self._converse()
             except (VhostUserError, DeviceError) as error:
-                log.error("VMM dropped", share=self._name, error=str(error))
+                log.error("VMM dropped", share=door.name, error=str(error))
             except ConnectionError:
                 pass
             finally:
-                self._device.close()
+                if not door.is_leaving:
+                    self.left = self._device.leave()
                 nursery.cancel_scope.cancel()
 
     async def _converse(self) -> None:
@@ -176,6 +284,10 @@ class _Connection:
                 request = reader.receive(data, fds)
                 if request is not None:
                     answer = self._device.handle(request)
+                    fds = self._device.reply_fds
+                    if fds:
+                        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+                        answer = answer[await self._socket.sendmsg([answer], [rights]) :]
                     while answer:
                         answer = answer[await self._socket.send(answer) :]
         finally:

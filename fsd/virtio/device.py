@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 from typing import Protocol as Interface
 
 import structlog
@@ -23,6 +24,7 @@ from protocol.vhostuser import (
     U64,
     Config,
     Empty,
+    Inflight,
     Payload,
     Protocol,
     Region,
@@ -35,6 +37,7 @@ from protocol.vhostuser import (
     reply,
 )
 
+from .inflight import TRIES, InflightError, InflightMemory, QueueInflight
 from .memory import MAX_REGIONS, GuestMemory, GuestMemoryError, MappedRegion
 from .queue import MAX_SIZE, ChainError, QueueError, VirtQueue
 
@@ -44,6 +47,7 @@ FEATURES = F_VERSION_1 | F_INDIRECT_DESC | F_PROTOCOL_FEATURES
 PROTOCOL = (
     Protocol.MQ
     | Protocol.REPLY_ACK
+    | Protocol.INFLIGHT_SHMFD
     | Protocol.RESET_DEVICE
     | Protocol.CONFIGURE_MEM_SLOTS
     | Protocol.STATUS
@@ -55,6 +59,8 @@ LONGEST_REPLY = (1 << 20) + 4096
 TAG_LENGTH = 36
 _CONFIG = struct.Struct(f"<{TAG_LENGTH}sI")  # struct virtio_fs_config: tag, num_request_queues
 _ONE = struct.pack("=Q", 1)
+OWN_INFLIGHT = int(Type.GET_INFLIGHT_FD)
+"""Among what a device is resumed with: the memory that it noted in, of its own."""
 
 
 class DeviceError(Exception):
@@ -74,8 +80,51 @@ class Session(Interface):
         then the reply goes into what ``writable`` holds at that time: after a reset, elsewhere.
         """
 
+    def serve_again(
+        self,
+        readable: Sequence[memoryview],
+        writable: Sequence[memoryview],
+        done: Callable[[int], None],
+        *,
+        safe: bool,
+    ) -> None:
+        """As ``serve``, a request that an earlier session may have done already, in part or whole.
+        Not ``safe``: it must not even be tried.
+        """
+
+    def suspend(self) -> None:
+        """Give no answers any more: what waits is asked again of the session that follows, or of
+        this one after a reconnection.
+        """
+
     def close(self) -> None:
         """The guest has gone."""
+
+
+class Listener(Interface):
+    """Who keeps what is said to a device: conversation.Conversation."""
+
+    def said(self, request: Request) -> None:
+        """A message was carried out."""
+
+    def began(self, memory: InflightMemory) -> None:
+        """The device notes there, in memory of its own, what is under way."""
+
+    def stopped(self, index: int, position: int) -> None:
+        """A queue, where it was."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether any of it outlives this process."""
+
+
+class Left(NamedTuple):
+    """What a front-end that may come back has left: its session, and the memory that it will name
+    (st_dev, st_ino).
+    """
+
+    session: Session
+    inflight: tuple[int, int]
 
 
 class Ring:
@@ -88,6 +137,8 @@ class Ring:
         self.kick = self.call = self.err = -1
         self.is_enabled = False
         self.queue: VirtQueue | None = None  # while it runs
+        self.noted: QueueInflight | None = None  # where it is noted what is in flight
+        self.again: list[tuple[int, int]] = []  # what an earlier device has left: heads, tries
         self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
         self.held: list[tuple[int, int]] = []  # answered while it was stopped
         self.is_serving = False  # answers are signalled together, at the end
@@ -141,10 +192,19 @@ class Device:
         on_stop: Callable[[int], None],
         tag: str = "",
         request_queues: int = 1,
+        listener: Listener | None = None,
+        left: Left | None = None,
     ) -> None:
-        """``tag``: for front-ends that ask the device for it; without one they are not told."""
+        """``tag``: for front-ends that ask the device for it; without one they are not told.
+        ``left`` by the connection before: for a front-end that names the same memory.
+        """
         self._new_session = new_session
         self._session: Session | None = None
+        self._listener = listener
+        self._left = left
+        self._inflight: InflightMemory | None = None
+        self._comes_back = False  # the front-end may: it has the memory
+        self._is_resuming = False
         self._on_start = on_start
         self._on_stop = on_stop
         self._config = _CONFIG.pack(tag.encode(), request_queues) if tag else b""
@@ -179,26 +239,91 @@ class Device:
             Type.SET_STATUS: self._set_status,
             Type.GET_STATUS: lambda _: U64(self._status),
             Type.RESET_DEVICE: self._reset_device,
+            Type.GET_INFLIGHT_FD: self._get_inflight,
+            Type.SET_INFLIGHT_FD: self._set_inflight,
         }
 
     def close(self) -> None:
         """The front-end has gone."""
         self._reset()
+        self._close()
+
+    def leave(self) -> Left | None:
+        """The connection is lost. What is left where the front-end may come back; else as close."""
+        if self._session is None or self._inflight is None or not self._comes_back:
+            self.close()
+            return None
+        left = Left(self._session, self._inflight.identity)
+        self.suspend()
+        self._session = None
+        self._close()
+        return left
+
+    def suspend(self) -> None:
+        """No queue runs from now on, and nothing is answered: somebody else will go on."""
+        for index in range(len(self.rings)):
+            self._stop(index)
+        self._life += 1
+        if self._session is not None:
+            self._session.suspend()
+
+    def _close(self) -> None:
         for ring in self.rings:
             for name in ("kick", "call", "err"):
                 ring.drop_fd(name)
+            ring.noted = None
+            for left in (ring.in_flight, ring.held, ring.again):
+                left.clear()
         self._memory = GuestMemory()
+        if self._inflight is not None:
+            self._inflight.close()
+            self._inflight = None
+        self._drop_left()
+
+    def _drop_left(self) -> None:
+        left, self._left = self._left, None
+        if left is not None:
+            _end(left.session)
+
+    def resume(self, requests: Sequence[Request], session: Session | None) -> None:
+        """Go on where the device of an earlier process was, to which these messages were sent.
+        Takes their descriptors. Raises DeviceError.
+        """
+        self._session = session
+        self._is_resuming = True
+        failed: DeviceError | None = None
+        for request in requests:
+            if request.type == OWN_INFLIGHT:
+                assert isinstance(request.payload, Inflight)
+                self._note_in(InflightMemory(request.fds[0], request.payload))
+                continue
+            try:
+                self.handle(request)
+            except DeviceError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+        self._is_resuming = False
+        try:
+            for index in range(len(self.rings)):
+                self._update(index)
+        except (InflightError, QueueError, OSError) as error:
+            raise DeviceError(str(error)) from None
 
     # Messages
 
     def handle(self, request: Request) -> bytes:
-        """Do what a message asks; what is to be sent back. Takes its descriptors.
+        """Do what a message asks; what is to be sent back, with ``reply_fds``. Takes its
+        descriptors.
 
         Raises DeviceError if it failed and the front-end does not wait to be told.
         """
+        self.reply_fds: tuple[int, ...] = ()
         try:
             answer = self._dispatch(request)
-        except (DeviceError, GuestMemoryError, QueueError, OSError) as error:
+            if self._listener is not None and not self._is_resuming:
+                self._listener.said(request)
+        except (DeviceError, GuestMemoryError, InflightError, QueueError, OSError) as error:
             if not request.needs_reply:
                 raise DeviceError(f"{name_of(request.type)}: {error}") from None
             log.warning(
@@ -297,14 +422,17 @@ class Device:
         _, ring, position = self._stopped(request)
         if position > 0xFFFF:
             raise DeviceError(f"base {position}")
-        if position != ring.position:  # the machine was reset behind our back
-            self._forget_session()
+        comes_back = self._comes_back and ring.noted is None  # it says what it knows
+        if position != ring.position and not (self._is_resuming or comes_back):
+            self._forget_session()  # the machine was reset behind our back
         ring.position = position
 
     def _get_vring_base(self, request: Request) -> VringState:
         index, ring, _ = self._ring(request)
         self._stop(index)
         ring.drop_fd("kick")
+        if self._listener is not None:
+            self._listener.stopped(index, ring.position)
         return VringState(index, ring.position)
 
     def _set_vring_kick(self, request: Request) -> None:
@@ -350,6 +478,36 @@ class Device:
     def _reset_device(self, _request: Request) -> None:
         self._reset()
 
+    # What is under way
+
+    def _get_inflight(self, request: Request) -> Inflight | None:
+        asked = request.payload
+        assert isinstance(asked, Inflight)
+        if not 0 < asked.num_queues <= MAX_QUEUES or not 0 < asked.queue_size <= MAX_SIZE:
+            raise DeviceError(f"{asked.num_queues} queues of {asked.queue_size} entries")
+        memory = InflightMemory.new(asked.num_queues, asked.queue_size)
+        self._note_in(memory)
+        self.reply_fds = (memory.fd,)
+        return memory.layout
+
+    def _note_in(self, memory: InflightMemory) -> None:
+        if self._inflight is not None:
+            self._inflight.close()
+        self._inflight = memory
+
+    def _set_inflight(self, request: Request) -> None:
+        assert isinstance(request.payload, Inflight)
+        if any(ring.queue is not None for ring in self.rings):
+            raise DeviceError("queues are running")
+        memory = InflightMemory(os.dup(request.fds[0]), request.payload)
+        self._note_in(memory)
+        self._comes_back = True
+        left, self._left = self._left, None
+        if left is not None and left.inflight == memory.identity:
+            self._session = left.session
+        elif left is not None:
+            _end(left.session)
+
     # Queues
 
     def _queue(self, ring: Ring, position: int) -> VirtQueue:
@@ -362,14 +520,31 @@ class Device:
     def _update(self, index: int) -> None:
         """Start a queue that has all that it needs."""
         ring = self.rings[index]
-        if ring.queue is not None or not ring.is_ready:
+        if ring.queue is not None or not ring.is_ready or self._is_resuming:
             return
-        ring.queue = self._queue(ring, ring.position)
+        queue = self._queue(ring, ring.position)
+        self._note(index, ring, queue)
+        ring.queue = queue
         held, ring.held = ring.held, []
         for head, length in held:
-            ring.queue.push(head, length)
-            ring.signal()
+            self._push(ring, queue, head, length)
         self._on_start(index)
+
+    def _note(self, index: int, ring: Ring, queue: VirtQueue) -> None:
+        """What is under way in a queue that starts is noted from now on."""
+        if self._inflight is None and self._listener is not None and self._listener.holds:
+            memory = InflightMemory.new(MAX_QUEUES, MAX_SIZE)
+            self._note_in(memory)
+            self._listener.began(memory)
+        if self._inflight is not None and ring.noted is None:
+            noted = self._inflight.queue(index, ring.size)
+            if not noted.is_new:  # of an earlier device's
+                ring.again = noted.recover(queue.used_index)
+                queue.position = (queue.used_index + len(ring.again)) & 0xFFFF
+                ring.signal()  # what it has answered may not be signalled yet
+            ring.noted = noted
+        if ring.noted is not None:
+            ring.noted.starts(queue.used_index)
 
     def _stop(self, index: int) -> None:
         ring = self.rings[index]
@@ -403,11 +578,13 @@ class Device:
                 writable[:] = [memoryview(bytearray(size))]
             ring.in_flight.clear()
             ring.held.clear()
+            ring.again.clear()
+            ring.noted = None
+        if self._inflight is not None:
+            for index in range(len(self.rings)):
+                self._inflight.wipe(index)
         if session is not None:
-            try:
-                session.close()
-            except Exception:
-                log.exception("closing a FUSE session failed")
+            _end(session)
 
     # Requests
 
@@ -428,31 +605,58 @@ class Device:
             queue = ring.queue
             if queue is None:
                 return False
+            tries = 0
             try:
-                chain = queue.pop()
-                if chain is None:
-                    return False
+                if ring.again:
+                    head, tries = ring.again.pop(0)
+                    chain = queue.chain(head)
+                    is_noted = True
+                else:
+                    popped = queue.pop()
+                    if popped is None:
+                        return False
+                    chain = popped
+                    is_noted = False
                 if chain.head in ring.in_flight:
                     raise QueueError(f"descriptor {chain.head} is in use")
             except ChainError as error:
                 self._bad_chain(index, error)
-                queue.push(error.head, 0)
-                ring.signal()
+                self._push(ring, queue, error.head, 0)
                 continue
             except QueueError as error:
                 self._break(index, error)
                 return False
             ring.in_flight[chain.head] = chain.writable
+            noted = ring.noted
+            if noted is not None and not is_noted:
+                noted.taken(chain.head)
             done = partial(self._done, ring, self._life, chain.head)
             try:
                 if self._session is None:
+                    self._drop_left()
                     self._session = self._new_session()
-                self._session.serve(chain.readable, chain.writable, done)
+                if tries:
+                    safe = tries < TRIES
+                    self._session.serve_again(chain.readable, chain.writable, done, safe=safe)
+                else:
+                    self._session.serve(chain.readable, chain.writable, done)
             except Exception:
                 self.counts["faults"] += 1
                 log.exception("a FUSE request failed in the session")
                 done(0)
-        return ring.queue is not None and not ring.queue.is_empty
+            if noted is not None and noted is ring.noted and chain.head in ring.in_flight:
+                noted.waits(chain.head)
+        return ring.queue is not None and (bool(ring.again) or not ring.queue.is_empty)
+
+    @staticmethod
+    def _push(ring: Ring, queue: VirtQueue, head: int, length: int) -> None:
+        noted = ring.noted
+        if noted is not None:
+            noted.answering(head)
+        queue.push(head, length)
+        if noted is not None:
+            noted.answered(head, queue.used_index)
+        ring.signal()
 
     def _bad_chain(self, index: int, error: ChainError) -> None:
         self.counts["bad_chains"] += 1
@@ -466,8 +670,14 @@ class Device:
         if ring.queue is None:
             ring.held.append((head, length))
             return
-        ring.queue.push(head, length)
-        ring.signal()
+        self._push(ring, ring.queue, head, length)
+
+
+def _end(session: Session) -> None:
+    try:
+        session.close()
+    except Exception:
+        log.exception("closing a FUSE session failed")
 
 
 def _u64(request: Request) -> int:

@@ -87,6 +87,10 @@ class VirtQueue:
         if head >= self._size:
             raise QueueError(f"descriptor {head} in a queue of {self._size}")
         self.position = (self.position + 1) & 0xFFFF
+        return self.chain(head)
+
+    def chain(self, head: int) -> Chain:
+        """The request that begins with a descriptor. Raises ChainError."""
         try:
             return self._walk(head)
         except GuestMemoryError as error:
@@ -148,6 +152,11 @@ class VirtQueue:
             if index >= len(table):
                 raise ChainError(head, f"descriptor {index} in a table of {len(table)}")
         raise ChainError(head, f"a loop in a table of {len(table)} descriptors")
+
+    @property
+    def used_index(self) -> int:
+        """How many requests the guest was given back, modulo 65536: by its own memory."""
+        return self._used_header[1]
 
     def push(self, head: int, length: int) -> None:
         """Give a chain back with ``length`` bytes written to it. The guest is to be signalled."""

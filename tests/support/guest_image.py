@@ -41,7 +41,8 @@ LEFT_OUT = re.compile(  # of the packages: large, and no test wants it
     r"|.*/lib-dynload/_?(test|xxtest|codecs_|sqlite|ssl|curses|decimal|dbm|nis)"
 )
 SUITE = ("tests/__init__.py", "tests/mount/__init__.py", "tests/mount/posix_*.py",
-         "tests/fidelity/__init__.py", "tests/fidelity/watcher.py")  # fmt: skip
+         "tests/fidelity/__init__.py", "tests/fidelity/watcher.py", "tests/support/__init__.py",
+         "tests/support/open_files.py", "tests/support/busy_files.py")  # fmt: skip
 """Of this checkout, in the guest's /suite: programs for tests; standard library only."""
 INIT = """#!/bin/busybox sh
 export PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -17,10 +18,11 @@ from tests.support.mounts import STOP_TIMEOUT, await_ready, command
 @dataclass(frozen=True)
 class Share:
     """A running server. ``paths`` are the guests' sockets, ``pid`` is the process that guests
-    reach, in its sandbox."""
+    reach, in its sandbox; ``keeper`` is the one that was started."""
 
     paths: list[Path]
     pid: int
+    keeper: int = 0
 
     def descriptors(self) -> list[str]:
         """What the server has open."""
@@ -33,7 +35,10 @@ class Share:
 
 def inside(pid: int) -> int:
     """The process in the sandbox of a server; the server itself where it has none."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return pid
     return int(children[0]) if children else pid
 
 
@@ -79,7 +84,7 @@ def shared(
         assert process.stdout is not None
         try:
             assert await_ready(process, process.stdout).startswith("fsd: ready: ")
-            yield Share(sockets, inside(process.pid))
+            yield Share(sockets, inside(process.pid), process.pid)
             process.terminate()
             assert process.wait(STOP_TIMEOUT) == 0
             assert "Traceback" not in log.read_text(), "the server wrote a traceback"
@@ -88,6 +93,10 @@ def shared(
             error.add_note(f"--- stderr of the server:\n{log.read_text(errors='replace')}")
             raise
         finally:
+            for pid in (inside(inside(process.pid)), inside(process.pid)):
+                if pid != process.pid:  # outlives a keeper that is killed
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             process.kill()
             process.wait(STOP_TIMEOUT)
             process.stdout.close()

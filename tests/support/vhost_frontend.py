@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -221,6 +222,14 @@ class Frontend:
         answered, payload = decode_reply(header + body, kind)
         assert answered == code
         return payload
+
+    def reply_with_fd(self, code: Type, kind: type[Payload]) -> tuple[Payload, int]:
+        """An answer that has a descriptor."""
+        data, rights, _, _ = self.socket.recvmsg(4096, socket.CMSG_SPACE(4))
+        answered, payload = decode_reply(data, kind)
+        assert answered == code
+        ((_, _, fd),) = rights
+        return payload, int.from_bytes(fd, sys.byteorder)
 
     def _exactly(self, size: int) -> bytes:
         data = b""

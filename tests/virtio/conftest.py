@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 import trio
 
 from fsd.transports.loop import TrioLoop
-from fsd.transports.virtiofs import listen, serve_sessions
+from fsd.transports.virtiofs import Door, listen
 from tests.support.mounts import wait_until
 
 
@@ -24,6 +25,7 @@ class Echo:
         self.is_closed = False
         self.waiting: list[Callable[[], None]] = []
         self.sizes: list[tuple[int, int]] = []
+        self.again: list[tuple[bytes, bool]] = []
 
     def serve(
         self,
@@ -45,6 +47,8 @@ class Echo:
         match message:
             case b"raise":
                 raise RuntimeError("a fault in the session")
+            case b"die":
+                os.kill(os.getpid(), signal.SIGKILL)
             case b"silent":
                 done(0)
             case b"twice":
@@ -54,6 +58,9 @@ class Echo:
                 self.loop.later(0.02, answer)
             case b"thread":
                 self.loop.in_thread(lambda: None, lambda _: answer())
+            case b"again":  # what was asked again
+                message = repr(self.again).encode()[::-1]
+                answer()
             case b"wait":
                 self.waiting.append(answer)
             case b"answer":
@@ -62,6 +69,25 @@ class Echo:
                 answer()
             case _:
                 answer()
+
+    def serve_again(
+        self,
+        readable: Sequence[memoryview],
+        writable: Sequence[memoryview],
+        done: Callable[[int], None],
+        *,
+        safe: bool,
+    ) -> None:
+        message = b"".join(readable)
+        self.again.append((message, safe))
+        if message == b"die" and not safe:
+            writable[0][:3] = b"eid"
+            done(3)
+        else:
+            self.serve(readable, writable, done)
+
+    def suspend(self) -> None:
+        self.waiting.clear()
 
     def close(self) -> None:
         self.is_closed = True
@@ -82,7 +108,7 @@ class Server:
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            await serve_sessions(self._listener, self._session, name="test", tag=self._tag)
+            await Door(self._session, name="test", tag=self._tag).serve(self._listener)
 
     def _session(self, loop: TrioLoop) -> Echo:
         self.sessions.append(Echo(loop))

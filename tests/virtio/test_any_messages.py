@@ -109,6 +109,19 @@ class Answering:
         else:
             self.waiting.append(answer)
 
+    def serve_again(
+        self,
+        readable: Sequence[memoryview],
+        writable: Sequence[memoryview],
+        done: Callable[[int], None],
+        *,
+        safe: bool,
+    ) -> None:
+        self.serve(readable, writable, done)
+
+    def suspend(self) -> None:
+        self.waiting.clear()
+
     def close(self) -> None:
         for answer in self.waiting:
             answer()

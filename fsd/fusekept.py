@@ -1,0 +1,318 @@
+"""What outlives the server of one guest's FUSE session: which nodes its kernel holds, what it has
+open, what was agreed. Current at every moment, in a journal that a descriptor store holds.
+
+Open files themselves go into the store at a clean end, each with its very open file description.
+A server that is killed leaves those that could not be opened again: unlinked ones, and those that
+carry locks.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import structlog
+
+from .checkpoint import SavedInode, saved_inode
+from .inodes import Inode, InodeTable
+from .journal import Journal, JournalError
+from .systemd import Store
+
+log = structlog.get_logger()
+_AGREED, _NODE, _HANDLE, _LISTING, _AGENT, _OWNER, _MARK = range(1, 8)
+_INIT = struct.Struct("<IQ")  # minor version, flags
+_ROW = struct.Struct("<IqQIIQB")  # SavedInode but for nodeid, handle and name
+_OPEN = struct.Struct("<BIQ")  # type, flags, nodeid
+_LOCKS = struct.Struct("<QQIQ")  # Owner
+_ENTRY = struct.Struct("<QHB")  # ino, length of the name, type
+HELD_LIMIT = 256
+"""Descriptors of open files in the store while the server runs: a service manager has limits."""
+_SO_SNDBUFFORCE = 32
+_OWNS = 1 << 63
+"""Number of an owner's own descriptor, among those of open files."""
+_BATCH = 200  # descriptors in one message; SCM_MAX_FD is 253
+
+
+class Agreed(NamedTuple):
+    """What INIT has come to."""
+
+    minor: int
+    flags: int
+
+
+class Opened(NamedTuple):
+    """An open file, directory or hidden file."""
+
+    kind: int
+    flags: int
+    nodeid: int
+
+
+class Owner(NamedTuple):
+    """A process of the guest that has locks. ``fh`` is the handle whose descriptor has them; 0
+    where that is one of their own.
+    """
+
+    nodeid: int
+    owner: int
+    pid: int
+    fh: int
+
+
+FILE, DIRECTORY, IDLE, HIDDEN = range(4)
+Listing = Sequence[tuple[bytes, int, int]]
+"""Names, inode numbers, types."""
+
+
+class KeptSession:
+    """One guest's. What the server before has left is in the attributes, until ``taken``."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        """``name`` begins the names of its descriptors in the store. Raises OSError."""
+        self._store = store
+        self._name = name
+        self._held: set[int] = set()
+        self._places: dict[int, tuple[int, bytes]] = {}
+        self._journal = self._resumed() or self._new()
+        self.nodes: dict[int, tuple[SavedInode, int]] = {}
+        self.handles: dict[int, Opened] = {}
+        self.listings: dict[int, Listing] = {}
+        self.owners: dict[int, Owner] = {}
+        self.marks: dict[int, int] = {}
+        """What the guest's agent has said: nodeid (0 = all), mask."""
+        self.agreed: Agreed | None = None
+        self.agent = 0
+        """The process number of the guest's agent."""
+        try:
+            for (kind, number), record in self._journal.records.items():
+                self._read(kind, number, record.value, record.count)
+        except (struct.error, ValueError, TypeError) as error:  # of another version
+            log.error("a guest's session cannot be taken over", share=name, error=str(error))
+            self.clear()
+        self._journal.records.clear()
+        self.fds = self._descriptors()
+        """Open files of the server before, by handle: whoever takes them out is their owner."""
+
+    def _new(self) -> Journal:
+        journal = Journal()
+        self._store.put(f"{self._name}-session", journal.fd)
+        return journal
+
+    def _resumed(self) -> Journal | None:
+        fd = self._store.take(f"{self._name}-session")
+        if fd < 0:
+            return None
+        try:
+            return Journal(fd)
+        except (JournalError, OSError) as error:
+            log.error("a guest's session cannot be taken over", share=self._name, error=str(error))
+            os.close(fd)
+            self._store.drop(f"{self._name}-session")
+            return None
+
+    def _read(self, kind: int, number: int, value: bytes, count: int) -> None:
+        if kind == _NODE:
+            self.nodes[number] = _row(number, value), count
+        elif kind == _HANDLE:
+            self.handles[number] = Opened(*_OPEN.unpack(value))
+        elif kind == _LISTING:
+            self.listings[number] = list(_entries(value))
+        elif kind == _OWNER:
+            self.owners[number] = Owner(*_LOCKS.unpack(value))
+        elif kind == _MARK:
+            self.marks[number] = count
+        elif kind == _AGREED:
+            self.agreed = Agreed(*_INIT.unpack(value))
+        elif kind == _AGENT:
+            self.agent = number
+
+    def _descriptors(self) -> dict[int, int]:
+        fds: dict[int, int] = {}
+        bag = self._store.take(f"{self._name}-files")
+        if bag >= 0:
+            self._store.drop(f"{self._name}-files")
+            with socket.socket(fileno=bag) as files:
+                fds = dict(_unpacked(files))
+        for fh in (*self.handles, *(_OWNS | number for number in self.owners)):
+            fd = self._store.take(f"{self._name}-fh{fh}")
+            if fd >= 0:
+                self._held.add(fh)
+                if fh in fds:
+                    os.close(fd)
+                else:
+                    fds[fh] = fd
+        return fds
+
+    def owned_fd(self, number: int) -> int:
+        """An owner's own descriptor, of the server before: the caller's now. -1: it is lost."""
+        return self.fds.pop(_OWNS | number, -1)
+
+    def taken(self) -> None:
+        """All is taken over that can be: forget the rest."""
+        for fd in self.fds.values():
+            os.close(fd)
+        for left in (
+            self.fds,
+            self.nodes,
+            self.handles,
+            self.listings,
+            self.owners,
+            self.marks,
+        ):
+            left.clear()
+
+    # What happens
+
+    def agree(self, agreed: Agreed) -> None:
+        """INIT: everything begins anew."""
+        self.clear()
+        self._journal.put(_AGREED, 0, _INIT.pack(*agreed))
+
+    def clear(self) -> None:
+        """The guest holds nothing any more."""
+        for fh in list(self._held):
+            self._release(fh)
+        self._places.clear()
+        self._journal.clear()
+        self.agreed = None
+
+    def node(self, table: InodeTable, inode: Inode, count: int) -> None:
+        """The guest's kernel holds so many references."""
+        parent = inode.parent
+        place = (parent.nodeid if parent is not None else 0, inode.name)
+        if self._places.get(inode.nodeid) == place:
+            self._journal.count(_NODE, inode.nodeid, count)
+            return
+        self._places[inode.nodeid] = place
+        self._journal.put(_NODE, inode.nodeid, _packed(saved_inode(table, inode)), count)
+
+    def forgotten(self, nodeid: int, count: int) -> None:
+        """It has given references back; ``count`` are left."""
+        self._journal.count(_NODE, nodeid, count)
+        if not count:
+            self._places.pop(nodeid, None)
+
+    def opened(self, fh: int, opened: Opened) -> None:
+        """OPEN, CREATE, OPENDIR."""
+        self._journal.put(_HANDLE, fh, _OPEN.pack(*opened))
+
+    def listed(self, fh: int, names: Listing) -> None:
+        """A directory was read, and not all of it fitted into one reply."""
+        value = b"".join(_ENTRY.pack(ino, len(name), kind) + name for name, ino, kind in names)
+        self._journal.put(_LISTING, fh, value)
+
+    def released(self, fh: int) -> None:
+        """RELEASE, RELEASEDIR."""
+        self._journal.remove(_HANDLE, fh)
+        self._journal.remove(_LISTING, fh)
+        if fh in self._held:
+            self._release(fh)
+
+    def hold(self, fh: int, fd: int) -> None:
+        """The open file could not be opened again as it is: by a server after a kill."""
+        if fh not in self._held and len(self._held) < HELD_LIMIT:
+            self._held.add(fh)
+            self._store.put(f"{self._name}-fh{fh}", fd)
+
+    def owns(self, number: int, owner: Owner, fd: int) -> None:
+        """A process has locks, on a descriptor."""
+        self._journal.put(_OWNER, number, _LOCKS.pack(*owner))
+        self.hold(owner.fh or _OWNS | number, fd)
+
+    def disowned(self, number: int) -> None:
+        """It has none any more. What is held for a handle stays with that."""
+        self._journal.remove(_OWNER, number)
+        if _OWNS | number in self._held:
+            self._release(_OWNS | number)
+
+    def _release(self, fh: int) -> None:
+        self._held.discard(fh)
+        self._store.drop(f"{self._name}-fh{fh}")
+
+    def marked(self, nodeid: int, mask: int) -> None:
+        """The guest's interest in a node; 0 = none any more."""
+        if (_MARK, nodeid) in self._journal or not mask:
+            self._journal.count(_MARK, nodeid, mask)
+        else:
+            self._journal.put(_MARK, nodeid, b"", mask)
+
+    def replayer(self, pid: int) -> None:
+        """The agent's process, whose calls must not reach the host; 0 = there is none."""
+        if self.agent:
+            self._journal.remove(_AGENT, self.agent)
+        self.agent = pid
+        if pid:
+            self._journal.put(_AGENT, pid, b"")
+
+    def leave(self, handles: Mapping[int, int], owned: Mapping[int, int]) -> None:
+        """A clean end, with all descriptors: of handles, and of owners that have one."""
+        files = {**handles, **{_OWNS | number: fd for number, fd in owned.items()}}
+        if files:
+            bag = _packed_files(files)
+            self._store.put(f"{self._name}-files", bag.fileno())
+            bag.close()
+
+
+def _packed(row: SavedInode) -> bytes:
+    return (
+        _ROW.pack(row.generation, row.device, row.ino, row.kind, row.nlink, row.parent,
+                  len(row.handle))
+        + row.handle + row.name
+    )  # fmt: skip
+
+
+def _row(nodeid: int, value: bytes) -> SavedInode:
+    generation, device, ino, kind, nlink, parent, size = _ROW.unpack_from(value)
+    handle, name = value[_ROW.size : _ROW.size + size], value[_ROW.size + size :]
+    return SavedInode(nodeid, generation, device, ino, handle, kind, nlink, parent, name)
+
+
+def _entries(value: bytes) -> Iterator[tuple[bytes, int, int]]:
+    offset = 0
+    while offset < len(value):
+        ino, size, kind = _ENTRY.unpack_from(value, offset)
+        offset += _ENTRY.size + size
+        yield value[offset - size : offset], ino, kind
+
+
+def _packed_files(files: Mapping[int, int]) -> socket.socket:
+    """A socket with descriptors in it, on their way for as long as somebody has it: one name in
+    the store for all of them.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    numbers = list(files)
+    with ours:
+        ours.setblocking(False)
+        with suppress(OSError):
+            ours.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 1 << 26)
+        for start in range(0, len(numbers), _BATCH):
+            some = numbers[start : start + _BATCH]
+            fds = array.array("i", [files[fh] for fh in some])
+            data = struct.pack(f"<{len(some)}Q", *some)
+            try:
+                ours.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+            except OSError as error:
+                log.error("open files are lost", count=len(numbers) - start, error=str(error))
+                break
+    return theirs
+
+
+def _unpacked(files: socket.socket) -> Iterator[tuple[int, int]]:
+    files.setblocking(False)
+    room = socket.CMSG_SPACE(_BATCH * 4)
+    while True:
+        try:
+            data, rights, _, _ = files.recvmsg(8 * _BATCH, room, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        if not data:
+            return
+        fds = array.array("i")
+        for _, _, content in rights:
+            fds.frombytes(content)
+        yield from zip(struct.unpack(f"<{len(data) // 8}Q", data), fds, strict=False)

@@ -1,0 +1,186 @@
+"""A keeper of descriptors where there is no systemd: starts a server again that has ended, and
+holds for it what the one before has left. It speaks the service manager's side of systemd.py.
+
+Small and apart, as it must outlive every server: it knows nothing of what it holds.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import structlog
+
+from .systemd import Manager
+
+log = structlog.get_logger()
+KEEPER = "FSD_KEEPER"
+"""In the environment of a server that has a keeper."""
+_FIRST = 3  # SD_LISTEN_FDS_START
+_LONGEST = 64 * 1024
+_MOST_FDS = 253  # SCM_MAX_FD
+STOP_TIMEOUT = 10.0
+"""Seconds for a server to end, before it is killed."""
+LIVED = 5.0
+"""Seconds after which a server that dies has been a good one."""
+DEATHS = 5
+"""Servers in a row that die young; then there is no use in another."""
+_ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+
+class Keeper:
+    """Runs ``command`` with the sockets given, over and over. SIGTERM, SIGINT and SIGHUP end both,
+    SIGUSR2 has the server replaced: by what the command is by then.
+    """
+
+    def __init__(self, command: Sequence[str], sockets: Sequence[int]) -> None:
+        self._command = command
+        self._sockets = sockets
+        self._held: list[tuple[str, int]] = []
+        self._manager = Manager()
+        self._child = 0
+        self._started = self._end_by = 0.0
+        self._young = 0  # deaths in a row
+        self._is_ready = self._is_ending = self._was_told = False
+
+    def run(self) -> int:
+        """Until it is told to end, or the server ends by itself. Returns the exit status."""
+        with ExitStack() as cleanup:
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="fsd-keep-"))
+            self._endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            cleanup.enter_context(self._endpoint)
+            self._endpoint.bind(os.path.join(folder, "notify"))
+            self._endpoint.setblocking(False)
+            cleanup.callback(self._drop_all)
+            wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            cleanup.callback(os.close, wake)
+            cleanup.callback(os.close, woken)
+            for number in (*_ENDING, signal.SIGUSR2, signal.SIGCHLD):
+                signal.signal(number, self._told)
+            signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+            self._start()
+            while True:
+                wait = self._end_by - time.monotonic() if self._end_by else None
+                select.select([self._endpoint.fileno(), wake], [], [], wait and max(wait, 0.0))
+                with suppress(BlockingIOError):
+                    os.read(wake, 512)
+                self._hear()
+                if self._end_by and time.monotonic() >= self._end_by:
+                    os.kill(self._child, signal.SIGKILL)
+                    self._end_by = 0.0
+                pid, status = os.waitpid(self._child, os.WNOHANG)
+                if pid:
+                    self._hear()
+                    code = os.waitstatus_to_exitcode(status)
+                    if not self._goes_on(code):
+                        return 0 if self._is_ending and self._was_told else abs(code)
+                    self._start()
+
+    def _told(self, number: int, _frame: object) -> None:
+        if number in _ENDING:
+            self._is_ending = True
+        if number != signal.SIGCHLD and self._child:
+            self._was_told = True
+            with suppress(ProcessLookupError):
+                os.kill(self._child, signal.SIGTERM)
+            self._end_by = time.monotonic() + STOP_TIMEOUT
+
+    def _goes_on(self, code: int) -> bool:
+        """Whether another server is to follow one that has ended so."""
+        if self._is_ending or not (self._is_ready and (code or self._was_told)):
+            return False
+        if time.monotonic() - self._started > LIVED or self._was_told:
+            self._young = 0
+        self._young += 1
+        log.warning("the server has ended, and is started again", status=code)
+        return self._young <= DEATHS
+
+    # What it is told
+
+    def _hear(self) -> None:
+        while True:
+            fds = array.array("i")
+            room = socket.CMSG_SPACE(_MOST_FDS * fds.itemsize)
+            try:
+                data, rights, _, _ = self._endpoint.recvmsg(_LONGEST, room, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            for level, kind, content in rights:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+            lines = (line.partition("=") for line in data.decode(errors="replace").splitlines())
+            self._obey({name: value for name, _, value in lines}, fds)
+
+    def _obey(self, told: Mapping[str, str], fds: Sequence[int]) -> None:
+        name = told.get("FDNAME", "stored")
+        if told.get("FDSTORE") == "1":
+            self._held += ((name, fd) for fd in fds)
+        else:
+            for fd in fds:
+                os.close(fd)
+        if told.get("FDSTOREREMOVE") == "1":
+            for held in [held for held in self._held if held[0] == name]:
+                self._held.remove(held)
+                os.close(held[1])
+        if told.get("STOPPING") == "1":
+            self._was_told = True
+        if told.get("READY") == "1" and not self._is_ready:
+            self._is_ready = True
+            self._manager.notify("READY=1")
+
+    def _drop_all(self) -> None:
+        """At the end: nobody comes to these sockets any more."""
+        for _, fd in self._held:
+            with suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    with socket.socket(fileno=os.dup(fd)) as held:
+                        if held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                            Path(held.getsockname()).unlink(missing_ok=True)
+            os.close(fd)
+
+    # The server
+
+    def _start(self) -> None:
+        self._was_told, self._end_by = False, 0.0
+        self._started = time.monotonic()
+        names = [*("" for _ in self._sockets), *(name for name, _ in self._held)]
+        fds = [*self._sockets, *(fd for _, fd in self._held)]
+        environment = {
+            **os.environ,
+            KEEPER: "1",
+            "NOTIFY_SOCKET": self._endpoint.getsockname(),
+            "FDSTORE": str(1 << 16),
+            "LISTEN_FDS": str(len(fds)),
+            "LISTEN_FDNAMES": ":".join(names),
+        }
+        sys.stdout.flush()
+        self._child = os.fork()
+        if not self._child:
+            try:
+                _become(self._command, fds, environment)
+            except BaseException as error:
+                print(f"fsd: {self._command[0]}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(127)
+
+
+def _become(command: Sequence[str], fds: Sequence[int], environment: dict[str, str]) -> None:
+    """Execute, with these descriptors from 3 on."""
+    signal.set_wakeup_fd(-1)
+    for number in (*_ENDING, signal.SIGUSR2, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    behind = _FIRST + len(fds)
+    for place, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, behind) for fd in fds]):
+        os.dup2(fd, _FIRST + place)
+    os.execve(command[0], [*command], {**environment, "LISTEN_PID": str(os.getpid())})

@@ -1,0 +1,222 @@
+"""Which virtual machines go on in this server that were an earlier one's, and what that left.
+
+The image of the export (saving.py) may be some seconds old where a server was killed; what each
+guest's kernel holds is in its session's journal (fusekept.py), which never is.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from protocol.frames import FSD_DIR
+from protocol.images import ImageError
+from protocol.masks import EVENTS
+
+from . import checkpoint, image
+from .checkpoint import (
+    GuestKind,
+    SavedExport,
+    SavedGuest,
+    SavedInode,
+    SavedName,
+    SavedTable,
+)
+from .export import Export
+from .fusekept import KeptSession
+from .inodes import ROOT_ID, Inode
+from .journal import Journal, JournalError
+from .resuming import Resumption
+from .saving import Saver
+from .systemd import Store
+from .transports.virtiofs import GuestDoor
+
+log = structlog.get_logger()
+_IMAGE, _IS_LAST, _NAME = 1, 2, 3
+_ARRIVED = struct.Struct("<QQIQ")  # directory's nodeid, ino, type, time in ns
+EVERY, PATIENCE = 0.1, 0.02
+"""Seconds between images in memory, and to wait for a moment in which nothing changes."""
+
+
+class ImageMemory:
+    """The image of an export, and what has come to it since, in journals that the store holds."""
+
+    path = Path("in memory")
+
+    def __init__(self, store: Store) -> None:
+        """Raises OSError."""
+        self._store = store
+        self._image = self._journal("image")
+        self._names = self._journal("names")
+        image, names = self._image.records, self._names.records
+        self._data = image[_IMAGE, 0].value if (_IMAGE, 0) in image else None
+        self.is_last = (_IS_LAST, 0) in image
+        """It was made at a clean end: nothing happened after it."""
+        self.names = [_arrived(record.value) for record in names.values()]
+        """Names that came after it was made: guests may know them."""
+        self._first = self._next = self._written = 0
+        image.clear()
+        self._names.clear()
+
+    def _journal(self, name: str) -> Journal:
+        fd = self._store.take(name)
+        if fd >= 0:
+            try:
+                return Journal(fd)
+            except JournalError as error:
+                log.error("what the server before has left cannot be used", reason=str(error))
+                self._store.drop(name)
+                os.close(fd)
+        journal = Journal()
+        self._store.put(name, journal.fd)
+        return journal
+
+    def read(self) -> bytes | None:
+        """What an earlier process has left, once."""
+        data, self._data = self._data, None
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Replace it: in any thread. Raises OSError."""
+        self._image.put(_IMAGE, 0, data)
+
+    def mark(self, *, last: bool) -> None:
+        """Whether something may happen after it."""
+        if last:
+            self._image.put(_IS_LAST, 0, b"")
+        else:
+            self._image.remove(_IS_LAST, 0)
+
+    def note_name(self, directory: Inode, name: bytes, child: Inode) -> None:
+        """A name has come."""
+        row = _ARRIVED.pack(directory.nodeid, child.identity[1], child.kind, time.time_ns())
+        self._names.put(_NAME, self._next, row + name)
+        self._next += 1
+        while self._first < self._written:
+            self._names.remove(_NAME, self._first)
+            self._first += 1
+
+    @property
+    def noted(self) -> int:
+        """How many names have come."""
+        return self._next
+
+    def has_names(self, count: int) -> None:
+        """An image has the first ``count`` of them: said by any thread."""
+        self._written = count
+
+
+class MemorySaver(Saver):
+    """Saves to an ImageMemory, which is ``memory``."""
+
+    memory: ImageMemory
+
+    def take(self) -> Callable[[], int]:
+        """The state as of now, and a function that writes it, also in another thread."""
+        noted = self.memory.noted
+        write = super().take()
+
+        def written() -> int:
+            size = write()
+            self.memory.has_names(noted)
+            return size
+
+        return written
+
+
+def _arrived(value: bytes) -> SavedName:
+    directory, ino, kind, seen_ns = _ARRIVED.unpack_from(value)
+    return SavedName(directory, value[_ARRIVED.size :], ino, kind, seen_ns, 0)
+
+
+def open_export(
+    make: Callable[[], Export], memory: ImageMemory, store: Store, doors: Sequence[GuestDoor]
+) -> Export:
+    """The export, with the guests that go on; a fresh one where none does. Raises OSError."""
+    going = {door.name: door for door in doors if door.known is not None}
+    inotify = store.take("inotify")
+    if inotify >= 0:
+        store.drop("inotify")
+    saved, is_last = _read(memory), memory.is_last
+    for state in _states(make, saved, is_last, going) if going else ():
+        export = make()
+        try:
+            resumption = Resumption(export, state)
+        except ImageError as error:
+            log.error("what the server before has left cannot be used", reason=str(error))
+            export.close()
+            continue
+        memory.mark(last=False)
+        resumption.came_later(memory.names)
+        for door in doors:
+            door.export = export
+        for door in going.values():
+            try:
+                door.resume(resumption)
+            except ValueError as error:
+                log.error("a guest cannot go on", share=door.name, reason=str(error))
+        resumption.finish(inotify if state is saved and is_last else -1)
+        return export
+    export = make()
+    for door in doors:
+        door.export = export
+    return export
+
+
+def _read(memory: ImageMemory) -> SavedExport | None:
+    data = memory.read()
+    try:
+        return None if data is None else image.decode(data)
+    except ImageError as error:
+        log.error("what the server before has left cannot be used", reason=str(error))
+        return None
+
+
+def _states(
+    make: Callable[[], Export],
+    saved: SavedExport | None,
+    is_last: bool,
+    going: Mapping[str, GuestDoor],
+) -> Iterator[SavedExport]:
+    """What may be restored, the best first."""
+    kept = {name: door.kept for name, door in going.items() if door.kept is not None}
+    if saved is not None:
+        yield _merged(saved, kept, is_last=is_last)
+    export = make()
+    alone = checkpoint.identity_of(export)
+    export.close()
+    alone.saved_ns = saved.saved_ns if saved is not None else 0
+    yield _merged(alone, kept, is_last=False)
+
+
+def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: bool) -> SavedExport:
+    """The image, and what guests hold now; where they differ, the later one counts."""
+    rows: dict[int, SavedInode] = {}
+    objects: set[tuple[int, int, bytes]] = set()
+    now = [row for session in kept.values() for row, _ in session.nodes.values()]
+    sources = [saved.table.inodes, now] if is_last else [now, saved.table.inodes]
+    for row in (row for source in sources for row in source):
+        identity = (row.device, row.ino, row.handle)
+        if row.nodeid not in rows and identity not in objects and ROOT_ID < row.nodeid < FSD_DIR:
+            rows[row.nodeid] = row
+            objects.add(identity)
+    guests = [guest for guest in saved.guests if guest.kind != GuestKind.MOUNT]
+    mounts = {guest.name: guest for guest in saved.guests if guest.kind == GuestKind.MOUNT}
+    for name, session in kept.items():
+        guest = mounts.get(name) or SavedGuest(GuestKind.MOUNT, name, events=int(EVENTS))
+        guest.nodes = {nodeid: count for nodeid, (_, count) in session.nodes.items()}
+        if not is_last:
+            marks = session.marks.items()
+            guest.marks = [mark for mark in marks if mark[0] in rows or mark[0] <= ROOT_ID]
+        guests.append(guest)
+    saved.guests = guests
+    saved.names = [row for row in saved.names if row.directory in rows or row.directory == ROOT_ID]
+    forgotten = [row for row in saved.table.forgotten if row.nodeid not in rows]
+    links = [link for link in saved.table.links if link.nodeid in rows]
+    saved.table = SavedTable(list(rows.values()), links, forgotten)
+    return saved

@@ -1,0 +1,40 @@
+"""A server for test_restart: an Echo session behind a socket, with a store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+import trio
+
+from fsd.logs import log_to_stderr
+from fsd.systemd import Manager, Store, listen_fds
+from fsd.transports.virtiofs import Door, listen
+from tests.virtio.conftest import Echo
+
+
+async def main(path: str) -> None:
+    """Serve there until SIGTERM; print the process's number once it does."""
+    manager = Manager()
+    store = Store(manager, listen_fds().kept)
+    fd = store.take("listen")
+    listener = listen(path) if fd < 0 else socket.socket(fileno=fd)
+    if fd < 0:
+        store.put("listen", listener.fileno())
+    door = Door(Echo, name="echo", store=store)
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(door.serve, listener)
+            manager.notify("READY=1")
+            print(os.getpid(), flush=True)
+            async for _ in signals:
+                store.stopping()
+                door.leave()
+                nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    log_to_stderr("info")
+    trio.run(main, sys.argv[1])
