@@ -19,6 +19,8 @@ from protocol.masks import Mask
 from . import kernel
 
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_O_ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+"""A look-up; it asks for no attributes."""
 _PATH_LIMIT = 4000
 """Bytes of a path walked at once, below PATH_MAX."""
 _RETRIES = 3
@@ -89,7 +91,8 @@ class Replayer:
                 self._visible = {name: file for name, file in self._visible.items() if file != fd}
             return 0
         self._walking = False
-        if stat.S_ISDIR(order.mode) and order.op in (Op.REMOVE, Op.RENAME):
+        exchange = order.op == Op.RENAME and order.arg  # of which the other may be a directory
+        if exchange or (stat.S_ISDIR(order.mode) and order.op in (Op.REMOVE, Op.RENAME)):
             self._leave_directories()
             # A rename of a directory is refused where the kernel believes the one to be in the
             # other; a walk tells it where they are.
@@ -174,10 +177,9 @@ class Replayer:
         if order.nodeid == ALIAS:
             # It has no name left. Seen with a link count of 0, and then found missing, its dentry
             # is dropped, and that is its IN_DELETE_SELF (dentry_unlink_inode in fs/dcache.c).
-            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC  # which asks for no attributes
-            os.close(os.open(order.name, flags, dir_fd=dir_fd))
+            os.close(os.open(order.name, _O_ANY, dir_fd=dir_fd))
             with suppress(FileNotFoundError):
-                os.close(os.open(order.name, flags, dir_fd=dir_fd))
+                os.close(os.open(order.name, _O_ANY, dir_fd=dir_fd))
         elif stat.S_ISDIR(order.mode):
             os.rmdir(order.name, dir_fd=dir_fd)
         else:
@@ -185,10 +187,12 @@ class Replayer:
 
     def _rename(self, order: Order, dir_fd: int) -> None:
         dir_fd2 = self._directory(order.nodeid2, order.generation2, order.path2)
-        if stat.S_ISDIR(order.mode):
-            # The kernel may know the directory at another place by now. It moves it here on a
+        if stat.S_ISDIR(order.mode) or order.arg:
+            # The kernel may know a directory at another place by now. It moves it here on a
             # look-up, but not on one that holds the locks of a rename (d_splice_alias, ESTALE).
-            os.close(os.open(order.name, _O_DIR, dir_fd=dir_fd))
+            for fd, name in ((dir_fd, order.name), (dir_fd2, order.name2)):
+                with suppress(FileNotFoundError):
+                    os.close(os.open(name, _O_ANY, dir_fd=fd))
         kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
 
     def _touch(self, order: Order, dir_fd: int) -> None:
