@@ -251,8 +251,7 @@ def test_a_guest_goes_on_with_the_next_server(
 def test_the_agent_is_killed_in_a_burst(seed: int, tmp_path: Path) -> None:
     """Its orders wait for the next agent; what a kernel has done already is not done again."""
     names_and_content = CHANGES & ~int(Mask.CLOSE_WRITE)
-    # Without exchanges: after a kill one of a directory seldom fails (ESTALE, and counted).
-    case = Case(seed, 3000, burst=True, without=LIMITS | {"exchange"}, mask=names_and_content)
+    case = Case(seed, 3000, burst=True, without=LIMITS, mask=names_and_content)
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
