@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import click
@@ -35,7 +37,9 @@ def main(what: str, json_path: Path | None) -> None:
         " (other programs' work is in the figures)",
         highlight=False,
     )
-    report: Report = importlib.import_module(f"bench.{COMMANDS[what]}").measure()
+    with tempfile.TemporaryDirectory() as images:
+        os.environ["STATE_DIRECTORY"] = images
+        report: Report = importlib.import_module(f"bench.{COMMANDS[what]}").measure()
     report.show(console)
     if json_path is not None:
         json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
