@@ -121,11 +121,6 @@ class Request:
                 self.body = self.body[:start]
         self.who = Identity(uid, gid, pid, groups)
 
-    @property
-    def is_answered(self) -> bool:
-        """Whether a reply was made."""
-        return self._done is None
-
     def reply(self, payload: bytes) -> None:
         """Success. What does not fit into the guest's buffers is EIO."""
         if len(payload) > self.room:

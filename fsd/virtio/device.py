@@ -11,7 +11,6 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 from typing import Protocol as Interface
@@ -37,9 +36,10 @@ from protocol.vhostuser import (
     reply,
 )
 
-from .inflight import TRIES, InflightError, InflightMemory, QueueInflight
+from .inflight import TRIES, InflightError, InflightMemory
 from .memory import MAX_REGIONS, GuestMemory, GuestMemoryError, MappedRegion
 from .queue import MAX_SIZE, ChainError, QueueError, VirtQueue
+from .ring import Ring
 
 log = structlog.get_logger()
 F_INDIRECT_DESC, F_VERSION_1 = 1 << 28, 1 << 32  # VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_F_VERSION_1
@@ -54,11 +54,8 @@ PROTOCOL = (
 )
 MAX_QUEUES = 65
 """Queue 0 for FORGET, the rest for requests; more than a guest has processors is of no use."""
-LONGEST_REPLY = (1 << 20) + 4096
-"""Bytes of a FUSE reply: the longest READ and room for headers."""
 TAG_LENGTH = 36
 _CONFIG = struct.Struct(f"<{TAG_LENGTH}sI")  # struct virtio_fs_config: tag, num_request_queues
-_ONE = struct.pack("=Q", 1)
 OWN_INFLIGHT = int(Type.GET_INFLIGHT_FD)
 """Among what a device is resumed with: the memory that it noted in, of its own."""
 
@@ -127,58 +124,6 @@ class Left(NamedTuple):
     inflight: tuple[int, int]
 
 
-class Ring:
-    """One queue as the front-end has set it up; owner of its descriptors."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.address: VringAddr | None = None
-        self.position = 0  # where it was stopped, or is to start
-        self.kick = self.call = self.err = -1
-        self.is_enabled = False
-        self.queue: VirtQueue | None = None  # while it runs
-        self.noted: QueueInflight | None = None  # where it is noted what is in flight
-        self.again: list[tuple[int, int]] = []  # what an earlier device has left: heads, tries
-        self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
-        self.held: list[tuple[int, int]] = []  # answered while it was stopped
-        self.is_serving = False  # answers are signalled together, at the end
-        self.is_answered = False  # and not signalled yet
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it can run."""
-        return self.is_enabled and self.size > 0 and self.address is not None and self.kick >= 0
-
-    def signal(self) -> None:
-        """Interrupt the guest: there is a used entry."""
-        if self.is_serving:
-            self.is_answered = True
-        else:
-            _write(self.call)
-
-    def take_fd(self, name: str, request: Request) -> None:
-        """Set one of its descriptors from a message, which may have none. Raises OSError."""
-        fd = -1
-        if request.fds:
-            fd = os.dup(request.fds[0])
-            os.set_blocking(fd, False)
-        self.drop_fd(name)
-        setattr(self, name, fd)
-
-    def drop_fd(self, name: str) -> None:
-        """Close one of its descriptors."""
-        fd = getattr(self, name)
-        setattr(self, name, -1)
-        if fd >= 0:
-            os.close(fd)
-
-
-def _write(eventfd: int) -> None:
-    if eventfd >= 0:
-        with suppress(OSError):  # full: it is signalled; or what it belonged to has gone
-            os.write(eventfd, _ONE)
-
-
 class Device:
     """The device of one connection. ``on_start`` and ``on_stop`` are told which queue runs from
     now on, its ``rings[index].kick`` to be waited for, or does not any more.
@@ -209,7 +154,6 @@ class Device:
         self._on_stop = on_stop
         self._config = _CONFIG.pack(tag.encode(), request_queues) if tag else b""
         self._offered = PROTOCOL | Protocol.CONFIG if tag else PROTOCOL
-        self._features = 0
         self._status = 0
         self._memory = GuestMemory()
         self._life = 0  # counts sessions: an answer of an earlier one is dropped
@@ -269,11 +213,7 @@ class Device:
 
     def _close(self) -> None:
         for ring in self.rings:
-            for name in ("kick", "call", "err"):
-                ring.drop_fd(name)
-            ring.noted = None
-            for left in (ring.in_flight, ring.held, ring.again):
-                left.clear()
+            ring.close()
         self._memory = GuestMemory()
         if self._inflight is not None:
             self._inflight.close()
@@ -350,7 +290,6 @@ class Device:
         value = _u64(request)
         if value & ~FEATURES:
             raise DeviceError(f"features {value & ~FEATURES:#x} were not offered")
-        self._features = value
         if not value & F_PROTOCOL_FEATURES:  # then nothing enables them
             for ring in self.rings:
                 ring.is_enabled = True
@@ -523,28 +462,14 @@ class Device:
         if ring.queue is not None or not ring.is_ready or self._is_resuming:
             return
         queue = self._queue(ring, ring.position)
-        self._note(index, ring, queue)
-        ring.queue = queue
-        held, ring.held = ring.held, []
-        for head, length in held:
-            self._push(ring, queue, head, length)
-        self._on_start(index)
-
-    def _note(self, index: int, ring: Ring, queue: VirtQueue) -> None:
-        """What is under way in a queue that starts is noted from now on."""
         if self._inflight is None and self._listener is not None and self._listener.holds:
             memory = InflightMemory.new(MAX_QUEUES, MAX_SIZE)
             self._note_in(memory)
             self._listener.began(memory)
         if self._inflight is not None and ring.noted is None:
-            noted = self._inflight.queue(index, ring.size)
-            if not noted.is_new:  # of an earlier device's
-                ring.again = noted.recover(queue.used_index)
-                queue.position = (queue.used_index + len(ring.again)) & 0xFFFF
-                ring.signal()  # what it has answered may not be signalled yet
-            ring.noted = noted
-        if ring.noted is not None:
-            ring.noted.starts(queue.used_index)
+            ring.note_in(self._inflight.queue(index, ring.size), queue)
+        ring.start(queue)
+        self._on_start(index)
 
     def _stop(self, index: int) -> None:
         ring = self.rings[index]
@@ -559,7 +484,7 @@ class Device:
         log.warning("queue stopped", queue=index, error=str(error))
         self._stop(index)
         self.rings[index].is_enabled = False
-        _write(self.rings[index].err)
+        self.rings[index].complain()
 
     def _reset(self) -> None:
         """Everything about queues as at the start, and no session."""
@@ -572,14 +497,7 @@ class Device:
         session, self._session = self._session, None
         self._life += 1
         for ring in self.rings:
-            for writable in ring.in_flight.values():
-                # The memory has another use by now: late answers go nowhere.
-                size = min(sum(map(len, writable)), LONGEST_REPLY)
-                writable[:] = [memoryview(bytearray(size))]
-            ring.in_flight.clear()
-            ring.held.clear()
-            ring.again.clear()
-            ring.noted = None
+            ring.forget()
         if self._inflight is not None:
             for index in range(len(self.rings)):
                 self._inflight.wipe(index)
@@ -591,45 +509,27 @@ class Device:
     def process(self, index: int, budget: int) -> bool:
         """Serve requests of a queue, ``budget`` at most; whether more are waiting."""
         ring = self.rings[index]
-        ring.is_serving = True
+        ring.delay_signals()
         try:
             return self._process(index, ring, budget)
         finally:
-            ring.is_serving = False
-            if ring.is_answered:
-                ring.is_answered = False
-                _write(ring.call)
+            ring.signal_delayed()
 
     def _process(self, index: int, ring: Ring, budget: int) -> bool:
         for _ in range(budget):
-            queue = ring.queue
-            if queue is None:
-                return False
-            tries = 0
             try:
-                if ring.again:
-                    head, tries = ring.again.pop(0)
-                    chain = queue.chain(head)
-                    is_noted = True
-                else:
-                    popped = queue.pop()
-                    if popped is None:
-                        return False
-                    chain = popped
-                    is_noted = False
-                if chain.head in ring.in_flight:
-                    raise QueueError(f"descriptor {chain.head} is in use")
+                taken = ring.take()
             except ChainError as error:
                 self._bad_chain(index, error)
-                self._push(ring, queue, error.head, 0)
+                ring.push(error.head, 0)
                 continue
             except QueueError as error:
                 self._break(index, error)
                 return False
-            ring.in_flight[chain.head] = chain.writable
+            if taken is None:
+                return False
+            chain, tries = taken
             noted = ring.noted
-            if noted is not None and not is_noted:
-                noted.taken(chain.head)
             done = partial(self._done, ring, self._life, chain.head)
             try:
                 if self._session is None:
@@ -646,17 +546,7 @@ class Device:
                 done(0)
             if noted is not None and noted is ring.noted and chain.head in ring.in_flight:
                 noted.waits(chain.head)
-        return ring.queue is not None and (bool(ring.again) or not ring.queue.is_empty)
-
-    @staticmethod
-    def _push(ring: Ring, queue: VirtQueue, head: int, length: int) -> None:
-        noted = ring.noted
-        if noted is not None:
-            noted.answering(head)
-        queue.push(head, length)
-        if noted is not None:
-            noted.answered(head, queue.used_index)
-        ring.signal()
+        return ring.has_more
 
     def _bad_chain(self, index: int, error: ChainError) -> None:
         self.counts["bad_chains"] += 1
@@ -664,13 +554,8 @@ class Device:
             log.warning("bad request, more will only be counted", queue=index, error=str(error))
 
     def _done(self, ring: Ring, life: int, head: int, length: int) -> None:
-        if life != self._life or head not in ring.in_flight:
-            return  # the machine was reset since; or answered twice
-        del ring.in_flight[head]
-        if ring.queue is None:
-            ring.held.append((head, length))
-            return
-        self._push(ring, ring.queue, head, length)
+        if life == self._life:  # else the machine was reset since
+            ring.answer(head, length)
 
 
 def _end(session: Session) -> None:

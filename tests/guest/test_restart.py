@@ -16,7 +16,7 @@ from tests.guest.agents import start_agent, start_watcher, status, wait_armed
 from tests.support.mounts import wait_until
 from tests.support.restarts import NAMES, Kept, Stop, kept, native_watcher, storm
 from tests.support.share_server import Share
-from tests.support.vm import Guest, guest
+from tests.support.vm import Guest, GuestProcess, guest
 
 pytestmark = pytest.mark.timeout(120)
 WAYS = ["replace", "kill"]
@@ -127,18 +127,28 @@ def test_events(place: tuple[Kept, Guest], way: str) -> None:
     assert state["refused"] == 0
 
 
+def under_load(vm: Guest, folder: Path) -> tuple[GuestProcess, GuestProcess]:
+    """Make a folder of the share; a program in the guest that works on files beside it, and its
+    watcher of the folder.
+    """
+    folder.mkdir()
+    beside = f"/mnt/beside-{folder.name}"
+    busy = vm.start(["python3", "-m", "tests.support.busy_files", beside], cwd="/suite")
+    assert busy.line(20) == "READY"
+    watched = f"/mnt/{folder.name}"
+    watcher = vm.start(["inotifywait", "-m", *NAMES, "--format", "%e %f", watched])
+    watcher.wait_output("Watches established.", of="err")
+    wait_armed(vm, watcher.pid, [Path(watched)])
+    return busy, watcher
+
+
 def test_upgrades_under_load(place: tuple[Kept, Guest]) -> None:
     """While the guest works on files and the host changes others, servers are replaced: no call
     fails, and the guest's watcher sees every event that a watcher on the host sees, in its order.
     """
     server, vm = place
     folder = server.source / "storm"
-    folder.mkdir()
-    busy = vm.start(["python3", "-m", "tests.support.busy_files", "/mnt/busy"], cwd="/suite")
-    assert busy.line(20) == "READY"
-    watcher = vm.start(["inotifywait", "-m", *NAMES, "--format", "%e %f", "/mnt/storm"])
-    watcher.wait_output("Watches established.", of="err")
-    wait_armed(vm, watcher.pid, [Path("/mnt/storm")])
+    busy, watcher = under_load(vm, folder)
     stop = Stop()
     with native_watcher(folder) as native, ThreadPoolExecutor() as threads, stop:
         stormed = threads.submit(storm, folder, stop)
@@ -169,12 +179,7 @@ def test_kills_under_load(place: tuple[Kept, Guest]) -> None:
     """
     server, vm = place
     folder = server.source / "kills"
-    folder.mkdir()
-    busy = vm.start(["python3", "-m", "tests.support.busy_files", "/mnt/busy2"], cwd="/suite")
-    assert busy.line(20) == "READY"
-    watcher = vm.start(["inotifywait", "-m", *NAMES, "--format", "%e %f", "/mnt/kills"])
-    watcher.wait_output("Watches established.", of="err")
-    wait_armed(vm, watcher.pid, [Path("/mnt/kills")])
+    busy, watcher = under_load(vm, folder)
     stop = Stop()
     with ThreadPoolExecutor() as threads, stop:
         stormed = threads.submit(storm, folder, stop)

@@ -1,0 +1,176 @@
+"""One queue of a device, as the front-end has set it up: its descriptors, and its requests from
+being taken to being answered.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from contextlib import suppress
+
+from protocol.vhostuser import Request, VringAddr
+
+from .inflight import QueueInflight
+from .queue import Chain, QueueError, VirtQueue
+
+LONGEST_REPLY = (1 << 20) + 4096
+"""Bytes of a FUSE reply: the longest READ and room for headers."""
+_ONE = struct.pack("=Q", 1)
+
+
+class Ring:
+    """Owner of its descriptors."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.address: VringAddr | None = None
+        self.position = 0  # where it was stopped, or is to start
+        self.kick = self.call = self.err = -1
+        self.is_enabled = False
+        self.queue: VirtQueue | None = None  # while it runs
+        self.noted: QueueInflight | None = None  # where it is noted what is in flight
+        self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
+        self._again: list[tuple[int, int]] = []  # what an earlier device has left: heads, tries
+        self._held: list[tuple[int, int]] = []  # answered while it was stopped
+        self._is_serving = False  # answers are signalled together, at the end
+        self._is_answered = False  # and not signalled yet
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can run."""
+        return self.is_enabled and self.size > 0 and self.address is not None and self.kick >= 0
+
+    # Descriptors
+
+    def take_fd(self, name: str, request: Request) -> None:
+        """Set one of its descriptors from a message, which may have none. Raises OSError."""
+        fd = -1
+        if request.fds:
+            fd = os.dup(request.fds[0])
+            os.set_blocking(fd, False)
+        self.drop_fd(name)
+        setattr(self, name, fd)
+
+    def drop_fd(self, name: str) -> None:
+        """Close one of its descriptors."""
+        fd = getattr(self, name)
+        setattr(self, name, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def complain(self) -> None:
+        """Tell the front-end that the queue is broken."""
+        _write(self.err)
+
+    def signal(self) -> None:
+        """Interrupt the guest: there is a used entry."""
+        if self._is_serving:
+            self._is_answered = True
+        else:
+            _write(self.call)
+
+    def delay_signals(self) -> None:
+        """Answers are signalled together, by ``signal_delayed``."""
+        self._is_serving = True
+
+    def signal_delayed(self) -> None:
+        """Signal what was answered since ``delay_signals``, if anything was."""
+        self._is_serving = False
+        if self._is_answered:
+            self._is_answered = False
+            _write(self.call)
+
+    # From the start to the end
+
+    def note_in(self, noted: QueueInflight, queue: VirtQueue) -> None:
+        """Note from now on what is under way, in a queue that is to start; go on where an earlier
+        device has noted something there. Raises InflightError.
+        """
+        if not noted.is_new:
+            self._again = noted.recover(queue.used_index)
+            queue.position = (queue.used_index + len(self._again)) & 0xFFFF
+            self.signal()  # what it has answered may not be signalled yet
+        self.noted = noted
+
+    def start(self, queue: VirtQueue) -> None:
+        """It runs, and gives the answers that were held."""
+        if self.noted is not None:
+            self.noted.starts(queue.used_index)
+        self.queue = queue
+        held, self._held = self._held, []
+        for head, length in held:
+            self.push(head, length)
+
+    def forget(self) -> None:
+        """Nothing is under way: the machine was reset."""
+        for writable in self.in_flight.values():
+            # The memory has another use by now: late answers go nowhere.
+            size = min(sum(map(len, writable)), LONGEST_REPLY)
+            writable[:] = [memoryview(bytearray(size))]
+        self._clear()
+
+    def close(self) -> None:
+        """The front-end has gone."""
+        for name in ("kick", "call", "err"):
+            self.drop_fd(name)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.noted = None
+        for left in (self.in_flight, self._held, self._again):
+            left.clear()
+
+    # Requests
+
+    @property
+    def has_more(self) -> bool:
+        """Whether ``take`` would return something."""
+        return self.queue is not None and (bool(self._again) or not self.queue.is_empty)
+
+    def take(self) -> tuple[Chain, int] | None:
+        """The next request, and how often an earlier device has begun it; None if there is none.
+        Raises ChainError, QueueError.
+        """
+        if self.queue is None:
+            return None
+        tries, is_noted = 0, bool(self._again)
+        if is_noted:
+            head, tries = self._again.pop(0)
+            chain = self.queue.chain(head)
+        else:
+            popped = self.queue.pop()
+            if popped is None:
+                return None
+            chain = popped
+        if chain.head in self.in_flight:
+            raise QueueError(f"descriptor {chain.head} is in use")
+        self.in_flight[chain.head] = chain.writable
+        if self.noted is not None and not is_noted:
+            self.noted.taken(chain.head)
+        return chain, tries
+
+    def answer(self, head: int, length: int) -> None:
+        """A request is answered; the guest learns it once the queue runs."""
+        if self.in_flight.pop(head, None) is None:
+            return  # answered twice
+        if self.queue is None:
+            self._held.append((head, length))
+        else:
+            self.push(head, length)
+
+    def push(self, head: int, length: int) -> None:
+        """Give a chain back to the guest, in a queue that runs."""
+        queue, noted = self.queue, self.noted
+        assert queue is not None
+        if noted is not None:
+            noted.answering(head)
+        queue.push(head, length)
+        if noted is not None:
+            noted.answered(head, queue.used_index)
+        self.signal()
+
+
+def _write(eventfd: int) -> None:
+    if eventfd >= 0:
+        with suppress(OSError):  # full: it is signalled; or what it belonged to has gone
+            os.write(eventfd, _ONE)
