@@ -44,6 +44,11 @@ class Caching:
     direct_io: bool = False
     """File data is never kept."""
 
+    @property
+    def keeps_attributes(self) -> bool:
+        """Whether names or attributes are good for any time at all."""
+        return bool(self.entry_timeout or self.attr_timeout)
+
 
 _DAY = 86400.0
 CACHE_MODES = {
@@ -72,7 +77,7 @@ class Nodes:
         self._table = service.export.table
         self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
         self._attr_timeout = divmod(round(caching.attr_timeout * _SECOND), _SECOND)
-        self._cached = self._entry_timeout != (0, 0) or self._attr_timeout != (0, 0)
+        self._cached = caching.keeps_attributes
         service.guest.keeps_names = self._entry_timeout != (0, 0)
         self._submounts = submounts
         self._limit = limit

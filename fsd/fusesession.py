@@ -36,8 +36,8 @@ _MAX_BACKGROUND = 64
 """Requests that the kernel may have under way beside those that a process waits for."""
 _ALWAYS = (
     Init.ASYNC_READ | Init.ATOMIC_O_TRUNC | Init.EXPORT_SUPPORT | Init.BIG_WRITES
-    | Init.DONT_MASK | Init.HAS_IOCTL_DIR | Init.AUTO_INVAL_DATA | Init.DO_READDIRPLUS
-    | Init.READDIRPLUS_AUTO | Init.ASYNC_DIO | Init.PARALLEL_DIROPS | Init.ABORT_ERROR
+    | Init.DONT_MASK | Init.HAS_IOCTL_DIR | Init.AUTO_INVAL_DATA | Init.ASYNC_DIO
+    | Init.PARALLEL_DIROPS | Init.ABORT_ERROR
     | Init.MAX_PAGES | Init.CACHE_SYMLINKS | Init.HANDLE_KILLPRIV_V2 | Init.SETXATTR_EXT
     | Init.INIT_EXT | Init.CREATE_SUPP_GROUP | Init.DIRECT_IO_ALLOW_MMAP
 )  # fmt: skip
@@ -69,6 +69,8 @@ class SessionOptions:
     """Locks are the host's, seen by everyone; else each guest's own."""
     submounts: bool = False
     """Tell the guest where another file system of the host begins."""
+    readdirplus: bool = True
+    """Listings come with attributes, where the guest may keep those."""
     direct_io: bool = False
     """O_DIRECT holds on the host, too: it is to keep no data of such a file either."""
     is_local: bool = False
@@ -257,6 +259,8 @@ class FuseSession:
     def _wanted(self) -> Init:
         options = self._options
         wanted = _ALWAYS
+        if options.readdirplus and options.caching.keeps_attributes:
+            wanted |= Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO
         if options.locks:
             wanted |= Init.POSIX_LOCKS | Init.FLOCK_LOCKS
         if options.posix_acl:

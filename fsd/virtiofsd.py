@@ -29,6 +29,7 @@ from .sandbox import NEEDED
 from .saving import Saver
 from .seccomp import Filter
 from .systemd import Manager, Store
+from .transports.polling import WINDOW
 from .transports.pump import Pump
 from .transports.snapshots import Snapshots
 from .transports.virtiofs import GuestDoor, from_fd, listen, store_name
@@ -61,6 +62,7 @@ class Options:
     capabilities: frozenset[str] = NEEDED
     file_limit: int | None = None
     threads: int = 0
+    busy_poll: float = WINDOW
     kept: Mapping[str, int] = field(default_factory=dict)
     """Descriptors that an earlier process has left with the service manager."""
 
@@ -300,7 +302,13 @@ async def _serve(
     threads = trio.to_thread.current_default_thread_limiter()
     threads.total_tokens = max(1, options.threads)
     doors = [
-        GuestDoor(name=name, tag=options.tag, options=options.session, store=store)
+        GuestDoor(
+            name=name,
+            tag=options.tag,
+            options=options.session,
+            store=store,
+            busy_poll=options.busy_poll,
+        )
         for name, *_ in sources
     ]
     memory = ImageMemory(store)

@@ -21,6 +21,7 @@ from .fusesession import SessionOptions
 from .keeper import KEEPER, Keeper
 from .logs import log_to_stderr, log_to_syslog
 from .seccomp import ACTIONS
+from .transports.polling import WINDOW
 from .virtio.device import TAG_LENGTH
 from .virtiofsd import Options, StartError, run
 
@@ -34,7 +35,6 @@ LEVELS = {
 _SOCKETS = "--socket-path, --fd or a socket of systemd's"
 _REFUSED = {
     "--writeback": "the guest would not see sizes and times that the host gives to files",
-    "--no-readdirplus": "the guest decides",
     "--no-killpriv-v2": "suid bits are cleared by the server in any case",
     "--security-label": "there are no labels at the creation of files",
     "--xattrmap": "names of attributes are not translated",
@@ -49,7 +49,7 @@ _REFUSED = {
 }
 """Options of virtiofsd's that are not honoured, and why."""
 _FLAGS = {
-    "--writeback", "--no-readdirplus", "--no-killpriv-v2", "--security-label",
+    "--writeback", "--no-killpriv-v2", "--security-label",
     "--migration-verify-handles", "--migration-confirm-paths",
 }  # fmt: skip
 _COMPAT_FLAGS: dict[str, tuple[str, Any]] = {
@@ -64,6 +64,7 @@ _COMPAT_FLAGS: dict[str, tuple[str, Any]] = {
     "no_flock": ("flock", False),
     "posix_lock": ("posix_lock", True),
     "no_posix_lock": ("posix_lock", False),
+    "no_readdirplus": ("no_readdirplus", True),
     "debug": ("log_level", "debug"),
     # As it is:
     "readdirplus": ("", None),
@@ -130,6 +131,7 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--xattr", is_flag=True, help="Extended attributes.")
 @click.option("--posix-acl", is_flag=True, help="ACLs (and extended attributes).")
 @click.option("--allow-direct-io", is_flag=True, help="O_DIRECT holds on the host, too.")
+@click.option("--no-readdirplus", is_flag=True, help="Listings come without attributes.")
 @click.option("--announce-submounts", is_flag=True, help="Tell guests where mounts begin.")
 @click.option("--no-announce-submounts", is_flag=True, help="Do not. [default]")
 @click.option(
@@ -157,6 +159,14 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rlimit-nofile", type=click.IntRange(0), help="Descriptors; 0 leaves the limit.")
 @click.option(
     "--thread-pool-size", type=click.IntRange(0), default=0, help="Threads that wait for disks."
+)
+@click.option(
+    "--busy-poll",
+    type=click.FloatRange(0, 10_000),
+    default=WINDOW * 1e6,
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="Look so long for the next request before sleeping; 0 saves processor time.",
 )
 @click.option(
     "--keep",
@@ -266,6 +276,7 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
             xattr=given["xattr"] or given["posix_acl"],
             locks=given["flock"] is not False,
             submounts=given["announce_submounts"],
+            readdirplus=not given["no_readdirplus"],
             direct_io=given["allow_direct_io"],
         ),
         read_only=given["readonly"],
@@ -275,6 +286,7 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
         capabilities=_capabilities(given["modcaps"]),
         file_limit=given["rlimit_nofile"],
         threads=given["thread_pool_size"],
+        busy_poll=given["busy_poll"] / 1e6,
         kept=inherited.kept,
     )
 

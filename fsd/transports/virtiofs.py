@@ -31,6 +31,7 @@ from ..systemd import Store
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
 from .loop import TrioLoop
+from .polling import WINDOW, BusyPolling
 from .socket import unlink_stale
 
 log = structlog.get_logger()
@@ -97,7 +98,9 @@ class ExportSession:
 
 
 class Door:
-    """A socket, and the guest that comes in there. ``new_session`` makes what answers requests."""
+    """A socket, and the guest that comes in there. ``new_session`` makes what answers requests,
+    ``busy_poll`` is the window of BusyPolling, in seconds.
+    """
 
     def __init__(
         self,
@@ -107,12 +110,14 @@ class Door:
         tag: str = "",
         request_queues: int = 1,
         store: Store | None = None,
+        busy_poll: float = WINDOW,
     ) -> None:
         self.new_session = partial(new_session, loop := TrioLoop())
         self.loop = loop
         self.name = name
         self.tag = tag
         self.request_queues = request_queues
+        self.busy_poll = busy_poll
         self.conversation = Conversation(store, store_name(name)) if store is not None else None
         self.is_leaving = False
         self.known = self.conversation.resume() if self.conversation is not None else None
@@ -186,7 +191,13 @@ class GuestDoor(Door):
     export: Export
 
     def __init__(
-        self, *, name: str, tag: str, options: SessionOptions, store: Store | None = None
+        self,
+        *,
+        name: str,
+        tag: str,
+        options: SessionOptions,
+        store: Store | None = None,
+        busy_poll: float = WINDOW,
     ) -> None:
         self.kept: KeptSession | None = None
         if store is not None and store.holds:
@@ -194,7 +205,7 @@ class GuestDoor(Door):
             options = replace(options, kept=self.kept)
         self._options = options
         self._present: ExportSession | None = None
-        super().__init__(self._new_session, name=name, tag=tag, store=store)
+        super().__init__(self._new_session, name=name, tag=tag, store=store, busy_poll=busy_poll)
         if self.kept is not None and self.known is None:
             self.kept.clear()
             self.kept.taken()
@@ -320,6 +331,7 @@ class _Connection:
         self._waiting.pop(index).cancel()
 
     async def _run_queue(self, index: int, kick: int, scope: trio.CancelScope) -> None:
+        ring, polling = self._device.rings[index], BusyPolling(self._door.busy_poll)
         with scope, suppress(trio.ClosedResourceError):
             while True:
                 # First without a kick: it may have been read before the queue was stopped.
@@ -327,6 +339,9 @@ class _Connection:
                     await trio.lowlevel.checkpoint()
                 if scope.cancel_called:
                     return  # the descriptor may be closed
+                if await polling.finds(lambda: ring.has_more):
+                    continue
                 await trio.lowlevel.wait_readable(kick)
                 with suppress(BlockingIOError):
                     os.read(kick, 8)
+                polling.slept()

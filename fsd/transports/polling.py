@@ -1,0 +1,54 @@
+"""Adaptive busy polling: to look for the next request for a moment, before sleeping.
+
+Where requests come in quick succession, each that finds the server asleep waits for two switches of
+context. So after a request that came soon, the next one is looked for, as KVM's halt polling does
+(Documentation/virt/kvm/halt-polling.rst). docs/decisions/busy-polling.md has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import trio
+
+WINDOW = 250e-6
+"""Seconds from an answer to the next request up to which it is worth to look for it: by default."""
+_TURN = 20e-6
+"""Seconds of looking before other tasks have a turn."""
+_LOST = 1e-3
+"""Seconds by which a turn is too long: another program had the processor, and may need it more."""
+_PAUSE = 0.1
+"""Seconds for which nothing is looked for then."""
+
+
+class BusyPolling:
+    """Of one queue; ``window`` in seconds, 0 never looks."""
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._is_on = False
+        self._answered = 0.0  # time.perf_counter() of the last answer
+        self._paused_until = 0.0
+
+    async def finds(self, is_there: Callable[[], bool]) -> bool:
+        """Called after an answer: whether the next request comes in time. Other tasks run."""
+        now = self._answered = perf_counter()
+        if not self._is_on:
+            return False
+        end = now + self._window
+        while now < end:
+            await trio.lowlevel.checkpoint()
+            turn = perf_counter() + _TURN
+            while (now := perf_counter()) < turn:
+                if is_there():
+                    return True
+            if now > turn + _LOST:
+                self._is_on, self._paused_until = False, now + _PAUSE
+                break
+        return False
+
+    def slept(self) -> None:
+        """It has slept until a request came."""
+        now = perf_counter()
+        self._is_on = self._paused_until < now < self._answered + self._window
