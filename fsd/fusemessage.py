@@ -16,7 +16,9 @@ from .passthrough import Identity
 BODY_LIMIT = (1 << 20) + 4096
 """Bytes of a request without file data. A BATCH_FORGET fills the buffer that a door reads into; the
 longest other, a value for an xattr, has 64 KiB."""
+_IN_HEADER = fuse.IN_HEADER.size
 _HEADER = fuse.OUT_HEADER.size
+_WRITE, _WRITE_IN = int(fuse.Opcode.WRITE), fuse.WRITE_IN.size
 _pack_header = fuse.OUT_HEADER.pack
 
 Buffers = Sequence[memoryview]
@@ -29,19 +31,19 @@ def size_of(buffers: Buffers) -> int:
 
 def part(buffers: Buffers, offset: int, size: int) -> list[memoryview]:
     """The buffers' bytes from ``offset``, at most ``size`` of them, in place."""
-    views: list[memoryview] = []
-    for buffer in buffers:
-        length = len(buffer)
-        if offset >= length:
-            offset -= length
-            continue
-        if not size:
-            break
-        if offset or size < length:
-            buffer = buffer[offset : offset + size]
-        views.append(buffer)
-        size -= len(buffer)
-        offset = 0
+    skipped = 0
+    while skipped < len(buffers) and offset >= len(buffers[skipped]):
+        offset -= len(buffers[skipped])
+        skipped += 1
+    views = list(buffers[skipped:])
+    if offset and views:
+        views[0] = views[0][offset:]
+    surplus = size_of(views) - size
+    while surplus > 0:
+        last = views.pop()
+        if len(last) > surplus:
+            views.append(last[:-surplus])
+        surplus -= len(last)
     return views
 
 
@@ -102,15 +104,15 @@ class Request:
         """Bytes that a reply can have behind its header."""
         self.on_lost: Callable[[], None] | None = None
         """Called where the reply did not reach the guest: to take back what it was given."""
-        header = fuse.IN_HEADER.unpack(copy_out(readable, 0, fuse.IN_HEADER.size))
+        header = fuse.IN_HEADER.unpack(copy_out(readable, 0, _IN_HEADER))
         length, self.opcode, self.unique, self.nodeid, uid, gid, pid, extensions = header
-        if length < fuse.IN_HEADER.size:
+        if length < _IN_HEADER:
             raise fuse.DecodeError(f"request of {length} bytes")
-        if self.opcode == fuse.Opcode.WRITE:
-            self.body = copy_out(readable, fuse.IN_HEADER.size, fuse.WRITE_IN.size)
+        if self.opcode == _WRITE:
+            self.body = copy_out(readable, _IN_HEADER, _WRITE_IN)
         else:
-            length -= fuse.IN_HEADER.size
-            self.body = copy_out(readable, fuse.IN_HEADER.size, min(length, BODY_LIMIT))
+            length -= _IN_HEADER
+            self.body = copy_out(readable, _IN_HEADER, min(length, BODY_LIMIT))
             if len(self.body) < length:
                 raise fuse.DecodeError(f"{len(self.body)} bytes of {length}")
             if extensions:
@@ -176,7 +178,7 @@ class Request:
 
     def data_in(self, size: int) -> list[memoryview]:
         """The file data of a WRITE. Raises fuse.DecodeError where there is less."""
-        views = part(self.readable, fuse.IN_HEADER.size + fuse.WRITE_IN.size, size)
-        if size_of(views) != size:
-            raise fuse.DecodeError(f"{size_of(views)} bytes of data, not {size}")
+        views = part(self.readable, _IN_HEADER + _WRITE_IN, size)
+        if (have := size_of(views)) != size:
+            raise fuse.DecodeError(f"{have} bytes of data, not {size}")
         return views

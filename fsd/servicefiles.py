@@ -112,9 +112,10 @@ class FileService:
     def _own(self, *expected: Expected) -> AbstractContextManager[None]:
         return self.export.watcher.attributed(self.guest, *expected)
 
-    @staticmethod
-    def _about(inode: Inode, mask: Mask) -> tuple[Expected, Expected]:
+    def _about(self, inode: Inode, mask: Mask) -> tuple[Expected, ...]:
         """An event of an object: by name in its directory, and on itself."""
+        if not self.export.watcher.hears(inode):  # as always with most files: it costs little
+            return ()
         return (inode.parent, inode.name, mask), (inode, b"", mask)
 
     def _looked_up(self, who: Caller, inode: Inode) -> None:
@@ -150,7 +151,9 @@ class FileService:
         """The open file or directory of a request that is about its data. Raises OSError EBADF,
         EACCES for the replayer's, which have none.
         """
-        handle = self.handle(fh)
+        return self._with_data(self.handle(fh))
+
+    def _with_data(self, handle: AnyHandle) -> Handle:
         if not isinstance(handle, Handle):
             raise self._refused(UnexpectedCall("data"))
         return handle
@@ -220,7 +223,7 @@ class FileService:
         if isinstance(handle, IdleHandle):
             self._replay_data(handle, Mask.ACCESS)
             return b"\0"  # of nothing the kernel would make no event
-        handle = self.file(fh)
+        handle = self._with_data(handle)
         with self._own(*self._about(handle.inode, Mask.ACCESS)):
             return os.pread(handle.fd, size, offset)
 
@@ -230,7 +233,7 @@ class FileService:
         if isinstance(handle, IdleHandle):
             self._replay_data(handle, Mask.MODIFY)
             return len(data)
-        handle = self.file(fh)
+        handle = self._with_data(handle)
         with self._own(*self._about(handle.inode, _WRITTEN)):
             return os.pwrite(handle.fd, data, offset)
 
@@ -247,25 +250,25 @@ class FileService:
             self._replay_data(handle, Mask.ACCESS)
             views[0][:1] = b"\0"  # of nothing the kernel would make no event
             return 1
-        handle = self.file(fh)
+        handle = self._with_data(handle)
         with self._own(*self._about(handle.inode, Mask.ACCESS)):
-            return sum(_by_parts(os.preadv, handle.fd, views, offset))
+            return _moved(os.preadv, handle.fd, views, offset)
 
     def write_from(
         self, who: Caller, fh: int, views: list[memoryview], offset: int, *, kill: bool
     ) -> int:
         """WRITE from buffers; ``kill`` suid and sgid bits. Returns the number of bytes."""
-        idle = self.handle(fh)
-        if isinstance(idle, IdleHandle):
-            self._replay_data(idle, Mask.MODIFY)
+        handle = self.handle(fh)
+        if isinstance(handle, IdleHandle):
+            self._replay_data(handle, Mask.MODIFY)
             return sum(map(len, views))
         self._refuse_replayer(who, "write")
-        handle = self.file(fh)
+        handle = self._with_data(handle)
         with (
             self._own(*self._about(handle.inode, _WRITTEN)),
             host.killing_suid() if kill else nullcontext(),
         ):
-            return sum(_by_parts(os.pwritev, handle.fd, views, offset))
+            return _moved(os.pwritev, handle.fd, views, offset)
 
     def fallocate(self, who: Caller, fh: int, mode: int, offset: int, length: int) -> None:
         """FALLOCATE."""
@@ -446,14 +449,11 @@ def _as_user(who: Caller) -> AbstractContextManager[None]:
 _IOV_MAX = 1024
 
 
-def _by_parts(
+def _moved(
     move: Callable[[int, list[memoryview], int], int], fd: int, views: list[memoryview], offset: int
-) -> Iterator[int]:
-    """preadv(2) or pwritev(2), as often as their limit of buffers asks."""
-    for start in range(0, len(views), _IOV_MAX):
-        some = views[start : start + _IOV_MAX]
-        moved = move(fd, some, offset)
-        yield moved
-        offset += moved
-        if moved < sum(map(len, some)):
-            return
+) -> int:
+    """preadv(2) or pwritev(2), as often as their limit of buffers asks; how many bytes."""
+    moved = move(fd, views[:_IOV_MAX], offset)
+    if len(views) > _IOV_MAX and moved == sum(map(len, views[:_IOV_MAX])):
+        moved += _moved(move, fd, views[_IOV_MAX:], offset + moved)
+    return moved

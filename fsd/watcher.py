@@ -425,6 +425,10 @@ class HostWatcher:
         self._popped(arrival.raw)
         return arrival
 
+    def hears(self, inode: Inode) -> bool:
+        """Whether there is a watch on an object, or on the directory that it is in."""
+        return inode in self._wd_of or inode.parent in self._wd_of
+
     def attributed(self, origin: Origin, *expected: Expected) -> AbstractContextManager[None]:
         """Run one of the server's own calls: its expected events get this origin, others HOST."""
         bits: dict[tuple[int, bytes | None], int] = {}

@@ -12,7 +12,7 @@ from time import perf_counter
 
 import trio
 
-WINDOW = 250e-6
+WINDOW = 400e-6
 """Seconds from an answer to the next request up to which it is worth to look for it: by default."""
 _TURN = 20e-6
 """Seconds of looking before other tasks have a turn."""

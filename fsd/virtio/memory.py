@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 
 from protocol.vhostuser import Region
@@ -85,29 +86,24 @@ class GuestMemory:
                 return mapped.view[offset : offset + length]
         raise GuestMemoryError(f"{length} bytes at user address {address:#x} are not in a region")
 
-    def at_guest(self, address: int, length: int) -> list[memoryview]:
-        """Bytes at an address of the guest, in parts where they span regions.
+    def views(self, spans: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Bytes from each first address of the guest to the one behind, in parts where they span
+        regions.
 
         Raises GuestMemoryError if one of them is not the guest's memory.
         """
-        end = address + length
-        for start, behind, view in self._guest:  # mostly two, and nothing spans them
-            if start <= address and end <= behind and length:
-                return [view[address - start : end - start]]
-        parts = []
+        views: list[memoryview] = []
+        start = behind = 0
+        for begin, end in spans:
+            while begin < end:
+                if not start <= begin < behind:  # mostly all are in one region
+                    start, behind, view = self._region(begin)
+                views.append(view[begin - start : end - start])
+                begin = behind
+        return views
+
+    def _region(self, address: int) -> tuple[int, int, memoryview]:
         index = bisect_right(self._starts, address) - 1
-        while length and 0 <= index < len(self._regions):
-            mapped = self._regions[index]
-            offset = address - mapped.region.guest_addr
-            part = mapped.view[offset : offset + length]
-            if not part:
-                break
-            parts.append(part)
-            address += len(part)
-            length -= len(part)
-            index += 1
-            if length and index < len(self._starts) and self._starts[index] != address:
-                break
-        if length:
-            raise GuestMemoryError(f"{length} bytes at {address:#x} are not the guest's memory")
-        return parts
+        if index >= 0 and address < self._guest[index][1]:
+            return self._guest[index]
+        raise GuestMemoryError(f"address {address:#x} is not the guest's memory")

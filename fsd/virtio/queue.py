@@ -12,6 +12,8 @@ relied upon: kicks are never suppressed, and every used entry is signalled.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from .memory import GuestMemory, GuestMemoryError
@@ -20,6 +22,8 @@ MAX_SIZE = 32768
 """Entries of a queue: the specification's limit."""
 MAX_CHAIN = 1024
 """Descriptors of a chain, of QEMU's longest queue and of one preadv (IOV_MAX): 4 MiB of pages."""
+KNOWN_CHAINS = 128
+"""Chains of which it is known what they stand for: up to 100 kB each."""
 NEXT, WRITE, INDIRECT = 1, 2, 4  # VRING_DESC_F_*
 _DESC = struct.Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 _USED = struct.Struct("<II")  # struct vring_used_elem: id, len
@@ -36,6 +40,10 @@ class ChainError(Exception):
     def __init__(self, head: int, reason: str) -> None:
         super().__init__(reason)
         self.head = head
+
+
+class _BadChainError(Exception):
+    """Why the guest's chain is bad."""
 
 
 class Chain(NamedTuple):
@@ -67,6 +75,8 @@ class VirtQueue:
             used_ring = memory.at_user(used, 4 + 8 * size)
         except GuestMemoryError as error:
             raise QueueError(f"rings outside of memory: {error}") from None
+        # Guests use their buffers again and again, and then describe them in the same words.
+        self._buffers = lru_cache(KNOWN_CHAINS)(partial(_buffers, memory))
         self._used = used_ring[4:]
         self._used_header = used_ring[:4].cast("H")
         self.position = position & 0xFFFF
@@ -92,66 +102,32 @@ class VirtQueue:
     def chain(self, head: int) -> Chain:
         """The request that begins with a descriptor. Raises ChainError."""
         try:
-            return self._walk(head)
-        except GuestMemoryError as error:
+            readable, writable = self._buffers(*self._descriptors(head))
+        except (GuestMemoryError, _BadChainError) as error:
             raise ChainError(head, str(error)) from None
+        return Chain(head, list(readable), list(writable))
 
-    def _walk(self, head: int) -> Chain:
-        readable: list[memoryview] = []
-        writable: list[memoryview] = []
-        at_guest = self._memory.at_guest
-        # Neighbours of one direction are one buffer: guests often have pages in a row.
-        start = end = writes = 0
-        for address, count, flags, _ in self._descriptors(head):
-            if address == end and flags & WRITE == writes:
-                end += count
-                continue
-            if end > start:
-                (writable if writes else readable).extend(at_guest(start, end - start))
-            if writes and not flags & WRITE:
-                raise ChainError(head, "a part to read behind one to write")
-            start, end, writes = address, address + count, flags & WRITE
-        if end > start:
-            (writable if writes else readable).extend(at_guest(start, end - start))
-        return Chain(head, readable, writable)
-
-    def _descriptors(self, head: int) -> list[_Descriptor]:
-        """The chain's, in its order, MAX_CHAIN and two at most."""
-        found: list[_Descriptor] = []
+    def _descriptors(self, head: int) -> tuple[tuple[_Descriptor, ...], bytes]:
+        """The chain's, and the table elsewhere that it ends with, if it does: that is copied, as
+        the guest may change it.
+        """
+        found: tuple[_Descriptor, ...] = ()
         index, size = head, self._size
         for _ in range(MAX_CHAIN + 2):
             descriptor: _Descriptor = _DESC.unpack_from(self._desc, 16 * index)
-            _, _, flags, index = descriptor
+            address, length, flags, index = descriptor
             if flags & INDIRECT:
-                return found + self._indirect(head, descriptor)
-            found.append(descriptor)
+                if flags & NEXT:
+                    raise _BadChainError("an indirect table inside of a chain")
+                if not length or length % 16 or length > 16 * MAX_CHAIN:
+                    raise _BadChainError(f"an indirect table of {length} bytes")
+                return found, b"".join(self._memory.views([(address, address + length)]))
+            found += (descriptor,)
             if not flags & NEXT:
-                return found
+                return found, b""
             if index >= size:
-                raise ChainError(head, f"descriptor {index} in a table of {size}")
-        raise ChainError(head, f"a chain of more than {MAX_CHAIN} descriptors, or a loop")
-
-    def _indirect(self, head: int, descriptor: _Descriptor) -> list[_Descriptor]:
-        """A table elsewhere in memory, copied at once: the guest may change it."""
-        address, length, flags, _ = descriptor
-        if flags & NEXT:
-            raise ChainError(head, "an indirect table inside of a chain")
-        if not length or length % 16 or length > 16 * MAX_CHAIN:
-            raise ChainError(head, f"an indirect table of {length} bytes")
-        content = b"".join(self._memory.at_guest(address, length))
-        table: list[_Descriptor] = list(_DESC.iter_unpack(content))
-        found: list[_Descriptor] = []
-        index = 0
-        for _ in table:
-            found.append(table[index])
-            _, _, flags, index = table[index]
-            if flags & INDIRECT:
-                raise ChainError(head, "an indirect table inside of a chain")
-            if not flags & NEXT:
-                return found
-            if index >= len(table):
-                raise ChainError(head, f"descriptor {index} in a table of {len(table)}")
-        raise ChainError(head, f"a loop in a table of {len(table)} descriptors")
+                raise _BadChainError(f"descriptor {index} in a table of {size}")
+        raise _BadChainError(f"a chain of more than {MAX_CHAIN} descriptors, or a loop")
 
     @property
     def used_index(self) -> int:
@@ -163,3 +139,45 @@ class VirtQueue:
         index = self._used_header[1]
         _USED.pack_into(self._used, 8 * (index % self._size), head, length)
         self._used_header[1] = (index + 1) & 0xFFFF
+
+
+def _buffers(
+    memory: GuestMemory, descriptors: Iterable[_Descriptor], table: bytes
+) -> tuple[tuple[memoryview, ...], tuple[memoryview, ...]]:
+    """What the device may read, and what it may write, of a chain that goes on in a table.
+
+    Raises _BadChainError, GuestMemoryError.
+    """
+    if table:
+        descriptors = [*descriptors, *_in_order(list(_DESC.iter_unpack(table)))]
+    readable: list[tuple[int, int]] = []
+    writable: list[tuple[int, int]] = []
+    # Neighbours of one direction are one buffer: guests often have pages in a row.
+    begin = end = writes = 0
+    for address, count, flags, _ in descriptors:
+        if address == end and flags & WRITE == writes:
+            end += count
+            continue
+        if end > begin:
+            (writable if writes else readable).append((begin, end))
+        if writes and not flags & WRITE:
+            raise _BadChainError("a part to read behind one to write")
+        begin, end, writes = address, address + count, flags & WRITE
+    if end > begin:
+        (writable if writes else readable).append((begin, end))
+    return tuple(memory.views(readable)), tuple(memory.views(writable))
+
+
+def _in_order(table: list[_Descriptor]) -> Iterator[_Descriptor]:
+    index = 0
+    for _ in table:
+        entry = table[index]
+        yield entry
+        _, _, flags, index = entry
+        if flags & INDIRECT:
+            raise _BadChainError("an indirect table inside of a chain")
+        if not flags & NEXT:
+            return
+        if index >= len(table):
+            raise _BadChainError(f"descriptor {index} in a table of {len(table)}")
+    raise _BadChainError(f"a loop in a table of {len(table)} descriptors")

@@ -34,7 +34,7 @@ def ram() -> Iterator[Ram]:
 
 def test_views_are_the_guests_memory(ram: Ram) -> None:
     memory = mapped(ram)
-    (view,) = memory.at_guest(10, 5)
+    (view,) = memory.views([(10, 15)])
     assert view == ram.bytes[10:15]
     old = ram.bytes[10]
     view[0] = old ^ 0xFF
@@ -44,7 +44,7 @@ def test_views_are_the_guests_memory(ram: Ram) -> None:
 
 
 def test_a_buffer_spans_regions(ram: Ram) -> None:
-    parts = mapped(ram).at_guest(2 * K - 3, 10)
+    parts = mapped(ram).views([(2 * K - 3, 2 * K + 7)])
     assert [len(part) for part in parts] == [3, 7]
     assert b"".join(parts) == ram.bytes[2 * K - 3 : 2 * K + 7]
 
@@ -57,15 +57,15 @@ def test_any_range(ram: Ram, address: int, length: int) -> None:
         for at in {*range(address, address + length, 64), address + length - 1}
     )
     if not length:
-        assert mapped(ram).at_guest(address, 0) == []
+        assert b"".join(mapped(ram).views([(address, address)])) == b""
     elif inside:
-        data = b"".join(mapped(ram).at_guest(address, length))
+        data = b"".join(mapped(ram).views([(address, address + length)]))
         assert len(data) == length
         file_offset = address if address < 3 * K else address - 5 * K
         assert data == ram.bytes[file_offset : file_offset + length]
     else:
         with pytest.raises(GuestMemoryError):
-            mapped(ram).at_guest(address, length)
+            mapped(ram).views([(address, address + length)])
 
 
 @pytest.mark.parametrize("address", [0x6FFF_FFFF, 0x7000_0000 + 2 * K - 3, 0x9000_0FFE, 2**64 - 4])
@@ -77,15 +77,15 @@ def test_user_addresses_outside(ram: Ram, address: int) -> None:
 def test_regions_come_and_go(ram: Ram) -> None:
     memory = mapped(ram)
     last = ram.regions[2]
-    (kept,) = memory.at_guest(8 * K, 4)
+    (kept,) = memory.views([(8 * K, 8 * K + 4)])
     memory.remove(last._replace(mmap_offset=12345))  # by addresses and size only
     with pytest.raises(GuestMemoryError):
-        memory.at_guest(8 * K, 1)
+        memory.views([(8 * K, 8 * K + 1)])
     assert kept == ram.bytes[3 * K : 3 * K + 4], "a request under way keeps what it has"
     with pytest.raises(GuestMemoryError, match="no memory region"):
         memory.remove(last)
     memory.add(MappedRegion(last, ram.fd))
-    assert memory.at_guest(8 * K, 1)
+    assert memory.views([(8 * K, 8 * K + 1)])
     assert len(memory) == 3
 
 
