@@ -23,7 +23,7 @@ from .export import Export
 from .fusesession import SessionOptions
 from .mount_agent import AgentError, AgentProcess
 from .saving import Saver, open_export
-from .scheduling import shorten_turns
+from .scheduling import shorten_turns, spare_collections
 from .service import Service
 from .statefile import StateFile, state_directory, state_path
 from .transports.fuse import FuseDoor
@@ -250,6 +250,7 @@ class Mounted:
 
             def ready() -> None:
                 starting.deadline = math.inf
+                spare_collections()
                 self._on_ready()
 
             try:

@@ -1,8 +1,11 @@
-"""A short turn on the processor: what sched_setattr(2) gives without privileges."""
+"""How this process uses the processor, so that others' calls do not wait for it: short turns (what
+sched_setattr(2) gives without privileges), and no long pauses of its own.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import struct
 
@@ -26,3 +29,11 @@ def shorten_turns() -> None:
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     attr = _sched_attr.pack(_sched_attr.size, os.SCHED_OTHER, 0, nice, 0, SLICE, 0, 0)
     ctypes.CDLL(None).syscall(_SCHED_SETATTR, 0, attr, 0)
+
+
+def spare_collections() -> None:
+    """To be called once all is set up: the garbage collector leaves alone what is there by now, as
+    that stays. Looking through it took 14 ms of a guest's look-up (Python 3.11).
+    """
+    gc.collect()
+    gc.freeze()

@@ -27,6 +27,7 @@ from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 from .replayer import ReplayGuest
 from .sandbox import NEEDED
 from .saving import Saver
+from .scheduling import spare_collections
 from .seccomp import Filter
 from .systemd import Manager, Store
 from .transports.polling import WINDOW
@@ -343,6 +344,7 @@ async def _serve(
             async with trio.open_nursery() as guests:
                 for door, source in zip(doors, sources, strict=True):
                     guests.start_soon(door.serve, source.socket)
+                spare_collections()
                 ready()
             nursery.cancel_scope.cancel()  # no guest can come any more
     if not store.holds:

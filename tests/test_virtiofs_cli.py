@@ -21,7 +21,7 @@ import pytest
 
 from fsd.virtiofsd_cli import _FLAGS, _REFUSED, virtiofs
 from protocol import fuse
-from protocol.fuse import Opcode
+from protocol.fuse import Init, Opcode
 from protocol.vhostuser import Config, Protocol, Type
 
 from .support.fuse_driver import Driver
@@ -127,6 +127,7 @@ def test_version() -> None:
         (["--inode-file-handles=yes"], "--inode-file-handles"),
         (["--rlimit-nofile=-1"], "--rlimit-nofile"),
         (["--thread-pool-size=many"], "--thread-pool-size"),
+        (["--busy-poll=-1"], "--busy-poll"),
         (["--log-level=loud"], "--log-level"),
         (["--shared-dir=/tmp", "--socket-path=/s", "--modcaps=+flying"], "--modcaps"),
         (["--no-such-option"], "--no-such-option"),
@@ -412,6 +413,47 @@ def test_thread_pool_size(top: Path, threads: int) -> None:
         os.kill(slow.pid, signal.SIGCONT)
         subprocess.run(["umount", top / "share"], check=True)
         slow.wait(STOP_TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    ("options", "offered"),
+    [
+        (["--cache=auto"], True),
+        (["--cache=auto", "--no-readdirplus"], False),
+        (["--cache=auto", "-o", "no_readdirplus"], False),
+        (["--cache=never"], False),
+        ([], False),
+    ],
+)
+def test_readdirplus(top: Path, options: list[str], offered: bool) -> None:
+    """Only where guests may keep the attributes."""
+    arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}", *options]
+    with server(*arguments) as process:
+        driver = Driver(top / "s", flags=Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO)
+        assert bool(driver.agreed & Init.DO_READDIRPLUS) is offered
+        assert bool(driver.agreed & Init.READDIRPLUS_AUTO) is offered
+        driver.close()
+        assert stopped(process) == 0
+
+
+@pytest.mark.parametrize("window", [0, 10_000])
+def test_busy_poll(top: Path, window: int) -> None:
+    """A request is seen without a kick, if it comes soon after others."""
+    arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
+    with server(*arguments, f"--busy-poll={window}") as process:
+        driver = Driver(top / "s")
+        seen = 0
+        for _ in range(20):
+            for kick in (True, True, True, False):
+                driver.send(Opcode.STATFS, 1, b"", kick=kick)
+                if not kick:
+                    time.sleep(0.02)
+                    seen += driver.queue.used_count
+                    driver.queue.kick()
+                assert driver.receive() == 0
+        assert bool(seen) is bool(window)
+        driver.close()
+        assert stopped(process) == 0
 
 
 def test_what_is_as_it_is_always(top: Path) -> None:

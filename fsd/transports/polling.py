@@ -30,7 +30,7 @@ class BusyPolling:
 
     def __init__(self, window: float) -> None:
         self._window = window
-        self._streak = 0  # of requests that came in time, at most _SURE; one that did not is one less
+        self._streak = 0  # requests that came in time, up to _SURE, less those that did not
         self._answered = 0.0  # time.perf_counter() of the last answer
         self._paused_until = 0.0
 

@@ -156,7 +156,6 @@ class Device:
         self._offered = PROTOCOL | Protocol.CONFIG if tag else PROTOCOL
         self._status = 0
         self._memory = GuestMemory()
-        self._life = 0  # counts sessions: an answer of an earlier one is dropped
         self.rings = [Ring() for _ in range(MAX_QUEUES)]
         self.counts: Counter[str] = Counter()
         self._handlers: dict[int, Callable[[Request], Payload | None]] = {
@@ -207,7 +206,7 @@ class Device:
         """No queue runs from now on, and nothing is answered: somebody else will go on."""
         for index in range(len(self.rings)):
             self._stop(index)
-        self._life += 1
+            self.rings[index].in_flight.clear()
         if self._session is not None:
             self._session.suspend()
 
@@ -495,7 +494,6 @@ class Device:
 
     def _forget_session(self) -> None:
         session, self._session = self._session, None
-        self._life += 1
         for ring in self.rings:
             ring.forget()
         if self._inflight is not None:
@@ -530,7 +528,7 @@ class Device:
                 return False
             chain, tries = taken
             noted = ring.noted
-            done = partial(self._done, ring, self._life, chain.head)
+            done = partial(ring.answer, chain)
             try:
                 if self._session is None:
                     self._drop_left()
@@ -552,10 +550,6 @@ class Device:
         self.counts["bad_chains"] += 1
         if self.counts["bad_chains"] == 1:  # a guest shall not fill the log
             log.warning("bad request, more will only be counted", queue=index, error=str(error))
-
-    def _done(self, ring: Ring, life: int, head: int, length: int) -> None:
-        if life == self._life:  # else the machine was reset since
-            ring.answer(head, length)
 
 
 def _end(session: Session) -> None:

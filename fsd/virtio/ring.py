@@ -149,14 +149,15 @@ class Ring:
             self.noted.taken(chain.head)
         return chain, tries
 
-    def answer(self, head: int, length: int) -> None:
+    def answer(self, chain: Chain, length: int) -> None:
         """A request is answered; the guest learns it once the queue runs."""
-        if self.in_flight.pop(head, None) is None:
-            return  # answered twice
+        if self.in_flight.get(chain.head) is not chain.writable:
+            return  # answered twice, or nobody waits any more
+        del self.in_flight[chain.head]
         if self.queue is None:
-            self._held.append((head, length))
+            self._held.append((chain.head, length))
         else:
-            self.push(head, length)
+            self.push(chain.head, length)
 
     def push(self, head: int, length: int) -> None:
         """Give a chain back to the guest, in a queue that runs."""

@@ -24,9 +24,9 @@ class Opened(NamedTuple):
 
 
 class Driver:
-    """A guest after INIT. ``queue`` is that for requests."""
+    """A guest after INIT. ``queue`` is that for requests, ``agreed`` what came of ``flags``."""
 
-    def __init__(self, path: Path, size: int = 64) -> None:
+    def __init__(self, path: Path, size: int = 64, flags: int = 0) -> None:
         self.ram = Ram((0, 1 << 20, 0x7000_0000_0000), (1 << 20, 1 << 20, 0x7100_0000_0000))
         self._unique = itertools.count(1)
         self.queue = Queue(self.ram, size)
@@ -34,8 +34,9 @@ class Driver:
         self._vmm = Frontend(path)
         self._vmm.negotiate()
         self._vmm.start(self.ram, self._queues)
-        self.send(Opcode.INIT, 0, fuse.INIT_IN.pack(fuse.MAJOR, fuse.MINOR, 0, 0))
+        self.send(Opcode.INIT, 0, fuse.INIT_IN.pack(fuse.MAJOR, fuse.MINOR, 0, flags))
         assert self.receive() == 0
+        (self.agreed,) = struct.unpack_from("<I", self._answer, fuse.OUT_HEADER.size + 12)
 
     def request(self, opcode: int, nodeid: int, body: bytes) -> bytes:
         """A message of root's."""
@@ -45,10 +46,11 @@ class Driver:
             + body
         )
 
-    def send(self, opcode: Opcode, nodeid: int, body: bytes) -> None:
+    def send(self, opcode: Opcode, nodeid: int, body: bytes, *, kick: bool = True) -> None:
         """A request of root."""
         self.queue.add([self.request(opcode, nodeid, body)], [ROOM])
-        self.queue.kick()
+        if kick:
+            self.queue.kick()
 
     def receive(self) -> int:
         """The errno of the next answer."""

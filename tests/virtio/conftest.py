@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from fsd.transports.loop import TrioLoop
+from fsd.transports.polling import WINDOW
 from fsd.transports.virtiofs import Door, listen
 from tests.support.mounts import wait_until
 
@@ -96,10 +97,11 @@ class Echo:
 class Server:
     """A listening device; ``sessions`` are those that it has made."""
 
-    def __init__(self, path: Path, tag: str) -> None:
+    def __init__(self, path: Path, tag: str, busy_poll: float) -> None:
         self.path = path
         self.sessions: list[Echo] = []
         self._tag = tag
+        self._busy_poll = busy_poll
         self._scope = trio.CancelScope()
         self._listener = listen(os.fspath(path))
         self.thread = threading.Thread(target=trio.run, args=[self._run])
@@ -108,7 +110,8 @@ class Server:
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            await Door(self._session, name="test", tag=self._tag).serve(self._listener)
+            door = Door(self._session, name="test", tag=self._tag, busy_poll=self._busy_poll)
+            await door.serve(self._listener)
 
     def _session(self, loop: TrioLoop) -> Echo:
         self.sessions.append(Echo(loop))
@@ -124,9 +127,9 @@ class Server:
 
 
 @contextmanager
-def served(path: Path, tag: str = "") -> Iterator[Server]:
+def served(path: Path, tag: str = "", busy_poll: float = WINDOW) -> Iterator[Server]:
     """A server for the block; every descriptor that VMMs have sent is closed at its end."""
-    server = Server(path, tag)
+    server = Server(path, tag, busy_poll)
     try:
         yield server
     finally:

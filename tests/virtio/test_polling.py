@@ -1,0 +1,138 @@
+"""Busy polling: by a clock that only the test moves, and with a real device."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from fsd.transports import polling
+from fsd.transports.polling import BusyPolling
+
+from .conftest import served
+from .test_device import Machine
+
+WINDOW = 400e-6
+
+
+class Guest:
+    """A guest that sends its next request at a time, and the clock, which goes on at each look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, window: float = WINDOW) -> None:
+        self.now = 1.0
+        self.next = 0.0
+        self.looks = 0
+        self.lost = 0.0  # seconds for which another program has the processor, once
+        self.polling = BusyPolling(window)
+        monkeypatch.setattr(polling, "perf_counter", self._time)
+
+    def _time(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def _is_there(self) -> bool:
+        self.looks += 1
+        self.now, self.lost = self.now + self.lost, 0.0
+        return self.now >= self.next
+
+    def request(self, after: float) -> bool:
+        """The next request, some time after an answer; whether it was found by looking."""
+        self.next = self.now + after
+        if trio.run(self.polling.finds, self._is_there):
+            assert self.now >= self.next
+            return True
+        self.now = max(self.now, self.next)
+        self.polling.slept()
+        return False
+
+
+@pytest.fixture
+def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
+    return Guest(monkeypatch)
+
+
+def test_two_in_time_and_the_third_is_looked_for(guest: Guest) -> None:
+    assert [guest.request(150e-6) for _ in range(5)] == [False, False, True, True, True]
+
+
+def test_nobody_looks_for_what_comes_late(guest: Guest) -> None:
+    assert not any(guest.request(2 * WINDOW) for _ in range(10))
+    assert guest.looks == 0
+
+
+def test_one_late_among_many_makes_no_difference(guest: Guest) -> None:
+    for _ in range(5):
+        guest.request(100e-6)
+    begin = guest.now
+    assert not guest.request(1.0)
+    assert guest.looks
+    assert guest.now - begin == pytest.approx(1.0, abs=1e-4)
+    assert guest.request(100e-6)
+
+
+def test_one_in_time_among_late_ones_is_not_looked_for(guest: Guest) -> None:
+    for _ in range(5):
+        assert not any(guest.request(after) for after in (300e-6, 1e-3, 1e-3))
+    assert guest.looks == 0
+
+
+def test_it_gives_way_to_other_programs(guest: Guest) -> None:
+    for _ in range(3):
+        guest.request(150e-6)
+    guest.lost = 3e-3
+    assert not guest.request(10e-3)
+    looks = guest.looks
+    assert not any(guest.request(100e-6) for _ in range(10))
+    assert guest.looks == looks
+    guest.now += 0.1
+    assert guest.request(100e-6)
+
+
+def test_others_have_their_turns(guest: Guest) -> None:
+    for _ in range(3):
+        guest.request(150e-6)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            guest.next = guest.now + 300e-6
+            assert await guest.polling.finds(guest._is_there)
+            nursery.cancel_scope.cancel()
+
+    trio.run(both)
+    assert turns >= 5
+
+
+def test_no_window_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, window=0)
+    assert not any(guest.request(1e-6) for _ in range(10))
+    assert guest.looks == 0
+
+
+@pytest.mark.parametrize("busy_poll", [0.0, 2.0])
+def test_a_request_without_a_kick(tmp_path: Path, busy_poll: float) -> None:
+    """Is seen by a device that looks, and by no other."""
+    with served(tmp_path / "socket", busy_poll=busy_poll) as server:
+        machine = Machine(server.path)
+        try:
+            machine.start()
+            queue = machine.queues[1]
+            for _ in range(4):
+                machine.echo()
+            head = queue.add([b"abc"], [3])
+            if not busy_poll:
+                time.sleep(0.2)
+                assert not queue.used_count
+                queue.kick()
+            assert queue.take_data() == (head, b"cba")
+        finally:
+            machine.close()
