@@ -458,8 +458,14 @@ class PassthroughFS:
 
 
 def _type(entry: os.DirEntry[str]) -> int:
+    """DT_* of readdir(3), 0 where it has gone."""
     if entry.is_file(follow_symlinks=False):
         return stat.S_IFREG >> 12
     if entry.is_dir(follow_symlinks=False):
         return stat.S_IFDIR >> 12
-    return stat.S_IFLNK >> 12 if entry.is_symlink() else 0
+    if entry.is_symlink():
+        return stat.S_IFLNK >> 12
+    try:
+        return entry.stat(follow_symlinks=False).st_mode >> 12
+    except OSError:
+        return 0

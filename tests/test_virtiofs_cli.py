@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import pytest
 
+from fsd.transports.polling import PROCESSORS
 from fsd.virtiofsd_cli import _FLAGS, _REFUSED, virtiofs
 from protocol import fuse
 from protocol.fuse import Init, Opcode
@@ -451,7 +452,7 @@ def test_busy_poll(top: Path, window: int) -> None:
                     seen += driver.queue.used_count
                     driver.queue.kick()
                 assert driver.receive() == 0
-        assert bool(seen) is bool(window)
+        assert bool(seen) is (window > 0 and PROCESSORS > 1)
         driver.close()
         assert stopped(process) == 0
 

@@ -15,6 +15,7 @@ class TrioLoop:
     def __init__(self, nursery: trio.Nursery | None = None) -> None:
         """Without one, nothing is called until there is."""
         self.nursery = nursery
+        self.threads = 0  # that are at work
         self._token = trio.lowlevel.current_trio_token()
 
     def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
@@ -40,13 +41,16 @@ class TrioLoop:
         """Run ``work`` in a thread, then call ``then`` with what it raised."""
         assert self.nursery is not None
         self.nursery.start_soon(self._work, work, then)
+        self.threads += 1
 
-    @staticmethod
-    async def _work(work: Callable[[], None], then: Callable[[BaseException | None], None]) -> None:
+    async def _work(
+        self, work: Callable[[], None], then: Callable[[BaseException | None], None]
+    ) -> None:
         error: BaseException | None = None
         with trio.CancelScope(shield=True):
             try:
                 await trio.to_thread.run_sync(work)
             except Exception as caught:
                 error = caught
+        self.threads -= 1
         then(error)

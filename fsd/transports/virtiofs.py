@@ -339,7 +339,8 @@ class _Connection:
                     await trio.lowlevel.checkpoint()
                 if scope.cancel_called:
                     return  # the descriptor may be closed
-                if await polling.finds(lambda: ring.has_more):
+                # A thread that has done its work could not say so meanwhile.
+                if not self._door.loop.threads and await polling.finds(lambda: ring.has_more):
                     continue
                 await trio.lowlevel.wait_readable(kick)
                 with suppress(BlockingIOError):

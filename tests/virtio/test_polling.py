@@ -20,13 +20,16 @@ WINDOW = 400e-6
 class Guest:
     """A guest that sends its next request at a time, and the clock, which goes on at each look."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, window: float = WINDOW) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, window: float = WINDOW, processors: int = 2
+    ) -> None:
         self.now = 1.0
         self.next = 0.0
         self.looks = 0
         self.lost = 0.0  # seconds for which another program has the processor, once
-        self.polling = BusyPolling(window)
         monkeypatch.setattr(polling, "perf_counter", self._time)
+        monkeypatch.setattr(polling, "PROCESSORS", processors)
+        self.polling = BusyPolling(window)
 
     def _time(self) -> float:
         self.now += 1e-6
@@ -118,9 +121,18 @@ def test_no_window_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     assert guest.looks == 0
 
 
+def test_nobody_looks_on_a_single_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, processors=1)
+    assert not any(guest.request(1e-6) for _ in range(10))
+    assert guest.looks == 0
+
+
 @pytest.mark.parametrize("busy_poll", [0.0, 2.0])
-def test_a_request_without_a_kick(tmp_path: Path, busy_poll: float) -> None:
+def test_a_request_without_a_kick(
+    tmp_path: Path, busy_poll: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Is seen by a device that looks, and by no other."""
+    monkeypatch.setattr(polling, "PROCESSORS", 2)
     with served(tmp_path / "socket", busy_poll=busy_poll) as server:
         machine = Machine(server.path)
         try:
