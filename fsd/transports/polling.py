@@ -23,8 +23,9 @@ _TURN = 20e-6
 """Seconds of looking before other tasks have a turn."""
 _LOST = 1e-3
 """Seconds by which a turn is too long: another program had the processor, and may need it more."""
-_PAUSE = 0.1
-"""Seconds for which nothing is looked for then."""
+_PAUSE, _LONGEST_PAUSE = 0.005, 0.16
+"""Seconds for which nothing is looked for then: twice as long if that is soon so again."""
+_SOON = 1.0
 
 
 class BusyPolling:
@@ -36,6 +37,7 @@ class BusyPolling:
         self._window = window if PROCESSORS > 1 else 0.0
         self._streak = 0  # requests that came in time, up to _SURE, less those that did not
         self._answered = 0.0  # time.perf_counter() of the last answer
+        self._pause = 0.0
         self._paused_until = 0.0
 
     async def finds(self, is_there: Callable[[], bool]) -> bool:
@@ -52,7 +54,9 @@ class BusyPolling:
                     self._streak = min(self._streak + 1, _SURE)
                     return True
             if now > turn + _LOST:
-                self._paused_until = now + _PAUSE
+                again = now < self._paused_until + _SOON
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE) if again else _PAUSE
+                self._paused_until = now + self._pause
                 break
         return False
 

@@ -84,12 +84,19 @@ def test_one_in_time_among_late_ones_is_not_looked_for(guest: Guest) -> None:
 def test_it_gives_way_to_other_programs(guest: Guest) -> None:
     for _ in range(3):
         guest.request(150e-6)
+    for pause in (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.16):
+        guest.lost = 3e-3
+        assert not guest.request(3.5e-3)
+        looks, until = guest.looks, guest.now + pause - 1e-3
+        while guest.now < until:
+            assert not guest.request(100e-6)
+        assert guest.looks == looks
+        guest.now += 1e-3
+        assert guest.request(100e-6)
+    guest.now += 2.0
     guest.lost = 3e-3
-    assert not guest.request(10e-3)
-    looks = guest.looks
-    assert not any(guest.request(100e-6) for _ in range(10))
-    assert guest.looks == looks
-    guest.now += 0.1
+    assert not guest.request(3.5e-3)
+    guest.now += 0.005
     assert guest.request(100e-6)
 
 
