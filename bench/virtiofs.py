@@ -21,7 +21,7 @@ from .guest_workloads import WORKLOADS, tree
 from .report import Report, median, number
 from .tree import fill
 
-ROUNDS = 3
+ROUNDS = 5
 C_NAME = {"auto": "auto", "never": "none"}
 """A cache mode in the words of virtiofsd in C."""
 GOAL, DATA_GOAL = 0.8, 1.0
@@ -30,7 +30,7 @@ TIMEOUT = 120.0
 
 
 def measure() -> Report:
-    """Run it: some 3 minutes."""
+    """Run it: some 4 minutes."""
     report = Report("virtiofs")
     rates: dict[tuple[str, str], list[float]] = {}
     with _machine() as (vm, sides):

@@ -136,23 +136,21 @@ class Request:
 
     def reply_in_place(self, size: int) -> None:
         """Success, with ``size`` bytes that are in ``writable`` already, behind the header."""
-        if self.room < 0:
-            self.drop()
-            return
-        if self._done is not None:
-            copy_in(self.writable, _pack_header(_HEADER + size, 0, self.unique))
-        self._finish(_HEADER + size)
+        self._reply_header(_HEADER + size, 0)
 
     def fail(self, number: int) -> None:
         """Failure with an errno."""
+        if not 0 < number < 512:  # others are the kernel's own, and it refuses them from us
+            number = errno.EIO
+        self._reply_header(_HEADER, -number)
+
+    def _reply_header(self, size: int, error: int) -> None:
         if self.room < 0:
             self.drop()
             return
-        if not 0 < number < 512:  # others are the kernel's own, and it refuses them from us
-            number = errno.EIO
         if self._done is not None:
-            copy_in(self.writable, _pack_header(_HEADER, -number, self.unique))
-        self._finish(_HEADER)
+            copy_in(self.writable, _pack_header(size, error, self.unique))
+        self._finish(size)
 
     def drop(self) -> None:
         """No reply: the kernel waits for none."""

@@ -19,7 +19,7 @@ PROCESSORS = len(os.sched_getaffinity(0))  # now, as the sandbox lets nobody ask
 _LIKELY, _SURE = 2, 3
 """Requests in a row after which the next is looked for, and for that they count at most: a
 saturating counter, as processors predict branches with."""
-_TURN = 20e-6
+_TURN = 50e-6
 """Seconds of looking before other tasks have a turn."""
 _LOST = 1e-3
 """Seconds by which a turn is too long: another program had the processor, and may need it more."""
