@@ -64,8 +64,6 @@ AnyHandle = Handle | IdleHandle | HiddenHandle
 class FileService:
     """Operations on open files of one mount. ``guest`` is the mount."""
 
-    """Operations of one mount on an export. ``guest`` is the mount."""
-
     def __init__(self, export: Export, guest: ReplayGuest) -> None:
         self.export = export
         self.guest = guest

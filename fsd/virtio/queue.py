@@ -22,8 +22,8 @@ MAX_SIZE = 32768
 """Entries of a queue: the specification's limit."""
 MAX_CHAIN = 1024
 """Descriptors of a chain, of QEMU's longest queue and of one preadv (IOV_MAX): 4 MiB of pages."""
-KNOWN_CHAINS = 128
-"""Chains of which it is known what they stand for: up to 100 kB each."""
+KNOWN_CHAINS = 64
+"""Chains of a queue of which it is known what they stand for: up to 200 kB each."""
 NEXT, WRITE, INDIRECT = 1, 2, 4  # VRING_DESC_F_*
 _DESC = struct.Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 _USED = struct.Struct("<II")  # struct vring_used_elem: id, len
