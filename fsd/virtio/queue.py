@@ -56,7 +56,7 @@ class Chain(NamedTuple):
 
 class VirtQueue:
     """A queue with its rings in guest memory. ``position`` is the next entry of the available ring
-    to take (vhost calls it base).
+    to take (vhost calls it base). To be made anew where ``memory`` loses a region.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class VirtQueue:
         """The chain's, and the table elsewhere that it ends with, if it does: that is copied, as
         the guest may change it.
         """
-        found: tuple[_Descriptor, ...] = ()
+        found: list[_Descriptor] = []
         index, size = head, self._size
         for _ in range(MAX_CHAIN + 2):
             descriptor: _Descriptor = _DESC.unpack_from(self._desc, 16 * index)
@@ -121,10 +121,10 @@ class VirtQueue:
                     raise _BadChainError("an indirect table inside of a chain")
                 if not length or length % 16 or length > 16 * MAX_CHAIN:
                     raise _BadChainError(f"an indirect table of {length} bytes")
-                return found, b"".join(self._memory.views([(address, address + length)]))
-            found += (descriptor,)
+                return tuple(found), b"".join(self._memory.views([(address, address + length)]))
+            found.append(descriptor)
             if not flags & NEXT:
-                return found, b""
+                return tuple(found), b""
             if index >= size:
                 raise _BadChainError(f"descriptor {index} in a table of {size}")
         raise _BadChainError(f"a chain of more than {MAX_CHAIN} descriptors, or a loop")

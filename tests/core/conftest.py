@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from .fuse_guest import GuestKernel
 from .support import World
 
 Worlds = Callable[..., World]
@@ -38,3 +39,19 @@ def make_world(tmp_path: Path) -> Iterator[Worlds]:
 def world(make_world: Worlds) -> World:
     """An export of an empty directory, with the usual limits."""
     return make_world()
+
+
+@pytest.fixture
+def guest(world: World) -> Iterator[GuestKernel]:
+    """The kernel of a guest that mounts it."""
+    kernel = GuestKernel(world.mount(agent=False))
+    yield kernel
+    kernel.session.close()
+
+
+@pytest.fixture
+def other(world: World) -> Iterator[GuestKernel]:
+    """Another guest of the same export."""
+    kernel = GuestKernel(world.mount("other", agent=False))
+    yield kernel
+    kernel.session.close()
