@@ -21,7 +21,7 @@ from .guest_workloads import WORKLOADS, tree
 from .report import Report, median, number
 from .tree import fill
 
-ROUNDS = 5
+ROUNDS = 9
 C_NAME = {"auto": "auto", "never": "none"}
 """A cache mode in the words of virtiofsd in C."""
 GOAL, DATA_GOAL = 0.8, 1.0

@@ -16,6 +16,8 @@ import trio
 WINDOW = 400e-6
 """Seconds from an answer to the next request up to which it is worth to look for it: by default."""
 PROCESSORS = len(os.sched_getaffinity(0))  # now, as the sandbox lets nobody ask
+_MUCH = 1 << 18
+"""Bytes of data for which the guest is given one window more, as it is busy with them first."""
 _LIKELY, _SURE = 2, 3
 """Requests in a row after which the next is looked for, and for that they count at most: a
 saturating counter, as processors predict branches with."""
@@ -36,33 +38,43 @@ class BusyPolling:
     def __init__(self, window: float) -> None:
         self._window = window if PROCESSORS > 1 else 0.0
         self._streak = 0  # requests that came in time, up to _SURE, less those that did not
-        self._answered = 0.0  # time.perf_counter() of the last answer
+        self._end = 0.0  # time.perf_counter() up to which the next one comes in time
         self._pause = 0.0
         self._paused_until = 0.0
 
-    async def finds(self, is_there: Callable[[], bool]) -> bool:
-        """Called after an answer: whether the next request comes in time. Other tasks run."""
-        now = self._answered = perf_counter()
+    async def finds(self, is_there: Callable[[], bool], moved: int = 0) -> bool:
+        """Called after an answer: whether the next request comes in time. ``moved`` are the bytes
+        of the request and its answer. Others run meanwhile.
+        """
+        now = turn = perf_counter()
+        self._end = end = now + self._window * (1 + moved / _MUCH)
         if self._streak < _LIKELY or now < self._paused_until:
             return False
-        end = now + self._window
-        while now < end:
+        while True:
+            # Whom the answer has woken may wait for this very processor.
+            os.sched_yield()
+            if self._is_late(turn) or now >= end:
+                return False
             await trio.lowlevel.checkpoint()
             turn = perf_counter() + _TURN
             while (now := perf_counter()) < turn:
                 if is_there():
                     self._streak = min(self._streak + 1, _SURE)
                     return True
-            if now > turn + _LOST:
-                again = now < self._paused_until + _SOON
-                self._pause = min(2 * self._pause, _LONGEST_PAUSE) if again else _PAUSE
-                self._paused_until = now + self._pause
-                break
-        return False
+
+    def _is_late(self, expected: float) -> bool:
+        """Whether another program had the processor: nothing is looked for during a pause then."""
+        now = perf_counter()
+        if now < expected + _LOST:
+            return False
+        again = now < self._paused_until + _SOON
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE) if again else _PAUSE
+        self._paused_until = now + self._pause
+        return True
 
     def slept(self) -> None:
         """It has slept until a request came."""
-        if perf_counter() - self._answered < self._window:
+        if perf_counter() < self._end:
             self._streak = min(self._streak + 1, _SURE)
         else:
             self._streak = max(self._streak - 1, 0)

@@ -331,7 +331,12 @@ class _Connection:
         self._waiting.pop(index).cancel()
 
     async def _run_queue(self, index: int, kick: int, scope: trio.CancelScope) -> None:
-        ring, polling = self._device.rings[index], BusyPolling(self._door.busy_poll)
+        ring = self._device.rings[index]
+        polling = BusyPolling(self._door.busy_poll if index else 0.0)  # nobody waits for a FORGET
+
+        def is_there() -> bool:
+            return ring.has_more
+
         with scope, suppress(trio.ClosedResourceError):
             while True:
                 # First without a kick: it may have been read before the queue was stopped.
@@ -340,7 +345,7 @@ class _Connection:
                 if scope.cancel_called:
                     return  # the descriptor may be closed
                 # A thread that has done its work could not say so meanwhile.
-                if not self._door.loop.threads and await polling.finds(lambda: ring.has_more):
+                if not self._door.loop.threads and await polling.finds(is_there, ring.moved):
                     continue
                 await trio.lowlevel.wait_readable(kick)
                 with suppress(BlockingIOError):

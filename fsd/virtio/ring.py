@@ -32,6 +32,7 @@ class Ring:
         self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
         self._again: list[tuple[int, int]] = []  # what an earlier device has left: heads, tries
         self._held: list[tuple[int, int]] = []  # answered while it was stopped
+        self.moved = 0  # bytes of the request that was answered last, and of its answer
         self._is_serving = False  # answers are signalled together, at the end
         self._is_answered = False  # and not signalled yet
 
@@ -154,6 +155,7 @@ class Ring:
         if self.in_flight.get(chain.head) is not chain.writable:
             return  # answered twice, or nobody waits any more
         del self.in_flight[chain.head]
+        self.moved = sum(map(len, chain.readable)) + length
         if self.queue is None:
             self._held.append((chain.head, length))
         else:
