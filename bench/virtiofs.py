@@ -30,7 +30,7 @@ TIMEOUT = 120.0
 
 
 def measure() -> Report:
-    """Run it: some 4 minutes."""
+    """Run it: some 5 minutes."""
     report = Report("virtiofs")
     rates: dict[tuple[str, str], list[float]] = {}
     with _machine() as (vm, sides):
