@@ -12,8 +12,10 @@ relied upon: kicks are never suppressed, and every used entry is signalled.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import compress, pairwise
 from typing import NamedTuple
 
 from .memory import GuestMemory, GuestMemoryError
@@ -26,6 +28,7 @@ KNOWN_CHAINS = 64
 """Chains of a queue of which it is known what they stand for: up to 200 kB each."""
 NEXT, WRITE, INDIRECT = 1, 2, 4  # VRING_DESC_F_*
 _DESC = struct.Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
+_REST = struct.Struct("<IHH")  # of it: all but the address
 _USED = struct.Struct("<II")  # struct vring_used_elem: id, len
 _Descriptor = tuple[int, int, int, int]
 
@@ -141,31 +144,70 @@ class VirtQueue:
         self._used_header[1] = (index + 1) & 0xFFFF
 
 
+class _Shape(NamedTuple):
+    """Descriptors but for their addresses: the same in one request as in others like it."""
+
+    lengths: list[int]
+    packed: int
+    """The lengths again, of 64 bits each."""
+    readable: int
+    """How many the device may read: the first ones."""
+
+
 def _buffers(
-    memory: GuestMemory, descriptors: Iterable[_Descriptor], table: bytes
+    memory: GuestMemory, descriptors: tuple[_Descriptor, ...], table: bytes
 ) -> tuple[tuple[memoryview, ...], tuple[memoryview, ...]]:
     """What the device may read, and what it may write, of a chain that goes on in a table.
 
     Raises _BadChainError, GuestMemoryError.
     """
-    if table:
-        descriptors = [*descriptors, *_in_order(list(_DESC.iter_unpack(table)))]
-    readable: list[tuple[int, int]] = []
-    writable: list[tuple[int, int]] = []
-    # Neighbours of one direction are one buffer: guests often have pages in a row.
-    begin = end = writes = 0
-    for address, count, flags, _ in descriptors:
-        if address == end and flags & WRITE == writes:
-            end += count
-            continue
-        if end > begin:
-            (writable if writes else readable).append((begin, end))
-        if writes and not flags & WRITE:
-            raise _BadChainError("a part to read behind one to write")
-        begin, end, writes = address, address + count, flags & WRITE
-    if end > begin:
-        (writable if writes else readable).append((begin, end))
-    return tuple(memory.views(readable)), tuple(memory.views(writable))
+    shape = None if descriptors else _shape(_halves(table, 1))
+    if shape is None:
+        found = [*descriptors, *(_in_order(list(_DESC.iter_unpack(table))) if table else ())]
+        table = b"".join(
+            _DESC.pack(address, length, flags & WRITE | (NEXT if index < len(found) else 0), index)
+            for index, (address, length, flags, _) in enumerate(found, 1)
+        )
+        shape = _shape(_halves(table, 1))
+        assert shape is not None
+    lengths, packed, readable = shape
+    addresses = _halves(table, 0)
+    # Neighbours of one direction are one buffer: guests often have pages in a row. One addition
+    # tells for all of them where an address is not the end of the one before.
+    number = int.from_bytes(addresses, "little")
+    differences = ((number + packed) ^ (number >> 64)).to_bytes(len(addresses) + 8, "little")
+    is_apart = memoryview(differences).cast("Q").tolist()
+    if readable:
+        is_apart[readable - 1] = 1
+    firsts = [0, *compress(range(1, len(lengths)), is_apart)]
+    starts = memoryview(addresses).cast("Q").tolist()
+    spans = [
+        (starts[first], starts[behind - 1] + lengths[behind - 1])
+        for first, behind in pairwise([*firsts, len(lengths)])
+    ]
+    border = bisect_left(firsts, readable)
+    return tuple(memory.views(spans[:border])), tuple(memory.views(spans[border:]))
+
+
+def _halves(table: bytes, index: int) -> bytes:
+    """Of each descriptor the address (0), or all else (1)."""
+    return memoryview(table).cast("Q")[index::2].tobytes()
+
+
+@lru_cache(KNOWN_CHAINS)
+def _shape(halves: bytes) -> _Shape | None:
+    """None if they do not follow each other as they lie. Raises _BadChainError."""
+    lengths, flags, following = zip(*_REST.iter_unpack(halves), strict=True)
+    count = len(lengths)
+    goes_on = [each & (NEXT | INDIRECT) for each in flags]
+    if goes_on != [NEXT] * (count - 1) + [0] or following[:-1] != tuple(range(1, count)):
+        return None
+    writes = [each & WRITE for each in flags]
+    readable = count - sum(writes) // WRITE
+    if any(writes[:readable]):
+        raise _BadChainError("a part to read behind one to write")
+    packed = int.from_bytes(struct.pack(f"<{count}Q", *lengths), "little")
+    return _Shape(list(lengths), packed, readable)
 
 
 def _in_order(table: list[_Descriptor]) -> Iterator[_Descriptor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from operator import itemgetter
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -72,6 +74,16 @@ def test_neighbours_are_one_buffer(pair: Pair) -> None:
     assert chain is not None
     assert [len(view) for view in chain.readable] == [2 * K]
     assert [len(view) for view in chain.writable] == [K]
+
+
+def test_a_table_in_another_order(pair: Pair) -> None:
+    entries = [(0x1000, 1, NEXT, 2), (0x3000, 1, NEXT, 3), (0x2000, 1, NEXT, 1), (0x4000, 1, 0, 0)]
+    pair.driver.put_desc(0, *put_table(pair, *entries), INDIRECT, 0)
+    pair.ram.bytes[0x1000:0x5000:0x1000] = b"1234"
+    pair.driver.make_available(0)
+    chain = pair.device.pop()
+    assert chain is not None
+    assert b"".join(chain.readable) == b"1234"
 
 
 def test_a_buffer_spans_regions(pair: Pair) -> None:
@@ -278,6 +290,49 @@ def shared() -> Iterator[Pair]:
     pair = Pair()
     yield pair
     pair.close()
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.booleans(), st.integers(0, 5), st.sampled_from([K, K, 10])),
+        min_size=1,
+        max_size=SIZE - 1,
+    ),
+    direct=st.integers(0, SIZE),
+    shuffled=st.none() | st.randoms(use_true_random=False),
+)
+def test_any_request(
+    shared: Pair, parts: list[tuple[bool, int, int]], direct: int, shuffled: Random | None
+) -> None:
+    """Neighbours are one buffer, wherever the descriptors lie: the first in the queue's own table,
+    the others in one elsewhere.
+    """
+    ram, place = shared.ram, 0x11FF0  # across the regions
+    ram.bytes[0x20000 : 0x20000 + 6 * K] = Random(1).randbytes(6 * K)
+    spans: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    entries = []
+    for writes, page, length in sorted(parts, key=itemgetter(0)):
+        begin, found = 0x20000 + page * K, spans[writes]
+        first = found.pop()[0] if found and found[-1][1] == begin else begin
+        found.append((first, begin + length))
+        entries.append((begin, length, WRITE * writes | NEXT))
+    entries[-1] = (*entries[-1][:2], entries[-1][2] & ~NEXT)
+    elsewhere = len(entries[direct:])
+    for index, entry in enumerate(entries[:direct]):
+        shared.driver.put_desc(index, *entry, index + 1)
+    if elsewhere:
+        shared.driver.put_desc(direct, place, 16 * elsewhere, INDIRECT, 0)
+    indices = list(range(1, elsewhere))
+    if shuffled is not None:
+        shuffled.shuffle(indices)
+    indices = [0, *indices, 0]
+    for entry, index, following in zip(entries[direct:], indices, indices[1:], strict=False):
+        struct.pack_into("<QIHH", ram.bytes, place + 16 * index, *entry, following)
+    struct.pack_into("<3H", ram.bytes, shared.driver.avail, 0, 1, 0)
+    chain = shared.open().pop()
+    assert chain is not None
+    for writes, views in ((False, chain.readable), (True, chain.writable)):
+        assert views == [ram.bytes[begin:end] for begin, end in spans[writes]]
 
 
 @settings(max_examples=400)
