@@ -1,7 +1,8 @@
 """File-system workloads in a real guest: fsd beside Debian's virtiofsd in C, which does not know
 of events.
 
-One guest mounts a share of each server and cache mode; the sides take turns, workload by workload.
+One guest mounts a share of each server and cache mode; the sides take turns in
+a random order, workload by workload.
 """
 
 from __future__ import annotations

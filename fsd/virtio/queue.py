@@ -26,6 +26,8 @@ MAX_CHAIN = 1024
 """Descriptors of a chain, of QEMU's longest queue and of one preadv (IOV_MAX): 4 MiB of pages."""
 KNOWN_CHAINS = 64
 """Chains of a queue of which it is known what they stand for: up to 200 kB each."""
+_LAST = (1 << 64) - (1 << 32)
+"""Address of a buffer, whose length is of 32 bits: machines have their memory far below."""
 NEXT, WRITE, INDIRECT = 1, 2, 4  # VRING_DESC_F_*
 _DESC = struct.Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 _REST = struct.Struct("<IHH")  # of it: all but the address
@@ -172,15 +174,17 @@ def _buffers(
         assert shape is not None
     lengths, packed, readable = shape
     addresses = _halves(table, 0)
+    starts = memoryview(addresses).cast("Q").tolist()
+    if max(starts) > _LAST:
+        raise _BadChainError(f"address {max(starts):#x} is not the guest's memory")
     # Neighbours of one direction are one buffer: guests often have pages in a row. One addition
-    # tells for all of them where an address is not the end of the one before.
+    # tells for all of them where an address is not the end of the one before: none overflows.
     number = int.from_bytes(addresses, "little")
     differences = ((number + packed) ^ (number >> 64)).to_bytes(len(addresses) + 8, "little")
     is_apart = memoryview(differences).cast("Q").tolist()
     if readable:
         is_apart[readable - 1] = 1
     firsts = [0, *compress(range(1, len(lengths)), is_apart)]
-    starts = memoryview(addresses).cast("Q").tolist()
     spans = [
         (starts[first], starts[behind - 1] + lengths[behind - 1])
         for first, behind in pairwise([*firsts, len(lengths)])

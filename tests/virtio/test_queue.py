@@ -196,6 +196,14 @@ def test_neighbours_beyond_the_end(pair: Pair) -> None:
     bad_chain(pair, "not the guest's memory")
 
 
+@pytest.mark.parametrize("length", [8, 16])
+def test_neighbours_around_the_end_of_addresses(pair: Pair, length: int) -> None:
+    begin = 2**64 - 8
+    entries = [(begin, length, NEXT, 1), ((begin + length) % 2**64, 16, 0, 0)]
+    pair.driver.put_desc(0, *put_table(pair, *entries), INDIRECT, 0)
+    bad_chain(pair, "not the guest's memory")
+
+
 def test_readable_behind_writable(pair: Pair) -> None:
     pair.driver.put_desc(0, 0x1000, 4, WRITE | NEXT, 1)
     pair.driver.put_desc(1, 0x2000, 4, 0, 0)
