@@ -10,18 +10,21 @@ import os
 import time
 from typing import NamedTuple
 
-from protocol.masks import Mask
+from protocol.inotify import RawEvent
+from protocol.masks import STRUCTURE, Mask
 
 from .inodes import Inode, InodeTable, is_below
 from .watcher import Arrival, HostWatcher
 
 _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_SELF)
+_STRUCTURE = int(STRUCTURE)
+_NONE = RawEvent(-1, 0, 0, b"")
 OWN_WAIT = 0.0002
 """Seconds that an object's own event, which the kernel queues right after the one with the name, is
 waited for: the queue may have been read between the two."""
 TWIN_WINDOW = 8
-"""Events behind one with a name among which its nameless twin stands: other processes' come
-between."""
+"""Events behind one with a name among which the others of the same system call stand: other
+processes' come between."""
 
 
 class Own(NamedTuple):
@@ -36,7 +39,7 @@ class Moved(NamedTuple):
 
     moved: Own | None = None
     lost: Own | None = None  # a link: what was overwritten
-    length: int = 0  # how many arrivals they are
+    end: int = 0  # index of the first arrival ahead that is behind them
 
 
 class OwnEvents:
@@ -78,13 +81,15 @@ class OwnEvents:
         moves = child is not None and self.expected(child, _MOVE_SELF, arrival)
         loses = replaced is not None and self.expected(replaced, _ATTRIB, arrival)
         while True:
-            own = self._own_moves(arrival, node, node2, child, replaced)
+            own = self._side_by_side(arrival, node, node2, child, replaced)
+            if own.moved is None and (moves or loses):
+                own = self._among_others(node, node2, child, replaced)
             if own.moved is not None or not (moves or (loses and own.lost is None)):
                 return own
             if not self.look_again(arrival):
                 return own
 
-    def _own_moves(
+    def _side_by_side(
         self,
         arrival: Arrival,
         node: Inode | None,
@@ -107,9 +112,47 @@ class OwnEvents:
             if inode is not None and alike and self._may_be(inode, node, node2, child):
                 moved = Own(inode, ahead[0].number)
                 return Moved(moved, lost, 2 if lost is not None else 1)
-        if lost is not None and lost.inode is replaced:
-            return Moved(None, lost, 1)
         return Moved()
+
+    def _among_others(
+        self, node: Inode | None, node2: Inode | None, child: Inode | None, replaced: Inode | None
+    ) -> Moved:
+        """The same with other processes' events between them: of what is known, and no other."""
+        lost, end = None, 0
+        nodes = (inode for inode in (node, node2) if inode is not None)
+        ((over, _),) = self.changes(0, 1, *nodes)
+        for index, ahead in enumerate(self.ahead(over)):
+            raw = ahead.raw
+            inode = self._watcher.inode_of(raw.wd)
+            if inode is None or raw.name:
+                continue
+            if inode is child and raw.mask & _MOVE_SELF:
+                return Moved(Own(inode, ahead.number), lost, index + 1)
+            if inode is replaced and raw.mask & _ATTRIB and lost is None:
+                lost, end = Own(inode, ahead.number), index + 1
+        return Moved(None, lost, end)
+
+    def changes(self, start: int, count: int, *nodes: Inode) -> list[tuple[int, RawEvent]]:
+        """The next changes of names in a rename's directories, from index ``start`` ahead on, with
+        their indices; _NONE for what is not there.
+
+        A rename holds its directories' locks: the first that it has not made is behind all it has.
+        """
+        wds = {self._watcher.wd_of(node) for node in nodes}
+        found = [
+            (start + index, arrival.raw)
+            for index, arrival in enumerate(self.ahead(start + TWIN_WINDOW)[start:])
+            if arrival.raw.name and arrival.raw.mask & _STRUCTURE and arrival.raw.wd in wds
+        ]
+        return (found + count * [(start + TWIN_WINDOW, _NONE)])[:count]
+
+    def first_move(self, start: int, stop: int, *inodes: Inode) -> Own | None:
+        """The first MOVE_SELF of one of these among the arrivals ahead, ``start`` to ``stop``."""
+        for ahead in self.ahead(stop)[start:]:
+            inode = self._watcher.inode_of(ahead.raw.wd)
+            if inode is not None and inode in inodes and ahead.raw.mask & _MOVE_SELF:
+                return Own(inode, ahead.number)
+        return None
 
     def _may_be(
         self, inode: Inode, node: Inode | None, node2: Inode | None, known: Inode | None

@@ -179,7 +179,7 @@ class Resolver:
         )  # fmt: skip
         exchanged = 0
         if replaced is not None and own.lost is None:
-            exchanged, replaced = self._exchanged(event, replaced, own.length)
+            exchanged, replaced = self._exchanged(event, first, replaced, own.end)
         if not exchanged:
             replaced = self._lost(first, replaced, own)
         event.exchanged = exchanged
@@ -218,36 +218,43 @@ class Resolver:
         self._implied[own.lost.number] = event
         wd = self._watcher.wd_of(own.lost.inode)
         event.nlink = 2
-        for ahead in self._own_events.ahead(own.length + 2)[own.length :]:
+        for ahead in self._own_events.ahead(own.end + 2)[own.end :]:
             if ahead.raw.wd != wd or not ahead.raw.mask & (_DELETE_SELF | _IGNORED):
                 break
             self._implied[ahead.number] = event
             event.nlink = 1
 
-    def _exchanged(self, event: Event, replaced: Inode, skip: int) -> tuple[int, Inode]:
+    def _exchanged(
+        self, event: Event, first: Arrival, replaced: Inode, start: int
+    ) -> tuple[int, Inode]:
         """Cookie of the second pair, back, that RENAME_EXCHANGE queues (0 for a plain rename), and
         what came back.
         """
-        ahead = self._own_events.ahead(skip + 3)[skip:]
-        if len(ahead) < 2:
+        child, node, node2 = event.child, event.node, event.node2
+        assert child is not None
+        assert node2 is not None
+        # No plain rename puts a file in a directory's place, or what is watched without an ATTRIB.
+        must = child.is_dir != replaced.is_dir or self._own_events.expected(
+            replaced, _ATTRIB, first
+        )
+        while True:
+            changes = self._own_events.changes(start, 3, node, node2)
+            (_, back), (end, there), (stop, _) = changes
+            if there.mask or not must or not self._own_events.look_again(first):
+                break
+        halves = [(node2, event.name2), (node, event.name)]
+        if [(self._watcher.inode_of(raw.wd), raw.name) for raw in (back, there)] != halves:
             return 0, replaced
-        back, there = (arrival.raw for arrival in ahead[:2])
         if not back.mask & _MOVED_FROM or back.cookie != there.cookie:
             return 0, replaced
-        if [back.name, there.name] != [event.name2, event.name]:
-            return 0, replaced
-        nodes = (self._watcher.inode_of(back.wd), self._watcher.inode_of(there.wd))
-        if nodes != (event.node2, event.node):
-            return 0, replaced
-        moved = self._moved_self(ahead[2:])
-        assert event.child is not None
         if replaced.is_placeholder:
             replaced = self._came_back(event) or replaced
-        if not self._is_exchange(event.child, replaced, moved):
+        own = self._own_events.first_move(end + 1, stop, child, replaced)
+        if not self._is_exchange(child, replaced, own and own.inode):
             return 0, replaced
-        if moved is replaced:
-            self._implied[ahead[2].number] = event
-        self._watcher.drop_rename(back.cookie, skip + 2)
+        if own is not None and own.inode is replaced:
+            self._implied[own.number] = event
+        self._watcher.drop_rename(back.cookie, RENAME_WINDOW)
         return back.cookie, replaced
 
     def _came_back(self, event: Event) -> Inode | None:
@@ -259,11 +266,6 @@ class Resolver:
         except OSError:
             return None
         return inode if (inode.identity[1], inode.kind) == (known.ino, known.kind) else None
-
-    def _moved_self(self, ahead: list[Arrival]) -> Inode | None:
-        if ahead and ahead[0].raw.mask & _MOVE_SELF:
-            return self._watcher.inode_of(ahead[0].raw.wd)
-        return None
 
     def _is_exchange(self, child: Inode, replaced: Inode, moved: Inode | None) -> bool:
         """Tell an exchange from a rename over and a rename back, which queue the same names.
@@ -279,22 +281,19 @@ class Resolver:
             return moved is replaced
         return bool(self._links(replaced))
 
-    def _swapped(self, event: Event, wd: int, replaced: Inode, skip: int) -> int:
+    def _swapped(self, event: Event, replaced: Inode, start: int) -> int:
         """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
-        ahead = self._own_events.ahead(skip + 2)[skip:]
-        if not ahead or not ahead[0].raw.mask & _MOVED_FROM:
-            return 0
-        back = ahead[0].raw
-        if (back.wd, back.name) != (wd, event.name) or self._watcher.has_moved_to(
-            back.cookie, RENAME_WINDOW
-        ):
-            return 0  # or it went on at once, to where it is seen
         assert event.child is not None
+        (end, back), (stop, _) = self._own_events.changes(start, 2, event.node)
+        if not back.mask & _MOVED_FROM or back.name != event.name:
+            return 0
+        if self._watcher.has_moved_to(back.cookie, RENAME_WINDOW):
+            return 0  # it went on at once, to where it is seen
         if event.child.is_dir == replaced.is_dir and not self._links(replaced):
             return 0
-        if self._moved_self(ahead[1:]) is replaced:
-            self._implied[ahead[1].number] = event
-        self._watcher.drop_rename(back.cookie, skip + 1)
+        if (own := self._own_events.first_move(end + 1, stop, replaced)) is not None:
+            self._implied[own.number] = event
+        self._watcher.drop_rename(back.cookie, RENAME_WINDOW)
         return back.cookie
 
     def _overwritten(self, node: Inode, name: bytes) -> Inode | None:
@@ -362,7 +361,7 @@ class Resolver:
                 own = self._own_events.of_rename(arrival, None, node, looked, replaced)
                 event.child = self._proved(arrival, node, looked, own) or looked
             if replaced is not None and own.lost is None:
-                event.exchanged = self._swapped(event, raw.wd, replaced, own.length)
+                event.exchanged = self._swapped(event, replaced, own.end)
             if not event.exchanged:
                 replaced = self._lost(arrival, replaced, own)
             self._replace(event, node, name, replaced, own)

@@ -189,3 +189,93 @@ def test_an_exchange_with_what_only_a_listing_knows(world: World) -> None:
     (order,) = world.orders(mount)
     assert (order.op, order.name, order.name2) == (Op.RENAME, b"a", b"b")
     assert order.arg == RENAME_EXCHANGE
+
+
+def among(world: World, gap: int, count: int = 1) -> None:
+    """Have the last events in the queue where another processor may have queued them."""
+    world.export.watcher.drain()
+    arrivals = world.export.watcher._arrivals
+    for _ in range(count):
+        arrivals.insert(gap, arrivals.pop())
+
+
+def made(path: Path, kind: str) -> None:
+    path.touch() if kind == "file" else path.mkdir()
+
+
+@pytest.mark.parametrize("gap", range(1, 6))
+@pytest.mark.parametrize("kinds", [("dir", "dir"), ("file", "file"), ("file", "dir")])
+@pytest.mark.parametrize("others", ["create", "rename"])
+def test_an_exchange_among_events_of_others(
+    world: World, kinds: tuple[str, str], gap: int, others: str
+) -> None:
+    """Or else guests would see a watched directory overwritten, and lose it."""
+    for name in ("in", "to", "busy/old"):
+        (world.source / name).mkdir(parents=True)
+    places = [world.source / "in/a", world.source / "to/b"]
+    for place, kind in zip(places, kinds, strict=True):
+        made(place, kind)
+    mount = world.mount()
+    for name in ("in", "to", "busy"):
+        world.mark(mount.guest, name)
+    nodes = [world.mark(mount.guest, name) for name in ("in/a", "to/b")]
+    other = world.mark(mount.guest, "busy/old")
+    names = [os.fsencode(place) for place in places]
+    world.pump()
+    renameat2(-100, names[0], -100, names[1], RENAME_EXCHANGE)
+    if others == "create":
+        os.mkdir(world.source / "busy/new")
+        among(world, gap)
+    else:
+        os.rename(world.source / "busy/old", world.source / "busy/new")
+        among(world, gap, 3)
+    orders = world.orders(mount)
+    assert len(orders) == 2
+    tasks = {task.order.nodeid: task for task in mount.guest.ledger._tasks}
+    exchange = tasks[world.node("in").nodeid]
+    assert (exchange.order.op, exchange.order.arg) == (Op.RENAME, RENAME_EXCHANGE)
+    assert [exchange.child, exchange.target] == nodes
+    assert [world.node("to/b"), world.node("in/a")] == nodes
+    if others == "rename":
+        assert tasks[world.node("busy").nodeid].child is other
+
+
+@pytest.mark.parametrize("gap", range(1, 3))
+def test_an_exchange_with_an_unseen_name_among_events_of_others(
+    world: World, outside: Path, gap: int
+) -> None:
+    for path in (world.source / "dir", outside / "other", world.source / "busy"):
+        path.mkdir()
+    mount = world.mount()
+    for name in ("", "busy"):
+        world.mark(mount.guest, name)
+    world.mark(mount.guest, "dir")
+    names = [os.fsencode(path) for path in (outside / "other", world.source / "dir")]
+    world.pump()
+    renameat2(-100, names[0], -100, names[1], RENAME_EXCHANGE)
+    os.mkdir(world.source / "busy/new")
+    among(world, gap)
+    orders = world.orders(mount)
+    (rename,) = [order for order in orders if order.op == Op.RENAME]
+    assert len(orders) == 2
+    assert rename.arg == RENAME_EXCHANGE
+
+
+@pytest.mark.parametrize("gap", range(1, 3))
+def test_a_directory_moved_among_events_of_others_is_known_at_its_new_place(
+    world: World, gap: int
+) -> None:
+    for name in ("in/a", "to", "busy"):
+        (world.source / name).mkdir(parents=True)
+    mount = world.mount()
+    for name in ("in", "to", "busy"):
+        world.mark(mount.guest, name)
+    moved = world.mark(mount.guest, "in/a")
+    world.pump()
+    os.rename(world.source / "in/a", world.source / "to/b")
+    os.mkdir(world.source / "busy/new")
+    among(world, gap)
+    world.orders(mount)
+    (task,) = [task for task in mount.guest.ledger._tasks if task.order.op == Op.RENAME]
+    assert task.child is moved
+    assert (moved.parent, moved.name) == (world.node("to"), b"b")
