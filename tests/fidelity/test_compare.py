@@ -124,6 +124,19 @@ def test_deaths_may_be_late_but_not_absent() -> None:
         assert compare.first_difference_but_deaths(STREAM, broken)
 
 
+def test_a_watch_may_end_late_but_only_after_its_death() -> None:
+    other = [event(DELETE_SELF, watch="d/g"), event(IGNORED, watch="d/g")]
+    two = [*STREAM[:13], other[0], *STREAM[13:], other[1]]
+    assert compare.first_difference([*STREAM[:14], *other, *STREAM[14:]], two) is None
+    late = [*without(STREAM, 13), STREAM[13]]
+    assert compare.first_difference(STREAM, late) is None
+    before = [*without(STREAM, 13)]
+    before.insert(12, STREAM[13])
+    lived = [*STREAM[:13], event(ATTRIB, watch="d/f"), *STREAM[13:]]
+    for broken in (before, lived, without(STREAM, 13), without(late, 11)):
+        assert compare.first_difference(STREAM, broken)
+
+
 def test_a_report_shows_the_place() -> None:
     difference = compare.first_difference(STREAM, mutations()["pair broken"])
     assert difference is not None
