@@ -305,6 +305,7 @@ class ReplayGuest(Guest):
             return None
         if inode.is_dir:
             return [False]
+        self._watcher.drain()  # time has passed here, but was the queue looked at since?
         if self._watcher.backlog and len(self._held) < OPEN_AHEAD:
             return None
         for later, *_ in itertools.islice(self._held, 1, None):

@@ -61,6 +61,26 @@ def test_an_open_that_just_ended_waits_for_its_close(
     assert (closed.op, closed.arg) == (Op.CLOSE, opened.seq)
 
 
+def test_an_open_does_not_wait_in_vain_for_what_is_queued(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy server comes to it long after it has read it, and all that followed is unread."""
+    monkeypatch.setattr(replayer, "OPEN_WAIT", 0.001)
+    (world.source / "file").touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    fd = os.open(world.source / "file", os.O_WRONLY)
+    world.pump()
+    os.write(fd, b"written")
+    os.close(fd)
+    time.sleep(replayer.CLOSE_WAIT)
+    mount.guest.plan()
+    opened, modified, closed = world.orders(mount)
+    assert (opened.op, opened.arg) == (Op.OPEN, True)
+    assert (modified.op, modified.arg) == (Op.TOUCH, Mask.MODIFY)
+    assert (closed.op, closed.arg) == (Op.CLOSE, opened.seq)
+
+
 def test_a_marked_file_with_a_link_that_nobody_saw_outlives_its_name(
     world: World, outside: Path
 ) -> None:
