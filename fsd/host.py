@@ -1,4 +1,4 @@
-"""System calls that Python lacks: file handles, renameat2, and creating files as the caller.
+"""System calls that Python lacks: file handles, openat2, renameat2, and creating as the caller.
 
 Apart because it is all of the core's ctypes (sandbox and seccomp have theirs).
 """
@@ -25,6 +25,14 @@ _unpack_size = struct.Struct("=I").unpack_from
 _mount_id_ref = ctypes.byref(ctypes.c_int())
 _SYS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}.get(os.uname().machine)
 """Numbers of setfsuid, setfsgid, setgroups: raw, as glibc would change every thread."""
+_OPENAT2 = 437
+_RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x01, 0x04, 0x08
+_DIRECTORY_BELOW = struct.pack(
+    "=QQQ",
+    os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC,
+    0,
+    _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH,
+)
 
 _own_process = "/proc/self"
 
@@ -71,6 +79,13 @@ def file_handle(fd: int, name: bytes = b"") -> bytes:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), name)
     (size,) = _unpack_size(_handle_view)
     return bytes(_handle_view[4 : 8 + size])
+
+
+def open_directory_below(root_fd: int, path: bytes) -> int:
+    """An O_PATH descriptor of a directory, by names that lead over no link, no mount and not out of
+    the root: openat2(2). Raises OSError.
+    """
+    return _check(_libc.syscall(_OPENAT2, root_fd, path, _DIRECTORY_BELOW, len(_DIRECTORY_BELOW)))
 
 
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:

@@ -484,10 +484,29 @@ class InodeTable:
         return self.identify(fd)[0] == inode.identity
 
     def open_by_handle(self, inode: Inode, flags: int) -> int:
-        """A new descriptor by file handle. Raises OSError, ESTALE where that cannot be."""
+        """A new descriptor by file handle. Raises OSError, ESTALE where that cannot be.
+
+        Of a directory by its path, where the handle is that of what is there: the kernel opens and
+        reads the directories above one whose dentries it has dropped, to find its names, and all
+        who watch those see it (exportfs_get_name in fs/exportfs/expfs.c).
+        """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if inode.is_dir and (fd := self._open_by_path(inode)) >= 0:
+            return fd
         return host.open_by_handle(self.root_fd, inode.identity[2], flags)
+
+    def _open_by_path(self, directory: Inode) -> int:
+        """-1 where it is not there."""
+        try:
+            fd = host.open_directory_below(self.root_fd, directory.path())
+        except OSError:
+            return -1
+        with suppress(OSError):
+            if host.file_handle(fd) == directory.identity[2]:
+                return fd
+        os.close(fd)
+        return -1
 
     def verify_place(self, inode: Inode) -> bool:
         """Make sure that an object is where it is known to be, or find out where it is; whether it

@@ -260,3 +260,20 @@ def test_hand_marks_and_observers_have_no_echo(tree: World) -> None:
     mkdir(tree, own)
     assert plain(tree.take(observer)) == [(b"new", "create,isdir")]
     assert hand.counts["replayed"] == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have the kernel drop its dentries")
+def test_a_directory_is_reached_without_a_trace_above_it(world: World) -> None:
+    """By its handle alone the kernel would look for its names, in directories that are watched."""
+    (world.source / "a/b/c").mkdir(parents=True)
+    (world.source / "a/b/c/file").touch()
+    mount = world.mount()
+    for path in ("", "a", "a/b", "a/b/c"):
+        directory = world.mark(mount.guest, path)
+    world.orders(mount)
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    seen = world.export.watcher.events_in
+    world.export.fs.lookup(directory, b"file")
+    world.pump()
+    assert world.export.watcher.events_in == seen
