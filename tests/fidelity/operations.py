@@ -764,12 +764,13 @@ def main() -> None:
     parser.add_argument("--top", required=True)
     parser.add_argument("--files", action="store_true")
     parser.add_argument("--without", default="")
+    parser.add_argument("--only", default="")
     args = parser.parse_args()
     generator = Generator(
         args.seed,
         args.files,
         args.top.encode(),
-        frozenset(filter(None, args.without.split(","))),
+        *(frozenset(filter(None, names.split(","))) for names in (args.without, args.only)),
     )
     steps = generator.plan(args.ops).steps
     executor = Executor(args.root, args.outside)

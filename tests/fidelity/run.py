@@ -397,7 +397,8 @@ def _write_concurrently(case: Case, arena: Arena, outcome: Outcome) -> None:
             command = [sys.executable, "-m", "tests.fidelity.operations"]
             command += [str(arena.source), str(arena.outside), f"--seed={case.seed + index}"]
             command += [f"--ops={case.steps}", f"--top={top.decode()}"]
-            command += ["--files"] * case.files + [f"--without={','.join(case.without)}"]
+            command += [f"--without={','.join(case.without)}", f"--only={','.join(case.only)}"]
+            command += ["--files"] * case.files
             writer = stack.enter_context(
                 subprocess.Popen(
                     command,

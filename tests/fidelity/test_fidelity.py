@@ -103,6 +103,12 @@ def test_two_concurrent_writers(tmp_path: Path) -> None:
     fidelity(tmp_path, Case(40, 1500, burst=True, writers=2, without=LIMITS))
 
 
+def test_exchanges_among_the_events_of_another_writer(tmp_path: Path) -> None:
+    """Which come between those of one rename: five events that must be known to belong together."""
+    only = frozenset({"exchange", "rename_dir", "mkdir", "create", "append"})
+    fidelity(tmp_path, Case(60, 2500, burst=True, writers=2, only=only))
+
+
 @pytest.mark.parametrize("files", [False, True], ids=["dirs", "files"])
 def test_the_server_does_not_change_what_the_host_sees(tmp_path: Path, files: bool) -> None:
     """Native events next to a mount that is watched are those of a host without any mount."""
