@@ -17,7 +17,7 @@ from .inodes import Inode, InodeTable, is_below
 from .watcher import Arrival, HostWatcher
 
 _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_SELF)
-_STRUCTURE = int(STRUCTURE)
+_MOVED_FROM, _STRUCTURE = int(Mask.MOVED_FROM), int(STRUCTURE)
 _NONE = RawEvent(-1, 0, 0, b"")
 OWN_WAIT = 0.0002
 """Seconds that an object's own event, which the kernel queues right after the one with the name, is
@@ -56,12 +56,15 @@ class OwnEvents:
         return self._watcher.peek(count)
 
     def look_again(self, arrival: Arrival) -> bool:
-        """Whether more may come of the system call that queued ``arrival``; reads what has."""
-        if self._watcher.backlog >= TWIN_WINDOW:
+        """Whether there may be more of the system call that queued ``arrival`` than at the last
+        look; reads what has come.
+        """
+        before = self._watcher.backlog
+        if before >= TWIN_WINDOW:
             return False
         os.sched_yield()
         self._watcher.drain()
-        return time.monotonic() < arrival.stamp + OWN_WAIT
+        return self._watcher.backlog > before or time.monotonic() < arrival.stamp + OWN_WAIT
 
     def expected(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
         """Whether the events ``bits`` of an inode are in the queue beside ``arrival``."""
@@ -82,8 +85,8 @@ class OwnEvents:
         loses = replaced is not None and self.expected(replaced, _ATTRIB, arrival)
         while True:
             own = self._side_by_side(arrival, node, node2, child, replaced)
-            if own.moved is None and (moves or loses):
-                own = self._among_others(node, node2, child, replaced)
+            if own.moved is None:
+                own = self._among_others(arrival, node, node2, child, replaced)
             if own.moved is not None or not (moves or (loses and own.lost is None)):
                 return own
             if not self.look_again(arrival):
@@ -115,18 +118,29 @@ class OwnEvents:
         return Moved()
 
     def _among_others(
-        self, node: Inode | None, node2: Inode | None, child: Inode | None, replaced: Inode | None
+        self,
+        arrival: Arrival,
+        node: Inode | None,
+        node2: Inode | None,
+        child: Inode | None,
+        replaced: Inode | None,
     ) -> Moved:
-        """The same with other processes' events between them: of what is known, and no other."""
+        """The same with other processes' events between them: of what is known, or of a directory
+        from out of sight that takes the place of what leaves by the same name.
+        """
         lost, end = None, 0
-        nodes = (inode for inode in (node, node2) if inode is not None)
-        ((over, _),) = self.changes(0, 1, *nodes)
+        ((over, change),) = self.changes(0, 1, *(n for n in (node, node2) if n is not None))
+        swaps = change.mask & _MOVED_FROM and change.name == arrival.raw.name
+        from_outside = swaps and arrival.raw.mask & _ISDIR and node is None
         for index, ahead in enumerate(self.ahead(over)):
             raw = ahead.raw
             inode = self._watcher.inode_of(raw.wd)
             if inode is None or raw.name:
                 continue
-            if inode is child and raw.mask & _MOVE_SELF:
+            if raw.mask & _MOVE_SELF and (
+                inode is child
+                or (from_outside and inode.is_dir and self._may_be(inode, node, node2, child))
+            ):
                 return Moved(Own(inode, ahead.number), lost, index + 1)
             if inode is replaced and raw.mask & _ATTRIB and lost is None:
                 lost, end = Own(inode, ahead.number), index + 1

@@ -271,7 +271,7 @@ class Resolver:
         """Tell an exchange from a rename over and a rename back, which queue the same names.
 
         By what moved itself last, where one of the two is watched; else by their kinds, or by
-        whether the replaced object lives on.
+        whether the replaced object lives on; one that nobody has seen does.
         """
         if child.is_dir != replaced.is_dir:
             return True
@@ -279,7 +279,7 @@ class Resolver:
             return moved is not child
         if int(self._watcher.mask_of(replaced)) & _MOVE_SELF:
             return moved is replaced
-        return bool(self._links(replaced))
+        return replaced.is_placeholder or bool(self._links(replaced))
 
     def _swapped(self, event: Event, replaced: Inode, start: int) -> int:
         """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""

@@ -299,3 +299,70 @@ def test_a_directory_moved_among_events_of_others_is_known_at_its_new_place(
     (task,) = [task for task in mount.guest.ledger._tasks if task.order.op == Op.RENAME]
     assert task.child is moved
     assert (moved.parent, moved.name) == (world.node("to"), b"b")
+
+
+def test_a_late_server_looks_at_what_it_has_just_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue was read between an event and its twin, and that was long ago."""
+    (world.source / "file").touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    node = world.mark(mount.guest, "file")
+    world.pump()
+    os.chmod(world.source / "file", 0o600)
+    watcher = world.export.watcher
+    watcher.drain()
+    named, twin = watcher._arrivals
+    watcher._keep([named._replace(stamp=named.stamp - 1)])
+    monkeypatch.setattr(os, "sched_yield", lambda: watcher._arrivals.append(twin))
+    world.export.process(1)
+    (order,) = world.orders(mount)
+    assert (order.op, order.name, order.arg) == (Op.TOUCH, b"file", Mask.ATTRIB)
+    assert mount.guest.ledger._tasks[0].child is node
+
+
+def test_an_exchange_of_what_nobody_has_seen(world: World) -> None:
+    """Nothing proves it any more when it is read: to rename over, and back, would be pointless."""
+    for name in "ab":
+        (world.source / name).touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    world.export.watcher.drain()
+    for name in "ab":  # known by events, but gone when these are read
+        (world.source / f"new {name}").touch()
+        os.rename(world.source / f"new {name}", world.source / name)
+    renameat2(
+        -100, os.fsencode(world.source / "a"), -100, os.fsencode(world.source / "b"),
+        RENAME_EXCHANGE,
+    )  # fmt: skip
+    for name in "ab":
+        os.unlink(world.source / name)
+    orders = world.orders(mount)
+    exchanges = [order for order in orders if order.op == Op.RENAME and order.arg]
+    assert [(order.name, order.name2) for order in exchanges] == [(b"a", b"b")]
+
+
+@pytest.mark.parametrize("gap", range(1, 3))
+def test_a_directory_from_out_of_sight_exchanged_among_events_of_others(
+    world: World, outside: Path, gap: int
+) -> None:
+    """It is known by its own MOVE_SELF, which comes before what it was exchanged with leaves."""
+    for path in ("in/watched", "busy"):
+        (world.source / path).mkdir(parents=True)
+    (world.source / "file").touch()
+    mount = world.mount()
+    for name in ("", "in", "busy"):
+        world.mark(mount.guest, name)
+    watched = world.mark(mount.guest, "in/watched")
+    os.rename(world.source / "in/watched", outside / "watched")
+    world.pump()
+    world.orders(mount)
+    names = [os.fsencode(path) for path in (outside / "watched", world.source / "file")]
+    renameat2(-100, names[0], -100, names[1], RENAME_EXCHANGE)
+    os.mkdir(world.source / "busy/new")
+    among(world, gap)
+    orders = world.orders(mount)
+    assert sorted(order.op for order in orders) == [Op.CREATE, Op.RENAME]
+    (exchange,) = [task for task in mount.guest.ledger._tasks if task.order.arg == RENAME_EXCHANGE]
+    assert exchange.child is watched
