@@ -250,7 +250,7 @@ class Resolver:
         if replaced.is_placeholder:
             replaced = self._came_back(event) or replaced
         own = self._own_events.first_move(end + 1, stop, child, replaced)
-        if not self._is_exchange(child, replaced, own and own.inode):
+        if not self._is_exchange(child, replaced, own and own.inode, beside=end == start + 1):
             return 0, replaced
         if own is not None and own.inode is replaced:
             self._implied[own.number] = event
@@ -267,11 +267,14 @@ class Resolver:
             return None
         return inode if (inode.identity[1], inode.kind) == (known.ino, known.kind) else None
 
-    def _is_exchange(self, child: Inode, replaced: Inode, moved: Inode | None) -> bool:
+    def _is_exchange(
+        self, child: Inode, replaced: Inode, moved: Inode | None, *, beside: bool
+    ) -> bool:
         """Tell an exchange from a rename over and a rename back, which queue the same names.
 
-        By what moved itself last, where one of the two is watched; else by their kinds, or by
-        whether the replaced object lives on; one that nobody has seen does.
+        By their kinds, or what moved itself last, where one of the two is watched; else, if the
+        pairs stand beside each other, by whether the replaced object lives on: one that nobody has
+        seen is taken to.
         """
         if child.is_dir != replaced.is_dir:
             return True
@@ -279,7 +282,7 @@ class Resolver:
             return moved is not child
         if int(self._watcher.mask_of(replaced)) & _MOVE_SELF:
             return moved is replaced
-        return replaced.is_placeholder or bool(self._links(replaced))
+        return beside and (replaced.is_placeholder or bool(self._links(replaced)))
 
     def _swapped(self, event: Event, replaced: Inode, start: int) -> int:
         """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
@@ -289,10 +292,11 @@ class Resolver:
             return 0
         if self._watcher.has_moved_to(back.cookie, RENAME_WINDOW):
             return 0  # it went on at once, to where it is seen
-        if event.child.is_dir == replaced.is_dir and not self._links(replaced):
-            return 0
-        if (own := self._own_events.first_move(end + 1, stop, replaced)) is not None:
+        own = self._own_events.first_move(end + 1, stop, replaced)
+        if own is not None:
             self._implied[own.number] = event
+        elif event.child.is_dir == replaced.is_dir and not (end == start and self._links(replaced)):
+            return 0
         self._watcher.drop_rename(back.cookie, RENAME_WINDOW)
         return back.cookie
 

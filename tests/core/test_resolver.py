@@ -343,6 +343,24 @@ def test_an_exchange_of_what_nobody_has_seen(world: World) -> None:
     assert [(order.name, order.name2) for order in exchanges] == [(b"a", b"b")]
 
 
+def test_files_renamed_over_and_back_with_something_between_are_not_exchanged(
+    world: World,
+) -> None:
+    for name in "abc":
+        (world.source / name).touch()
+    os.link(world.source / "b", world.source / "other b")
+    mount = world.mount()
+    world.mark(mount.guest)
+    world.node("b")
+    os.rename(world.source / "a", world.source / "b")
+    os.chmod(world.source / "c", 0o600)
+    os.rename(world.source / "b", world.source / "a")
+    orders = world.orders(mount)
+    assert [(order.op, order.name, order.arg) for order in orders] == [
+        (Op.RENAME, b"a", 0), (Op.TOUCH, b"c", Mask.ATTRIB), (Op.RENAME, b"b", 0),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("gap", range(1, 3))
 def test_a_directory_from_out_of_sight_exchanged_among_events_of_others(
     world: World, outside: Path, gap: int
