@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .listings import Listing
 
 ROOT_ID = 1
+WARM = 1.0
+"""Seconds after its use that a directory's dentries are taken to be in the kernel's cache."""
 _SYNTHETIC = 1 << 62
 """First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
 
@@ -40,7 +43,7 @@ class Inode:
 
     __slots__ = (
         "attr_given", "children", "fd", "generation", "identity", "kind", "listing", "lookups",
-        "name", "nlink", "nodeid", "open_fds", "parent", "pins",
+        "name", "nlink", "nodeid", "open_fds", "parent", "pins", "warm_until",
     )  # fmt: skip
 
     def __init__(self, nodeid: int, generation: int, identity: Identity, kind: int) -> None:
@@ -58,6 +61,7 @@ class Inode:
         self.attr_given = False  # to a kernel, for longer than a moment
         self.open_fds: list[int] = []  # of open file handles: reach it after its unlink
         self.listing: Listing | None = None  # of a watched directory
+        self.warm_until = 0.0  # time.monotonic(): the kernel has just had a directory's dentries
 
     @property
     def key(self) -> NodeKey:
@@ -486,14 +490,18 @@ class InodeTable:
     def open_by_handle(self, inode: Inode, flags: int) -> int:
         """A new descriptor by file handle. Raises OSError, ESTALE where that cannot be.
 
-        Of a directory by its path, where the handle is that of what is there: the kernel opens and
-        reads the directories above one whose dentries it has dropped, to find its names, and all
-        who watch those see it (exportfs_get_name in fs/exportfs/expfs.c).
+        Of a directory by its path, where the handle is that of what is there, if it was not used a
+        moment ago: the kernel opens and reads the directories above one whose dentries it has
+        dropped, to find its names, and all who watch those see it (exportfs_get_name in
+        fs/exportfs/expfs.c).
         """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        if inode.is_dir and (fd := self._open_by_path(inode)) >= 0:
-            return fd
+        if inode.is_dir:
+            now = time.monotonic()
+            is_warm, inode.warm_until = now < inode.warm_until, now + WARM
+            if not is_warm and (fd := self._open_by_path(inode)) >= 0:
+                return fd
         return host.open_by_handle(self.root_fd, inode.identity[2], flags)
 
     def _open_by_path(self, directory: Inode) -> int:

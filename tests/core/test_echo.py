@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fsd import inodes
 from fsd.guests import Guest
 from fsd.host import RENAME_EXCHANGE
 from fsd.passthrough import Changes
@@ -263,8 +264,11 @@ def test_hand_marks_and_observers_have_no_echo(tree: World) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can have the kernel drop its dentries")
-def test_a_directory_is_reached_without_a_trace_above_it(world: World) -> None:
+def test_a_directory_is_reached_without_a_trace_above_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By its handle alone the kernel would look for its names, in directories that are watched."""
+    monkeypatch.setattr(inodes, "WARM", 0.0)  # as if it was long ago
     (world.source / "a/b/c").mkdir(parents=True)
     (world.source / "a/b/c/file").touch()
     mount = world.mount()
