@@ -770,7 +770,8 @@ def main() -> None:
         args.seed,
         args.files,
         args.top.encode(),
-        *(frozenset(filter(None, names.split(","))) for names in (args.without, args.only)),
+        frozenset(filter(None, args.without.split(","))),
+        frozenset(filter(None, args.only.split(","))),
     )
     steps = generator.plan(args.ops).steps
     executor = Executor(args.root, args.outside)
