@@ -42,6 +42,32 @@ class Moved(NamedTuple):
     end: int = 0  # index of the first arrival ahead that is behind them
 
 
+class Rename(NamedTuple):
+    """A rename of what is taken for ``child``, over ``replaced``; out of ``node`` and into
+    ``node2``, where they are known.
+    """
+
+    arrival: Arrival
+    node: Inode | None
+    node2: Inode | None
+    child: Inode | None
+    replaced: Inode | None
+
+    def may_be_of(self, inode: Inode, outside: Inode) -> bool:
+        """Whether what moved itself can be what was renamed.
+
+        Where it is not, it was renamed right after that, in directories that are not watched.
+        """
+        if inode.is_dir != bool(self.arrival.raw.mask & _ISDIR):
+            return False
+        if self.child is not None and not self.child.is_placeholder:
+            return self.child is inode
+        if any(place is not None and is_below(place, inode) for place in (self.node, self.node2)):
+            return False  # nothing moves out of, or into, itself
+        here = (None, outside) if self.node is None else (None, outside, self.node)
+        return not inode.is_dir or inode.parent in here
+
+
 class OwnEvents:
     """Looks ahead in the queue; takes nothing out of it."""
 
@@ -70,79 +96,51 @@ class OwnEvents:
         """Whether the events ``bits`` of an inode are in the queue beside ``arrival``."""
         return self._watcher.reports(inode, bits, arrival.number)
 
-    def of_rename(
-        self,
-        arrival: Arrival,
-        node: Inode | None,
-        node2: Inode | None,
-        child: Inode | None,
-        replaced: Inode | None,
-    ) -> Moved:
-        """The own events of a rename of what is taken for ``child``; out of ``node`` and into
-        ``node2``, where they are known.
-        """
-        moves = child is not None and self.expected(child, _MOVE_SELF, arrival)
-        loses = replaced is not None and self.expected(replaced, _ATTRIB, arrival)
+    def of_rename(self, rename: Rename) -> Moved:
+        """The own events of a rename."""
+        child, replaced = rename.child, rename.replaced
+        moves = child is not None and self.expected(child, _MOVE_SELF, rename.arrival)
+        loses = replaced is not None and self.expected(replaced, _ATTRIB, rename.arrival)
         while True:
-            own = self._side_by_side(arrival, node, node2, child, replaced)
-            if own.moved is None:
-                own = self._among_others(arrival, node, node2, child, replaced)
+            own = self._side_by_side(rename) or self._among_others(rename)
             if own.moved is not None or not (moves or (loses and own.lost is None)):
                 return own
-            if not self.look_again(arrival):
+            if not self.look_again(rename.arrival):
                 return own
 
-    def _side_by_side(
-        self,
-        arrival: Arrival,
-        node: Inode | None,
-        node2: Inode | None,
-        child: Inode | None,
-        replaced: Inode | None,
-    ) -> Moved:
+    def _side_by_side(self, rename: Rename) -> Moved | None:
         ahead = self.ahead(2)
         lost = None
         if ahead and not ahead[0].raw.name and ahead[0].raw.mask & _ATTRIB:
             inode = self._watcher.inode_of(ahead[0].raw.wd)
             if inode is not None:
-                lost = Own(inode, ahead[0].number)
-        if lost is not None:
-            ahead = ahead[1:]
+                lost = Own(inode, ahead.pop(0).number)
         if ahead and not ahead[0].raw.name and ahead[0].raw.mask & _MOVE_SELF:
             inode = self._watcher.inode_of(ahead[0].raw.wd)
-            is_dir = bool(arrival.raw.mask & _ISDIR)
-            alike = inode is not None and inode.is_dir == is_dir
-            if inode is not None and alike and self._may_be(inode, node, node2, child):
-                moved = Own(inode, ahead[0].number)
-                return Moved(moved, lost, 2 if lost is not None else 1)
-        return Moved()
+            if inode is not None and rename.may_be_of(inode, self._table.outside):
+                return Moved(Own(inode, ahead[0].number), lost, 2 if lost is not None else 1)
+        return None
 
-    def _among_others(
-        self,
-        arrival: Arrival,
-        node: Inode | None,
-        node2: Inode | None,
-        child: Inode | None,
-        replaced: Inode | None,
-    ) -> Moved:
+    def _among_others(self, rename: Rename) -> Moved:
         """The same with other processes' events between them: of what is known, or of a directory
         from out of sight that takes the place of what leaves by the same name.
         """
         lost, end = None, 0
-        ((over, change),) = self.changes(0, 1, *(n for n in (node, node2) if n is not None))
-        swaps = change.mask & _MOVED_FROM and change.name == arrival.raw.name
-        from_outside = swaps and arrival.raw.mask & _ISDIR and node is None
+        nodes = (node for node in (rename.node, rename.node2) if node is not None)
+        ((over, change),) = self.changes(0, 1, *nodes)
+        swaps = change.mask & _MOVED_FROM and change.name == rename.arrival.raw.name
+        from_outside = swaps and rename.node is None
         for index, ahead in enumerate(self.ahead(over)):
             raw = ahead.raw
             inode = self._watcher.inode_of(raw.wd)
             if inode is None or raw.name:
                 continue
             if raw.mask & _MOVE_SELF and (
-                inode is child
-                or (from_outside and inode.is_dir and self._may_be(inode, node, node2, child))
+                inode is rename.child
+                or (from_outside and inode.is_dir and rename.may_be_of(inode, self._table.outside))
             ):
                 return Moved(Own(inode, ahead.number), lost, index + 1)
-            if inode is replaced and raw.mask & _ATTRIB and lost is None:
+            if inode is rename.replaced and raw.mask & _ATTRIB and lost is None:
                 lost, end = Own(inode, ahead.number), index + 1
         return Moved(None, lost, end)
 
@@ -167,17 +165,3 @@ class OwnEvents:
             if inode is not None and inode in inodes and ahead.raw.mask & _MOVE_SELF:
                 return Own(inode, ahead.number)
         return None
-
-    def _may_be(
-        self, inode: Inode, node: Inode | None, node2: Inode | None, known: Inode | None
-    ) -> bool:
-        """Whether what moved itself can be what a rename's name is taken for.
-
-        Where it is not, it was renamed right after that, in directories that are not watched.
-        """
-        if known is not None and not known.is_placeholder:
-            return known is inode
-        if any(place is not None and is_below(place, inode) for place in (node, node2)):
-            return False  # nothing moves out of, or into, itself
-        here = (None, self._table.outside) if node is None else (None, self._table.outside, node)
-        return not inode.is_dir or inode.parent in here

@@ -28,7 +28,7 @@ from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import Known, Listing, of_inode
-from .ownevents import TWIN_WINDOW, Moved, OwnEvents
+from .ownevents import TWIN_WINDOW, Moved, OwnEvents, Rename
 from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
 
@@ -168,7 +168,7 @@ class Resolver:
         replaced = self._overwritten(node2, name2)
         before = listing(node).names.pop(name, None)
         child = self._known_child(node, name, before)
-        own = self._own_events.of_rename(first, node, node2, child, replaced)
+        own = self._own_events.of_rename(Rename(first, node, node2, child, replaced))
         child = self._proved(first, node, child, own)
         if child is None or child.is_dir != bool(first.raw.mask & _ISDIR):
             looked = self._look(node2, second)
@@ -343,7 +343,7 @@ class Resolver:
         elif mask & _MOVED_FROM:
             names.pop(name, None)
             child = self._known_child(node, name, before)
-            own = self._own_events.of_rename(arrival, node, None, child, None)
+            own = self._own_events.of_rename(Rename(arrival, node, None, child, None))
             child = self._proved(arrival, node, child, own)
             if child is None or child.is_dir != bool(mask & _ISDIR):
                 child = self._gone(node, name, mask)
@@ -357,12 +357,13 @@ class Resolver:
                 child.parent = None
         elif mask & _MOVED_TO:
             replaced = self._overwritten(node, name)
-            own = self._own_events.of_rename(arrival, None, node, None, replaced)
+            rename = Rename(arrival, None, node, None, replaced)
+            own = self._own_events.of_rename(rename)
             if own.moved is not None:
                 event.child = own.moved.inode
             else:
                 looked = self._look(node, arrival)
-                own = self._own_events.of_rename(arrival, None, node, looked, replaced)
+                own = self._own_events.of_rename(rename._replace(child=looked))
                 event.child = self._proved(arrival, node, looked, own) or looked
             if replaced is not None and own.lost is None:
                 event.exchanged = self._swapped(event, replaced, own.end)
