@@ -106,7 +106,7 @@ def test_two_concurrent_writers(tmp_path: Path) -> None:
 def test_exchanges_among_the_events_of_another_writer(tmp_path: Path) -> None:
     """Which come between those of one rename: five events that must be known to belong together."""
     only = frozenset({"exchange", "rename_dir", "mkdir", "create", "append"})
-    fidelity(tmp_path, Case(60, 2500, burst=True, writers=2, only=only))
+    fidelity(tmp_path, Case(60, 600, burst=True, writers=2, only=only))
 
 
 @pytest.mark.parametrize("files", [False, True], ids=["dirs", "files"])
