@@ -104,7 +104,12 @@ def test_two_concurrent_writers(tmp_path: Path) -> None:
 
 
 def test_exchanges_among_the_events_of_another_writer(tmp_path: Path) -> None:
-    """Which come between those of one rename: five events that must be known to belong together."""
+    """Which come between those of one rename: five events that must be known to belong together.
+
+    Not longer, as some 1 in 30 runs of 2,500 steps meet what cannot be told apart: a directory that
+    nobody has seen is renamed, and right behind that stands the MOVE_SELF of the other writer's
+    watched directory, at a place out of sight (docs/architecture.md).
+    """
     only = frozenset({"exchange", "rename_dir", "mkdir", "create", "append"})
     fidelity(tmp_path, Case(60, 600, burst=True, writers=2, only=only))
 
