@@ -87,6 +87,7 @@ class FuseSession:
 
     def __init__(self, service: Service, loop: Loop, options: SessionOptions | None = None) -> None:
         self._service = service
+        self._guest = service.guest.name  # for the log
         self._options = options or SessionOptions()
         caching, submounts = self._options.caching, self._options.submounts
         limit = self._options.nodes_limit
@@ -129,7 +130,7 @@ class FuseSession:
         try:
             request = Request(readable, writable, done, self._groups)
         except fuse.DecodeError as error:
-            log.warning("bad request from guest", error=str(error))
+            log.warning("bad request from guest", guest=self._guest, error=str(error))
             _refuse(readable, writable, done)
             return
         try:
@@ -137,12 +138,17 @@ class FuseSession:
         except OSError as error:
             request.fail(error.errno or errno.EIO)
         except fuse.DecodeError as error:
-            log.warning("bad request from guest", opcode=request.opcode, error=str(error))
+            log.warning(
+                "bad request from guest",
+                guest=self._guest,
+                opcode=request.opcode,
+                error=str(error),
+            )
             request.fail(errno.EINVAL)
         except (OverflowError, ValueError):  # a number that no system call takes
             request.fail(errno.EINVAL)
         except Exception:
-            log.exception("request failed", opcode=request.opcode)
+            log.exception("request failed", guest=self._guest, opcode=request.opcode)
             request.fail(errno.EIO)
 
     def _serve(self, request: Request) -> None:
@@ -174,7 +180,7 @@ class FuseSession:
         if request.opcode in _FORGETS:
             request.drop()
         elif not safe or request.opcode in _ONCE or self._changes_more(request):
-            log.warning("a request may be done in part", opcode=request.opcode)
+            log.warning("a request may be done in part", guest=self._guest, opcode=request.opcode)
             request.fail(errno.EIO)
         else:
             self.serve(readable, writable, done)
@@ -233,8 +239,10 @@ class FuseSession:
             return fuse.INIT_OUT.pack(fuse.MAJOR, fuse.MINOR, *(0,) * 11)
         if major < fuse.MAJOR or minor < fuse.OLDEST_MINOR:
             log.error(
-                f"the guest's kernel speaks FUSE {major}.{minor}; "
-                f"{fuse.MAJOR}.{fuse.OLDEST_MINOR} (Linux 5.4) is needed"
+                "the guest's kernel is too old: Linux 5.4 is needed",
+                guest=self._guest,
+                version=f"{major}.{minor}",
+                needed=f"{fuse.MAJOR}.{fuse.OLDEST_MINOR}",
             )
             raise OSError(errno.EPROTO, "version")
         if flags & Init.INIT_EXT:

@@ -9,7 +9,10 @@ from typing import Any
 
 import structlog
 
+from .ratelimit import RateLimit
+
 _PROCESSORS: list[Any] = [
+    RateLimit(),  # first: what is left out costs next to nothing
     structlog.processors.add_log_level,
     structlog.processors.TimeStamper(fmt="iso"),
     structlog.processors.format_exc_info,
