@@ -12,16 +12,15 @@ import os
 import select
 import signal
 import socket
-import stat
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import structlog
 
+from .socketfile import SocketFile
 from .systemd import Manager
 
 log = structlog.get_logger()
@@ -41,12 +40,17 @@ _ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 class Keeper:
     """Runs ``command`` with the sockets given, over and over. SIGTERM, SIGINT and SIGHUP end both,
-    SIGUSR2 has the server replaced: by what the command is by then.
+    SIGUSR2 has the server replaced: by what the command is by then. ``paths`` are where the server
+    listens, by the names under which it has its listeners held: they are removed at the end.
     """
 
-    def __init__(self, command: Sequence[str], sockets: Sequence[int]) -> None:
+    def __init__(
+        self, command: Sequence[str], sockets: Sequence[int], paths: Mapping[str, str]
+    ) -> None:
         self._command = command
         self._sockets = sockets
+        self._paths = paths
+        self._files: dict[str, SocketFile] = {}  # at these paths, bound by the server
         self._held: list[tuple[str, int]] = []
         self._manager = Manager()
         self._child = 0
@@ -126,6 +130,7 @@ class Keeper:
         name = told.get("FDNAME", "stored")
         if told.get("FDSTORE") == "1":
             self._held += ((name, fd) for fd in fds)
+            self._note_file(name)
         else:
             for fd in fds:
                 os.close(fd)
@@ -139,14 +144,19 @@ class Keeper:
             self._is_ready = True
             self._manager.notify("READY=1")
 
-    def _drop_all(self) -> None:
-        """At the end: nobody comes to these sockets any more."""
-        for _, fd in self._held:
+    def _note_file(self, name: str) -> None:
+        """The first server has bound a socket, before any guest could come: it is its own."""
+        if name in self._paths and name not in self._files and not self._is_ready:
             with suppress(OSError):
-                if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                    with socket.socket(fileno=os.dup(fd)) as held:
-                        if held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                            Path(held.getsockname()).unlink(missing_ok=True)
+                self._files[name] = SocketFile(self._paths[name])
+
+    def _drop_all(self) -> None:
+        """At the end: nobody comes to these sockets any more. What is held is the word of guests'
+        VMMs, too: nothing is done by it.
+        """
+        for file in self._files.values():
+            file.remove()
+        for _, fd in self._held:
             os.close(fd)
 
     # The server

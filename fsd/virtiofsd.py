@@ -29,6 +29,7 @@ from .sandbox import NEEDED
 from .saving import Saver
 from .scheduling import spare_collections
 from .seccomp import Filter
+from .socketfile import SocketFile
 from .systemd import Manager, Store
 from .transports.polling import WINDOW
 from .transports.pump import Pump
@@ -74,7 +75,6 @@ class Source(NamedTuple):
     name: str
     socket: socket.socket
     path: str | None = None
-    ino: int = 0
 
 
 def run(options: Options) -> int:
@@ -159,7 +159,7 @@ def _sources(options: Options, store: Store, cleanup: ExitStack) -> list[Source]
         cleanup.callback(endpoint.close)
         sources.append(Source(f"fd {fd}", endpoint))
     for path in options.socket_paths:
-        kept = store.take(f"listen-{store_name(path)}")
+        kept = store.take(listener_name(path))
         if kept >= 0:
             sources.append(Source(path, socket.socket(fileno=kept), path))
             continue
@@ -170,12 +170,16 @@ def _sources(options: Options, store: Store, cleanup: ExitStack) -> list[Source]
         except OSError as error:
             raise StartError(f"socket {path}: {_why(error, path)}") from None
         cleanup.callback(listener.close)
-        source = Source(path, listener, path, os.stat(path).st_ino)
-        store.put(f"listen-{store_name(path)}", listener.fileno())
+        store.put(listener_name(path), listener.fileno())
         if not store.holds:  # else it stays for the next process
-            cleanup.callback(_unlink, source)
-        sources.append(source)
+            cleanup.callback(SocketFile(path).remove)
+        sources.append(Source(path, listener, path))
     return sources
+
+
+def listener_name(path: str) -> str:
+    """Of the socket that listens at a path, in the store."""
+    return f"listen-{store_name(path)}"
 
 
 def _why(error: OSError, path: str) -> str:
@@ -185,14 +189,6 @@ def _why(error: OSError, path: str) -> str:
     if os.path.exists(path) and "in use" in reason:
         return "another server listens there, or a file that is no socket has the name"
     return reason
-
-
-def _unlink(source: Source) -> None:
-    """The socket file, unless it is another server's by now."""
-    assert source.path is not None
-    with suppress(OSError):
-        if os.stat(source.path).st_ino == source.ino:
-            os.unlink(source.path)
 
 
 def _announcement(

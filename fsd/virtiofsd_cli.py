@@ -23,7 +23,7 @@ from .logs import log_to_stderr, log_to_syslog
 from .seccomp import ACTIONS
 from .transports.polling import WINDOW
 from .virtio.device import TAG_LENGTH
-from .virtiofsd import Options, StartError, run
+from .virtiofsd import Options, StartError, listener_name, run
 
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 """--print-capabilities: docs/interop/vhost-user.json of QEMU, and what libvirt asks for. There is
@@ -210,7 +210,9 @@ def virtiofs(**given: Any) -> int:
         log_to_stderr(level)
     try:
         if given["keep"] and not is_kept:
-            return Keeper([sys.executable, *sys.orig_argv[1:]], options.fds).run()
+            command = [sys.executable, *sys.orig_argv[1:]]
+            paths = {systemd.KEPT + listener_name(path): path for path in options.socket_paths}
+            return Keeper(command, options.fds, paths).run()
         return run(options)
     except StartError as error:
         raise click.ClickException(str(error)) from None

@@ -9,7 +9,6 @@ import os
 import socket
 import stat
 import struct
-from contextlib import suppress
 
 import structlog
 import trio
@@ -18,6 +17,7 @@ from protocol.frames import ProtocolError
 
 from ..export import Export
 from ..sessions import Session
+from ..socketfile import SocketFile
 
 log = structlog.get_logger()
 _READ = 64 * 1024
@@ -32,7 +32,7 @@ class SocketDoor:
         self._export = export
         self.path = path
         self._sessions = 0
-        self._bound = False
+        self._file: SocketFile | None = None
         self._listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
     async def bind(self) -> None:
@@ -43,16 +43,15 @@ class SocketDoor:
             await self._listener.bind(self.path)
         finally:
             os.umask(old)
-        self._bound = True
+        self._file = SocketFile(self.path)
         self._listener.listen(128)
 
     def close(self) -> None:
         """Stop listening; the socket file is gone."""
         self._listener.close()
-        if self._bound:
-            self._bound = False
-            with suppress(FileNotFoundError):
-                os.unlink(self.path)
+        if self._file is not None:
+            self._file.remove()
+            self._file = None
 
     async def run(self) -> None:
         """Serve until cancelled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +26,8 @@ import sys
 from fsd.keeper import Keeper
 from fsd.logs import log_to_stderr
 log_to_stderr("info")
-sys.exit(Keeper([sys.executable, "-m", "tests.support.kept_echo", sys.argv[1]], []).run())
+command = [sys.executable, "-m", "tests.support.kept_echo", sys.argv[1]]
+sys.exit(Keeper(command, [], {"kept-listen": sys.argv[1]}).run())
 """
 
 
@@ -103,6 +105,29 @@ def test_goes_on(kept: Kept, running: Machine, way: str) -> None:
     assert ask(running, b"again") == b"[]"
     # And the VMM can go on with what it says.
     assert running.vmm.stop(2) == [3, 5]
+
+
+def test_the_keeper_removes_nothing_by_a_vmms_word(tmp_path: Path) -> None:
+    """Descriptors of a VMM's are held, too: a listening socket among them is none of the server's;
+    and what has taken the place of the server's own socket stays.
+    """
+    kept = Kept(tmp_path / "socket")
+    machine = Machine(kept.path)
+    machine.start()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(tmp_path / "of-somebody-else"))
+        listener.listen(1)
+        with suppress(ConnectionError, AssertionError):  # it may well be refused
+            machine.vmm.ack(Type.SET_VRING_CALL, U64(1), [listener.fileno()])
+    kept.path.unlink()
+    kept.path.write_text("another file")
+    kept.process.terminate()
+    assert kept.process.wait(10) == 0
+    assert (tmp_path / "of-somebody-else").is_socket()
+    assert kept.path.read_text() == "another file"
+    machine.close()
+    assert kept.process.stdout is not None
+    kept.process.stdout.close()
 
 
 @pytest.mark.parametrize("way", ["kill", "replace"])
