@@ -7,6 +7,7 @@ where it is and is handed on as memoryviews.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 
 from protocol import fuse
@@ -16,6 +17,11 @@ from .passthrough import Identity
 BODY_LIMIT = (1 << 20) + 4096
 """Bytes of a request without file data. A BATCH_FORGET fills the buffer that a door reads into; the
 longest other, a value for an xattr, has 64 KiB."""
+MAX_WRITE = 1 << 20
+"""Bytes of file data in one request or reply: the kernel's own limit (256 pages), which INIT agrees
+to. A guest may say more, in buffers that overlap: GiB in one system call, for which all others
+would wait.
+"""
 _IN_HEADER = fuse.IN_HEADER.size
 _HEADER = fuse.OUT_HEADER.size
 _WRITE, _WRITE_IN = int(fuse.Opcode.WRITE), fuse.WRITE_IN.size
@@ -100,7 +106,7 @@ class Request:
         self.readable = readable
         self.writable = writable
         self.unique = 0
-        self.room = size_of(writable) - _HEADER
+        self.room = min(size_of(writable) - _HEADER, MAX_WRITE)
         """Bytes that a reply can have behind its header."""
         self.on_lost: Callable[[], None] | None = None
         """Called where the reply did not reach the guest: to take back what it was given."""
@@ -175,7 +181,11 @@ class Request:
         return part(self.writable, _HEADER, min(size, max(self.room, 0)))
 
     def data_in(self, size: int) -> list[memoryview]:
-        """The file data of a WRITE. Raises fuse.DecodeError where there is less."""
+        """The file data of a WRITE. Raises fuse.DecodeError where there is less, OSError EINVAL
+        where it is more than MAX_WRITE.
+        """
+        if size > MAX_WRITE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         views = part(self.readable, _IN_HEADER + _WRITE_IN, size)
         if (have := size_of(views)) != size:
             raise fuse.DecodeError(f"{have} bytes of data, not {size}")

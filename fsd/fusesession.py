@@ -21,7 +21,7 @@ from protocol.fuse import Init, Opcode
 from .fusefiles import Files
 from .fusekept import Agreed, KeptSession
 from .fuselocks import Locks
-from .fusemessage import Buffers, Request, copy_in, copy_out, size_of
+from .fusemessage import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
 from .fusenames import Names
 from .fusenodes import NODES_LIMIT, Caching, Nodes
 from .fusewaiting import Loop, Waiting
@@ -29,8 +29,6 @@ from .inodes import Inode
 from .service import Service
 
 log = structlog.get_logger()
-MAX_WRITE = 1 << 20
-"""Bytes of file data in one request: the kernel's own limit (256 pages)."""
 MAX_PAGES = 256
 _MAX_BACKGROUND = 64
 """Requests that the kernel may have under way beside those that a process waits for."""

@@ -16,7 +16,8 @@ from pathlib import Path
 import structlog
 import trio
 
-from ..fusesession import MAX_WRITE, FuseSession, SessionOptions
+from ..fusemessage import MAX_WRITE
+from ..fusesession import FuseSession, SessionOptions
 from ..service import Service
 from .loop import TrioLoop
 

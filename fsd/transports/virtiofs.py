@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from time import perf_counter
 
 import structlog
 import trio
@@ -33,10 +34,11 @@ from ..virtio.device import Device, DeviceError, Left, Session
 from .loop import TrioLoop
 from .polling import WINDOW, BusyPolling
 from .socket import unlink_stale
+from .turns import Turns
 
 log = structlog.get_logger()
 BUDGET = 16
-"""Requests of one queue before others, other guests and events get their turn: under 1 ms."""
+"""Requests of one queue before others, other guests and events get their turn (turns.py)."""
 RECONNECT = 30.0
 """Seconds for which a guest's session waits for a VMM that may connect again."""
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
@@ -249,6 +251,7 @@ class _Connection:
         self._door = door
         self.left = left
         """What the one before has left, and then this one."""
+        self._turns = Turns()
         self._waiting: dict[int, trio.CancelScope] = {}
 
     def suspend(self) -> None:
@@ -330,6 +333,16 @@ class _Connection:
         trio.lowlevel.notify_closing(self._device.rings[index].kick)
         self._waiting.pop(index).cancel()
 
+    def _process(self, index: int) -> bool:
+        """Serve a queue for a turn; whether to go on with it in the next."""
+        turns = self._turns
+        if turns.left <= 0:
+            return True
+        begun = perf_counter()
+        more = self._device.process(index, BUDGET, begun + turns.left)
+        turns.left -= perf_counter() - begun
+        return more
+
     async def _run_queue(self, index: int, kick: int, scope: trio.CancelScope) -> None:
         ring = self._device.rings[index]
         polling = BusyPolling(self._door.busy_poll if index else 0.0)  # nobody waits for a FORGET
@@ -340,8 +353,8 @@ class _Connection:
         with scope, suppress(trio.ClosedResourceError):
             while True:
                 # First without a kick: it may have been read before the queue was stopped.
-                while self._device.process(index, BUDGET):
-                    await trio.lowlevel.checkpoint()
+                while self._process(index):
+                    await self._turns.others()
                 if scope.cancel_called:
                     return  # the descriptor may be closed
                 # A thread that has done its work could not say so meanwhile.

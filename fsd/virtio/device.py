@@ -7,11 +7,13 @@ goes on with its session; one that starts them anew (a machine reset) gets a new
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import perf_counter
 from typing import NamedTuple
 from typing import Protocol as Interface
 
@@ -504,16 +506,18 @@ class Device:
 
     # Requests
 
-    def process(self, index: int, budget: int) -> bool:
-        """Serve requests of a queue, ``budget`` at most; whether more are waiting."""
+    def process(self, index: int, budget: int, until: float = math.inf) -> bool:
+        """Serve requests of a queue, ``budget`` at most, and none after time.perf_counter() has
+        come to ``until``; whether more are waiting.
+        """
         ring = self.rings[index]
         ring.delay_signals()
         try:
-            return self._process(index, ring, budget)
+            return self._process(index, ring, budget, until)
         finally:
             ring.signal_delayed()
 
-    def _process(self, index: int, ring: Ring, budget: int) -> bool:
+    def _process(self, index: int, ring: Ring, budget: int, until: float) -> bool:
         for _ in range(budget):
             try:
                 taken = ring.take()
@@ -544,6 +548,8 @@ class Device:
                 done(0)
             if noted is not None and noted is ring.noted and chain.head in ring.in_flight:
                 noted.waits(chain.head)
+            if perf_counter() >= until:
+                break
         return ring.has_more
 
     def _bad_chain(self, index: int, error: ChainError) -> None:

@@ -155,7 +155,7 @@ class Ring:
         if self.in_flight.get(chain.head) is not chain.writable:
             return  # answered twice, or nobody waits any more
         del self.in_flight[chain.head]
-        self.moved = sum(map(len, chain.readable)) + length
+        self.moved = min(sum(map(len, chain.readable)), LONGEST_REPLY) + length
         if self.queue is None:
             self._held.append((chain.head, length))
         else:
