@@ -18,7 +18,7 @@ from .fusenodes import Caching, Nodes
 from .fusewaiting import Loop, Waiting
 from .hidden import HiddenHandle
 from .inodes import Inode
-from .passthrough import DirEntry, Entry
+from .passthrough import Entry
 from .service import IdleHandle, Service
 
 LONG_POLL = 10.0
@@ -30,6 +30,9 @@ CHANNEL_WRITE_LIMIT = 1 << 20
 """Bytes of frames in one write: what the kernel sends at most."""
 HANDLES_LIMIT = 1 << 16
 """Files that one guest may have open: each is a descriptor of the server."""
+LISTING_LIMIT = 1 << 17
+"""Bytes of a listing in one reply, though the guest has room for more: READDIRPLUS looks up some
+800 names for it, which takes 10 ms. The kernel asks again, from where the reply ends."""
 _ENTRY_SIZE = fuse.ENTRY_SIZE
 _DIRENT_SIZE = fuse.DIRENT.size
 _NO_ENTRY = bytes(_ENTRY_SIZE)
@@ -314,54 +317,42 @@ class Files:
 
     def _readdir(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
-        node, names = self._service.names(fh, offset)
-        size = min(size, request.room)
+        size = min(size, request.room, LISTING_LIMIT)
+        node, entries = self._service.names(fh, offset, size * 3 // 4)
         reply = bytearray()
-        for position in range(offset, len(names)):
-            name, ino, kind = names[position]
+        for name, ino, kind, following in entries:
             if name == b".":
                 ino = node.identity[1]
             elif name == b"..":
                 ino = (node.parent or node).identity[1]
-            record = fuse.dirent(ino, position + 1, kind, name)
+            record = fuse.dirent(ino, following, kind, name)
             if len(reply) + len(record) > size:
-                self._cut_off(fh, offset, names)
-                break
+                break  # read again by the next request
             reply += record
         return bytes(reply)
 
-    def _cut_off(self, fh: int, offset: int, names: list[DirEntry]) -> None:
-        """More of this listing will be asked for, by its positions."""
-        if offset == 0 and self._service.kept is not None:
-            self._service.kept.listed(fh, names)
-
     def _readdirplus(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
-        node, names = self._service.names(fh, offset)
-        size = min(size, request.room)
+        size = min(size, request.room, LISTING_LIMIT)
+        node, entries = self._service.names(fh, offset, size * 3 // 16)
         reply = bytearray()
         undo: list[Callable[[], None]] = []
         request.on_lost = lambda: [forget() for forget in undo].clear()
-        for position in range(offset, len(names)):
-            name, ino, kind = names[position]
+        for name, ino, kind, following in entries:
             if len(reply) + _ENTRY_SIZE + _DIRENT_SIZE + len(name) + 7 & ~7 > size:
-                self._cut_off(fh, offset, names)
                 break
+            plus = _NO_ENTRY
             if name in (b".", b".."):
-                plus = _NO_ENTRY
                 above = node if name == b"." else node.parent or node
                 ino = above.identity[1]
-            elif self._nodes.is_full:
-                plus = _NO_ENTRY
-            else:
+            elif not self._nodes.is_full:
                 entry = self._service.entry(fh, name)
-                if entry is None:
-                    continue
-                entry.inode.lookups += 1
-                undo.append(self._nodes.hold(entry.inode))
-                plus = self._nodes.entry(request.who, entry, node.nodeid)
-                ino, kind = self._nodes.ino(*entry), entry.attr.st_mode >> 12
-            reply += plus + fuse.dirent(ino, position + 1, kind, name)
+                if entry is not None:  # else the name alone: the kernel asks if it needs more
+                    entry.inode.lookups += 1
+                    undo.append(self._nodes.hold(entry.inode))
+                    plus = self._nodes.entry(request.who, entry, node.nodeid)
+                    ino, kind = self._nodes.ino(*entry), entry.attr.st_mode >> 12
+            reply += plus + fuse.dirent(ino, following, kind, name)
         return bytes(reply)
 
 

@@ -12,7 +12,7 @@ import array
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -24,12 +24,11 @@ from .journal import Journal, JournalError
 from .systemd import Store
 
 log = structlog.get_logger()
-_AGREED, _NODE, _HANDLE, _LISTING, _AGENT, _OWNER, _MARK = range(1, 8)
+_AGREED, _NODE, _HANDLE, _AGENT, _OWNER, _MARK = 1, 2, 3, 5, 6, 7
 _INIT = struct.Struct("<IQ")  # minor version, flags
 _ROW = struct.Struct("<IqQIIQB")  # SavedInode but for nodeid, handle and name
 _OPEN = struct.Struct("<BIQ")  # type, flags, nodeid
 _LOCKS = struct.Struct("<QQIQ")  # Owner
-_ENTRY = struct.Struct("<QHB")  # ino, length of the name, type
 HELD_LIMIT = 256
 """Descriptors of open files in the store while the server runs: a service manager has limits."""
 _SO_SNDBUFFORCE = 32
@@ -65,8 +64,6 @@ class Owner(NamedTuple):
 
 
 FILE, DIRECTORY, IDLE, HIDDEN = range(4)
-Listing = Sequence[tuple[bytes, int, int]]
-"""Names, inode numbers, types."""
 
 
 class KeptSession:
@@ -81,7 +78,6 @@ class KeptSession:
         self._journal = self._resumed() or self._new()
         self.nodes: dict[int, tuple[SavedInode, int]] = {}
         self.handles: dict[int, Opened] = {}
-        self.listings: dict[int, Listing] = {}
         self.owners: dict[int, Owner] = {}
         self.marks: dict[int, int] = {}
         """What the guest's agent has said: nodeid (0 = all), mask."""
@@ -120,8 +116,6 @@ class KeptSession:
             self.nodes[number] = _row(number, value), count
         elif kind == _HANDLE:
             self.handles[number] = Opened(*_OPEN.unpack(value))
-        elif kind == _LISTING:
-            self.listings[number] = list(_entries(value))
         elif kind == _OWNER:
             self.owners[number] = Owner(*_LOCKS.unpack(value))
         elif kind == _MARK:
@@ -160,7 +154,6 @@ class KeptSession:
             self.fds,
             self.nodes,
             self.handles,
-            self.listings,
             self.owners,
             self.marks,
         ):
@@ -201,15 +194,9 @@ class KeptSession:
         """OPEN, CREATE, OPENDIR."""
         self._journal.put(_HANDLE, fh, _OPEN.pack(*opened))
 
-    def listed(self, fh: int, names: Listing) -> None:
-        """A directory was read, and not all of it fitted into one reply."""
-        value = b"".join(_ENTRY.pack(ino, len(name), kind) + name for name, ino, kind in names)
-        self._journal.put(_LISTING, fh, value)
-
     def released(self, fh: int) -> None:
         """RELEASE, RELEASEDIR."""
         self._journal.remove(_HANDLE, fh)
-        self._journal.remove(_LISTING, fh)
         if fh in self._held:
             self._release(fh)
 
@@ -270,14 +257,6 @@ def _row(nodeid: int, value: bytes) -> SavedInode:
     generation, device, ino, kind, nlink, parent, size = _ROW.unpack_from(value)
     handle, name = value[_ROW.size : _ROW.size + size], value[_ROW.size + size :]
     return SavedInode(nodeid, generation, device, ino, handle, kind, nlink, parent, name)
-
-
-def _entries(value: bytes) -> Iterator[tuple[bytes, int, int]]:
-    offset = 0
-    while offset < len(value):
-        ino, size, kind = _ENTRY.unpack_from(value, offset)
-        offset += _ENTRY.size + size
-        yield value[offset - size : offset], ino, kind
 
 
 def _packed_files(files: Mapping[int, int]) -> socket.socket:

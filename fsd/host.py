@@ -266,6 +266,16 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     _check(_libc.fallocate(fd, mode, long(offset), long(length)))
 
 
+_libc.getdents64.restype = ctypes.c_ssize_t
+
+
+def getdents(fd: int, size: int) -> bytes:
+    """getdents64(2) into a buffer of that size: structs linux_dirent64, b"" at the end."""
+    buffer = ctypes.create_string_buffer(size)
+    count = _check(_libc.getdents64(fd, buffer, ctypes.c_size_t(size)))
+    return buffer.raw[:count]
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2) of the file system that fd is on."""
     _check(_libc.syncfs(fd))

@@ -12,13 +12,14 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from protocol.masks import Mask
 
-from . import host
+from . import directories, host
 from .attributes import StatLike
+from .directories import DirEntry
 from .inodes import Inode, InodeTable
 
 
@@ -43,14 +44,6 @@ class Entry(NamedTuple):
     attr: StatLike
 
 
-class DirEntry(NamedTuple):
-    """A name in a directory, with what the listing says of it."""
-
-    name: bytes
-    ino: int
-    type: int  # DT_* of readdir(3), 0 = unknown
-
-
 @dataclass(slots=True, eq=False)
 class Handle:
     """An open file or directory; owner of its descriptor."""
@@ -58,8 +51,8 @@ class Handle:
     inode: Inode
     fd: int
     flags: int = 0
-    names: list[DirEntry] = field(default_factory=list)  # of a directory: the listing being read
     fh: int = 0  # by which the guest names it
+    position: int = 0  # of a directory: where the descriptor is; -1 = not known
 
 
 class Changes(NamedTuple):
@@ -425,7 +418,9 @@ class PassthroughFS:
         """A file or directory that is open; None where nobody knows which. Takes ``fd``."""
         if inode is None:
             inode, _ = self.table.intern_nameless(fd, self.table.root)
-        return self._handle(inode, fd, flags)
+        handle = self._handle(inode, fd, flags)
+        handle.position = -1
+        return handle
 
     def opendir(self, inode: Inode) -> Handle:
         """OPENDIR."""
@@ -439,13 +434,14 @@ class PassthroughFS:
             return fcntl.ioctl(handle.fd, command, data)
 
     @staticmethod
-    def list_names(handle: Handle) -> list[DirEntry]:
-        """READDIR: read the names afresh, without "." and ".."."""
-        os.lseek(handle.fd, 0, os.SEEK_SET)
-        with os.scandir(handle.fd) as entries:
-            return [
-                DirEntry(os.fsencode(entry.name), entry.inode(), _type(entry)) for entry in entries
-            ]
+    def read_directory(handle: Handle, position: int, size: int) -> list[DirEntry]:
+        """READDIR: entries from a position on, some ``size`` bytes of them; [] at the end."""
+        if position != handle.position:
+            handle.position = -1
+            directories.seek(handle.fd, position)
+        entries = directories.read(handle.fd, size)
+        handle.position = entries[-1].next if entries else position
+        return entries
 
     def release(self, handle: Handle) -> None:
         """RELEASE, RELEASEDIR. Closes the descriptor once."""
@@ -455,17 +451,3 @@ class PassthroughFS:
         handle.inode.open_fds.remove(fd)
         os.close(fd)
         self.table.unpin(handle.inode)
-
-
-def _type(entry: os.DirEntry[str]) -> int:
-    """DT_* of readdir(3), 0 where it has gone."""
-    if entry.is_file(follow_symlinks=False):
-        return stat.S_IFREG >> 12
-    if entry.is_dir(follow_symlinks=False):
-        return stat.S_IFDIR >> 12
-    if entry.is_symlink():
-        return stat.S_IFLNK >> 12
-    try:
-        return entry.stat(follow_symlinks=False).st_mode >> 12
-    except OSError:
-        return 0

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import itertools
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
 from . import fusekept, host
+from .directories import DirEntry
 from .export import Export
 from .fusekept import KeptSession, Opened
 from .hidden import HiddenFiles, HiddenHandle
 from .inodes import Inode
 from .ledger import UnexpectedCall
 from .locks import GuestLocks, Lock
-from .passthrough import DirEntry, Entry, Handle, Identity
+from .passthrough import Entry, Handle, Identity
 from .replayer import ReplayGuest
 from .watcher import Expected
 
@@ -38,7 +38,6 @@ COPY_LIMIT = 1 << 24
 """Bytes of one COPY_FILE_RANGE: some 10 ms, for which other guests wait. Callers ask again."""
 _OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
 _WRITTEN = Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
-_DOT, _DOTDOT = (DirEntry(name, 0, stat.S_IFDIR >> 12) for name in (b".", b".."))
 
 
 @dataclass(slots=True, eq=False)
@@ -193,15 +192,15 @@ class FileService:
         except FileNotFoundError:  # a removed one that somebody works in: it is empty
             return IdleHandle(inode)
 
-    def names(self, fh: int, position: int) -> tuple[Inode, list[DirEntry]]:
-        """READDIR: the directory and its names; read afresh at position 0."""
+    def names(self, fh: int, position: int, size: int = 1 << 15) -> tuple[Inode, list[DirEntry]]:
+        """READDIR: the directory and entries from a position on, some ``size`` bytes as the host
+        has them; [] at the end.
+        """
         handle = self.handle(fh)
         if not isinstance(handle, Handle):
             return self.hidden.root, []
-        if position == 0:
-            with self._own(*self._about(handle.inode, Mask.ACCESS)):
-                handle.names = [_DOT, _DOTDOT, *self._fs.list_names(handle)]
-        return handle.inode, handle.names
+        with self._own(*self._about(handle.inode, Mask.ACCESS)):
+            return handle.inode, self._fs.read_directory(handle, position, size)
 
     def entry(self, fh: int, name: bytes) -> Entry | None:
         """READDIRPLUS: the entry of a name in an open directory, not referenced yet; None if it is
@@ -377,7 +376,6 @@ class FileService:
             handle = self._handles[fh]
             if isinstance(handle, Handle):
                 handle.fh = fh
-                handle.names = [DirEntry(*entry) for entry in kept.listings.get(fh, ())]
             self._numbers = itertools.count(fh + 1)
             yield fh
         for number, owner in kept.owners.items():

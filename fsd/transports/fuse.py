@@ -25,6 +25,8 @@ from ..passthrough import Changes, Entry
 from ..service import Caller, IdleHandle, Service
 
 log = structlog.get_logger()
+_LISTING = 1024
+"""Bytes of a directory that are read at a time: what a reply of 4 KiB has room for."""
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 LONG_POLL = 1.0
@@ -284,17 +286,19 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        _, names = self._service.names(fh, start_id)
-        for position in range(start_id, len(names)):
-            name = names[position].name
-            entry = self._service.entry(fh, name)
-            if entry is None:
-                continue
-            attr = _entry(entry)
-            if not pyfuse3.readdir_reply(token, name, attr, position + 1):
-                break
-            if name not in (b".", b".."):  # of these the kernel takes no reference
-                entry.inode.lookups += 1
+        position = start_id
+        while True:  # until the reply is full: an empty one would be the end
+            _, entries = self._service.names(fh, position, _LISTING)
+            for name, _ino, _type, position in entries:
+                entry = self._service.entry(fh, name)
+                if entry is None:
+                    continue
+                if not pyfuse3.readdir_reply(token, name, _entry(entry), position):
+                    return
+                if name not in (b".", b".."):  # of these the kernel takes no reference
+                    entry.inode.lookups += 1
+            if not entries:
+                return
 
     @_guarded
     async def releasedir(self, fh: int) -> None:

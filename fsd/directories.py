@@ -1,0 +1,47 @@
+"""Reading an open directory from a position on: what is kept between two requests of a guest is the
+kernel's own file position, and nothing else.
+
+Positions are the kernel's (d_off of getdents64(2)), as telldir(3) gives them natively: they outlive
+this process, and a directory may change between two requests as it may under any reader.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import NamedTuple
+
+from . import host
+
+_HEAD = struct.Struct("=QqHB")  # struct linux_dirent64: d_ino, d_off, d_reclen, d_type; the name
+LONGEST = 280
+"""Bytes of the longest struct linux_dirent64: a name of 255 bytes."""
+
+
+class DirEntry(NamedTuple):
+    """A name in a directory, with what the listing says of it."""
+
+    name: bytes
+    ino: int
+    type: int  # DT_* of readdir(3), 0 = unknown
+    next: int  # position behind it
+
+
+def read(fd: int, size: int) -> list[DirEntry]:
+    """Entries from the file position of ``fd`` on, in as many bytes of struct linux_dirent64; []
+    at the end. "." and ".." are among them. Raises OSError.
+    """
+    data = host.getdents(fd, max(size, LONGEST))
+    entries = []
+    offset, unpack, start = 0, _HEAD.unpack_from, _HEAD.size
+    while offset < len(data):
+        ino, behind, length, kind = unpack(data, offset)
+        end = data.index(0, offset + start)
+        entries.append(DirEntry(data[offset + start : end], ino, kind, behind))
+        offset += length
+    return entries
+
+
+def seek(fd: int, position: int) -> None:
+    """Go to a position; 0 begins anew. Raises OSError EINVAL, OverflowError for what is none."""
+    os.lseek(fd, position, os.SEEK_SET)
