@@ -56,6 +56,30 @@ def use_working_directory_as_process() -> None:
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 
+def is_gone(error: OSError) -> bool:
+    """Whether an error says that the object is not there. Any other (no descriptor, no memory, no
+    permission, a disk that fails) says that nobody could look: nothing follows from it.
+    """
+    return error.errno in _GONE
+
+
+_GONE = (errno.ENOENT, errno.ESTALE)
+
+
+class _SkippingGone:
+    """``contextlib.suppress`` of the errors for which ``is_gone`` holds, and of no other."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        return isinstance(error, OSError) and is_gone(error)
+
+
+skipping_gone = _SkippingGone()
+"""For a with block that ends early where what it is about is not there."""
+
+
 def _check(result: int, what: object = None) -> int:
     if result < 0:
         number = ctypes.get_errno()
@@ -66,19 +90,26 @@ def _check(result: int, what: object = None) -> int:
 def file_handle(fd: int, name: bytes = b"") -> bytes:
     """{int type, f_handle} of what fd refers to, or of a name in it: name_to_handle_at(2).
 
-    Raises OSError (EOPNOTSUPP where the file system has no handles). Not reentrant.
+    Raises OSError (EOPNOTSUPP where the file system or the kernel has no handles). Not reentrant.
     """
     _handle_view[:8] = _HANDLE_ROOM
     flags = 0 if name else _AT_EMPTY_PATH
     if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
-        if ctypes.get_errno() != errno.EOPNOTSUPP:
+        if ctypes.get_errno() not in _NO_HANDLE:
             _check(-1)
         # One that cannot be opened again, and identifies all the same (Linux 6.5).
         flags |= _AT_HANDLE_FID
         if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
+            if ctypes.get_errno() not in (*_NO_HANDLE, errno.EINVAL):
+                _check(-1)
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), name)
     (size,) = _unpack_size(_handle_view)
     return bytes(_handle_view[4 : 8 + size])
+
+
+_NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS)
+"""Of name_to_handle_at(2): there is no handle, and there will be none. EOVERFLOW is what a file
+system without one for this object makes of it (do_sys_name_to_handle in fs/fhandle.c)."""
 
 
 def open_directory_below(root_fd: int, path: bytes) -> int:
@@ -91,16 +122,23 @@ def open_directory_below(root_fd: int, path: bytes) -> int:
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
     """A descriptor of the object with that handle: open_by_handle_at(2), CAP_DAC_READ_SEARCH.
 
-    Raises OSError, ESTALE where there is no such object: also for the ENOMEM that ext4 answers
-    while the object is being freed (seen on Linux 6.18).
+    Raises OSError, ESTALE where there is no such object, ENOMEM where there is no memory. ext4
+    answers ENOMEM, too, for an object whose number a new one is just being given (iget_locked in
+    fs/inode.c, seen on Linux 6.18): that is over in a moment, and the next try says ESTALE.
     """
     data = struct.pack("=I", len(handle) - 4) + handle
-    try:
-        return _check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+    for _ in range(_HANDLE_TRIES):
+        fd: int = _libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC)
+        if fd >= 0 or ctypes.get_errno() != errno.ENOMEM:
+            break
+        number = ctypes.get_errno()
+        os.sched_yield()  # it may be this processor that the other works on
+        ctypes.set_errno(number)
+    return _check(fd)
+
+
+_HANDLE_TRIES = 64
+"""Tries to open by handle before ENOMEM is taken at its word: some 0.1 ms."""
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:

@@ -34,6 +34,11 @@ WARM = 1.0
 _SYNTHETIC = 1 << 62
 """First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
 
+_CANNOT_OPEN_HANDLES = (
+    errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESTALE,
+)  # fmt: skip
+"""Of open_by_handle_at(2) for the root: this user may not, or this file system or kernel cannot."""
+
 Identity = tuple[int, int, bytes]
 """(st_dev, st_ino, file handle or b"")."""
 
@@ -124,7 +129,10 @@ class InodeTable:
         try:
             handle = host.file_handle(self.root_fd)
             os.close(host.open_by_handle(self.root_fd, handle, os.O_PATH))
-        except OSError:
+        except OSError as error:
+            if error.errno not in _CANNOT_OPEN_HANDLES:
+                os.close(self.root_fd)
+                raise
             self.by_handle = False
         self.device = os.fstat(self.root_fd).st_dev
         identity, status = self.identify(self.root_fd)
@@ -171,26 +179,31 @@ class InodeTable:
             missing.append(nodeid)
             nodeid = self.forgotten.get(nodeid).parent
         found: list[Inode] = []
-        while missing:
-            nodeid = missing.pop()
-            again = self._find_again(self.forgotten.get(nodeid))
-            found += [again] if again is not None else []
-        inode = self._by_node.get(nodeid)
-        if inode is not None and (inode is self.root or self.verify_place(inode)):
-            return inode
-        for again in reversed(found):
-            self.release(again)
+        is_there = False
+        try:
+            while missing:
+                nodeid = missing.pop()
+                again = self._find_again(self.forgotten.get(nodeid))
+                found += [again] if again is not None else []
+            inode = self._by_node.get(nodeid)
+            is_there = inode is not None and (inode is self.root or self.verify_place(inode))
+            if inode is not None and is_there:
+                return inode
+        finally:
+            if not is_there:
+                for again in reversed(found):
+                    self.release(again)
         raise OSError(errno.ESTALE, f"nodeid {nodeid} is not in the export any more")
 
     def _find_again(self, record: Forgotten) -> Inode | None:
-        """The very object, by its name, else by its handle."""
+        """The very object, by its name, else by its handle; None where it is gone."""
         parent = self._by_node.get(record.parent)
-        with suppress(OSError):
+        with host.skipping_gone:
             if parent is not None and parent.is_dir:
                 with self.directory(parent) as dir_fd:
                     if self._identity_of(dir_fd, record.name) == record.identity:
                         return self._step(dir_fd, parent, record.name)
-        with suppress(OSError):
+        with host.skipping_gone:
             if self.handle_opens(record.identity):
                 handle = record.identity[2]
                 fd = host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
@@ -220,7 +233,9 @@ class InodeTable:
         status = os.fstat(fd)
         try:
             handle = host.file_handle(fd)
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # without its handle it would be another object
+                raise
             handle = b""
         return (status.st_dev, status.st_ino, handle), status
 
@@ -231,7 +246,11 @@ class InodeTable:
         if inode is None:
             inode = self._new(identity, stat.S_IFMT(status.st_mode))
         if inode.fd < 0 and inode.is_dir and not self.handle_opens(identity):
-            inode.fd = os.open(host.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
+            try:
+                inode.fd = os.open(host.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
+            except OSError:
+                self.release(inode)
+                raise
         inode.nlink = status.st_nlink
         self.place(inode, parent, name)
         return inode, status
@@ -425,7 +444,7 @@ class InodeTable:
     def open_directory(self, inode: Inode) -> int:
         """An O_PATH descriptor of a directory: to be closed, unless it is the inode's own ``fd``.
 
-        Raises NotADirectoryError, FileNotFoundError.
+        Raises OSError: ENOTDIR, ENOENT where it is gone, others where it cannot be opened.
         """
         if inode.fd >= 0:
             return inode.fd
@@ -433,11 +452,15 @@ class InodeTable:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         try:
             return self.open_by_handle(inode, os.O_PATH | os.O_DIRECTORY)
-        except OSError:  # as in any removed directory: nothing is in it
+        except OSError as error:
+            if not host.is_gone(error):
+                raise
+            # As in any removed directory: nothing is in it.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
     def open(self, inode: Inode) -> int:
-        """A new O_PATH descriptor of any object. Raises OSError(ESTALE) where it cannot be found.
+        """A new O_PATH descriptor of any object. Raises OSError: ESTALE where it is not found,
+        others where nobody could look.
 
         A file is opened through the name it was last known by, so that what is done with the
         descriptor is announced under that name on the host.
@@ -445,29 +468,36 @@ class InodeTable:
         if inode.is_dir:
             with self.directory(inode) as fd:
                 return os.dup(fd)
+        unseen: OSError | None = None
         if inode.parent is not None and not inode.is_placeholder:
             try:
                 with self.directory(inode.parent) as parent_fd:
                     fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
-            except OSError:
-                pass
+            except OSError as error:
+                unseen = None if host.is_gone(error) else error
             else:
-                if self._is(fd, inode):
+                if self._is_or_close(fd, inode):
                     return fd
-                os.close(fd)
         if inode.open_fds:
             return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
+        if unseen is not None and not self.handle_opens(inode.identity):
+            raise unseen
         return self._open_by_verified_handle(inode)
 
     def _open_by_verified_handle(self, inode: Inode) -> int:
         fd = self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
-        if os.fstat(fd).st_ino != inode.identity[1]:  # restored from an image that lies
+        try:
+            if os.fstat(fd).st_ino != inode.identity[1]:  # restored from an image that lies
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except OSError:
             os.close(fd)
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise
         return fd
 
     def stat_by_name(self, inode: Inode) -> os.stat_result | None:
-        """Attributes of a file by the name it was last known by; None if that is not it now."""
+        """Attributes of a file by the name it was last known by; None if that is not it now, or
+        nobody could look.
+        """
         if inode.parent is None or inode.is_placeholder:
             return None
         device, ino, handle = inode.identity
@@ -479,6 +509,16 @@ class InodeTable:
         except OSError:
             return None
         return status if (status.st_dev, status.st_ino) == (device, ino) else None
+
+    def _is_or_close(self, fd: int, inode: Inode) -> bool:
+        """Whether a descriptor is the object's; else it is closed. Raises OSError."""
+        is_it = False
+        try:
+            is_it = self._is(fd, inode)
+        finally:
+            if not is_it:
+                os.close(fd)
+        return is_it
 
     def _is(self, fd: int, inode: Inode) -> bool:
         device, ino, _ = inode.identity
@@ -505,7 +545,7 @@ class InodeTable:
         return host.open_by_handle(self.root_fd, inode.identity[2], flags)
 
     def _open_by_path(self, directory: Inode) -> int:
-        """-1 where it is not there."""
+        """-1 where it is not there, or nobody could look: its handle tells the two apart."""
         try:
             fd = host.open_directory_below(self.root_fd, directory.path())
         except OSError:
@@ -518,14 +558,15 @@ class InodeTable:
 
     def verify_place(self, inode: Inode) -> bool:
         """Make sure that an object is where it is known to be, or find out where it is; whether it
-        is in the export at all. A directory that is not goes out of sight.
+        is in the export at all. A directory that is not goes out of sight. Raises OSError where
+        nobody could look.
         """
         parent = inode.parent
         if parent is not None and parent is not self.outside:
-            with suppress(OSError), self.directory(parent) as dir_fd:
+            with host.skipping_gone, self.directory(parent) as dir_fd:
                 if self._identity_of(dir_fd, inode.name) == inode.identity:
                     return True
-        with suppress(OSError), self.opened(inode) as fd:
+        with host.skipping_gone, self.opened(inode) as fd:
             if self._at_path(fd) is inode:
                 return True
         if inode.is_dir:
@@ -542,6 +583,8 @@ class InodeTable:
             return None
         inode = self.root
         for name in path[len(top) :].split(b"/"):
+            if not inode.is_dir:  # another has that name by now
+                return None
             with self.directory(inode) as dir_fd:
                 inode = self._step(dir_fd, inode, name)
         return inode

@@ -133,6 +133,8 @@ class RestoredTable:
                 self._table.identify_as(inode, (GONE, inode.nodeid, b""))
                 return False
             self._table.verify_place(inode)
+        except OSError:  # nobody could look where it is
+            self._table.lose(inode)
         finally:
             os.close(fd)
         return True
