@@ -228,9 +228,12 @@ class _Taking:
         taken it for something else.
         """
         right: list[tuple[Listing, dict[bytes, Known]]] = []
-        for node in watcher.inodes():
-            if node.listing is not None and node.listing.complete:
-                right.append((node.listing, self._looked_at(node, node.listing)))
+        try:
+            for node in watcher.inodes():
+                if node.listing is not None and node.listing.complete:
+                    right.append((node.listing, self._looked_at(node, node.listing)))
+        except OSError:
+            return  # nobody could look
         watcher.drain()
         if watcher.backlog:
             return  # some of it may be newer than what is told
@@ -243,11 +246,9 @@ class _Taking:
         names = {name: entry for name, entry in known.names.items() if entry.seen_ns > since}
         if not names:
             return {}
-        try:
-            with self._table.directory(node) as dir_fd:
-                return {name: _as_it_is(dir_fd, name, entry) for name, entry in names.items()}
-        except OSError:
-            return {}
+        with host.skipping_gone, self._table.directory(node) as dir_fd:
+            return {name: _as_it_is(dir_fd, name, entry) for name, entry in names.items()}
+        return {}
 
     def _guest(self, guest: Guest, nodes: dict[int, int]) -> SavedGuest:
         kind = GuestKind.MOUNT
@@ -285,15 +286,14 @@ class _Taking:
 
 
 def _as_it_is(dir_fd: int, name: bytes, known: Known) -> Known:
-    """The entry of a name, looked at."""
-    try:
+    """The entry of a name, looked at. Raises OSError where nobody could look."""
+    with host.skipping_gone:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         handle = known.inode.identity[2] if known.inode is not None else b""
         is_same = not handle or host.file_handle(dir_fd, name) == handle
-    except OSError:  # gone by now
-        return known
-    now = Known(status.st_ino, stat.S_IFMT(status.st_mode), known.seen_ns)
-    return known if is_same and known.may_be(now) else now
+        now = Known(status.st_ino, stat.S_IFMT(status.st_mode), known.seen_ns)
+        return known if is_same and known.may_be(now) else now
+    return known
 
 
 def inode_table(table: InodeTable) -> SavedTable:

@@ -82,6 +82,8 @@ class Export:
         self.counts: Counter[str] = Counter()
         self.kinds: Counter[tuple[str, int]] = Counter()
         self.unwatched: dict[Inode, str] = {}  # wanted, but the host gave no watch: why
+        self._uncovered: dict[Inode, bool] = {}  # to cover once more: whether to announce
+        self._unchecked = False  # whether the kernel has ended watches, and the news was lost
         self._care: dict[Inode, Inode] = {}  # watched object -> the directory that names it
         self._cared_for: Counter[Inode] = Counter()
         self.waiting: dict[bytes, Observer] = {}  # by token: observers that may come back
@@ -192,11 +194,11 @@ class Export:
         try:
             self.watcher.set_mask(inode, mask)
         except OSError as error:
-            if error.errno in (errno.ESTALE, errno.ENOENT):
-                return  # gone: its events say so
+            if host.is_gone(error):  # its events say so
+                self.unwatched.pop(inode, None)
+                return
             self.counts["watch_failures"] += 1
-            self.unwatched[inode] = error.strerror or str(error)
-            self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
+            self.look_later(inode, error)
         else:
             self.unwatched.pop(inode, None)
         if not mask:
@@ -212,21 +214,32 @@ class Export:
         known = listing(inode)
         if known.complete:
             return
-        for name, entry in self.read_directory(inode).items():
+        try:
+            names = self.read_directory(inode)
+        except OSError as error:
+            self.look_later(inode, error)
+            return
+        for name, entry in names.items():
             known.names.setdefault(name, entry)
         known.complete = True
 
+    def look_later(self, inode: Inode, error: OSError) -> None:
+        """Nobody could look at it, which says nothing of it: it is tried again, and compared."""
+        self.counts["looks_failed"] += 1
+        self.unwatched[inode] = error.strerror or str(error)
+        self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
+
     def read_directory(self, inode: Inode) -> dict[bytes, listings.Known]:
-        """The names of a directory now; empty where it is gone. Our own echo is no one's event."""
-        try:
-            with self.table.directory(inode) as path_fd, self._own(inode):
-                fd = _open_quietly(host.fd_path(path_fd))
-                try:
-                    return listings.read(fd)
-                finally:
-                    os.close(fd)
-        except OSError:
-            return {}
+        """The names of a directory now; empty where it is gone. Our own echo is no one's event.
+        Raises OSError where it cannot be read.
+        """
+        with host.skipping_gone, self.table.directory(inode) as path_fd, self._own(inode):
+            fd = _open_quietly(host.fd_path(path_fd))
+            try:
+                return listings.read(fd)
+            finally:
+                os.close(fd)
+        return {}
 
     def _own(self, inode: Inode) -> AbstractContextManager[None]:
         mask = Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE
@@ -258,7 +271,10 @@ class Export:
             for name, entry in sorted(listing(node).names.items()):
                 try:
                     child = self.fs.peek(node, name).inode
-                except OSError:
+                except OSError as error:
+                    if not host.is_gone(error):
+                        self.look_later(node, error)
+                        self._uncovered[node] = announce
                     continue
                 if announce and name not in known:
                     mask = _CREATE | (_ISDIR if child.is_dir else 0)
@@ -290,10 +306,24 @@ class Export:
         if now >= self._give_up_at:
             self._give_up()
         if now >= self._compare_at:
-            for node in list(self.unwatched):
-                self.set_watch(node)  # a watch may have become free
-            self._compare_at = now + COMPARE_EVERY if self.unwatched else math.inf
-            self._resync([node for node in self.unwatched if node.is_dir])
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """Try again what the host has refused, and tell what has changed there since."""
+        self._compare_at = math.inf
+        refused, uncovered = list(self.unwatched), self._uncovered
+        self._uncovered = {}
+        if self._unchecked:
+            self._check_watches()
+        for node in refused:
+            self.set_watch(node)  # a watch may have become free
+        if self.interest.aggregate(None):
+            for node, announce in uncovered.items():
+                self._cover(node, announce=announce)
+        self.counts["resyncs"] += 1
+        self._compare(refused)
+        if self.unwatched:
+            self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
 
     def _plan(self) -> None:
         """Let replaying guests make orders, once they see as far ahead as there is to see."""
@@ -405,8 +435,7 @@ class Export:
     def _resync(self, directories: list[Inode]) -> None:
         """Compare directories with what was told of them, and tell everyone the difference."""
         self.counts["resyncs"] += 1
-        for node in self.watcher.inodes():
-            self._check_watch(node)
+        self._check_watches()
         changes: Changes = {}
         for node in directories:
             if node.is_dir and node.listing is not None and node.listing.complete:
@@ -424,14 +453,19 @@ class Export:
                     own.implied, own.implied_by = True, event
                     self._route(own)
 
-    def _check_watch(self, inode: Inode) -> None:
-        """Notice a watch that ended while events were lost, its IN_IGNORED among them."""
+    def _check_watches(self) -> None:
+        """Notice watches that ended while events were lost, their IN_IGNORED among them."""
+        self._unchecked = False
         try:
-            with self.table.opened(inode):
-                return
+            ended = self.watcher.ended()
         except OSError:
+            self.counts["looks_failed"] += 1
+            self._unchecked = True
+            self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
+            return
+        for inode, wd in ended:
             self._died(inode)
-            self.watcher.ended(inode)
+            self.watcher.forget(wd)
             self._watch_ended(inode)
 
     def _died(self, inode: Inode) -> None:
@@ -531,7 +565,7 @@ class Export:
             self.set_watch(inode)
             if inode not in dead:
                 self._compare([inode])
-            if not self.watcher.mask_of(inode):
+            if not self.watcher.mask_of(inode) and inode not in self.unwatched:
                 self._died(inode)
         self._give_up_at = time.monotonic() + patience if self.waiting else math.inf
 

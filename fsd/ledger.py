@@ -20,6 +20,7 @@ from protocol import frames
 from protocol.frames import ALIAS, FSD_DIR, Op
 from protocol.masks import Mask
 
+from . import host
 from .attributes import StatLike, placeholder_attr, with_nlink
 from .events import Event
 from .inodes import Inode
@@ -239,11 +240,15 @@ class Ledger:
         return task.child
 
     def attributes(self, inode: Inode, nlink: int | None = None) -> StatLike:
-        """Attributes as they are; made up where the object is gone."""
+        """Attributes as they are; made up where the object is gone. Raises OSError where nobody
+        could look: a guest's kernel would believe them.
+        """
         attr: StatLike
         try:
             attr = self._fs.getattr(inode)
-        except OSError:
+        except OSError as error:
+            if not host.is_gone(error):
+                raise
             attr = placeholder_attr(inode)
         return attr if nlink is None else with_nlink(attr, nlink)
 

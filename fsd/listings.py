@@ -11,8 +11,12 @@ import stat
 import time
 from typing import NamedTuple
 
+from . import directories
 from .inodes import Inode
 
+UNKNOWN = (1 << 64) - 1
+"""Inode number of an object that nobody could look at: it may be any."""
+_READ_SIZE = 1 << 16
 CLOCK_LAG_NS = 20_000_000
 """File times lag the clock by up to a tick of the kernel (10 ms at HZ=100), twice for safety."""
 
@@ -21,13 +25,15 @@ class Known(NamedTuple):
     """One name: its inode if that was ever looked at, and until when its changes were told."""
 
     ino: int
-    kind: int  # S_IFMT bits
+    kind: int  # S_IFMT bits, 0 where nobody could look
     seen_ns: int  # time.time_ns()
     inode: Inode | None = None
 
     def may_be(self, other: Known) -> bool:
         """Whether the two may be one object; its number alone may have been reused."""
-        return (self.ino, self.kind) == (other.ino, other.kind)
+        if self.kind != other.kind and self.kind and other.kind:
+            return False
+        return self.ino == other.ino or UNKNOWN in (self.ino, other.ino)
 
 
 class Listing:
@@ -42,28 +48,29 @@ class Listing:
 
 def of_inode(inode: Inode) -> Known:
     """The entry of an object as of now."""
-    return Known(inode.identity[1], inode.kind, time.time_ns(), inode)
+    ino = UNKNOWN if inode.is_placeholder else inode.identity[1]
+    return Known(ino, inode.kind, time.time_ns(), inode)
 
 
 def read(directory_fd: int) -> dict[bytes, Known]:
-    """The directory's names as they are now. The descriptor must be open for reading."""
+    """The directory's names as they are now. The descriptor must be open for reading, and new.
+
+    A name whose object cannot be looked at is one all the same, of unknown type. Raises OSError.
+    """
     now = time.time_ns()
     names: dict[bytes, Known] = {}
-    with os.scandir(directory_fd) as entries:
-        for entry in entries:
-            if entry.is_symlink():
-                kind = stat.S_IFLNK
-            elif entry.is_dir(follow_symlinks=False):
-                kind = stat.S_IFDIR
-            elif entry.is_file(follow_symlinks=False):
-                kind = stat.S_IFREG
-            else:
-                try:
-                    kind = stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
-                except OSError:
-                    continue
-            names[os.fsencode(entry.name)] = Known(entry.inode(), kind, now)
+    while entries := directories.read(directory_fd, _READ_SIZE):
+        for name, ino, kind, _ in entries:
+            if name not in (b".", b".."):
+                names[name] = Known(ino, kind << 12 or _kind(directory_fd, name), now)
     return names
+
+
+def _kind(directory_fd: int, name: bytes) -> int:
+    try:
+        return stat.S_IFMT(os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_mode)
+    except OSError:
+        return 0
 
 
 class Missed(NamedTuple):

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
+from . import host
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import Known, Listing, of_inode
@@ -485,7 +486,7 @@ class Resolver:
         if not self._watcher.is_leaving(wd, name):
             try:
                 inode = self._fs.peek(node, name).inode
-            except OSError:
+            except OSError:  # gone by now, or nobody could look: the event is about the name
                 pass
             else:
                 self._watcher.drain()
@@ -499,12 +500,12 @@ class Resolver:
         return self._links(child) + 1 if child.nlink > 1 and not child.is_dir else 1
 
     def _links(self, inode: Inode) -> int:
-        """Link count now; 0 where the object is gone."""
+        """Link count now: 0 where the object is gone, one less than before where nobody looks."""
         try:
             with self._table.opened(inode) as fd:
                 return os.fstat(fd).st_nlink
-        except OSError:
-            return 0
+        except OSError as error:
+            return 0 if host.is_gone(error) else max(inode.nlink - 1, 1)
 
 
 def listing(node: Inode) -> Listing:

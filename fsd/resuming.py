@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask
 
+from . import host
 from .checkpoint import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
 from .events import Event
 from .guests import MARKS_LIMIT, Guest, Observer
@@ -162,7 +163,9 @@ class Resumption:
             try:
                 with self._export.table.directory(node) as dir_fd:
                     os.stat(saved.name, dir_fd=dir_fd, follow_symlinks=False)
-            except OSError:
+            except OSError as error:
+                if not host.is_gone(error):
+                    continue
                 node.listing.names[saved.name] = self._known(saved)
 
     def _watch_descriptors(self) -> dict[Inode, int]:

@@ -18,7 +18,7 @@ from protocol.masks import Mask
 from . import host
 from .events import RENAME, Event
 from .inodes import Inode
-from .listings import Known, Listing, Missed, changed_since
+from .listings import UNKNOWN, Known, Listing, Missed, changed_since
 from .watcher import HOST
 
 if TYPE_CHECKING:
@@ -35,36 +35,54 @@ _CLOSES = [int(k) for k in (Mask.CLOSE_WRITE, Mask.CLOSE_NOWRITE)]
 
 
 def difference(export: Export, node: Inode, known: Listing) -> Changes:
-    """Compare a directory with its listing, which is brought up to date."""
-    now = export.read_directory(node)
+    """Compare a directory with its listing, which is brought up to date. What cannot be looked at
+    is as it was, and compared later.
+    """
     changes: Changes = {}
+    try:
+        now = export.read_directory(node)
+        with host.skipping_gone, export.table.directory(node) as dir_fd:
+            for name, after in now.items():
+                if (before := known.names.get(name)) is None:
+                    changes[node, name] = Missed(None, _CHANGE)
+                    continue
+                try:
+                    before, mask = _compared(export, dir_fd, name, before, after)
+                except OSError as error:
+                    export.look_later(node, error)
+                    now[name] = before
+                    continue
+                if before.may_be(after):
+                    inode = None if before.ino == UNKNOWN else before.inode
+                    now[name] = after._replace(kind=after.kind or before.kind, inode=inode)
+                if mask:
+                    changes[node, name] = Missed(before, mask)
+    except OSError as error:
+        export.look_later(node, error)
+        return {}
     for name in known.names.keys() - now.keys():
         changes[node, name] = Missed(known.names[name], _CHANGE)
-    try:
-        dir_fd = export.table.open_directory(node)
-    except OSError:  # gone, and empty
-        known.names = now
-        return changes
-    try:
-        for name, after in now.items():
-            before = known.names.get(name)
-            mask = _CHANGE
-            if before is not None:
-                status = _status(dir_fd, name)
-                _, anything = changed_since(status, before.seen_ns) if status else (False, False)
-                # Any other object was made since, and so changed.
-                if anything and _is_reborn(export, dir_fd, name, before):
-                    before = before._replace(ino=0)  # no object's number any more
-                if before.may_be(after):
-                    mask = _touched(status, before) if status else 0
-                    now[name] = after._replace(inode=before.inode)
-            if mask:
-                changes[node, name] = Missed(before, mask)
-    finally:
-        if dir_fd != node.fd:
-            os.close(dir_fd)
     known.names = now
     return changes
+
+
+def _compared(
+    export: Export, dir_fd: int, name: bytes, before: Known, after: Known
+) -> tuple[Known, int]:
+    """What was known, without a number where that stands for another object by now, and the kinds
+    of change. Raises OSError for what cannot be looked at.
+    """
+    try:
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        # Any other object was made since, and so changed.
+        anything = changed_since(status, before.seen_ns)[1]
+        if anything and _is_reborn(export, dir_fd, name, before):
+            before = before._replace(ino=0)
+    except OSError as error:
+        if not host.is_gone(error):
+            raise
+        return before, 0 if before.may_be(after) else _CHANGE  # gone just now, which is an event
+    return before, _touched(status, before) if before.may_be(after) else _CHANGE
 
 
 def difference_at_once(export: Export, node: Inode, known: Listing) -> Changes:
@@ -85,26 +103,18 @@ def difference_at_once(export: Export, node: Inode, known: Listing) -> Changes:
     return changes
 
 
-def _status(dir_fd: int, name: bytes) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except OSError:  # it has just gone
-        return None
-
-
 def _is_reborn(export: Export, dir_fd: int, name: bytes, before: Known) -> bool:
-    """Whether the name stands for another object, with the inode number of the known one."""
+    """Whether the name stands for another object, with the inode number of the known one. Raises
+    OSError.
+    """
     known = before.inode
+    if known is None or known.is_placeholder:
+        return host.born_ns(dir_fd, name) > before.seen_ns
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
     try:
-        if known is None or known.is_placeholder:
-            return host.born_ns(dir_fd, name) > before.seen_ns
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
-        try:
-            return export.table.identify(fd)[0] != known.identity
-        finally:
-            os.close(fd)
-    except OSError:
-        return False
+        return export.table.identify(fd)[0] != known.identity
+    finally:
+        os.close(fd)
 
 
 def _touched(status: os.stat_result, before: Known) -> int:
@@ -149,7 +159,7 @@ def told(export: Export, changes: Changes) -> Iterator[Event]:
         yield _event(export, node, name, before, int(Mask.DELETE))
     for (node, name), after in new.items():
         yield _event(export, node, name, after, int(Mask.CREATE))
-        if stat.S_ISREG(after.kind) and _size(export, node, name):
+        if stat.S_ISREG(after.kind) and _has_content(export, node, name):
             kept.append((node, name, after, _CHANGE))
     for node, name, after, mask in kept:
         for kind in _KINDS:
@@ -164,16 +174,17 @@ def _came_since(export: Export, node: Inode, name: bytes, before: Known) -> bool
     try:
         with export.table.directory(node) as dir_fd:
             return _is_reborn(export, dir_fd, name, before)
-    except OSError:
+    except OSError:  # by its number it is the same
         return False
 
 
-def _size(export: Export, node: Inode, name: bytes) -> int:
+def _has_content(export: Export, node: Inode, name: bytes) -> bool:
+    """Whether a new file may have been written to."""
     try:
         with export.table.directory(node) as dir_fd:
-            return os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size
-    except OSError:
-        return 0
+            return bool(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size)
+    except OSError as error:
+        return not host.is_gone(error)
 
 
 def _child(export: Export, node: Inode, name: bytes, known: Known) -> Inode:
@@ -184,11 +195,11 @@ def _child(export: Export, node: Inode, name: bytes, known: Known) -> Inode:
         return child
     try:
         child = export.fs.peek(node, name).inode
-    except OSError:
+    except OSError:  # gone by now, or nobody could look: the event is about its name
         child = None
     if child is not None and child.identity[1] == known.ino:
         return child
-    return export.table.placeholder(known.kind, node, name)
+    return export.table.placeholder(known.kind or stat.S_IFREG, node, name)
 
 
 def _event(export: Export, node: Inode, name: bytes, known: Known, kind: int) -> Event:

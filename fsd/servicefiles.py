@@ -204,7 +204,7 @@ class FileService:
 
     def entry(self, fh: int, name: bytes) -> Entry | None:
         """READDIRPLUS: the entry of a name in an open directory, not referenced yet; None if it is
-        gone by now.
+        gone by now, or nobody can look: then the name is all that is given.
         """
         handle = self.file(fh)
         try:

@@ -195,7 +195,11 @@ class Session:
         except OSError:
             names = []
         else:
-            listed = self._export.read_directory(inode)
+            try:
+                listed = self._export.read_directory(inode)
+            except OSError as error:
+                self._refuse(message.request, inode.key, error)
+                listed = {}
             names = [name for name, known in listed.items() if stat.S_ISDIR(known.kind)]
         self._replies.extend(frames.Name(message.request, 1, name) for name in names)
         self._replies.append(frames.Name(message.request, 0, b""))

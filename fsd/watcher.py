@@ -217,8 +217,7 @@ class HostWatcher:
         """
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
-        with open(host.fdinfo_path(self.fd)) as info:
-            masks = {mark.wd: Mask(mark.mask) for mark in parse_fdinfo(info.read())}
+        masks = {wd: Mask(mask) for wd, mask in self._watched_for().items()}
         for inode, wd in wds.items():
             if wd in masks:
                 self._by_wd[wd] = inode
@@ -254,10 +253,18 @@ class HostWatcher:
             self._manager.rm_watch(wd, quiet=True)
             self._table.unpin(inode)
 
-    def ended(self, inode: Inode) -> None:
-        """The kernel has removed the watch of an inode, and the news was lost."""
-        if (wd := self._wd_of.get(inode)) is not None:
-            self.forget(wd)
+    def ended(self) -> list[tuple[Inode, int]]:
+        """Whose watches the kernel has removed, of which the news may be lost; with their watch
+        descriptors. From the kernel's own list: to fail to reach an object is no proof of its end.
+        Raises OSError.
+        """
+        there = self._watched_for()
+        return [(inode, wd) for wd, inode in self._by_wd.items() if wd not in there]
+
+    def _watched_for(self) -> dict[int, int]:
+        """Masks by watch descriptor, as the kernel has them: proc_pid_fdinfo(5)."""
+        with open(host.fdinfo_path(self.fd)) as info:
+            return {mark.wd: mark.mask for mark in parse_fdinfo(info.read())}
 
     def forget(self, wd: int) -> Inode | None:
         """IN_IGNORED: the kernel has removed the watch by itself. Returns whose it was."""
@@ -280,6 +287,10 @@ class HostWatcher:
                 buffer = os.read(self.fd, _READ_SIZE)
             except BlockingIOError:
                 break
+            except OSError:
+                if not events:
+                    raise
+                break  # the rest is still queued
             events.extend(parse_events(buffer))
             if len(buffer) < _READ_SIZE // 2 and not self._readable():
                 break

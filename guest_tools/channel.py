@@ -176,18 +176,23 @@ class Client:
         self._ask(frames.Update(self._requests, nodeid, generation, mask))
 
     def directories(self, node: frames.Result) -> list[bytes]:
-        """Names of the directories in a directory."""
+        """Names of the directories in a directory. Raises OSError where it cannot be read."""
         self._requests += 1
         ask = frames.List(self._requests, node.nodeid, node.generation)
         self._channel.send(frames.encode(ask))
         names: list[bytes] = []
+        number = 0
         for answer in self._messages():
             if isinstance(answer, frames.Event):
                 self._events.append(answer)
+            elif isinstance(answer, frames.Result) and answer.request == self._requests:
+                number = answer.errno
             elif isinstance(answer, frames.Name):
                 if not answer.more:
                     break
                 names.append(answer.name)
+        if number:
+            raise OSError(number, os.strerror(number))
         return names
 
     def stats(self) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import pyfuse3
 import structlog
 import trio
 
+from protocol.frames import FSD_DIR
+
 from ..attributes import StatLike
 from ..channel import READY, Channel
 from ..hidden import HiddenHandle
@@ -29,6 +31,7 @@ _LISTING = 1024
 """Bytes of a directory that are read at a time: what a reply of 4 KiB has room for."""
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
+_DOTS = (b".", b"..")
 LONG_POLL = 1.0
 """Seconds that a read of the channel waits. A killed agent stays in it until it is answered, so
 it is short; an agent with nothing to do waits in poll(2) instead, without end."""
@@ -82,6 +85,18 @@ def _attributes(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
 
 def _entry(entry: Entry) -> pyfuse3.EntryAttributes:
     return _attributes(entry.inode, entry.attr)
+
+
+def _name_alone(ino: int) -> pyfuse3.EntryAttributes:
+    """What READDIRPLUS gives for a name that cannot be looked at: no type, which the kernel refuses
+    (fuse_direntplus_link in fs/fuse/readdir.c) after it has passed the name on. It forgets the
+    nodeid then, which libfuse also shows as the inode number: one that no node has, and not 0.
+    """
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = ino | FSD_DIR
+    entry.st_mode = 0
+    entry.entry_timeout = entry.attr_timeout = 0
+    return entry
 
 
 async def _read(channel: Channel, size: int) -> bytes:
@@ -289,13 +304,12 @@ class FuseDoor(pyfuse3.Operations):
         position = start_id
         while True:  # until the reply is full: an empty one would be the end
             _, entries = self._service.names(fh, position, _LISTING)
-            for name, _ino, _type, position in entries:
+            for name, ino, _type, position in entries:
                 entry = self._service.entry(fh, name)
-                if entry is None:
-                    continue
-                if not pyfuse3.readdir_reply(token, name, _entry(entry), position):
+                attr = _name_alone(ino) if entry is None else _entry(entry)
+                if not pyfuse3.readdir_reply(token, name, attr, position):
                     return
-                if name not in (b".", b".."):  # of these the kernel takes no reference
+                if entry is not None and name not in _DOTS:  # no reference of these
                     entry.inode.lookups += 1
             if not entries:
                 return
