@@ -23,6 +23,7 @@ from .guests import Guest, HandMarks, Observer
 from .inodes import Identity, Inode, InodeTable
 from .listings import CLOCK_LAG_NS, Known, Listing
 from .replayer import ReplayGuest
+from .sharedwatches import SharedWatches
 from .watcher import HostWatcher
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class SavedInode(NamedTuple):
 
     nodeid: int
     generation: int
-    device: int  # 0 = the root's; GONE
+    device: int  # 0 = the root's, on its mount; GONE
     ino: int
     handle: bytes
     kind: int  # S_IFMT bits
@@ -162,7 +163,7 @@ def take(export: Export, nodes: Mapping[Guest, dict[int, int]] | None = None) ->
 def identity_of(export: Export) -> SavedExport:
     """Of which directory an image is, and nothing else."""
     table = export.table
-    _, ino, handle = table.root.identity
+    _, ino, handle, _ = table.root.identity
     fsid = os.fstatvfs(table.root_fd).f_fsid
     return SavedExport(export.source, ino, handle, fsid)
 
@@ -185,7 +186,8 @@ class _Taking:
             self._told_ns = saved.saved_ns - CLOCK_LAG_NS
             self._confirm(watcher)
         for inode in watcher.inodes():
-            saved.watches.append((self._name(inode), watcher.wd_of(inode)))
+            if SharedWatches.is_real(watcher.wd_of(inode)):
+                saved.watches.append((self._name(inode), watcher.wd_of(inode)))
             if inode.listing is not None and inode.listing.complete:
                 saved.listed.append(inode.nodeid)
                 saved.names += self._listing(inode, inode.listing)
@@ -307,15 +309,20 @@ def inode_table(table: InodeTable) -> SavedTable:
             if child.name != name or child.parent is not inode:
                 links.append(SavedLink(inode.nodeid, name, child.nodeid))
     forgotten = [
-        SavedForgotten(nodeid, 0 if device == table.device else device, ino, handle, parent, name)
-        for nodeid, ((device, ino, handle), parent, name) in table.forgotten.items()
+        SavedForgotten(nodeid, _saved_device(table, identity), *identity[1:3], parent, name)
+        for nodeid, (identity, parent, name) in table.forgotten.items()
     ]
     return SavedTable(inodes, links, forgotten)
 
 
+def _saved_device(table: InodeTable, identity: Identity) -> int:
+    device, _, _, mount = identity
+    return GONE if device < 0 else 0 if table.mounts.is_own(mount, device) else device
+
+
 def saved_inode(table: InodeTable, inode: Inode) -> SavedInode:
     """One inode, as it is known now."""
-    device, ino, handle = inode.identity
+    _, ino, handle, _ = inode.identity
     parent = inode.parent
     known = (
         parent is not None
@@ -326,7 +333,7 @@ def saved_inode(table: InodeTable, inode: Inode) -> SavedInode:
     return SavedInode(
         inode.nodeid,
         inode.generation,
-        GONE if device < 0 else 0 if device == table.device else device,
+        _saved_device(table, inode.identity),
         ino,
         handle,
         stat.S_IFMT(inode.kind),

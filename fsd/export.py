@@ -41,6 +41,7 @@ _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _OWN = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 _CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
+_UNMOUNT = int(Mask.UNMOUNT)
 PLAN_AHEAD = 1024
 """Events that a replaying guest may hold to see what follows, while more are coming."""
 SETTLE = 0.00003
@@ -101,6 +102,7 @@ class Export:
 
     def close(self) -> None:
         """Drop watches and descriptors."""
+        self.fs.successors.close()
         self.watcher.close()
         self.table.close()
 
@@ -303,6 +305,7 @@ class Export:
         self._plan()
         now = time.monotonic()
         self.arming.expire(now)
+        self.fs.successors.expire(now)
         if now >= self._give_up_at:
             self._give_up()
         if now >= self._compare_at:
@@ -344,7 +347,7 @@ class Export:
         if self.watcher.backlog and self._resolver.waiting_until is None:
             return 0.0
         due = [self._resolver.waiting_until or math.inf, self.arming.deadline, self._compare_at]
-        due.append(self._give_up_at)
+        due += [self._give_up_at, self.fs.successors.deadline]
         due += [g.waiting_until or math.inf for g in self.guests if isinstance(g, ReplayGuest)]
         return min(due)
 
@@ -355,6 +358,10 @@ class Export:
         if event.mask & _OVERFLOW:
             self.counts["overflows"] += 1
             self._resync(self.watcher.inodes())
+            return
+        if event.mask & _UNMOUNT:
+            self._died(event.node)
+            self.table.retire(event.node)
             return
         if event.mask & _IGNORED:
             self._watch_ended(event.node)

@@ -23,7 +23,7 @@ class Forgotten(NamedTuple):
     name: bytes
 
 
-_UNKNOWN = Forgotten((0, 0, b""), 0, b"")
+_UNKNOWN = Forgotten((0, 0, b"", 0), 0, b"")
 
 
 class ForgottenObjects:

@@ -319,12 +319,15 @@ class Files:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
         size = min(size, request.room, LISTING_LIMIT)
         node, entries = self._service.names(fh, offset, size * 3 // 4)
+        number = self._nodes.numbering(node)
         reply = bytearray()
         for name, ino, kind, following in entries:
             if name == b".":
-                ino = node.identity[1]
+                ino = self._nodes.ino(node)
             elif name == b"..":
-                ino = (node.parent or node).identity[1]
+                ino = self._nodes.ino(node.parent or node)
+            elif number is not None:
+                ino = number(name, ino)
             record = fuse.dirent(ino, following, kind, name)
             if len(reply) + len(record) > size:
                 break  # read again by the next request
@@ -335,6 +338,7 @@ class Files:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
         size = min(size, request.room, LISTING_LIMIT)
         node, entries = self._service.names(fh, offset, size * 3 // 16)
+        number = self._nodes.numbering(node)
         reply = bytearray()
         undo: list[Callable[[], None]] = []
         request.on_lost = lambda: [forget() for forget in undo].clear()
@@ -344,14 +348,17 @@ class Files:
             plus = _NO_ENTRY
             if name in (b".", b".."):
                 above = node if name == b"." else node.parent or node
-                ino = above.identity[1]
-            elif not self._nodes.is_full:
-                entry = self._service.entry(fh, name)
+                ino = self._nodes.ino(above)
+            else:
+                is_full = self._nodes.is_full
+                entry = None if is_full else self._service.entry(fh, name)
                 if entry is not None:  # else the name alone: the kernel asks if it needs more
                     entry.inode.lookups += 1
                     undo.append(self._nodes.hold(entry.inode))
                     plus = self._nodes.entry(request.who, entry, node.nodeid)
-                    ino, kind = self._nodes.ino(*entry), entry.attr.st_mode >> 12
+                    ino, kind = self._nodes.ino(entry.inode), entry.attr.st_mode >> 12
+                elif number is not None:
+                    ino = number(name, ino)
             reply += plus + fuse.dirent(ino, following, kind, name)
         return bytes(reply)
 

@@ -164,7 +164,7 @@ class Names:
         return self._nodes.attributes(request.who, inode, attr)
 
     def _statfs(self, request: Request) -> bytes:
-        host = self._service.statfs()
+        host = self._service.statfs(request.nodeid)
         return fuse.STATFS_OUT.pack(
             host.f_blocks, host.f_bfree, host.f_bavail, host.f_files, host.f_ffree,
             host.f_bsize, host.f_namemax, host.f_frsize,

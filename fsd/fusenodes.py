@@ -219,7 +219,7 @@ class Nodes:
         stamps = [part for ns in times for part in divmod(ns, _SECOND)]
         return fuse.STATX_OUT.pack(
             *valid, 0, _STATX_BASIC | (_STATX_BTIME if born_ns else 0), attr.st_blksize, 0,
-            attr.st_nlink & _BITS32, attr.st_uid, attr.st_gid, attr.st_mode, self.ino(inode, attr),
+            attr.st_nlink & _BITS32, attr.st_uid, attr.st_gid, attr.st_mode, self.ino(inode),
             attr.st_size, attr.st_blocks, 0, *stamps,
             os.major(attr.st_rdev), os.minor(attr.st_rdev), 0, 0,
         )  # fmt: skip
@@ -236,20 +236,34 @@ class Nodes:
     def _is_mountpoint(self, inode: Inode, parent: int) -> bool:
         if not inode.is_dir or inode.is_placeholder or parent >= FSD_DIR:
             return False
-        return inode.identity[0] != self._table.get(parent).identity[0]
+        return self._mount(inode) != self._mount(self._table.get(parent))
 
-    def ino(self, inode: Inode, attr: StatLike) -> int:
-        """The st_ino that the guest sees: the host's, where that is unique in the mount."""
-        if attr.st_dev == self._table.device or self._submounts:
-            return attr.st_ino
-        return inode.nodeid
+    @staticmethod
+    def _mount(inode: Inode) -> tuple[int, int]:
+        return inode.identity[3], inode.identity[0]
+
+    def ino(self, inode: Inode) -> int:
+        """The st_ino that the guest sees: the host's, where that is unique in the mount. A mount
+        that is announced has a device of its own there.
+        """
+        if self._submounts and not inode.is_placeholder:
+            parent = inode.parent
+            if inode.is_dir or parent is None or self._mount(parent) == self._mount(inode):
+                return inode.identity[1]
+        return inode.number
+
+    def numbering(self, directory: Inode) -> Callable[[bytes, int], int] | None:
+        """What makes the st_ino that the guest sees of a name and its number in the host's listing
+        of a directory; None where they are the same.
+        """
+        return None if self._submounts else self._table.numbering(directory)
 
     def _attr(self, inode: Inode, attr: StatLike, flags: int) -> bytes:
         atime, atime_ns = divmod(attr.st_atime_ns, _SECOND)
         mtime, mtime_ns = divmod(attr.st_mtime_ns, _SECOND)
         ctime, ctime_ns = divmod(attr.st_ctime_ns, _SECOND)
         return fuse.ATTR.pack(
-            self.ino(inode, attr), attr.st_size, attr.st_blocks, atime, mtime, ctime,
+            self.ino(inode), attr.st_size, attr.st_blocks, atime, mtime, ctime,
             atime_ns, mtime_ns, ctime_ns, attr.st_mode, attr.st_nlink & _BITS32, attr.st_uid,
             attr.st_gid, attr.st_rdev & _BITS32, attr.st_blksize, flags,
         )  # fmt: skip

@@ -49,7 +49,7 @@ class HiddenFiles:
         self._guest = guest
         self._modes = {frames.FSD_DIR: stat.S_IFDIR | 0o700, **dict(_NAMES.values())}
         self._inodes = {
-            nodeid: Inode(nodeid, 1, (-2, nodeid, b""), stat.S_IFMT(mode))
+            nodeid: Inode(nodeid, 1, (-2, nodeid, b"", 0), stat.S_IFMT(mode))
             for nodeid, mode in self._modes.items()
         }
         self._born = time.time_ns()

@@ -22,17 +22,17 @@ _handle_buffer = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
 _handle_view = memoryview(_handle_buffer).cast("B")
 _HANDLE_ROOM = struct.pack("=Ii", _MAX_HANDLE_SZ, 0)
 _unpack_size = struct.Struct("=I").unpack_from
-_mount_id_ref = ctypes.byref(ctypes.c_int())
+_mount_id = ctypes.c_int()
+_mount_id_ref = ctypes.byref(_mount_id)
 _SYS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}.get(os.uname().machine)
 """Numbers of setfsuid, setfsgid, setgroups: raw, as glibc would change every thread."""
 _OPENAT2 = 437
-_RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x01, 0x04, 0x08
-_DIRECTORY_BELOW = struct.pack(
-    "=QQQ",
-    os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC,
-    0,
-    _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH,
+_RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
+_BELOW = struct.pack(
+    "=QQQ", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
 )
+_PATH_BYTES = 3800
+"""Bytes of a path that are looked up at once, of the kernel's 4,096."""
 
 _own_process = "/proc/self"
 
@@ -45,6 +45,11 @@ def fd_path(fd: int) -> str:
 def fdinfo_path(fd: int) -> str:
     """proc_pid_fdinfo(5)."""
     return f"{_own_process}/fdinfo/{fd}"
+
+
+def mountinfo_path() -> str:
+    """proc_pid_mountinfo(5)."""
+    return f"{_own_process}/mountinfo"
 
 
 def use_working_directory_as_process() -> None:
@@ -92,6 +97,11 @@ def file_handle(fd: int, name: bytes = b"") -> bytes:
 
     Raises OSError (EOPNOTSUPP where the file system or the kernel has no handles). Not reentrant.
     """
+    return handle_and_mount(fd, name)[0]
+
+
+def handle_and_mount(fd: int, name: bytes = b"") -> tuple[bytes, int]:
+    """The same, and the number of the mount: as in proc_pid_mountinfo(5)."""
     _handle_view[:8] = _HANDLE_ROOM
     flags = 0 if name else _AT_EMPTY_PATH
     if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
@@ -104,7 +114,7 @@ def file_handle(fd: int, name: bytes = b"") -> bytes:
                 _check(-1)
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), name)
     (size,) = _unpack_size(_handle_view)
-    return bytes(_handle_view[4 : 8 + size])
+    return bytes(_handle_view[4 : 8 + size]), _mount_id.value
 
 
 _NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS)
@@ -112,11 +122,30 @@ _NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS)
 system without one for this object makes of it (do_sys_name_to_handle in fs/fhandle.c)."""
 
 
-def open_directory_below(root_fd: int, path: bytes) -> int:
-    """An O_PATH descriptor of a directory, by names that lead over no link, no mount and not out of
-    the root: openat2(2). Raises OSError.
+def mount_id(fd: int) -> int:
+    """The number of the mount that fd was opened on, also where there are no file handles."""
+    try:
+        return handle_and_mount(fd)[1]
+    except OSError:
+        with open(fdinfo_path(fd), "rb") as info:
+            return next(int(line[7:]) for line in info if line.startswith(b"mnt_id:"))
+
+
+def open_below(root_fd: int, path: bytes) -> int:
+    """An O_PATH descriptor of an object, by names that lead over no link and not out of the root:
+    openat2(2). Over mounts, as any path does. Raises OSError.
     """
-    return _check(_libc.syscall(_OPENAT2, root_fd, path, _DIRECTORY_BELOW, len(_DIRECTORY_BELOW)))
+    if len(path) < _PATH_BYTES:
+        return _check(_libc.syscall(_OPENAT2, root_fd, path, _BELOW, len(_BELOW)))
+    fd = os.dup(root_fd)
+    while path:
+        cut = len(path) if len(path) < _PATH_BYTES else path.rindex(b"/", 0, _PATH_BYTES)
+        try:
+            below = _check(_libc.syscall(_OPENAT2, fd, path[:cut], _BELOW, len(_BELOW)))
+        finally:
+            os.close(fd)
+        fd, path = below, path[cut + 1 :]
+    return fd
 
 
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:

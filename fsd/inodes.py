@@ -3,9 +3,12 @@
 Identity is the host's file handle where there is one, so a reused inode number is a new node.
 nodeid is the host's st_ino wherever that is free, so that the guest's st_ino is the host's.
 
-No descriptor is kept for an object: a held one would delay the host's own IN_DELETE_SELF. Where
-handles cannot be opened (an ordinary user, a file system without export), directories alone are
-pinned by an O_PATH descriptor and files are reached through their directory, verified.
+Identity includes the mount: what lies on another one is reached by its path, through that mount.
+
+No descriptor is kept for an object: a held one would delay the host's own IN_DELETE_SELF, and keep
+the host from unmounting what a guest has looked at. Where handles cannot be opened (an ordinary
+user, a file system without export), directories of the share's own mount alone are pinned by an
+O_PATH descriptor, and files are reached through their directory, verified.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from protocol.handles import NodeKey
 
 from . import host
 from .forgotten import Forgotten, ForgottenObjects
+from .mounts import Mounts
 
 if TYPE_CHECKING:
     from .listings import Listing
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 ROOT_ID = 1
 WARM = 1.0
 """Seconds after its use that a directory's dentries are taken to be in the kernel's cache."""
+_MOVES = 3
+"""Tries to find an object that the host may move all the while."""
 _SYNTHETIC = 1 << 62
 """First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
 
@@ -39,8 +45,11 @@ _CANNOT_OPEN_HANDLES = (
 )  # fmt: skip
 """Of open_by_handle_at(2) for the root: this user may not, or this file system or kernel cannot."""
 
-Identity = tuple[int, int, bytes]
-"""(st_dev, st_ino, file handle or b"")."""
+_NO_SUCH_PATH = (errno.ENOTDIR, errno.ELOOP)
+"""Of openat2(2), where something else is on a path that was known."""
+
+Identity = tuple[int, int, bytes, int]
+"""(st_dev, st_ino, file handle or b"", number of the mount)."""
 
 
 class Inode:
@@ -48,11 +57,12 @@ class Inode:
 
     __slots__ = (
         "attr_given", "children", "fd", "generation", "identity", "kind", "listing", "lookups",
-        "name", "nlink", "nodeid", "open_fds", "parent", "pins", "warm_until",
+        "name", "nlink", "nodeid", "number", "open_fds", "parent", "pins", "warm_until",
     )  # fmt: skip
 
     def __init__(self, nodeid: int, generation: int, identity: Identity, kind: int) -> None:
         self.nodeid = nodeid
+        self.number = nodeid  # the st_ino that guests see
         self.generation = generation
         self.identity = identity
         self.kind = kind  # S_IFMT bits
@@ -107,9 +117,14 @@ def is_below(directory: Inode, top: Inode) -> bool:
 
 
 def _hidden_directory(nodeid: int, name: bytes) -> Inode:
-    inode = Inode(nodeid, 1, (-2, nodeid, b""), stat.S_IFDIR)
+    inode = Inode(nodeid, 1, (-2, nodeid, b"", 0), stat.S_IFDIR)
     inode.name = name
     return inode
+
+
+def _matches(found: Identity, known: Identity) -> bool:
+    """Whether an object is that one, whose mount may have had another number (fsd.restoring)."""
+    return found[:3] == known[:3] and known[3] in (0, found[3])
 
 
 class LookupCountError(AssertionError):
@@ -134,10 +149,11 @@ class InodeTable:
                 os.close(self.root_fd)
                 raise
             self.by_handle = False
-        self.device = os.fstat(self.root_fd).st_dev
+        self.mounts = Mounts(self.root_fd)
         identity, status = self.identify(self.root_fd)
         self.root = Inode(ROOT_ID, 0, identity, stat.S_IFDIR)
         self.root.fd = self.root_fd
+        self.root.number = status.st_ino
         self.root.nlink = status.st_nlink
         self.root.pins = 1
         # Where directories are that went out of sight: moved to where nobody watches.
@@ -150,6 +166,7 @@ class InodeTable:
 
     def close(self) -> None:
         """Close every descriptor."""
+        self.mounts.close()
         for inode in self._by_node.values():
             if inode.fd >= 0:
                 fd, inode.fd = inode.fd, -1
@@ -201,7 +218,7 @@ class InodeTable:
         with host.skipping_gone:
             if parent is not None and parent.is_dir:
                 with self.directory(parent) as dir_fd:
-                    if self._identity_of(dir_fd, record.name) == record.identity:
+                    if _matches(self._identity_of(dir_fd, record.name), record.identity):
                         return self._step(dir_fd, parent, record.name)
         with host.skipping_gone:
             if self.handle_opens(record.identity):
@@ -227,17 +244,19 @@ class InodeTable:
             raise OSError(errno.ESTALE, f"nodeid {key.nodeid} is of generation {inode.generation}")
         return inode
 
-    @staticmethod
-    def identify(fd: int) -> tuple[Identity, os.stat_result]:
+    def identify(self, fd: int) -> tuple[Identity, os.stat_result]:
         """Identity and attributes of the object behind a descriptor."""
         status = os.fstat(fd)
         try:
-            handle = host.file_handle(fd)
+            handle, mount = host.handle_and_mount(fd)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:  # without its handle it would be another object
                 raise
-            handle = b""
-        return (status.st_dev, status.st_ino, handle), status
+            handle, mount = b"", self._mount_of(fd)
+        return (status.st_dev, status.st_ino, handle, mount), status
+
+    def _mount_of(self, fd: int) -> int:
+        return host.mount_id(fd) if self.mounts.below else self.mounts.own
 
     def intern(self, fd: int, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
         """The inode behind an O_PATH descriptor that was opened as parent/name."""
@@ -245,7 +264,7 @@ class InodeTable:
         inode = self._by_identity.get(identity)
         if inode is None:
             inode = self._new(identity, stat.S_IFMT(status.st_mode))
-        if inode.fd < 0 and inode.is_dir and not self.handle_opens(identity):
+        if inode.fd < 0 and inode.is_dir and self.must_pin(identity):
             try:
                 inode.fd = os.open(host.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
             except OSError:
@@ -302,7 +321,7 @@ class InodeTable:
     def placeholder(self, kind: int, parent: Inode | None, name: bytes) -> Inode:
         """An inode for an object that is gone already; it is no one else's identity."""
         nodeid = self._synthetic()
-        inode = Inode(nodeid, 1, (-1, nodeid, b""), kind)
+        inode = Inode(nodeid, 1, (-1, nodeid, b"", 0), kind)
         inode.parent, inode.name = parent, name
         return self.revive(inode)
 
@@ -337,20 +356,49 @@ class InodeTable:
 
     def handle_opens(self, identity: Identity) -> bool:
         """Whether an object can be opened by its handle."""
-        return self.by_handle and identity[0] == self.device and bool(identity[2])
+        return self.by_handle and self.is_own(identity) and bool(identity[2])
+
+    def numbering(self, directory: Inode) -> Callable[[bytes, int], int] | None:
+        """What makes unique numbers of those in the host's listing of a directory, each with its
+        name; None where they are.
+        """
+        device, _, _, mount = directory.identity
+        if self.mounts.is_own(mount, device) and not self.mounts.below:
+            return None
+        path = directory.path()
+
+        def number(name: bytes, ino: int) -> int:
+            if self.mounts.is_point(path + b"/" + name if path else name):
+                with suppress(OSError), self.directory(directory) as dir_fd:
+                    there, ino, _, above = self._identity_of(dir_fd, name)
+                    return self.mounts.number(above, there, ino) or ino
+            return self.mounts.number(mount, device, ino) or ino
+
+        return number
+
+    def is_own(self, identity: Identity) -> bool:
+        """Whether an object is on the share's own mount."""
+        return identity[3] == self.mounts.own
+
+    def must_pin(self, identity: Identity) -> bool:
+        """Whether a directory can be found again by a descriptor only. On another mount none is
+        kept: the host may unmount it.
+        """
+        return not (self.by_handle and identity[2]) and self.is_own(identity)
 
     def _new(self, identity: Identity, kind: int) -> Inode:
-        device, ino, handle = identity
-        nodeid = ino
-        if (old := self._by_node.get(ino)) is not None:
+        device, ino, handle, mount = identity
+        nodeid = number = self.mounts.number(mount, device, ino)
+        if (old := self._by_node.get(nodeid)) is not None:
             self.release(old)
-        if device != self.device or not ROOT_ID < ino < _SYNTHETIC or ino in self._by_node:
+        if not ROOT_ID < nodeid < _SYNTHETIC or nodeid in self._by_node:
             # Also where the host reused the number: a guest's requests name only the nodeid, so the
             # old object keeps it for as long as anybody refers to it.
             had = self.forgotten.nodeid_of(identity)
             nodeid = had if had >= _SYNTHETIC else self._synthetic()
         self.forgotten.drop(nodeid)
         inode = Inode(nodeid, zlib.crc32(handle) or 1, identity, kind)
+        inode.number = number or nodeid
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
         return inode
@@ -366,17 +414,26 @@ class InodeTable:
         if nodeid >= self._next_synthetic:
             self._next_synthetic = nodeid + 1
         inode = Inode(nodeid, generation, identity, kind)
+        if self.is_own(identity):
+            inode.number = self.mounts.number(identity[3], identity[0], identity[1])
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
         return inode
 
     def identify_as(self, inode: Inode, identity: Identity) -> None:
-        """An adopted inode stands for that object. Raises ValueError where it is another's."""
+        """An inode stands for that object. Raises ValueError where it is another's."""
         if self._by_identity.get(identity, inode) is not inode:
             raise ValueError(f"the object of nodeid {inode.nodeid} has another")
-        del self._by_identity[inode.identity]
+        self._by_identity.pop(inode.identity, None)
         inode.identity = identity
+        device, ino, _, mount = identity
+        inode.number = (self.mounts.number(mount, device, ino) if mount else 0) or inode.nodeid
         self._by_identity[identity] = inode
+
+    def retire(self, inode: Inode) -> None:
+        """The inode's object is gone for good: what is found with the same identity is another."""
+        if self.holds(inode):
+            self.identify_as(inode, (-1, inode.nodeid, b"", 0))
 
     def forget(self, nodeid: int, count: int) -> None:
         """FUSE FORGET: the guest's kernel drops ``count`` references."""
@@ -446,12 +503,14 @@ class InodeTable:
 
         Raises OSError: ENOTDIR, ENOENT where it is gone, others where it cannot be opened.
         """
-        if inode.fd >= 0:
+        if inode is self.root:
             return inode.fd
         if not inode.is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         try:
-            return self.open_by_handle(inode, os.O_PATH | os.O_DIRECTORY)
+            if self.mounts.below:
+                return self._open_visible(inode)
+            return inode.fd if inode.fd >= 0 else self.open_by_handle(inode)
         except OSError as error:
             if not host.is_gone(error):
                 raise
@@ -482,10 +541,12 @@ class InodeTable:
             return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
         if unseen is not None and not self.handle_opens(inode.identity):
             raise unseen
+        if self.mounts.below:
+            return self._open_moved(inode)
         return self._open_by_verified_handle(inode)
 
     def _open_by_verified_handle(self, inode: Inode) -> int:
-        fd = self.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+        fd = self.open_by_handle(inode)
         try:
             if os.fstat(fd).st_ino != inode.identity[1]:  # restored from an image that lies
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -500,14 +561,16 @@ class InodeTable:
         """
         if inode.parent is None or inode.is_placeholder:
             return None
-        device, ino, handle = inode.identity
+        device, ino, handle, mount = inode.identity
         try:
             with self.directory(inode.parent) as parent_fd:
-                if handle and host.file_handle(parent_fd, inode.name) != handle:
+                if handle and host.handle_and_mount(parent_fd, inode.name) != (handle, mount):
                     return None
                 status = os.stat(inode.name, dir_fd=parent_fd, follow_symlinks=False)
         except OSError:
             return None
+        if not handle and self.mounts.below:
+            return None  # of the same number, on which mount?
         return status if (status.st_dev, status.st_ino) == (device, ino) else None
 
     def _is_or_close(self, fd: int, inode: Inode) -> bool:
@@ -521,14 +584,17 @@ class InodeTable:
         return is_it
 
     def _is(self, fd: int, inode: Inode) -> bool:
-        device, ino, _ = inode.identity
+        """Whether a descriptor is of the inode's object, on its mount."""
+        device, ino, handle, mount = inode.identity
+        if handle:
+            return host.handle_and_mount(fd) == (handle, mount) and os.fstat(fd).st_ino == ino
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != (device, ino):
             return False
         return self.identify(fd)[0] == inode.identity
 
-    def open_by_handle(self, inode: Inode, flags: int) -> int:
-        """A new descriptor by file handle. Raises OSError, ESTALE where that cannot be.
+    def open_by_handle(self, inode: Inode) -> int:
+        """A new O_PATH descriptor by file handle. Raises OSError, ESTALE where that cannot be.
 
         Of a directory by its path, where the handle is that of what is there, if it was not used a
         moment ago: the kernel opens and reads the directories above one whose dentries it has
@@ -537,24 +603,82 @@ class InodeTable:
         """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        if inode.is_dir:
-            now = time.monotonic()
-            is_warm, inode.warm_until = now < inode.warm_until, now + WARM
-            if not is_warm and (fd := self._open_by_path(inode)) >= 0:
-                return fd
+        if inode.is_dir and not self._is_warm(inode) and (fd := self._open_by_path(inode)) >= 0:
+            return fd
+        flags = os.O_PATH | (os.O_DIRECTORY if inode.is_dir else os.O_NOFOLLOW)
         return host.open_by_handle(self.root_fd, inode.identity[2], flags)
+
+    @staticmethod
+    def _is_warm(directory: Inode) -> bool:
+        """Whether it was used a moment ago; it is now."""
+        now = time.monotonic()
+        is_warm, directory.warm_until = now < directory.warm_until, now + WARM
+        return is_warm
 
     def _open_by_path(self, directory: Inode) -> int:
         """-1 where it is not there, or nobody could look: its handle tells the two apart."""
-        try:
-            fd = host.open_directory_below(self.root_fd, directory.path())
-        except OSError:
-            return -1
         with suppress(OSError):
-            if host.file_handle(fd) == directory.identity[2]:
-                return fd
-        os.close(fd)
+            return self._open_at(directory.path(), directory)
         return -1
+
+    def _open_at(self, path: bytes, inode: Inode) -> int:
+        """-1 where the object is not there. Raises OSError where nobody could look."""
+        try:
+            fd = host.open_below(self.root_fd, path)
+        except OSError as error:
+            if host.is_gone(error) or error.errno in _NO_SUCH_PATH:
+                return -1
+            raise
+        return fd if self._is_or_close(fd, inode) else -1
+
+    # Where something is mounted below the share
+
+    def _open_visible(self, directory: Inode) -> int:
+        """A new O_PATH descriptor of a directory that no other mount masks. Raises OSError."""
+        since = directory.warm_until - WARM  # it was used last, and no mount has masked it since
+        if self.handle_opens(directory.identity) and since > self.mounts.changed_at:
+            return self.open_by_handle(directory)
+        fd = self._open_at(directory.path(), directory)
+        if fd < 0:
+            fd = self._open_moved(directory)
+        self._is_warm(directory)
+        return fd
+
+    def _open_moved(self, inode: Inode) -> int:
+        """The same for any object, wherever the host has moved it. Raises OSError ESTALE."""
+        for _ in range(_MOVES):  # it may be moved between the two steps
+            fd = self._open_wherever(inode)
+            try:
+                if (found := self._open_where(fd, inode)) >= 0:
+                    return found
+            finally:
+                os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _open_wherever(self, inode: Inode) -> int:
+        """Also where it is masked, or not in the share: by what is open of it, or by its handle.
+
+        Not by a handle on another mount: that takes an open file there (open_by_handle_at(2)), and
+        all who watch it would see it opened.
+        """
+        if inode.fd >= 0 or inode.open_fds:
+            return os.dup(inode.fd if inode.fd >= 0 else inode.open_fds[-1])
+        if not self.handle_opens(inode.identity):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return host.open_by_handle(self.root_fd, inode.identity[2], os.O_PATH | os.O_NOFOLLOW)
+
+    def _open_where(self, fd: int, inode: Inode) -> int:
+        """The object at the path that the kernel knows for a descriptor; -1 where that is another,
+        or not in the share.
+        """
+        path = self._path_of(fd)
+        return -1 if path is None else self._open_at(path, inode)
+
+    def _path_of(self, fd: int) -> bytes | None:
+        """The path below the root that the kernel knows for an open object."""
+        top = os.fsencode(os.readlink(host.fd_path(self.root_fd))).rstrip(b"/") + b"/"
+        path = os.fsencode(os.readlink(host.fd_path(fd)))
+        return path[len(top) :] if path.startswith(top) else None
 
     def verify_place(self, inode: Inode) -> bool:
         """Make sure that an object is where it is known to be, or find out where it is; whether it
@@ -577,12 +701,11 @@ class InodeTable:
         """The inode at the path that the kernel knows for an open object: the object's, unless it
         has just moved. None where that is not in the export.
         """
-        top = os.fsencode(os.readlink(host.fd_path(self.root_fd))).rstrip(b"/") + b"/"
-        path = os.fsencode(os.readlink(host.fd_path(fd)))
-        if not path.startswith(top):
+        path = self._path_of(fd)
+        if path is None:
             return None
         inode = self.root
-        for name in path[len(top) :].split(b"/"):
+        for name in path.split(b"/"):
             if not inode.is_dir:  # another has that name by now
                 return None
             with self.directory(inode) as dir_fd:
@@ -608,7 +731,8 @@ class InodeTable:
     @contextmanager
     def reached(self, inode: Inode) -> Iterator[int]:
         """The same where it does not matter by what name: to set a watch."""
-        if inode.is_dir or inode.open_fds or not self.handle_opens(inode.identity):
+        by_name = inode.is_dir or inode.open_fds or not self.handle_opens(inode.identity)
+        if by_name or self.mounts.below:
             fd = self.open(inode)
         else:
             fd = self._open_by_verified_handle(inode)

@@ -201,7 +201,8 @@ def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: boo
     now = [row for session in kept.values() for row, _ in session.nodes.values()]
     sources = [saved.table.inodes, now] if is_last else [now, saved.table.inodes]
     for row in (row for source in sources for row in source):
-        identity = (row.device, row.ino, row.handle)
+        # One object is two where it is seen through two mounts.
+        identity = (row.device and row.nodeid, row.ino, row.handle)
         if row.nodeid not in rows and identity not in objects and ROOT_ID < row.nodeid < FSD_DIR:
             rows[row.nodeid] = row
             objects.add(identity)

@@ -21,6 +21,7 @@ from . import directories, host
 from .attributes import StatLike
 from .directories import DirEntry
 from .inodes import Inode, InodeTable
+from .successors import Successors
 
 
 class Identity(NamedTuple):
@@ -101,6 +102,7 @@ class PassthroughFS:
 
     def __init__(self, table: InodeTable) -> None:
         self.table = table
+        self.successors = Successors(table)
         self.on_unlinked: list[Callable[[Inode], None]] = []
         """Told of open files that have lost their last name, as far as is known."""
 
@@ -135,7 +137,10 @@ class PassthroughFS:
         """The entry behind a name of a directory that is open."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
-            return Entry(*self.table.intern(fd, parent, name))
+            entry = Entry(*self.table.intern(fd, parent, name))
+            if self.successors:
+                self.successors.looked_up(parent, name, entry.inode, fd)
+            return entry
         finally:
             os.close(fd)
 
@@ -232,19 +237,27 @@ class PassthroughFS:
             os.link(host.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self.lookup(parent, name)
 
-    def unlink(self, parent: Inode, name: bytes) -> None:
+    def unlink(self, parent: Inode, name: bytes, who: Identity) -> None:
         """UNLINK."""
         self._check_name(name)
-        with self.table.directory(parent) as dir_fd:
+        with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
             os.unlink(name, dir_fd=dir_fd)
         self._gone(parent, name)
 
-    def rmdir(self, parent: Inode, name: bytes) -> None:
+    def rmdir(self, parent: Inode, name: bytes, who: Identity) -> None:
         """RMDIR."""
         self._check_name(name)
-        with self.table.directory(parent) as dir_fd:
+        with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
             os.rmdir(name, dir_fd=dir_fd)
         self._gone(parent, name)
+
+    def _removing(self, who: Identity, *dir_fds: int) -> AbstractContextManager[None]:
+        """As the caller where a directory is sticky: the guest's kernel has judged whose the file
+        is that it knows by the name, and the name may stand for another's by now.
+        """
+        if who.uid and any(os.fstat(fd).st_mode & stat.S_ISVTX for fd in dir_fds):
+            return self._acting_as(who)
+        return nullcontext()
 
     def _gone(self, parent: Inode, name: bytes) -> None:
         inode = parent.children.pop(name, None)
@@ -259,11 +272,18 @@ class PassthroughFS:
             for tell in self.on_unlinked:
                 tell(inode)
 
-    def rename(self, old: Inode, name: bytes, new: Inode, new_name: bytes, flags: int) -> None:
+    def rename(
+        self, old: Inode, name: bytes, new: Inode, new_name: bytes, flags: int, who: Identity
+    ) -> None:
         """RENAME, RENAME2."""
         self._check_name(name)
         self._check_name(new_name)
-        with self.table.directory(old) as old_fd, self.table.directory(new) as new_fd:
+        directory = self.table.directory
+        with (
+            directory(old) as old_fd,
+            directory(new) as new_fd,
+            self._removing(who, old_fd, new_fd),
+        ):
             host.renameat2(old_fd, name, new_fd, new_name, flags)
         moved = old.children.get(name)
         other = new.children.get(new_name)
@@ -281,7 +301,7 @@ class PassthroughFS:
 
     def readlink(self, inode: Inode) -> bytes:
         """READLINK."""
-        with self._opened_or_successor(inode) as fd:
+        with self._used(inode) as fd:
             return os.readlink(b"", dir_fd=fd)
 
     # Attributes
@@ -300,18 +320,17 @@ class PassthroughFS:
             return os.fstat(fd)
 
     def getattr_by_path(self, inode: Inode) -> os.stat_result:
-        """GETATTR on the way to open a path: of what has the name now, like open."""
+        """GETATTR on the way to open a path. Raises OSError ESTALE as ``_used`` does."""
         try:
             return self.getattr(inode)
-        except OSError:
-            if inode.is_dir:
+        except OSError as error:
+            if inode.is_dir or error.errno != errno.ESTALE:
                 raise
-        with self._opened_or_successor(inode) as fd:
-            return os.fstat(fd)
+            raise self._lost(inode) from None
 
     def setattr(self, inode: Inode, changes: Changes, handle: Handle | None) -> os.stat_result:
         """SETATTR, in the order chown, mode, size, times: each undoes side effects before it."""
-        if handle is not None and handle.fd >= 0:
+        if handle is not None and handle.fd >= 0 and handle.inode is inode:
             return self._setattr(handle.fd, changes, handle.fd)
         if inode.open_fds and not inode.is_dir:
             return self._setattr(inode.open_fds[-1], changes, None)
@@ -366,32 +385,40 @@ class PassthroughFS:
         with self.table.opened(inode) as fd:
             return os.access(host.fd_path(fd), mode)
 
-    def statfs(self) -> os.statvfs_result:
-        """STATFS."""
-        return os.fstatvfs(self.table.root_fd)
+    def statfs(self, inode: Inode) -> os.statvfs_result:
+        """STATFS, of the file system that an object is on."""
+        if self.table.is_own(inode.identity):
+            return os.fstatvfs(self.table.root_fd)
+        with self.table.opened(inode) as fd:
+            return os.fstatvfs(fd)
 
     # Files
 
     @contextmanager
-    def _opened_or_successor(self, inode: Inode) -> Iterator[int]:
-        """The object, or what has replaced it under its name since the guest looked it up: to open
-        a path is two requests here and one system call on the host, which never sees ESTALE.
+    def _used(self, inode: Inode) -> Iterator[int]:
+        """The very object that a guest's kernel looked up, and whose permissions it has checked.
+
+        Raises OSError ESTALE where another has its name: the kernel then looks the name up again.
         """
         try:
             fd = self.table.open(inode)
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-            if inode.parent is None:  # removed since: for a moment, nothing was there
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-            with self.table.directory(inode.parent) as dir_fd:
-                fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+            raise self._lost(inode) from None
         try:
             if stat.S_IFMT(os.fstat(fd).st_mode) != inode.kind:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             yield fd
         finally:
             os.close(fd)
+
+    def _lost(self, inode: Inode) -> OSError:
+        """What to raise for an object that a guest looked up, and that is not there any more."""
+        if inode.parent is None:  # removed since: for a moment, nothing was there
+            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        self.successors.replaced(inode)
+        return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def _handle(self, inode: Inode, fd: int, flags: int) -> Handle:
         inode.open_fds.append(fd)
@@ -401,10 +428,9 @@ class PassthroughFS:
     def open(self, inode: Inode, flags: int) -> Handle:
         """OPEN of a regular file."""
         _check_regular(inode.kind)
-        with self._opened_or_successor(inode) as path_fd:
+        with self._used(inode) as path_fd:
             fd = os.open(host.fd_path(path_fd), flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
-        if inode.parent is not None and self.table.identify(fd)[0] != inode.identity:
-            inode, _ = self.table.intern(fd, inode.parent, inode.name)
+        self.successors.opened(inode)
         return self._handle(inode, fd, flags)
 
     def reopen(self, inode: Inode, flags: int) -> Handle:

@@ -117,7 +117,9 @@ class Resolver:
             return True
         bits = arrival.raw.mask & _TOUCHES
         parent = directory.parent
-        return parent is not None and self._watcher.reports(parent, bits, arrival.number)
+        if parent is None or parent.identity[3] != directory.identity[3]:
+            return False  # where a mount begins, the directory above hears nothing
+        return self._watcher.reports(parent, bits, arrival.number)
 
     def _is_unlinked_next(self, node: Inode, arrival: Arrival) -> bool:
         """Whether an ATTRIB or a death belongs to the unlink or rmdir whose DELETE stands next."""

@@ -64,7 +64,8 @@ class RestoredTable:
             check_name(name or b"-")
             _check_handle(handle)
             if nodeid not in self.inodes and ROOT_ID < nodeid < FSD_DIR:
-                identity = (device or table.device, ino, handle)
+                mounts = table.mounts
+                identity = (device or mounts.device, ino, handle, 0 if device else mounts.own)
                 table.remember(nodeid, Forgotten(identity, parent, name))
         for inode in self.inodes.values():
             if inode.is_dir and inode.parent is None and inode is not table.root:
@@ -92,9 +93,12 @@ class RestoredTable:
         if not 0 <= generation < 1 << 32 or kind not in _KINDS:
             raise ImageError(f"nodeid {nodeid} has generation {generation}, type {kind:o}")
         _check_handle(handle)
-        identity = (device or self._table.device, ino, handle)
+        mounts = self._table.mounts
+        identity = (mounts.device, ino, handle, mounts.own)
         if device < 0:
-            identity = (GONE, nodeid, b"")
+            identity = (GONE, nodeid, b"", 0)
+        elif device:  # on another mount, whose number may be another by now
+            identity = (device, ino, handle, -nodeid)
         try:
             inode = self._table.adopt(nodeid, generation, identity, kind)
         except ValueError as error:
@@ -116,21 +120,21 @@ class RestoredTable:
             return self._find_directory(inode)
         if self._find_by_path(inode):
             return True
-        # A handle proves the object wherever it is met again; without one, or on a device that may
-        # be numbered anew, nothing does.
-        if inode.identity[0] != self._table.device or not inode.identity[2]:
-            self._table.identify_as(inode, (GONE, inode.nodeid, b""))
+        # A handle proves the object wherever it is met again; without one, or on another mount,
+        # nothing does.
+        if not self._table.is_own(inode.identity) or not inode.identity[2]:
+            self._table.identify_as(inode, (GONE, inode.nodeid, b"", 0))
         return False
 
     def _find_directory(self, inode: Inode) -> bool:
         try:
-            fd = self._table.open_by_handle(inode, os.O_PATH | os.O_NOFOLLOW)
+            fd = self._table.open_by_handle(inode)
         except OSError:
             return False
         try:
             status = os.fstat(fd)
             if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity[1], inode.kind):
-                self._table.identify_as(inode, (GONE, inode.nodeid, b""))
+                self._table.identify_as(inode, (GONE, inode.nodeid, b"", 0))
                 return False
             self._table.verify_place(inode)
         except OSError:  # nobody could look where it is
@@ -150,12 +154,12 @@ class RestoredTable:
             return False
         try:
             identity, status = self._table.identify(fd)
-            if stat.S_IFMT(status.st_mode) != inode.kind or identity[1:] != inode.identity[1:]:
+            if stat.S_IFMT(status.st_mode) != inode.kind or identity[1:3] != inode.identity[1:3]:
                 return False
             if not identity[2] and not self._is_older(fd, status):
                 return False
             self._table.identify_as(inode, identity)
-            if inode.is_dir and not self._table.handle_opens(identity):
+            if inode.is_dir and self._table.must_pin(identity):
                 inode.fd = os.dup(fd)
         except (OSError, ValueError):
             return False

@@ -117,7 +117,7 @@ class Service(FileService):
         child = node.children.get(name)
         remove = self._fs.rmdir if is_dir else self._fs.unlink
         with self._own((node, name, Mask.DELETE), (child, b"", Mask.ATTRIB | Mask.DELETE_SELF)):
-            remove(node, name)
+            remove(node, name, who)
 
     def rename(
         self, who: Caller, nodeid: int, name: bytes, nodeid2: int, name2: bytes, flags: int
@@ -139,7 +139,7 @@ class Service(FileService):
             (old.children.get(name), b"", Mask.MOVE_SELF),
             (new.children.get(name2), b"", lost),
         ):
-            self._fs.rename(old, name, new, name2, flags)
+            self._fs.rename(old, name, new, name2, flags, who)
 
     def _names(self, nodeid: int, name: bytes) -> Inode:
         """A directory in which names may change: not the hidden one, nor its name."""
@@ -255,6 +255,7 @@ class Service(FileService):
         """ACCESS; asked only where the kernel does not check permissions itself."""
         return True if nodeid >= FSD_DIR else self._fs.access(self._table.get(nodeid), mode)
 
-    def statfs(self) -> os.statvfs_result:
-        """STATFS."""
-        return self._fs.statfs()
+    def statfs(self, nodeid: int) -> os.statvfs_result:
+        """STATFS: of the file system that a node is on, the share's for what is gone."""
+        inode = self._table.root if nodeid >= FSD_DIR else self._table.get(nodeid)
+        return self._fs.statfs(self._table.root if inode.is_placeholder else inode)

@@ -82,6 +82,7 @@ class FileService:
         self.locks.close()
         for fh in list(self._handles):
             self.release(fh)
+        self._fs.successors.close()
 
     # Who asks
 

@@ -29,12 +29,15 @@ from protocol.masks import SELF, STRUCTURE, Mask
 
 from . import host
 from .inodes import Inode, InodeTable
+from .sharedwatches import SharedWatches
 
 _QUEUE_LIMIT = Path("/proc/sys/fs/inotify/max_queued_events")
 _READ_SIZE = 256 * 1024
 _FIONREAD = 0x541B
 _SETNEXTWD = 0x40044900
 """INOTIFY_IOC_SETNEXTWD of <linux/inotify.h>: the number of the next watch, if it is free."""
+_MASK_ADD = 0x2000_0000
+"""IN_MASK_ADD of inotify(7)."""
 _HIGHEST_WD = (1 << 31) - 1
 BACKLOG_LIMIT = 524_288
 """Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
@@ -104,6 +107,7 @@ class HostWatcher:
         os.set_blocking(self.fd, False)
         os.set_inheritable(self.fd, False)
         self._by_wd: dict[int, Inode] = {}
+        self._shared = SharedWatches()
         self._wd_of: dict[Inode, int] = {}
         self._mask_of: dict[Inode, Mask] = {}
         self._since: dict[Inode, int] = {}
@@ -173,11 +177,14 @@ class HostWatcher:
             path = host.fd_path(fd)
             if inode in self._old_wds:
                 self._set_next_wd(self._old_wds[inode])
-            wd: int = self._manager.add_watch(path, int(mask), quiet=True)[path]
-            if wd < 0:
-                number = ctypes.get_errno() or errno.EIO
-                raise OSError(number, os.strerror(number))
-        if inode not in self._wd_of:
+            # Another inode's watch may be the same, seen through another mount.
+            below = self._table.mounts.below
+            wd = self._add(path, int(mask) | (_MASK_ADD if below else 0))
+            is_less = self.mask_of(inode) & ~mask
+            wd = self._joined(inode, wd)
+            if below and is_less and self._shared.real(wd) not in self._shared:
+                self._add(path, int(mask))
+        if inode not in self._wd_of and self._shared.is_real(wd):
             self._next_wd = wd + 1
         if self._by_wd.get(wd) is not inode:
             self._table.pin(inode)
@@ -191,6 +198,29 @@ class HostWatcher:
         self._mask_of[inode] = mask
         if inode.attr_given and not self.tells_changes(inode):
             self._withdraw(inode)
+
+    def _add(self, path: str, mask: int) -> int:
+        wd: int = self._manager.add_watch(path, mask, quiet=True)[path]
+        if wd < 0:
+            number = ctypes.get_errno() or errno.EIO
+            raise OSError(number, os.strerror(number))
+        return wd
+
+    def _joined(self, inode: Inode, wd: int) -> int:
+        """By which the inode is watched, where the kernel's descriptor is ``wd``."""
+        had = self._wd_of.get(inode)
+        if had is not None and self._shared.real(had) == wd:
+            return had
+        other = self._by_wd.get(wd)
+        if other is None:
+            return self._shared.join(wd, is_taken=False) if wd in self._shared else wd
+        if other is inode or other.identity[:3] != inode.identity[:3]:
+            return wd
+        return self._shared.join(wd, is_taken=True)
+
+    def _wants(self, wd: int, mask: int) -> bool:
+        inode = self._by_wd.get(wd)
+        return inode is not None and bool(int(self.mask_of(inode)) & mask)
 
     def remember(self, wds: Mapping[Inode, int]) -> None:
         """Watch these under the descriptors that they had in another server."""
@@ -250,7 +280,8 @@ class HostWatcher:
         self._withdraw(inode)
         if self._by_wd.get(wd) is inode:
             del self._by_wd[wd]
-            self._manager.rm_watch(wd, quiet=True)
+            if (real := self._shared.leave(wd)) >= 0:
+                self._manager.rm_watch(real, quiet=True)
             self._table.unpin(inode)
 
     def ended(self) -> list[tuple[Inode, int]]:
@@ -269,6 +300,7 @@ class HostWatcher:
     def forget(self, wd: int) -> Inode | None:
         """IN_IGNORED: the kernel has removed the watch by itself. Returns whose it was."""
         self._manager.del_watch(wd)
+        self._shared.leave(wd)
         inode = self._by_wd.pop(wd, None)
         if inode is not None:
             self._wd_of.pop(inode, None)
@@ -295,6 +327,8 @@ class HostWatcher:
             if len(buffer) < _READ_SIZE // 2 and not self._readable():
                 break
         self.events_in += len(events)
+        if self._shared:
+            events = list(self._shared.copies(events, self._wants))
         return events
 
     def _readable(self) -> bool:

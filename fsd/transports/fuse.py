@@ -6,9 +6,11 @@ pyfuse3 would unmount on any exception that is not FUSEError.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import os
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -40,6 +42,9 @@ DIRECTORY_TIMEOUT = 0.01
 WATCHED_TIMEOUT = 3600.0
 """The same for a directory that the host is watched for: its kernel is told of changes."""
 
+WALKS_LIMIT = 256
+"""Processes whose last look-up is remembered, each a few bytes: for STATFS, which comes next."""
+
 
 def _guarded(handler: _F) -> _F:
     @functools.wraps(handler)
@@ -57,6 +62,19 @@ def _guarded(handler: _F) -> _F:
     return cast(_F, guarded)
 
 
+def _second_ino() -> int:
+    """Offset of st_ino in EntryAttributes, which has the nodeid apart from it, and sets both as
+    one. -1 where it is made in another way.
+    """
+    entry, number = pyfuse3.EntryAttributes(), 0x1D1F_3A5C_7B9E
+    entry.st_ino = number
+    parts = ctypes.string_at(id(entry), type(entry).__basicsize__).split(struct.pack("Q", number))
+    return len(parts[0]) + 8 + len(parts[1]) if len(parts) == 3 else -1
+
+
+_SECOND_INO = _second_ino()
+
+
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, ctx.pid)
 
@@ -67,6 +85,8 @@ def _attributes(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
     """
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = inode.nodeid
+    if inode.number != inode.nodeid and _SECOND_INO >= 0:
+        ctypes.c_uint64.from_address(id(entry) + _SECOND_INO).value = inode.number
     entry.generation = inode.generation
     entry.entry_timeout = entry.attr_timeout = 0
     entry.st_mode = attr.st_mode
@@ -121,6 +141,7 @@ class FuseDoor(pyfuse3.Operations):
         self.enable_acl = os.geteuid() == 0  # makes the kernel judge permissions, ACLs included
         self._service = service
         self._channels: dict[int, Channel] = {}
+        self._walked: dict[int, int] = {}  # by process: what the LOOKUP found that it made last
 
     @staticmethod
     def invalidate(inode: Inode) -> None:
@@ -133,6 +154,9 @@ class FuseDoor(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         entry = self._service.lookup(_caller(ctx), parent_inode, name)
+        self._walked[ctx.pid] = entry.inode.nodeid
+        if len(self._walked) > WALKS_LIMIT:
+            del self._walked[next(iter(self._walked))]
         return self._lasting(entry.inode, _entry(entry), ctx)
 
     @_guarded
@@ -142,6 +166,7 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        self._walked.pop(ctx.pid, None)
         node, attr = self._service.getattr(_caller(ctx), inode)
         return self._lasting(node, self._own_ino(node, attr), ctx)
 
@@ -158,9 +183,9 @@ class FuseDoor(pyfuse3.Operations):
 
     @staticmethod
     def _own_ino(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
-        """GETATTR's reply carries no nodeid, so even the root shows the host's st_ino."""
+        """GETATTR's reply carries no nodeid."""
         entry = _attributes(inode, attr)
-        entry.st_ino = attr.st_ino
+        entry.st_ino = inode.number
         return entry
 
     @_guarded
@@ -234,6 +259,7 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        self._walked.pop(ctx.pid, None)
         fh = self._service.open(_caller(ctx), inode, flags)
         handle = self._service.handle(fh)
         bare = isinstance(handle, HiddenHandle | IdleHandle)  # no data of it may be cached
@@ -297,6 +323,7 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        self._walked.pop(ctx.pid, None)
         return self._service.opendir(_caller(ctx), inode)
 
     @_guarded
@@ -324,7 +351,8 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        host = self._service.statfs()
+        # pyfuse3 passes no node on: it is what the process looked up just before, if it did.
+        host = self._service.statfs(self._walked.pop(ctx.pid, pyfuse3.ROOT_INODE))
         data = pyfuse3.StatvfsData()
         for field in (
             "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from fsd import host
+from fsd import host, successors
 from fsd.inodes import LookupCountError
 from fsd.passthrough import Changes
+from fsd.service import Caller
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 
@@ -104,16 +107,107 @@ def test_an_unlinked_file_is_not_found_by_its_name(world: World) -> None:
     assert (world.source / "x").read_text() == "new"
 
 
-def test_opening_what_was_replaced_does_not_confuse_the_two(world: World) -> None:
-    """To open a path is two requests, and the host may put another file there in between."""
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC])
+def test_what_has_replaced_a_file_is_not_opened(world: World, flags: int) -> None:
+    """The caller's kernel has checked the permissions of the file that it looked up."""
     (world.source / "x").write_text("old")
     inode = world.node("x")
     os.replace(_written(world, "new"), world.source / "x")
     mount = world.mount()
-    fh = mount.open(USER, inode.nodeid, os.O_RDONLY)
-    assert mount.read(fh, 0, 10) == b"new"
-    with suppress(OSError), world.table.opened(inode) as fd:
-        assert world.table.identify(fd)[0] == inode.identity
+    with pytest.raises(OSError, match="Stale") as error:
+        mount.open(USER, inode.nodeid, flags)
+    assert error.value.errno == errno.ESTALE
+    with pytest.raises(OSError, match="Stale"):
+        mount.getattr(USER, inode.nodeid)  # nor are its owner and mode given for the other's
+    assert (world.source / "x").read_text() == "new"
+
+
+def test_what_has_replaced_a_link_is_not_read(world: World) -> None:
+    (world.source / "x").symlink_to("old")
+    inode = world.node("x")
+    (world.source / "tmp").symlink_to("new")
+    os.replace(world.source / "tmp", world.source / "x")
+    with pytest.raises(OSError, match="Stale"):
+        world.mount().readlink(inode.nodeid)
+
+
+def test_a_replaced_file_is_lost_once_only(world: World) -> None:
+    """The kernel answers ESTALE with one more look-up and one more open, and tells the program of
+    a second one. So what the second look-up finds is opened, replaced again or not.
+    """
+    mount = world.mount()
+    (world.source / "x").write_text("0")
+    entry = mount.lookup(USER, 1, b"x")
+    for number in range(1, 30):
+        os.replace(_written(world, f"{number}"), world.source / "x")
+        with pytest.raises(OSError, match="Stale"):
+            mount.open(USER, entry.inode.nodeid, os.O_RDONLY)
+        again = mount.lookup(USER, 1, b"x")
+        os.replace(_written(world, f"{number}+"), world.source / "x")
+        assert mount.getattr(USER, again.inode.nodeid)[1].st_size == len(str(number))
+        fh = mount.open(USER, again.inode.nodeid, os.O_RDONLY)
+        assert mount.read(fh, 0, 10) == b"%d" % number
+        mount.release(fh)
+        entry = mount.lookup(USER, 1, b"x")
+    assert not _open_files(world.source)
+
+
+def test_what_nobody_opens_is_let_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(successors, "HOLD", 0.05)
+    mount = world.mount()
+    for number in range(successors.HELD_LIMIT + 10):
+        name = b"%d" % number
+        path = world.source / name.decode()
+        path.write_text("old")
+        entry = mount.lookup(USER, 1, name)
+        os.replace(_written(world, "new"), path)
+        with pytest.raises(OSError, match="Stale"):
+            mount.open(USER, entry.inode.nodeid, os.O_RDONLY)
+        mount.lookup(USER, 1, name)
+        assert 1 <= len(_open_files(world.source)) <= successors.HELD_LIMIT
+    world.pump()
+    deadline = world.export.next_deadline
+    assert deadline <= time.monotonic() + 0.05
+    while _open_files(world.source):
+        assert time.monotonic() < deadline + 30
+        world.pump()
+    assert world.export.next_deadline > deadline
+
+
+def _open_files(source: Path) -> list[str]:
+    """What the process has open below a directory."""
+    paths = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            paths.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [path for path in paths if path.startswith(f"{source}/")]
+
+
+def test_a_sticky_directory_protects_what_has_taken_a_name(world: World) -> None:
+    """The guest's kernel knows a file of the caller's there; it is somebody else's by now."""
+    shared = world.source / "tmp.d"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    mount = world.mount(agent=False)
+    user = Caller(1000, 1000, 4242, ())
+    for name in ("x", "y", "d"):
+        (shared / name).mkdir() if name == "d" else (shared / name).touch()
+    node = mount.lookup(user, 1, b"tmp.d").inode.nodeid
+    (world.source / "mine").touch()
+    with pytest.raises(PermissionError):
+        mount.unlink(user, node, b"x")
+    with pytest.raises(PermissionError):
+        mount.rmdir(user, node, b"d")
+    with pytest.raises(PermissionError):
+        mount.rename(user, node, b"x", node, b"z", 0)
+    with pytest.raises(PermissionError):
+        mount.rename(user, 1, b"mine", node, b"y", 0)
+    for name in ("x", "d"):
+        os.chown(shared / name, 1000, 1000)
+    mount.rename(user, node, b"x", node, b"z", 0)
+    mount.unlink(user, node, b"z")
+    mount.rmdir(user, node, b"d")
+    assert os.listdir(shared) == ["y"]
 
 
 def _written(world: World, text: str) -> str:

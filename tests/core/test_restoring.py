@@ -19,7 +19,7 @@ from protocol.images import ImageError
 
 from .support import World
 
-Identify = Callable[[int], tuple[tuple[int, int, bytes], os.stat_result]]
+Identify = Callable[[int], tuple[tuple[int, int, bytes, int], os.stat_result]]
 Restart = Callable[[World], tuple[World, dict[int, Inode]]]
 
 
@@ -197,7 +197,7 @@ def test_rings_and_foreign_objects_are_harmless(world: World) -> None:
     ]
     restored = RestoredTable(world.table, SavedTable(rows, [], []), time.time_ns())
     assert restored.gone == {restored.get(row.nodeid) for row in rows}
-    assert restored.get(77).identity == (GONE, 77, b"")
+    assert restored.get(77).identity == (GONE, 77, b"", 0)
     for row in rows:
         restored.get(row.nodeid).path()
     restored.release()
@@ -216,9 +216,9 @@ def test_without_handles_the_age_tells(world: World, make_world: Callable[[], Wo
 
         def bare(
             fd: int, identify: Identify = identify
-        ) -> tuple[tuple[int, int, bytes], os.stat_result]:
+        ) -> tuple[tuple[int, int, bytes, int], os.stat_result]:
             identity, status = identify(fd)
-            return (identity[0], identity[1], b""), status
+            return (*identity[:2], b"", identity[3]), status
 
         new.table.identify = bare  # type: ignore[method-assign]
         restored = RestoredTable(new.table, SavedTable([row], [], []), saved_ns)

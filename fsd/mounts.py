@@ -1,0 +1,103 @@
+"""The mounts below a share, as the host has them now: whether there are any, and where.
+
+Apart from the inode table, which reaches objects: this knows the mount tree alone. It is read again
+only when it has changed, which one poll(2) of /proc/self/mountinfo tells (proc_pid_mountinfo(5)).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+import zlib
+
+from . import host
+
+_SLOTS = 1 << 14
+"""Number ranges for inode numbers of other mounts: the 14 bits above those that the numbers have
+themselves, and below the nodeids that the server makes up."""
+_INO_BITS = 48
+"""Bits of an inode number that fit into a range; no common file system uses more."""
+_ESCAPED = ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\"))
+
+
+class Mounts:
+    """What is mounted below a directory. Owner of one descriptor. Raises OSError where there is no
+    /proc.
+    """
+
+    def __init__(self, root_fd: int) -> None:
+        self._root_fd = root_fd
+        self.own = host.mount_id(root_fd)
+        """The mount that the share itself is on."""
+        self.device = os.fstat(root_fd).st_dev
+        self._fd = os.open(host.mountinfo_path(), os.O_RDONLY | os.O_CLOEXEC)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLERR | select.POLLPRI)
+        self._poll = poll.poll
+        self._points: dict[bytes, int] = {}  # path below the share -> the topmost mount there
+        self._slots: dict[tuple[int, int], int] = {}  # mount, st_dev -> number range
+        self.changed_at = 0.0
+        """time.monotonic() at which the tree was read last."""
+        self._read()
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    @property
+    def below(self) -> bool:
+        """Whether anything is mounted below the share now."""
+        if self._poll(0):
+            self._read()
+        return bool(self._points)
+
+    def is_point(self, path: bytes) -> bool:
+        """Whether something was mounted at a path below the share when that was last looked at."""
+        return path in self._points
+
+    def _read(self) -> None:
+        self.changed_at = time.monotonic()
+        top = os.fsencode(os.readlink(host.fd_path(self._root_fd))).rstrip(b"/") + b"/"
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        text = b""
+        while chunk := os.read(self._fd, 1 << 16):
+            text += chunk
+        points: dict[bytes, int] = {}
+        ids = {self.own}
+        for line in text.split(b"\n")[:-1]:
+            number, _parent, _device, _root, point, _rest = line.split(b" ", 5)
+            for escape, char in _ESCAPED:
+                point = point.replace(escape, char)
+            if point.startswith(top) and point != top:
+                points[point[len(top) :]] = int(number)
+            ids.add(int(number))
+        self._points = points
+        self._slots = {key: slot for key, slot in self._slots.items() if key[0] in ids}
+
+    def is_own(self, mount: int, device: int) -> bool:
+        """Whether inode numbers there are the share's own."""
+        return mount == self.own and device == self.device
+
+    def number(self, mount: int, device: int, ino: int) -> int:
+        """An inode number that is unique below the share: the host's on the share's own file
+        system, in a range of its mount's elsewhere. 0 where it fits into none.
+        """
+        if mount == self.own and device == self.device:
+            return ino
+        slot = self._slots.get((mount, device)) or self._new_slot(mount, device)
+        return slot << _INO_BITS | ino if slot and ino < 1 << _INO_BITS else 0
+
+    def _new_slot(self, mount: int, device: int) -> int:
+        """By the mount's place, so that it is the same in the server after this one."""
+        if len(self._slots) >= _SLOTS - 1:
+            return 0
+        place = next((path for path, number in self._points.items() if number == mount), b"")
+        taken = set(self._slots.values())
+        slot = zlib.crc32(place or b"%d" % device) % (_SLOTS - 1) + 1
+        while slot in taken:
+            slot = slot % (_SLOTS - 1) + 1
+        self._slots[mount, device] = slot
+        return slot
