@@ -22,6 +22,7 @@ import trio
 
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
+from .. import host
 from ..export import Export
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
@@ -31,6 +32,8 @@ from ..service import Service
 from ..systemd import Store
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
+from ..virtio.eventfds import Reader, is_eventfd
+from ..virtio.mapping import is_memory
 from .loop import TrioLoop
 from .polling import WINDOW, BusyPolling
 from .socket import unlink_stale
@@ -39,6 +42,11 @@ from .turns import Turns
 log = structlog.get_logger()
 BUDGET = 16
 """Requests of one queue before others, other guests and events get their turn (turns.py)."""
+BARREN = 16
+"""Kicks in a row without a request after which the next one has to wait. A VMM can make a kick that
+never ends (EFD_SEMAPHORE); a guest's kernel kicks once too often at times, but not so often."""
+BARREN_PAUSE = 0.002
+"""Seconds: some 1 % of a processor for as long as that goes on."""
 RECONNECT = 30.0
 """Seconds for which a guest's session waits for a VMM that may connect again."""
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
@@ -179,6 +187,7 @@ class Door:
             finally:
                 self._connection = None
             self._left = served.left
+            await _close_elsewhere(served.unclosed)
         if self.conversation is not None:
             self.conversation.end()
         log.info("VMM has gone", share=self.name)
@@ -243,6 +252,19 @@ def store_name(name: str) -> str:
     return f"{zlib.crc32(os.fsencode(name)):08x}"
 
 
+async def _close_elsewhere(fds: list[int]) -> None:
+    """Close them in a thread: while one waits there, the VMM cannot come again with others."""
+
+    def close() -> None:
+        while fds:
+            os.close(fds.pop())
+
+    if fds:
+        await trio.to_thread.run_sync(
+            close, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+        )
+
+
 class _Connection:
     """One VMM."""
 
@@ -252,7 +274,11 @@ class _Connection:
         self.left = left
         """What the one before has left, and then this one."""
         self._turns = Turns()
+        self._is_broken = False
+        self._kicks = Reader()
         self._waiting: dict[int, trio.CancelScope] = {}
+        self.unclosed: list[int] = []
+        """Descriptors of a kind whose close(2) may wait, as for a file system in user space."""
 
     def suspend(self) -> None:
         """Serve nothing any more."""
@@ -272,6 +298,7 @@ class _Connection:
                 request_queues=door.request_queues,
                 listener=door.conversation,
                 left=self.left,
+                on_broken=self._on_broken,
             )
             self.left = None
             try:
@@ -316,10 +343,17 @@ class _Connection:
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        wrong = ""
         if flags & socket.MSG_CTRUNC:
-            for fd in fds:
-                os.close(fd)
-            raise VhostUserError("more descriptors than a message may have")
+            wrong = "more descriptors than a message may have"
+        for fd in fds:
+            if not is_eventfd(fd) and not is_memory(fd):
+                name = os.readlink(host.fd_path(fd))
+                wrong = f"a descriptor of {name}, which is no eventfd, and no memory: use a memfd "
+                wrong += "or a file on tmpfs or hugetlbfs"
+        if wrong:
+            self.unclosed += fds
+            raise VhostUserError(wrong)
         return data, tuple(fds)
 
     # Queues
@@ -332,6 +366,15 @@ class _Connection:
     def _on_stop(self, index: int) -> None:
         trio.lowlevel.notify_closing(self._device.rings[index].kick)
         self._waiting.pop(index).cancel()
+
+    def _on_broken(self, why: str) -> None:
+        def drop() -> None:
+            log.error("VMM dropped", share=self._door.name, error=why)
+            self._nursery.cancel_scope.cancel()
+
+        if not self._is_broken:
+            self._is_broken = True
+            self._door.loop.soon(drop)
 
     def _process(self, index: int) -> bool:
         """Serve a queue for a turn; whether to go on with it in the next."""
@@ -346,6 +389,7 @@ class _Connection:
     async def _run_queue(self, index: int, kick: int, scope: trio.CancelScope) -> None:
         ring = self._device.rings[index]
         polling = BusyPolling(self._door.busy_poll if index else 0.0)  # nobody waits for a FORGET
+        position = barren = 0
 
         def is_there() -> bool:
             return ring.has_more
@@ -360,7 +404,10 @@ class _Connection:
                 # A thread that has done its work could not say so meanwhile.
                 if not self._door.loop.threads and await polling.finds(is_there, ring.moved):
                     continue
+                before, position = position, ring.queue.position if ring.queue is not None else 0
+                barren = barren + 1 if position == before else 0
+                if barren > BARREN:
+                    await trio.sleep(BARREN_PAUSE)
                 await trio.lowlevel.wait_readable(kick)
-                with suppress(BlockingIOError):
-                    os.read(kick, 8)
+                self._kicks.drain(kick)
                 polling.slept()

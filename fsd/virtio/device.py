@@ -141,9 +141,12 @@ class Device:
         request_queues: int = 1,
         listener: Listener | None = None,
         left: Left | None = None,
+        on_broken: Callable[[str], None] = lambda why: None,
     ) -> None:
         """``tag``: for front-ends that ask the device for it; without one they are not told.
         ``left`` by the connection before: for a front-end that names the same memory.
+        ``on_broken`` is told why the device can do nothing more, in the midst of its work: to close
+        it later.
         """
         self._new_session = new_session
         self._session: Session | None = None
@@ -158,7 +161,8 @@ class Device:
         self._offered = PROTOCOL | Protocol.CONFIG if tag else PROTOCOL
         self._status = 0
         self._memory = GuestMemory()
-        self.rings = [Ring() for _ in range(MAX_QUEUES)]
+        self._on_broken = on_broken
+        self.rings = [Ring(on_broken) for _ in range(MAX_QUEUES)]
         self.counts: Counter[str] = Counter()
         self._handlers: dict[int, Callable[[Request], Payload | None]] = {
             Type.GET_FEATURES: lambda _: U64(FEATURES),
@@ -187,6 +191,9 @@ class Device:
             Type.GET_INFLIGHT_FD: self._get_inflight,
             Type.SET_INFLIGHT_FD: self._set_inflight,
         }
+
+    def _memory_lost(self) -> None:
+        self._on_broken("its memory has gone: the file was cut short, or no page is left for it")
 
     def close(self) -> None:
         """The front-end has gone."""
@@ -236,7 +243,7 @@ class Device:
         for request in requests:
             if request.type == OWN_INFLIGHT:
                 assert isinstance(request.payload, Inflight)
-                self._note_in(InflightMemory(request.fds[0], request.payload))
+                self._note_in(InflightMemory(request.fds[0], request.payload, self._memory_lost))
                 continue
             try:
                 self.handle(request)
@@ -303,12 +310,12 @@ class Device:
     def _set_mem_table(self, request: Request) -> None:
         assert isinstance(request.payload, Regions)
         pairs = zip(request.payload.regions, request.fds, strict=True)
-        self._memory.replace([MappedRegion(region, fd) for region, fd in pairs])
+        self._memory.replace([MappedRegion(region, fd, self._memory_lost) for region, fd in pairs])
         self._remap()
 
     def _add_mem_reg(self, request: Request) -> None:
         assert isinstance(request.payload, Region)
-        self._memory.add(MappedRegion(request.payload, request.fds[0]))
+        self._memory.add(MappedRegion(request.payload, request.fds[0], self._memory_lost))
 
     def _rem_mem_reg(self, request: Request) -> None:
         assert isinstance(request.payload, Region)
@@ -425,7 +432,7 @@ class Device:
         assert isinstance(asked, Inflight)
         if not 0 < asked.num_queues <= MAX_QUEUES or not 0 < asked.queue_size <= MAX_SIZE:
             raise DeviceError(f"{asked.num_queues} queues of {asked.queue_size} entries")
-        memory = InflightMemory.new(asked.num_queues, asked.queue_size)
+        memory = InflightMemory.new(asked.num_queues, asked.queue_size, self._memory_lost)
         self._note_in(memory)
         self.reply_fds = (memory.fd,)
         return memory.layout
@@ -439,7 +446,7 @@ class Device:
         assert isinstance(request.payload, Inflight)
         if any(ring.queue is not None for ring in self.rings):
             raise DeviceError("queues are running")
-        memory = InflightMemory(os.dup(request.fds[0]), request.payload)
+        memory = InflightMemory(os.dup(request.fds[0]), request.payload, self._memory_lost)
         self._note_in(memory)
         self._comes_back = True
         left, self._left = self._left, None
@@ -464,7 +471,7 @@ class Device:
             return
         queue = self._queue(ring, ring.position)
         if self._inflight is None and self._listener is not None and self._listener.holds:
-            memory = InflightMemory.new(MAX_QUEUES, MAX_SIZE)
+            memory = InflightMemory.new(MAX_QUEUES, MAX_SIZE, self._memory_lost)
             self._note_in(memory)
             self._listener.began(memory)
         if self._inflight is not None and ring.noted is None:

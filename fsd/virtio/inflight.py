@@ -6,11 +6,13 @@ an entry for each descriptor. By it the next device knows what it has to do agai
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
+from collections.abc import Callable
 
 from protocol.vhostuser import Inflight
+
+from .mapping import map_memory
 
 _QUEUE = struct.Struct(
     "<QHHHH"
@@ -95,9 +97,12 @@ class QueueInflight:
 class InflightMemory:
     """The regions of a device's queues. Owner of its descriptor."""
 
-    def __init__(self, fd: int, layout: Inflight) -> None:
-        """Takes ``fd``. Raises InflightError."""
+    def __init__(
+        self, fd: int, layout: Inflight, on_lost: Callable[[], None] = lambda: None
+    ) -> None:
+        """Takes ``fd``; ``on_lost`` is that of map_memory. Raises InflightError."""
         self.fd = fd
+        self._on_lost = on_lost
         self.layout = layout
         try:
             self._map()
@@ -111,22 +116,22 @@ class InflightMemory:
         if layout.num_queues * _stride(layout.queue_size) > layout.mmap_size:
             raise InflightError(f"room of {layout.mmap_size} bytes for requests under way")
         try:
+            whole = map_memory(fd, end, self._on_lost)
             status = os.fstat(fd)
-            if status.st_size < end:  # touching what is behind the end would be a SIGBUS
-                raise InflightError("a file without room for requests under way")
-            whole = mmap.mmap(fd, end, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError, OverflowError) as error:
             raise InflightError(f"requests under way cannot be mapped: {error}") from None
         self.identity = status.st_dev, status.st_ino
-        self._view = memoryview(whole)[layout.mmap_offset : end]
+        self._view = whole[layout.mmap_offset : end]
 
     @classmethod
-    def new(cls, num_queues: int, queue_size: int) -> InflightMemory:
+    def new(
+        cls, num_queues: int, queue_size: int, on_lost: Callable[[], None] = lambda: None
+    ) -> InflightMemory:
         """Of our own. Raises OSError."""
         size = num_queues * _stride(queue_size)
         fd = os.memfd_create("fsd-inflight", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
-        return cls(fd, Inflight(size, 0, num_queues, queue_size))
+        return cls(fd, Inflight(size, 0, num_queues, queue_size), on_lost)
 
     def close(self) -> None:
         """Let go of it."""

@@ -5,16 +5,18 @@ Apart because everything that a guest says about addresses is judged here, and o
 
 from __future__ import annotations
 
-import mmap
-import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from protocol.vhostuser import Region
 
+from .mapping import map_memory
+
 MAX_REGIONS = 64
 """Regions of one guest: more than front-ends use (QEMU's RAM slots), and 64 mappings are few."""
+MAPPED_LIMIT = 1 << 43
+"""Bytes of address space for one guest: more than machines have, and 16 such guests have room."""
 _TOP = 1 << 64
 
 
@@ -25,20 +27,22 @@ class GuestMemoryError(Exception):
 class MappedRegion:
     """A region and its bytes. They stay mapped as long as any view of them lives."""
 
-    def __init__(self, region: Region, fd: int) -> None:
-        """Maps ``region`` of ``fd``; the descriptor stays the caller's. Raises GuestMemoryError."""
+    def __init__(self, region: Region, fd: int, on_lost: Callable[[], None] = lambda: None) -> None:
+        """Maps ``region`` of ``fd``; the descriptor stays the caller's, ``on_lost`` is that of
+        map_memory. Raises GuestMemoryError.
+        """
         if not region.size or max(region.guest_addr, region.user_addr) + region.size > _TOP:
             raise GuestMemoryError(f"memory region of {region.size:#x} bytes at {region}")
         self.region = region
-        end = region.mmap_offset + region.size
+        self.end = end = region.mmap_offset + region.size
         try:
-            if os.fstat(fd).st_size < end:  # touching what is behind the end would be a SIGBUS
-                raise GuestMemoryError(f"memory region up to {end:#x} of a smaller file")
+            if end > MAPPED_LIMIT:
+                raise ValueError(f"{end:#x} bytes, limit {MAPPED_LIMIT:#x}")
             # From 0 on: an offset must be a multiple of the page size, of huge pages too.
-            whole = mmap.mmap(fd, end, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            whole = map_memory(fd, end, on_lost)
         except (OSError, ValueError, OverflowError) as error:
             raise GuestMemoryError(f"memory region cannot be mapped: {error}") from None
-        self.view = memoryview(whole)[region.mmap_offset : end]
+        self.view = whole[region.mmap_offset : end]
 
 
 class GuestMemory:
@@ -60,6 +64,8 @@ class GuestMemory:
                 raise GuestMemoryError(f"{before.region} and {after.region} overlap")
         if len(ordered) > MAX_REGIONS:
             raise GuestMemoryError(f"{len(ordered)} memory regions, limit {MAX_REGIONS}")
+        if sum(mapped.end for mapped in ordered) > MAPPED_LIMIT:
+            raise GuestMemoryError(f"memory regions of more than {MAPPED_LIMIT:#x} bytes")
         self._regions = ordered
         self._starts = [mapped.region.guest_addr for mapped in ordered]
         self._guest = [

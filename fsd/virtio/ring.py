@@ -4,24 +4,26 @@ being taken to being answered.
 
 from __future__ import annotations
 
+import errno
 import os
-import struct
-from contextlib import suppress
+from collections.abc import Callable
 
 from protocol.vhostuser import Request, VringAddr
 
+from .eventfds import StuckError, Writer, is_eventfd
 from .inflight import QueueInflight
 from .queue import Chain, QueueError, VirtQueue
 
 LONGEST_REPLY = (1 << 20) + 4096
 """Bytes of a FUSE reply: the longest READ and room for headers."""
-_ONE = struct.pack("=Q", 1)
 
 
 class Ring:
-    """Owner of its descriptors."""
+    """Owner of its descriptors. ``on_broken`` is told why nothing more can be done for the VMM."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_broken: Callable[[str], None]) -> None:
+        self._on_broken = on_broken
+        self._writer = Writer.here()
         self.size = 0
         self.address: VringAddr | None = None
         self.position = 0  # where it was stopped, or is to start
@@ -44,9 +46,13 @@ class Ring:
     # Descriptors
 
     def take_fd(self, name: str, request: Request) -> None:
-        """Set one of its descriptors from a message, which may have none. Raises OSError."""
+        """Set one of its descriptors from a message, which may have none. Raises OSError: EBADF for
+        what is no eventfd.
+        """
         fd = -1
         if request.fds:
+            if not is_eventfd(request.fds[0]):
+                raise OSError(errno.EBADF, f"{name} is not an eventfd")
             fd = os.dup(request.fds[0])
             os.set_blocking(fd, False)
         self.drop_fd(name)
@@ -59,16 +65,24 @@ class Ring:
         if fd >= 0:
             os.close(fd)
 
+    def _signal(self, name: str, fd: int) -> None:
+        if fd >= 0:
+            try:
+                self._writer.signal(fd)
+            except StuckError as error:
+                self.drop_fd(name)
+                self._on_broken(str(error))
+
     def complain(self) -> None:
         """Tell the front-end that the queue is broken."""
-        _write(self.err)
+        self._signal("err", self.err)
 
     def signal(self) -> None:
         """Interrupt the guest: there is a used entry."""
         if self._is_serving:
             self._is_answered = True
         else:
-            _write(self.call)
+            self._signal("call", self.call)
 
     def delay_signals(self) -> None:
         """Answers are signalled together, by ``signal_delayed``."""
@@ -79,7 +93,7 @@ class Ring:
         self._is_serving = False
         if self._is_answered:
             self._is_answered = False
-            _write(self.call)
+            self._signal("call", self.call)
 
     # From the start to the end
 
@@ -171,9 +185,3 @@ class Ring:
         if noted is not None:
             noted.answered(head, queue.used_index)
         self.signal()
-
-
-def _write(eventfd: int) -> None:
-    if eventfd >= 0:
-        with suppress(OSError):  # full: it is signalled; or what it belonged to has gone
-            os.write(eventfd, _ONE)

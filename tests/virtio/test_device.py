@@ -376,7 +376,7 @@ def test_a_vmm_that_sends_nonsense_is_dropped(
 
 def test_a_kick_that_cannot_be_waited_for(running: Machine, server: Server, tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
-        running.vmm.ack(Type.SET_VRING_KICK, U64(1), [file.fileno()])
+        running.vmm.tell(Type.SET_VRING_KICK, U64(1), [file.fileno()])
     assert running.vmm.is_dropped()
     again = Machine(server.path)
     again.start()

@@ -1,0 +1,127 @@
+"""Eventfds that a VMM has: written and read so that it cannot make the server wait.
+
+Whether a write waits is a flag (O_NONBLOCK) of the open file, which the VMM shares and may change
+at any moment; no flag of one write does it (RWF_NOWAIT: EOPNOTSUPP, as of Linux 6.18). So a thread
+looks on, which sleeps while nothing is written, and interrupts a write that does not end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+
+from .. import host
+
+_NAME = "anon_inode:[eventfd]"
+TICK = 0.02
+"""Seconds between two looks: a write that is the same in two of them waits."""
+_QUIET = 1.0
+"""Seconds without a write after which nobody looks any more."""
+_libc = ctypes.CDLL(None)  # without errno: of a write it would cost a third more
+_EIGHT = ctypes.c_size_t(8)
+_ONE = ctypes.c_uint64(1)
+_ADDRESS = ctypes.c_void_p(ctypes.addressof(_ONE))
+_NUMBER = signal.SIGURG
+"""Sent to a thread that waits; nobody else sends it, and no kernel without being asked."""
+
+
+def is_eventfd(fd: int) -> bool:
+    """Whether a descriptor is one: by its link in proc_pid_fd(5), as no file system can name it."""
+    try:
+        return os.readlink(host.fd_path(fd)) == _NAME
+    except OSError:
+        return False
+
+
+class StuckError(Exception):
+    """The VMM would have had the server wait."""
+
+
+class Writer:
+    """Signals eventfds, from the thread that it is made in; ``here`` is one for all devices."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._write = _libc.write
+        self._count = 0
+        self._interrupted = 0  # which one was
+        self._is_writing = False
+        self._is_watched = False
+        self._wanted = threading.Semaphore(0)
+        self._watcher: threading.Thread | None = None
+
+    @staticmethod
+    def here() -> Writer:
+        """This thread's."""
+        writer: Writer | None = getattr(_here, "writer", None)
+        if writer is None:
+            writer = _here.writer = Writer()
+        return writer
+
+    def signal(self, fd: int) -> None:
+        """Add 1. It may be there already, or nobody hear it. Raises StuckError."""
+        if not self._is_watched:
+            self._watch()
+        self._count += 1
+        self._is_writing = True
+        result = self._write(fd, _ADDRESS, _EIGHT)
+        self._is_writing = False
+        if result < 0 and self._interrupted == self._count:
+            raise StuckError("an eventfd of the VMM's is full, and a write to it waits")
+
+    def _watch(self) -> None:
+        self._is_watched = True
+        if self._watcher is None:
+            _interruptible()
+            self._watcher = threading.Thread(target=self._run, name="eventfds", daemon=True)
+            self._watcher.start()
+        self._wanted.release()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.acquire()
+            quiet, before = 0.0, self._count
+            while quiet < _QUIET or self._is_writing:
+                time.sleep(TICK)
+                count = self._count
+                if count != before:
+                    quiet = 0.0
+                elif self._is_writing:
+                    self._interrupted = count
+                    signal.pthread_kill(self._thread, _NUMBER)
+                else:
+                    quiet += TICK
+                before = count
+            self._is_watched = False
+
+
+_here = threading.local()
+
+
+class Reader:
+    """Empties eventfds."""
+
+    def __init__(self) -> None:
+        self._room = [bytearray(8)]
+
+    def drain(self, fd: int) -> None:
+        """Read what is there, if it is still there. Raises OSError."""
+        with suppress(BlockingIOError):
+            os.preadv(fd, self._room, -1, os.RWF_NOWAIT)
+
+
+class _SigAction(ctypes.Structure):
+    _fields_ = (("handler", ctypes.c_void_p), ("rest", ctypes.c_char * 248))
+
+
+def _interruptible() -> None:
+    """The signal ends a system call (no SA_RESTART), and does nothing else: its handler is abs(3),
+    as code of Python's would run in the main thread only.
+    """
+    action = _SigAction(handler=ctypes.cast(_libc.abs, ctypes.c_void_p).value)
+    if _libc.sigaction(_NUMBER, ctypes.byref(action), None):
+        raise OSError("SIGURG cannot be handled")
