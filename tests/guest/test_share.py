@@ -29,6 +29,18 @@ def test_a_guest_reads_and_writes_a_share(tmp_path: Path) -> None:
         vm.power_off()
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["memory-backend-memfd,seal=off", "memory-backend-file,mem-path=/dev/shm"],
+)
+def test_memory_of_other_kinds(tmp_path: Path, backend: str) -> None:
+    """What VMMs share besides sealed memfds; libvirt's source type 'file' is the second."""
+    (tmp_path / "hello").write_text("from the host\n")
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}, backend=backend) as vm:
+        vm.mount("share")
+        assert vm.run("cat /mnt/hello").stdout == "from the host\n"
+
+
 def test_file_data(tmp_path: Path) -> None:
     """Both ways, whole and in parts, as large as the kernel's requests become."""
     data = os.urandom(5_000_001)

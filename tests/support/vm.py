@@ -30,6 +30,7 @@ C_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 BOOT_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
 MEMORY = 512  # MiB
+MEMFD = "memory-backend-memfd"
 Command = str | Sequence[str | os.PathLike[str]]
 
 
@@ -269,10 +270,12 @@ def guest(
     memory: int = MEMORY,
     machine: str = "pc",
     queues: int = 1,
+    backend: str = MEMFD,
 ) -> Iterator[Guest]:
     """A guest with a device for each share: tag -> socket of its vhost-user server.
 
-    ``memory`` in MiB; ``queues``: each device's for requests.
+    ``memory`` in MiB; ``queues``: each device's for requests; ``backend``: QEMU's object that has
+    the memory.
     """
     made = image()
     with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch:
@@ -287,7 +290,7 @@ def guest(
             listener.listen(1)
             listener.settimeout(BOOT_TIMEOUT)
             process = subprocess.Popen(
-                _command(folder, made.kernel, shares, memory, machine, queues),
+                _command(folder, made.kernel, shares, memory, machine, queues, backend),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -332,12 +335,18 @@ def _accept(listener: socket.socket, process: subprocess.Popen[bytes]) -> socket
 
 
 def _command(
-    folder: Path, kernel: Path, shares: Mapping[str, Path], memory: int, machine: str, queues: int
+    folder: Path,
+    kernel: Path,
+    shares: Mapping[str, Path],
+    memory: int,
+    machine: str,
+    queues: int,
+    backend: str,
 ) -> list[str]:
     command = ["setpriv", "--pdeathsig", "KILL", QEMU, "-nodefaults", "-no-user-config"]
     command += ["-display", "none", "-no-reboot", "-accel", "tcg", "-smp", "1"]
     command += ["-machine", f"{machine},memory-backend=mem", "-m", f"{memory}M"]
-    command += ["-object", f"memory-backend-memfd,id=mem,size={memory}M,share=on"]
+    command += ["-object", f"{backend},id=mem,size={memory}M,share=on"]
     command += ["-kernel", os.fspath(kernel), "-initrd", os.fspath(folder / "initramfs")]
     words = "console=ttyS0 quiet cryptomgr.notests mitigations=off panic=-1 reboot=t"
     command += ["-append", words, "-serial", f"file:{folder / 'console'}"]
