@@ -16,9 +16,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,12 @@ WARM = 1.0
 """Seconds after its use that a directory's dentries are taken to be in the kernel's cache."""
 _MOVES = 3
 """Tries to find an object that the host may move all the while."""
+PATH_LEVELS = 256
+"""Names of a path that are walked or shown. People's trees are less deep; of those that a guest
+makes deeper, each use of a directory would cost its depth."""
+RECALL_SEARCHES = 16
+"""Directories above a forgotten node that are searched for by their handles, as each may
+take a walk of PATH_MAX; all others are where they were, or the node counts as gone."""
 _SYNTHETIC = 1 << 62
 """First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
 
@@ -94,16 +101,30 @@ class Inode:
         return self.identity[0] < 0
 
     def __repr__(self) -> str:
-        return f"<Inode {self.nodeid}.{self.generation} {self.path()!r}>"
+        return f"<Inode {self.nodeid}.{self.generation} {self.shown_path()!r}>"
 
     def path(self) -> bytes:
-        """Path below the root as last known, for people and for agents that go by path."""
+        """Path below the root as last known, however long it is."""
+        return self._end_of_path(sys.maxsize)[0]
+
+    def shown_path(self) -> bytes:
+        """The same for people: of a deep one its end, after "..."."""
+        path, is_whole = self._end_of_path()
+        return path if is_whole else b".../" + path
+
+    def short_path(self) -> bytes | None:
+        """Path below the root as last known; None where that is too deep to be walked each time."""
+        path, is_whole = self._end_of_path()
+        return path if is_whole else None
+
+    def _end_of_path(self, levels: int = PATH_LEVELS) -> tuple[bytes, bool]:
+        """The last names of the path, and whether that is all of it."""
         parts: list[bytes] = []
         node: Inode | None = self
-        while node is not None and node.name:
+        while node is not None and node.name and len(parts) < levels:
             parts.append(node.name)
             node = node.parent
-        return b"/".join(reversed(parts))
+        return b"/".join(reversed(parts)), node is None or not node.name
 
 
 def is_below(directory: Inode, top: Inode) -> bool:
@@ -191,18 +212,22 @@ class InodeTable:
 
         It may have no reference yet; the caller gives it one.
         """
-        missing: list[int] = []  # the object, the directory that it is in, and so on upwards
+        missing: dict[int, None] = {}  # the object, the directory that it is in, and so on upwards
         while nodeid not in self._by_node and nodeid not in missing:
-            missing.append(nodeid)
+            missing[nodeid] = None
             nodeid = self.forgotten.get(nodeid).parent
         found: list[Inode] = []
-        is_there = False
+        is_there, searches = False, RECALL_SEARCHES
         try:
-            while missing:
-                nodeid = missing.pop()
-                again = self._find_again(self.forgotten.get(nodeid))
+            while missing and searches:
+                nodeid, _ = missing.popitem()
+                record = self.forgotten.get(nodeid)
+                again = self._by_its_name(record)
+                if again is None:
+                    searches -= 1
+                    again = self._by_its_handle(record)
                 found += [again] if again is not None else []
-            inode = self._by_node.get(nodeid)
+            inode = None if missing else self._by_node.get(nodeid)
             is_there = inode is not None and (inode is self.root or self.verify_place(inode))
             if inode is not None and is_there:
                 return inode
@@ -212,14 +237,18 @@ class InodeTable:
                     self.release(again)
         raise OSError(errno.ESTALE, f"nodeid {nodeid} is not in the export any more")
 
-    def _find_again(self, record: Forgotten) -> Inode | None:
-        """The very object, by its name, else by its handle; None where it is gone."""
+    def _by_its_name(self, record: Forgotten) -> Inode | None:
+        """The very object, where it was; None where it is not there any more."""
         parent = self._by_node.get(record.parent)
         with host.skipping_gone:
             if parent is not None and parent.is_dir:
                 with self.directory(parent) as dir_fd:
                     if _matches(self._identity_of(dir_fd, record.name), record.identity):
                         return self._step(dir_fd, parent, record.name)
+        return None
+
+    def _by_its_handle(self, record: Forgotten) -> Inode | None:
+        """The very object, wherever it is; None where it is gone."""
         with host.skipping_gone:
             if self.handle_opens(record.identity):
                 handle = record.identity[2]
@@ -456,11 +485,15 @@ class InodeTable:
         assert inode.pins >= 0, inode
         self.release(inode)
 
-    def release(self, inode: Inode) -> None:
-        """Drop the inode from the table if nobody refers to it, nor to anything below it."""
-        needed = inode.pins or inode.lookups or inode.children
-        if not needed and self._by_node.get(inode.nodeid) is inode:
+    def release(self, inode: Inode | None) -> None:
+        """Drop the inode from the table if nobody refers to it, nor to anything below it; then the
+        directory that it was in, and so on upwards: as deep as guests make their trees.
+        """
+        while inode is not None and not (inode.pins or inode.lookups or inode.children):
+            if self._by_node.get(inode.nodeid) is not inode:
+                return
             self._drop(inode)
+            inode = inode.parent
 
     def _drop(self, inode: Inode) -> None:
         del self._by_node[inode.nodeid]
@@ -472,7 +505,6 @@ class InodeTable:
             self._remember(inode)
         if inode.parent is not None:
             self.displace(inode.parent, inode.name, inode)
-            self.release(inode.parent)
 
     def _remember(self, inode: Inode) -> None:
         parent = inode.parent
@@ -617,8 +649,11 @@ class InodeTable:
 
     def _open_by_path(self, directory: Inode) -> int:
         """-1 where it is not there, or nobody could look: its handle tells the two apart."""
+        path = directory.short_path()
+        if path is None:
+            return -1
         with suppress(OSError):
-            return self._open_at(directory.path(), directory)
+            return self._open_at(path, directory)
         return -1
 
     def _open_at(self, path: bytes, inode: Inode) -> int:
@@ -704,12 +739,24 @@ class InodeTable:
         path = self._path_of(fd)
         if path is None:
             return None
-        inode = self.root
-        for name in path.split(b"/"):
-            if not inode.is_dir:  # another has that name by now
-                return None
-            with self.directory(inode) as dir_fd:
-                inode = self._step(dir_fd, inode, name)
+        return self.walk(path.split(b"/"))
+
+    def walk(self, names: Iterable[bytes]) -> Inode:
+        """The inode that names lead to, from the root; what is on the way is known afterwards.
+        Raises OSError.
+        """
+        inode, dir_fd = self.root, os.dup(self.root_fd)
+        try:
+            for name in names:
+                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+                os.close(dir_fd)
+                dir_fd = fd
+                inode, _ = self.intern(fd, inode, name)
+        except BaseException:
+            self.release(inode)
+            raise
+        finally:
+            os.close(dir_fd)
         return inode
 
     def _step(self, dir_fd: int, parent: Inode, name: bytes) -> Inode:

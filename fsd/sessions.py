@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import stat
 from collections import deque
 from collections.abc import Callable
@@ -174,13 +175,18 @@ class Session:
 
     def _resolve(self, message: frames.Resolve) -> None:
         export = self._export
-        inode = export.table.root
         try:
             if len(self._resolved) >= RESOLVED_LIMIT:
                 raise OSError(errno.ENOSPC, "too many nodes")
+            if b"\0" in message.path:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            names: list[bytes] = []
             for name in message.path.split(b"/"):
-                if name not in (b"", b"."):
-                    inode = export.fs.peek(inode, name).inode
+                if name == b"..":
+                    del names[-1:]
+                elif name not in (b"", b"."):
+                    names.append(name)
+            inode = export.table.walk(names)
         except OSError as error:
             self._refuse(message.request, NodeKey(0, 0), error)
             return

@@ -38,7 +38,7 @@ def snapshot(export: Export, viewer: Guest | None = None) -> dict[str, Any]:
         "inodes": len(export.table),
         "host_watches": len(export.watcher),
         "unwatched": [
-            {"path": inode.path().decode(errors="backslashreplace"), "reason": reason}
+            {"path": inode.shown_path().decode(errors="backslashreplace"), "reason": reason}
             for inode, reason in export.unwatched.items()
         ],
         "backlog": export.watcher.backlog,
@@ -83,7 +83,7 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
             {
                 "nodeid": inode.nodeid if inode is not None else 0,
                 "generation": inode.generation if inode is not None else 0,
-                "path": os.fsdecode(inode.path()) if inode is not None else "",
+                "path": os.fsdecode(inode.shown_path()) if inode is not None else "",
                 "mask": masks.names(mask),
                 "watched": inode is None or bool(export.watcher.mask_of(inode)),
             }

@@ -122,6 +122,7 @@ class HostWatcher:
         self._number = 0
         self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
+        self.own_events = 0  # that the server itself has made
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
         """A directory's own attributes have changed, which a kernel was given for long."""
@@ -499,7 +500,10 @@ class HostWatcher:
                     mine = left & seen
                     if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
                         bits[key] = left & (~seen | _REPEATED)
-                    self._push(raw, origin if mine else HOST, now)
+                    if mine and origin is SERVER:  # nobody is told, and comparing waits for none
+                        self.own_events += 1
+                    else:
+                        self._push(raw, origin if mine else HOST, now)
                 self.on_arrival()
 
 

@@ -75,7 +75,7 @@ def test_the_servers_own_doings_before_the_mark_arrives_are_not_told(
     number = hint(mount)
     world.mark(world.observer(), "d", ALL)
     world.pump()
-    assert world.export.counts["own"] >= 3  # OPEN, ACCESS, CLOSE_NOWRITE
+    assert world.export.watcher.own_events >= 3  # OPEN, ACCESS, CLOSE_NOWRITE
     (world.source / "d/x").mkdir()
     scanned(world, mount, number, (key, ALL))
     assert replays(world, mount) == [(Op.CREATE, b"x")]
