@@ -46,25 +46,33 @@ class AgentProcess:
         came_up = False
         while True:
             begun = trio.current_time()
-            self._process = process = await self._start()
-            assert process.stdout is not None
-            ready, said = await _first_words(process.stdout)
-            if ready and not came_up:
-                on_ready()
-                came_up = True
-            if came_up:
-                await _pass_on(said, process.stdout)
-            status = await process.wait()
-            if self._stopping or (came_up and status == 0):
-                return
-            if not came_up:
-                reason = said.decode(errors="replace").strip().rpartition("\n")[2]
-                error = f"the agent did not start (exit status {status})"
-                raise AgentError(f"{error}: {reason}" if reason else error)
-            log.warning("agent ended, starting another", status=status)
+            try:
+                self._process = process = await self._start()
+            except OSError as error:  # no process or descriptor is to be had now
+                if not came_up:
+                    raise AgentError(f"the agent cannot be started: {error.strerror}") from None
+                log.warning("agent cannot be started, trying again", error=error.strerror)
+            else:
+                assert process.stdout is not None
+                ready, said = await _first_words(process.stdout)
+                if ready and not came_up:
+                    on_ready()
+                    came_up = True
+                if came_up:
+                    await _pass_on(said, process.stdout)
+                status = await process.wait()
+                if self._stopping or (came_up and status == 0):
+                    return
+                if not came_up:
+                    reason = said.decode(errors="replace").strip().rpartition("\n")[2]
+                    failure = f"the agent did not start (exit status {status})"
+                    raise AgentError(f"{failure}: {reason}" if reason else failure)
+                log.warning("agent ended, starting another", status=status)
             if trio.current_time() - begun > STABLE:
                 pause = FIRST_PAUSE
             await trio.sleep(pause)
+            if self._stopping:
+                return
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _start(self) -> trio.Process:

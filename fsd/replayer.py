@@ -206,6 +206,8 @@ class ReplayGuest(Guest):
         self._settle()
         if task is None or task.event is None:
             return None
+        if task.order.op == Op.OPEN:
+            self._not_opened(task.event, task.order)
         self.count("failed", task.event.mask)
         return task.event
 
@@ -390,6 +392,14 @@ class ReplayGuest(Guest):
         opened = _Open(task.order.seq, held.event.node, held.event.name)
         self._opened.setdefault((child, writing), []).append(opened)
         return task
+
+    def _not_opened(self, event: Event, order: frames.Order) -> None:
+        """The agent could not: it is opened when it is to be closed, if it can be had then."""
+        assert event.child is not None
+        key = (event.child, bool(order.arg))
+        files = [file for file in self._opened.pop(key, []) if file.seq != order.seq]
+        if files:
+            self._opened[key] = files
 
     def _reopen_as(self, child: Inode, old: tuple[Inode, bytes], new: tuple[Inode, bytes]) -> None:
         """An open file is closed under the name that it has by then."""

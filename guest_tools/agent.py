@@ -11,14 +11,21 @@ import threading
 from contextlib import suppress
 
 from protocol import frames
+from protocol.frames import FSD_NAME
 
-from . import kernel
+from . import descriptors, kernel
+from .beneath import open_file, reach
 from .channel import ChannelError, FileChannel
+from .errors import PASSING
 from .markcalls import MarkCalls
 from .marks import device_of, mount_ids, pids
 from .replayer import Replayer
 from .scanner import Scanner
 
+FAILED = 1
+"""Exit status of an agent that is to be started again; 0 is for a mount that has gone."""
+_GONE = (errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED)
+"""What the mount answers when its server has gone for good."""
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end it, when nothing is left behind."""
 _PATIENCE = 1.0
@@ -30,19 +37,22 @@ class Agent:
 
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = os.path.abspath(mountpoint)
+        self._shares = descriptors.raise_limit()
         try:
-            status = os.stat(self._mountpoint)
-            self._device = device_of(status)
-            self._st_dev = status.st_dev
+            self._root_fd, self._is_private = self._open_root()
+            self._device = device_of(os.fstat(self._root_fd))
             self._connect()
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
+        except (ValueError, LookupError, TypeError):
+            raise ChannelError(f"{self._mountpoint}: its status is not one of fsd's") from None
         self._sending = threading.Lock()
         calls = _trace_calls() if self._keeps_names else None
         self._scanner = Scanner(
             self._device,
             self._send,
             self._still_mounted,
+            exits=self._shares.exits,
             calls=calls,
             blind=self._keeps_names and calls is None,
         )
@@ -51,14 +61,21 @@ class Agent:
         self._refusals = {0}  # errnos that need not be shown (again)
 
     def _connect(self) -> None:
-        root_fd = self._open_root()
-        fsd_fd = os.open(".fsd", os.O_PATH | os.O_DIRECTORY, dir_fd=root_fd)
+        if self._is_private and os.fstatvfs(self._root_fd).f_flag & os.ST_RDONLY:
+            with suppress(OSError):  # then opening the channel fails, and says so
+                kernel.make_writable(self._root_fd)
+        fsd_fd = reach(self._root_fd, FSD_NAME, directory=True)
         try:
             self._channel = FileChannel(fsd_fd, "control")
             self._keeps_names = _keeps_names(fsd_fd)
         finally:
             os.close(fsd_fd)
-        self._replayer = Replayer(root_fd, self._open_mountpoint, self._channel.fileno())
+        self._replayer = Replayer(
+            os.dup(self._root_fd),
+            self._open_mountpoint,
+            self._channel.fileno(),
+            self._shares.opened,
+        )
         self._reader = frames.FrameReader()
 
     def _come_back(self) -> None:
@@ -78,9 +95,13 @@ class Agent:
         self._channel.send(frames.encode(hello))
 
     def _send(self, data: bytes) -> None:
-        """The scanner's frames. A server that has gone need not be told."""
-        with self._sending, suppress(ConnectionResetError):
-            self._channel.send(data)
+        """The scanner's frames. If the server has gone, the reader sees that, too."""
+        with self._sending:
+            try:
+                self._channel.send(data)
+            except OSError as error:
+                if error.errno not in (errno.ECONNRESET, *_GONE):
+                    raise
 
     def _explain(self, error: OSError) -> str:
         if error.errno == errno.EBUSY:
@@ -89,25 +110,23 @@ class Agent:
             return f"{self._mountpoint} is no mount of fsd (or of another user)"
         return f"{self._mountpoint}: {error.strerror}"
 
-    def _open_root(self) -> int:
-        """The mount's root; a private copy where that is allowed, so that umount finds it idle.
-        What replaying writes goes through it, also where users of the mount may not write.
+    def _open_root(self) -> tuple[int, bool]:
+        """The mount's root; and whether it is of a private copy, so that umount finds the mount
+        idle, nothing is mounted on it, and replaying may write where users of the mount may not.
         """
         try:
-            root_fd = kernel.clone_mount(self._mountpoint)
-        except OSError:
-            return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY)
-        if os.fstatvfs(root_fd).f_flag & os.ST_RDONLY:
-            with suppress(OSError):  # then opening the channel fails, and says so
-                kernel.make_writable(root_fd)
-        return root_fd
+            return kernel.clone_mount(self._mountpoint), True
+        except OSError as error:
+            if error.errno in PASSING:
+                raise
+        return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), False
 
     def _open_mountpoint(self) -> int:
         """The root as users of the mount have it. Raises OSError where something else is there, or
         where they may not write.
         """
         fd = os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        same = os.fstat(fd).st_dev == self._st_dev
+        same = os.path.samestat(os.fstat(fd), os.fstat(self._root_fd))
         if not same or os.fstatvfs(fd).f_flag & os.ST_RDONLY:
             os.close(fd)
             number = errno.EROFS if same else errno.ESTALE
@@ -116,7 +135,10 @@ class Agent:
 
     def _still_mounted(self) -> bool:
         device = self._device.sdev
-        return bool(mount_ids(device >> 20, device & 0xFFFFF))
+        try:
+            return bool(mount_ids(device >> 20, device & 0xFFFFF))
+        except OSError:  # it could not be looked at
+            return True
 
     def run(self) -> int:
         """Serve until the mount goes; prints a line when it is ready. Returns 0, the exit status
@@ -124,6 +146,7 @@ class Agent:
         """
         os.chdir("/")
         os.umask(0)
+        threading.excepthook = _end_of_a_thread
         self._hello()
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         self._ender.start()
@@ -141,8 +164,7 @@ class Agent:
                 except ConnectionResetError:
                     is_reset = True
         except OSError as error:
-            gone = error.errno in (errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED)
-            if not gone:
+            if error.errno not in _GONE:
                 raise
             return 0
         except ChannelError:
@@ -157,8 +179,13 @@ class Agent:
         """Until an error. Raises ConnectionResetError where the server was started again."""
         while True:
             self._reader.feed(self._channel.receive())
+            messages = list(self._reader)
+            hints = [message for message in messages if isinstance(message, frames.Hint)]
+            if hints:
+                self._scanner.hints(hints[-1].hint, (message.pid for message in hints))
             self._replayer.visibly = self._scanner.knows_fanotify
-            for message in self._reader:
+            self._replayer.batch_begins(messages)
+            for message in messages:
                 self._handle(message)
             self._replayer.batch_done()
 
@@ -184,22 +211,20 @@ class Agent:
             failure = self._replayer.execute(message)
             if failure:
                 self._channel.send(frames.encode(frames.Ack(message.seq, failure)))
-        elif isinstance(message, frames.Hint):
-            self._scanner.hint(message.hint, message.pid)
         elif isinstance(message, frames.Result) and message.errno not in self._refusals:
-            self._refusals.add(message.errno)
-            reason = os.strerror(message.errno)
-            print(
-                f"fsd-guest: mark on node {message.nodeid} refused: {reason}; "
-                "more of the same are not shown, see fsd-guest marks",
-                file=sys.stderr,
+            number = message.errno if message.errno in errno.errorcode else errno.EIO
+            if number in self._refusals:
+                return
+            self._refusals.add(number)
+            _say(
+                f"mark on node {message.nodeid} refused: {os.strerror(number)}; "
+                "more of the same are not shown, see fsd-guest marks"
             )
 
 
 def _keeps_names(fsd_fd: int) -> bool:
     """Whether this kernel keeps names of the mount, so that a look-up may make no request."""
-    fd = os.open("status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=fsd_fd)
-    with open(fd) as status:
+    with open(open_file(fsd_fd, b"status", os.O_RDONLY)) as status:
         guests = json.load(status)["guests"]
     return any(guest["kind"] == "mount" and guest.get("keeps_names") for guest in guests)
 
@@ -208,9 +233,24 @@ def _trace_calls() -> MarkCalls | None:
     try:
         return MarkCalls()
     except OSError as error:
-        print(
-            f"fsd-guest: no trace of the calls that set marks: {error.strerror}; marks on names "
-            "that the kernel has kept may be found up to 30 s late",
-            file=sys.stderr,
+        _say(
+            f"no trace of the calls that set marks: {error.strerror}; marks on names "
+            "that the kernel has kept may be found up to 30 s late"
         )
         return None
+
+
+def _end_of_a_thread(what: threading.ExceptHookArgs) -> None:
+    """End the process, and say why: without that thread it would only seem to work. Whoever
+    supervises the agent starts another, which learns everything anew.
+    """
+    name = what.thread.name if what.thread is not None else "?"
+    reason = f"{what.exc_type.__name__}: {what.exc_value}"
+    _say(f"the agent ends, to be started again: its thread '{name}' died of {reason}")
+    os._exit(FAILED)
+
+
+def _say(text: str) -> None:
+    """A line for people, if anybody can be reached."""
+    with suppress(OSError, ValueError):
+        print(f"fsd-guest: {text}", file=sys.stderr, flush=True)

@@ -15,6 +15,8 @@ from typing import Any
 from protocol import frames
 from protocol.frames import Role
 
+from .beneath import open_file
+
 _READ = 128 * 1024
 _BUSY_WAIT = 2.0
 """Seconds to wait for an agent that is just going; longer means that it stays."""
@@ -31,7 +33,7 @@ class FileChannel:
         deadline = time.monotonic() + _BUSY_WAIT
         while True:
             try:
-                self._fd = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=fsd_fd)
+                self._fd = open_file(fsd_fd, os.fsencode(name), os.O_RDWR)
                 break
             except OSError as error:
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:

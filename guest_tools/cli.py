@@ -11,14 +11,15 @@ import sys
 from typing import Any, NoReturn
 
 from protocol import masks
-from protocol.frames import FSD_NAME, Role
+from protocol.frames import FSD_NAME, ProtocolError, Role
 from protocol.images import ImageError
 
 from .agent import Agent
+from .beneath import open_file, reach
 from .channel import ChannelError, Client, FileChannel, SocketChannel
 from .checkpoint_cli import add_commands
-from .errors import Failure
-from .marks import device_of, marks_of, pids, process_name
+from .errors import PASSING, Failure
+from .marks import device_of, marks_in, notify_texts, pids, process_name
 from .watching import Watch
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result: int = arguments.run(arguments)
         return result
-    except (Failure, ChannelError, ImageError, masks.MaskError) as error:
+    except (Failure, ChannelError, ImageError, ProtocolError, masks.MaskError) as error:
         print(f"fsd-guest: {error}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads: no complaint at exit either
@@ -99,16 +100,23 @@ def _agent(arguments: argparse.Namespace) -> int:
 
 # Marks
 
+_NO_MOUNT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.EINVAL)
+"""What the look-up of the hidden file comes to in a directory that is none of fsd's."""
+
 
 def _status(mountpoint: str) -> dict[str, Any]:
-    path = os.path.join(mountpoint, os.fsdecode(FSD_NAME), "status")
     try:
-        with open(path) as status:
+        root = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = open_file(root, FSD_NAME + b"/status", os.O_RDONLY)
+        finally:
+            os.close(root)
+        with open(fd) as status:
             state: dict[str, Any] = json.load(status)
             return state
     except OSError as error:
         reason = error.strerror
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        if error.errno in _NO_MOUNT:
             reason = "no mount of fsd (or of another user)"
         raise Failure(f"{mountpoint}: {reason}") from None
 
@@ -120,21 +128,34 @@ def _marks(arguments: argparse.Namespace) -> int:
     armed = {(mark["nodeid"], mark["generation"]): mark for mark in guest["armed"]}
     device = device_of(os.stat(mountpoint))
     rows = []
-    for mark in (mark for pid in pids() for mark in marks_of(pid, device)):
-        known = armed.get((mark.node.nodeid, mark.node.generation))
-        covered = known is not None and not set(masks.names(mark.mask)) - set(known["mask"])
-        path = known["path"] if known is not None else None
-        rows.append(
-            {
-                "pid": mark.pid,
-                "process": process_name(mark.pid),
-                "wd": mark.wd,
-                "path": None if path is None else os.path.join(mountpoint, path).rstrip("/"),
-                "nodeid": mark.node.nodeid,
-                "mask": masks.names(mark.mask),
-                "armed": bool(covered and known is not None and known["watched"]),
-            }
+    unread = 0
+    for pid in pids():
+        try:
+            texts = list(notify_texts(pid))
+        except OSError as error:
+            unread += error.errno in PASSING  # another user's are none of ours
+            continue
+        unread += any(isinstance(text, OSError) and text.errno in PASSING for _, text in texts)
+        marks = (
+            mark for _, text in texts if isinstance(text, str) for mark in marks_in(text, device)
         )
+        for mark in marks:
+            known = armed.get((mark.node.nodeid, mark.node.generation))
+            covered = known is not None and not set(masks.names(mark.mask)) - set(known["mask"])
+            path = known["path"] if known is not None else None
+            rows.append(
+                {
+                    "pid": pid,
+                    "process": process_name(pid),
+                    "wd": mark.wd,
+                    "path": None if path is None else os.path.join(mountpoint, path).rstrip("/"),
+                    "nodeid": mark.node.nodeid,
+                    "mask": masks.names(mark.mask),
+                    "armed": bool(covered and known is not None and known["watched"]),
+                }
+            )
+    if unread:
+        print(f"fsd-guest: {unread} processes could not be looked at", file=sys.stderr)
     if arguments.json:
         json.dump(rows, sys.stdout)
         print()
@@ -174,7 +195,11 @@ class _Share:
         if self._socket_path:
             return Client(SocketChannel(self._socket_path), role)
         try:
-            fsd = os.open(os.path.join(self.root, ".fsd"), os.O_PATH | os.O_DIRECTORY)
+            root = os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fsd = reach(root, FSD_NAME, directory=True)
+            finally:
+                os.close(root)
         except OSError:
             raise Failure(f"{self._path}: not in a mount of fsd (or of another user)") from None
         try:

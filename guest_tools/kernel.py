@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
+import stat
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -17,7 +20,8 @@ _FSCONFIG_SET_FLAG, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 6, 7
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
 _OPEN_TREE_CLONE = 1
 _AT_FDCWD = -100
-_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_TYPE = 1
 _UTIME_OMIT = (1 << 30) - 2
 
 
@@ -31,7 +35,8 @@ _MTIME = (_Timespec * 2)(_OMIT, _SET)
 _BOTH = (_Timespec * 2)(_SET, _SET)
 
 
-def _check(result: int) -> int:
+def check(result: int) -> int:
+    """The result of a system call. Raises OSError where it failed."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -41,7 +46,7 @@ def _check(result: int) -> int:
 def clone_mount(path: str) -> int:
     """A private copy of the mount at ``path``, which does not keep that one busy: open_tree(2)."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
-    return _check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
+    return check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
 
 
 def make_writable(mount_fd: int) -> None:
@@ -53,24 +58,24 @@ def make_writable(mount_fd: int) -> None:
     """
     attributes = struct.pack("=4Q", 0, _MOUNT_ATTR_RDONLY, 0, 0)
     size = ctypes.c_size_t(len(attributes))
-    _check(_libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, attributes, size))
+    check(_libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, attributes, size))
     if not os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY:
         return
     flags = _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH
-    context = _check(_libc.syscall(_SYS_FSPICK, mount_fd, b"", flags))
+    context = check(_libc.syscall(_SYS_FSPICK, mount_fd, b"", flags))
     try:
-        _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"rw", None, 0))
-        _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0))
+        check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, b"rw", None, 0))
+        check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0))
     finally:
         os.close(context)
 
 
 def mount_privately(kind: str) -> int:
     """The root of a file system that is mounted nowhere: fsmount(2), Linux 5.2. Raises OSError."""
-    context = _check(_libc.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC))
+    context = check(_libc.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC))
     try:
-        _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
-        return _check(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0))
+        check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
+        return check(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0))
     finally:
         os.close(context)
 
@@ -80,22 +85,44 @@ def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int) -> int:
     process lacks CAP_DAC_READ_SEARCH.
     """
     data = struct.pack("=Ii", len(handle), kind) + handle
-    return _check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
+    return check(_libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC))
 
 
-def touch(dir_fd: int, name: bytes, *, atime: bool, mtime: bool) -> None:
-    """utimensat(2) of a name, not following symlinks.
+def touch(fd: int, *, atime: bool, mtime: bool) -> None:
+    """utimensat(2) of the file of an O_PATH descriptor, be it a symbolic link. Raises OSError.
 
     What times are set decides the event: atime alone is IN_ACCESS, mtime alone IN_MODIFY, both
-    IN_ATTRIB (include/linux/fsnotify.h, fsnotify_change). An empty name is the directory itself.
+    IN_ATTRIB (include/linux/fsnotify.h, fsnotify_change).
     """
     times = _BOTH if atime and mtime else _ATIME if atime else _MTIME
-    if name:
-        _check(_libc.utimensat(dir_fd, name, times, _AT_SYMLINK_NOFOLLOW))
-    else:
-        _check(_libc.utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % dir_fd, times, 0))
+    check(_libc.utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0))
+
+
+def is_file_or_directory(fd: int) -> bool:
+    """Whether a descriptor's file is a regular file or a directory, as the kernel has it: statx(2)
+    with AT_STATX_DONT_SYNC, which asks no server. Raises OSError.
+    """
+    buffer = ctypes.create_string_buffer(256)
+    flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
+    try:
+        check(_libc.statx(fd, b"", flags, _STATX_TYPE, buffer))
+        (mode,) = struct.unpack_from("=H", buffer, 28)
+    except (AttributeError, OSError) as error:  # an old C library, or an old kernel
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+        mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def mount_id(fd: int) -> int:
+    """The id of the mount that a descriptor was opened on: proc_pid_fdinfo(5). Raises OSError."""
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        found = re.search(r"^mnt_id:\s*(\d+)$", info.read(), re.MULTILINE)
+    if found is None:
+        raise OSError(errno.ENOTSUP, "the kernel does not tell the mount of a descriptor")
+    return int(found[1])
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
     """renameat2(2)."""
-    _check(_libc.renameat2(old_fd, old, new_fd, new, flags))
+    check(_libc.renameat2(old_fd, old, new_fd, new, flags))

@@ -13,6 +13,8 @@ from protocol.fdinfo import MarkInfo, parse_fdinfo
 from protocol.handles import NodeKey, decode_fh
 from protocol.masks import EVENTS, MOVE, Mask
 
+from .errors import GONE
+
 WHOLE = NodeKey(0, 0)
 _FAN_OPEN_EXEC = 0x1000
 _FAN_RENAME = 0x1000_0000
@@ -22,8 +24,6 @@ _NOTIFY_FDS = ("anon_inode:inotify", "anon_inode:[fanotify]")
 class Mark(NamedTuple):
     """One mark on the mount."""
 
-    pid: int
-    fd: int
     wd: int  # -1 for fanotify
     node: NodeKey
     mask: int
@@ -55,7 +55,7 @@ def pids() -> list[int]:
 
 
 def process_of(thread: int) -> int:
-    """The process of a thread; the number itself where that is gone."""
+    """The process of a thread; the number itself where that is gone, or cannot be told."""
     try:
         with open(f"/proc/{thread}/status", errors="surrogateescape") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("Tgid:"))
@@ -63,25 +63,51 @@ def process_of(thread: int) -> int:
         return thread
 
 
-def marks_of(pid: int, device: Device) -> Iterator[Mark]:
-    """Marks that a process (or thread) holds on the mount; none where it is gone or not ours."""
+def started(pid: int) -> int:
+    """When a process started, in clock ticks since the boot, by which it is told from another that
+    has its number later; 0 where it has ended. Raises OSError where that cannot be told.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # the name may hold anything
+    except OSError as error:
+        if error.errno in GONE:
+            return 0
+        raise
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def notify_texts(pid: int) -> Iterator[tuple[int, str | OSError]]:
+    """The fdinfo of each inotify and fanotify descriptor that a process (or thread) has, or why it
+    cannot be read, which may be one of another kind then. None where the process has ended. Raises
+    OSError where its descriptors cannot be listed.
+    """
     try:
         fds = os.listdir(f"/proc/{pid}/fd")
-    except OSError:
-        return
+    except OSError as error:
+        if error.errno in GONE:
+            return
+        raise
     for fd in fds:
         try:
             if os.readlink(f"/proc/{pid}/fd/{fd}") not in _NOTIFY_FDS:
                 continue
             with open(f"/proc/{pid}/fdinfo/{fd}") as info:
                 text = info.read()
-        except OSError:
+        except OSError as error:
+            if error.errno not in GONE:
+                yield int(fd), error
             continue
-        for mark in parse_fdinfo(text):
-            node = _node(mark, device)
-            mask = _event_bits(mark)
-            if node is not None and mask:
-                yield Mark(pid, int(fd), mark.wd, node, mask)
+        yield int(fd), text
+
+
+def marks_in(text: str, device: Device) -> Iterator[Mark]:
+    """The marks on the mount that the fdinfo of a descriptor lists."""
+    for mark in parse_fdinfo(text):
+        node = _node(mark, device)
+        mask = _event_bits(mark)
+        if node is not None and mask:
+            yield Mark(mark.wd, node, mask)
 
 
 def _node(mark: MarkInfo, device: Device) -> NodeKey | None:

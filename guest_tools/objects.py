@@ -19,7 +19,7 @@ from protocol.fdinfo import parse_fdinfo
 from protocol.masks import Mask
 
 from . import notify
-from .kernel import open_by_handle
+from .kernel import mount_id, open_by_handle
 from .state import FileSystem, Identity, Object
 
 _DELETED = b" (deleted)"
@@ -90,8 +90,9 @@ class Mounts:
             fd = os.open(self._root + mount.point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             return -1
-        if mount_id(fd) == mount.mnt_id:
-            return fd
+        with suppress(OSError):
+            if mount_id(fd) == mount.mnt_id:
+                return fd
         os.close(fd)  # another mount lies over it
         return -1
 
@@ -183,12 +184,6 @@ class Mounts:
 def kernel_device(st_dev: int) -> int:
     """A device number as fdinfo has it: the kernel's s_dev."""
     return os.major(st_dev) << 20 | os.minor(st_dev)
-
-
-def mount_id(fd: int) -> int:
-    """The id of the mount that a descriptor was opened on."""
-    found = re.search(r"^mnt_id:\s*(\d+)$", notify.fdinfo(fd), re.MULTILINE)
-    return int(found[1]) if found else -1
 
 
 def _mount(line: bytes) -> Mount:

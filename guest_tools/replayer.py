@@ -1,31 +1,38 @@
 """The replayer: makes the real system calls on the mount that its orders name.
 
 One thread does all of it, and it is the one that opened `control`: the server knows it by the
-thread id in the FUSE request header, and answers it from the ledger.
+thread id in the FUSE request header, and answers it from the ledger. An order is not trusted: what
+it names is reached by ``beneath``, which never leaves the mount.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from protocol.frames import ALIAS, FSD_DIR, STAGING, Op, Order
+from protocol.frames import ALIAS, FSD_DIR, STAGING, Message, Op, Order
 from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
 from protocol.masks import Mask
 
 from . import kernel
+from .beneath import check_name, open_reached, reach
 
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_O_ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-"""A look-up; it asks for no attributes."""
-_PATH_LIMIT = 4000
-"""Bytes of a path walked at once, below PATH_MAX."""
 _RETRIES = 3
 """Tries of one order: a user's own look-up of the same name can come between two of its steps."""
+_DIRECTORIES = 64
+"""Directories of a batch that are open at a time; the next one costs the others a second look."""
+_CLOSED_SOON = 64
+"""Files beyond the limit that may be open, as the batch that opens them closes them."""
+_RENAME_EXCHANGE = 2
 _HIDDEN = {STAGING: b".fsd/staging", ALIAS: b".fsd/alias"}
+_NAMELESS = (Op.TOUCH, Op.OPEN)
+"""Orders that may concern a directory itself."""
 
 
 class _Name(NamedTuple):
@@ -34,6 +41,13 @@ class _Name(NamedTuple):
     nodeid: int
     name: bytes
     writing: bool
+
+
+class _File(NamedTuple):
+    """An open file."""
+
+    fd: int
+    name: _Name
 
 
 class _View:
@@ -45,9 +59,11 @@ class _View:
 
     def hidden(self, nodeid: int) -> int:
         """The hidden directory of that node."""
+        if nodeid not in _HIDDEN:
+            raise OSError(errno.EINVAL, "no hidden directory")
         fd = self._hidden.get(nodeid)
         if fd is None:
-            fd = self._hidden[nodeid] = os.open(_HIDDEN[nodeid], _O_DIR, dir_fd=self.root_fd)
+            fd = self._hidden[nodeid] = reach(self.root_fd, _HIDDEN[nodeid], directory=True)
         return fd
 
     def close(self) -> None:
@@ -61,17 +77,27 @@ class Replayer:
 
     While ``visibly`` is set it works through ``open_mountpoint`` instead, which raises OSError:
     marks of fanotify may know the mount, and tell paths. That mount is busy until ``batch_done``.
-    Owner of the descriptors that it opened for OPEN.
+    What is covered there by another mount is reached through ``root_fd``, if that is a private copy
+    of the mount, or not at all. Owner of the descriptors that it opened for OPEN: ``opened_limit``
+    at most, beyond which an OPEN is refused with EMFILE, unless its CLOSE is at hand.
     """
 
-    def __init__(self, root_fd: int, open_mountpoint: Callable[[], int], channel_fd: int) -> None:
-        self._private = self._view = _View(root_fd)
+    def __init__(
+        self,
+        root_fd: int,
+        open_mountpoint: Callable[[], int],
+        channel_fd: int,
+        opened_limit: int,
+    ) -> None:
+        self._private = self._visible = self._view = _View(root_fd)
         self._open_mountpoint = open_mountpoint
         self._mount_fd = channel_fd  # for open_by_handle_at, which takes no O_PATH descriptor
+        self._opened_limit = opened_limit
         # Directories of this batch. Not kept longer: an open one would delay its IN_DELETE_SELF.
         self._directories: dict[tuple[int, int], int] = {}
-        self._files: dict[int, int] = {}
-        self._visible: dict[_Name, int] = {}  # those that were opened visibly
+        self._files: dict[int, _File] = {}  # by the order that opened it
+        self._opened_visibly: dict[_Name, int] = {}
+        self._closed_soon: set[int] = set()
         self.visibly = False
         self._walking = False
         self._actions = {
@@ -82,14 +108,31 @@ class Replayer:
             Op.OPEN: self._open,
         }
 
+    def batch_begins(self, messages: Iterable[Message]) -> None:
+        """These are the messages that come next, until ``batch_done``."""
+        self._closed_soon = {
+            message.arg
+            for message in messages
+            if isinstance(message, Order) and message.op == Op.CLOSE
+        }
+        if self.visibly and self._visible is self._private:
+            with suppress(OSError):  # not where it was: those who watch inodes are served
+                self._visible = _View(self._open_mountpoint())
+        self._view = self._visible
+
     def execute(self, order: Order) -> int:
-        """Make the call. Returns 0, or the errno with which the guest's kernel refused it."""
+        """Make the call. Returns 0, or the errno with which the guest's kernel refused it, or with
+        which the order was refused here: EINVAL for one that makes no sense.
+        """
         if order.op == Op.CLOSE:
-            fd = self._files.pop(order.arg, -1)
-            if fd >= 0:
-                os.close(fd)
-                self._visible = {name: file for name, file in self._visible.items() if file != fd}
+            self._close(order.arg)
             return 0
+        try:
+            _check(order)
+        except OSError as error:
+            return error.errno or errno.EINVAL
+        if len(self._directories) >= _DIRECTORIES:
+            self._leave_directories()
         self._walking = False
         exchange = order.op == Op.RENAME and order.arg  # of which the other may be a directory
         if exchange or (stat.S_ISDIR(order.mode) and order.op in (Op.REMOVE, Op.RENAME)):
@@ -97,21 +140,23 @@ class Replayer:
             # A rename of a directory is refused where the kernel believes the one to be in the
             # other; a walk tells it where they are.
             self._walking = order.op == Op.RENAME
-        if self.visibly and self._view is self._private:
-            with suppress(OSError):  # not where it was: those who watch inodes are served
-                self._view = _View(self._open_mountpoint())
-        error: OSError | None = None
+        number = 0
         for _ in range(_RETRIES):
             try:
                 dir_fd = self._directory(order.nodeid, order.generation, order.path)
                 self._actions[Op(order.op)](order, dir_fd)
-                return 0
-            except OSError as caught:
-                error = caught
+                number = 0
+                break
+            except OSError as error:
+                number = error.errno or errno.EIO
                 self._leave_directories()
                 self._walking = True
-        assert error is not None
-        return error.errno or 5
+                if number == errno.EXDEV:  # something is mounted there: not on the private copy
+                    self._view = self._private
+        if self._view is not self._visible:
+            self._leave_directories()
+            self._view = self._visible
+        return number
 
     def _directory(self, nodeid: int, generation: int, path: bytes) -> int:
         if nodeid > FSD_DIR:
@@ -122,7 +167,8 @@ class Replayer:
         if fd is None:
             fd = self._by_handle(nodeid, generation)
             if fd < 0:
-                fd = self._walk(path)
+                # The server answers each step as of the event.
+                fd = reach(self._view.root_fd, path, directory=True)
             self._directories[nodeid, generation] = fd
         return fd
 
@@ -137,25 +183,16 @@ class Replayer:
         try:
             handle = encode_fh(NodeKey(nodeid, generation))
             return kernel.open_by_handle(self._mount_fd, FILEID_INO64_GEN, handle, _O_DIR)
-        except OSError:
+        except (OSError, struct.error):  # the latter: no such number
             return -1
-
-    def _walk(self, path: bytes) -> int:
-        """Open a directory by its path; the server answers each step as of the event."""
-        fd = root = self._view.root_fd
-        for part in _parts(path):
-            below = os.open(part, _O_DIR | os.O_NOFOLLOW, dir_fd=fd)
-            if fd != root:
-                os.close(fd)
-            fd = below
-        return fd
 
     def batch_done(self) -> None:
         """No order is at hand: let go of the directories, and of the mountpoint."""
         self._leave_directories()
-        if self._view is not self._private:
-            self._view.close()
-            self._view = self._private
+        self._closed_soon.clear()
+        if self._visible is not self._private:
+            self._visible.close()
+            self._visible = self._view = self._private
 
     def _leave_directories(self) -> None:
         for fd in self._directories.values():
@@ -177,9 +214,9 @@ class Replayer:
         if order.nodeid == ALIAS:
             # It has no name left. Seen with a link count of 0, and then found missing, its dentry
             # is dropped, and that is its IN_DELETE_SELF (dentry_unlink_inode in fs/dcache.c).
-            os.close(os.open(order.name, _O_ANY, dir_fd=dir_fd))
+            os.close(reach(dir_fd, order.name))
             with suppress(FileNotFoundError):
-                os.close(os.open(order.name, _O_ANY, dir_fd=dir_fd))
+                os.close(reach(dir_fd, order.name))
         elif stat.S_ISDIR(order.mode):
             os.rmdir(order.name, dir_fd=dir_fd)
         else:
@@ -192,11 +229,11 @@ class Replayer:
             # look-up, but not on one that holds the locks of a rename (d_splice_alias, ESTALE).
             for fd, name in ((dir_fd, order.name), (dir_fd2, order.name2)):
                 with suppress(FileNotFoundError):
-                    os.close(os.open(name, _O_ANY, dir_fd=fd))
+                    os.close(reach(fd, name))
         kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
 
     def _touch(self, order: Order, dir_fd: int) -> None:
-        fd = self._visible.get(_Name(order.nodeid, order.name, order.arg == Mask.MODIFY))
+        fd = self._opened_visibly.get(_Name(order.nodeid, order.name, order.arg == Mask.MODIFY))
         if fd is not None and order.arg in (Mask.ACCESS, Mask.MODIFY):
             with suppress(OSError):  # of another file by now
                 if order.arg == Mask.MODIFY:
@@ -206,35 +243,63 @@ class Replayer:
                 return
         both = bool(order.arg & Mask.ATTRIB)
         atime, mtime = bool(order.arg & Mask.ACCESS), bool(order.arg & Mask.MODIFY)
-        kernel.touch(dir_fd, order.name, atime=both or atime, mtime=both or mtime)
+        with _reached(dir_fd, order.name) as file:
+            kernel.touch(file, atime=both or atime, mtime=both or mtime)
 
     def _open(self, order: Order, dir_fd: int) -> None:
-        flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        room = self._opened_limit - len(self._files)
+        if room <= (-_CLOSED_SOON if order.seq in self._closed_soon else 0):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        flags = os.O_NONBLOCK | os.O_NOCTTY
         flags |= os.O_WRONLY if order.arg else os.O_RDONLY
         if stat.S_ISDIR(order.mode):
             flags |= os.O_DIRECTORY
-        if order.name:
-            fd = os.open(order.name, flags | os.O_NOFOLLOW, dir_fd=dir_fd)
-        else:
-            fd = os.open(f"/proc/self/fd/{dir_fd}", flags)
-        self._files[order.seq] = fd
+        with _reached(dir_fd, order.name) as file:
+            fd = open_reached(file, flags)
+        self._close(order.seq)  # of which an honest server has none
+        name = _Name(order.nodeid, order.name, bool(order.arg))
+        self._files[order.seq] = _File(fd, name)
         if self._view is not self._private and not stat.S_ISDIR(order.mode):
-            self._visible[_Name(order.nodeid, order.name, bool(order.arg))] = fd
+            self._opened_visibly[name] = fd
+
+    def _close(self, seq: int) -> None:
+        file = self._files.pop(seq, None)
+        if file is None:
+            return
+        if self._opened_visibly.get(file.name) == file.fd:
+            del self._opened_visibly[file.name]
+        os.close(file.fd)
 
     def close(self) -> None:
         """Close what is still open for the host's programs."""
-        for fd in self._files.values():
+        for file in self._files.values():
             with suppress(OSError):
-                os.close(fd)
+                os.close(file.fd)
         self._files.clear()
         self.batch_done()
         self._private.close()
 
 
-def _parts(path: bytes) -> Iterator[bytes]:
-    """The path cut at slashes into parts that one system call takes."""
-    while len(path) > _PATH_LIMIT:
-        cut = path.rindex(b"/", 0, _PATH_LIMIT)
-        yield path[:cut]
-        path = path[cut + 1 :]
-    yield path
+def _check(order: Order) -> None:
+    """Raises OSError (EINVAL) for an order that no honest server gives."""
+    if order.op not in (Op.CREATE, Op.REMOVE, Op.RENAME, Op.TOUCH, Op.OPEN):
+        raise OSError(errno.EINVAL, "no such order")
+    if order.name or order.op not in _NAMELESS:
+        check_name(order.name)
+    if order.op == Op.RENAME:
+        check_name(order.name2)
+        if order.arg not in (0, _RENAME_EXCHANGE):
+            raise OSError(errno.EINVAL, "no such rename")
+
+
+@contextmanager
+def _reached(dir_fd: int, name: bytes) -> Iterator[int]:
+    """An O_PATH descriptor of what a name stands for, or of the directory itself."""
+    if not name:
+        yield dir_fd
+        return
+    fd = reach(dir_fd, name)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,126 @@
+"""Reaches files below a directory without leaving its mount, whatever is linked or mounted there.
+
+The one way in which the agent goes from a directory to a file. Apart from ``kernel`` because the
+rule is more than a system call: openat2(2) where the kernel has it, else one component at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import struct
+from collections.abc import Iterator
+
+from . import kernel
+
+_SYS_OPENAT2 = 437  # the same on every architecture; Linux 5.6
+_HOW = struct.Struct("=3Q")  # struct open_how: flags, mode, resolve
+_RESOLVE = 0x01 | 0x02 | 0x04 | 0x08
+"""RESOLVE_NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, BENEATH (linux/openat2.h)."""
+_ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = _ANY | os.O_DIRECTORY
+_PATH_LIMIT = 4000
+"""Bytes of a path that one system call gets: below PATH_MAX."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check_name(name: bytes) -> None:
+    """Raises OSError (EINVAL) where this is not the name of one entry of a directory."""
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise OSError(errno.EINVAL, "not a name", name)
+
+
+def reach(dir_fd: int, path: bytes, *, directory: bool = False) -> int:
+    """An O_PATH descriptor of what ``path`` leads to from ``dir_fd``, a symbolic link itself.
+
+    ``directory``: it has to be one. Raises OSError: EINVAL for a path with an empty component, a
+    dot or a dot-dot; ELOOP or ENOTDIR where a link is on the way; EXDEV where a mount is.
+    """
+    names = path.split(b"/")
+    for name in names:
+        check_name(name)
+    at_once = has_openat2()
+    open_one = openat2 if at_once else _step
+    parts = list(_joined(names)) if at_once else names
+    fd = dir_fd
+    for number, part in enumerate(parts, 1):
+        flags = _DIRECTORY if directory or number < len(parts) else _ANY
+        try:
+            below = open_one(fd, part, flags)
+        finally:
+            if fd != dir_fd:
+                os.close(fd)
+        fd = below
+    return fd
+
+
+def reopen(fd: int, flags: int) -> int:
+    """The file of an O_PATH descriptor, opened: no name is looked up for it. Raises OSError."""
+    return os.open(b"/proc/self/fd/%d" % fd, flags | os.O_CLOEXEC)
+
+
+def open_file(dir_fd: int, path: bytes, flags: int) -> int:
+    """Open the regular file or directory that ``path`` leads to, see ``reach``. Raises OSError:
+    EINVAL for anything else, such as a device, whose opening could do something elsewhere.
+    """
+    fd = reach(dir_fd, path)
+    try:
+        return open_reached(fd, flags)
+    finally:
+        os.close(fd)
+
+
+def open_reached(fd: int, flags: int) -> int:
+    """Open what was reached, if it is a regular file or a directory. Raises OSError."""
+    if not kernel.is_file_or_directory(fd):
+        raise OSError(errno.EINVAL, "neither a file nor a directory")
+    return reopen(fd, flags)
+
+
+@functools.cache
+def has_openat2() -> bool:
+    """Whether there is openat2(2): not before Linux 5.6, nor where a seccomp filter forbids it."""
+    root = os.open("/", _DIRECTORY)
+    try:
+        os.close(openat2(root, b".", _DIRECTORY))
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+            return False
+        raise
+    finally:
+        os.close(root)
+    return True
+
+
+def openat2(dir_fd: int, path: bytes, flags: int) -> int:
+    """openat2(2), beneath ``dir_fd``, on its mount, following no link. Raises OSError."""
+    how = _HOW.pack(flags, 0, _RESOLVE)
+    size = ctypes.c_size_t(len(how))
+    return kernel.check(_libc.syscall(_SYS_OPENAT2, dir_fd, path, how, size))
+
+
+def _step(dir_fd: int, name: bytes, flags: int) -> int:
+    """The same for one name without openat2: what was opened has to be on the same mount. Device
+    numbers do not tell, as a directory of the share may be bound over another one.
+    """
+    fd = os.open(name, flags, dir_fd=dir_fd)
+    try:
+        if kernel.mount_id(fd) != kernel.mount_id(dir_fd):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _joined(names: list[bytes]) -> Iterator[bytes]:
+    """Names joined to paths that one system call takes."""
+    start, size = 0, 0
+    for end, name in enumerate(names):
+        if size + len(name) >= _PATH_LIMIT and end > start:
+            yield b"/".join(names[start:end])
+            start, size = end, 0
+        size += len(name) + 1
+    yield b"/".join(names[start:])

@@ -1,0 +1,152 @@
+"""The marks that each process of the guest holds, as it was last seen.
+
+Apart from the scanner, which decides when to look. What could not be looked at is never gone: it
+keeps the marks that it had. Only what was read without them, or has ended, has lost them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from protocol.handles import NodeKey
+from protocol.masks import Mask
+
+from .errors import PASSING
+from .marks import Device, Mark, marks_in, notify_texts, started
+
+KEPT = 1 << 20
+"""Marks kept apart by instance, some 200 MiB of them. What is beyond is kept together until the
+next full look."""
+_CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
+
+
+class _Marks(NamedTuple):
+    """The marks of an instance; processes that share one, or have equal ones, share this."""
+
+    digest: bytes  # of the text that lists them
+    masks: dict[NodeKey, int]
+    is_fanotify: bool
+
+
+class _Process(NamedTuple):
+    """A process with marks."""
+
+    started: int  # 0: it could not be told
+    marks: dict[int, _Marks]  # by descriptor
+
+
+class Watchers:
+    """The processes with marks on one mount."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._processes: dict[int, _Process] = {}
+        self._known: dict[bytes, _Marks] = {}  # by digest
+        self._crowd: dict[NodeKey, int] = {}  # of instances beyond KEPT
+        self._size = 0  # marks in _known
+        self.knows_fanotify = False
+        """Whether some mark is fanotify's."""
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that hold marks."""
+        return list(self._processes)
+
+    def wanted(self) -> dict[NodeKey, int]:
+        """What events all of them need replayed, by node."""
+        wanted = dict(self._crowd)
+        for marks in self._known.values():
+            for node, mask in marks.masks.items():
+                wanted[node] = wanted.get(node, 0) | mask
+        return wanted
+
+    def look(self, pids: Iterable[int], *, full: bool) -> bool:
+        """Read the marks of these processes anew; ``full``: there are no others. Returns False
+        where something could not be read that a later try may read.
+        """
+        before, crowd = self._processes, self._crowd
+        if full:
+            self._processes, self._crowd = {}, {}
+        own = os.getpid()
+        complete = True
+        for pid in dict.fromkeys(pids):
+            if pid == own:
+                continue
+            now, is_complete = self._read(pid, before.get(pid))
+            complete &= is_complete
+            if now is not None:
+                self._processes[pid] = now
+            else:
+                self._processes.pop(pid, None)
+        if not complete and full:
+            for node, mask in crowd.items():
+                self._crowd[node] = self._crowd.get(node, 0) | mask
+        held = (marks for process in self._processes.values() for marks in process.marks.values())
+        self._known = {marks.digest: marks for marks in held}
+        self._size = sum(len(marks.masks) for marks in self._known.values())
+        self.knows_fanotify = any(marks.is_fanotify for marks in self._known.values())
+        return complete
+
+    def _read(self, pid: int, before: _Process | None) -> tuple[_Process | None, bool]:
+        """A process as it is now, None where it has no marks; and whether all could be read."""
+        had = before.marks if before is not None else {}
+        marks: dict[int, _Marks] = {}
+        kept: dict[int, _Marks] = {}
+        errors: list[OSError] = []
+        try:
+            for fd, text in notify_texts(pid):
+                if isinstance(text, OSError):
+                    errors.append(text)
+                    if fd in had:
+                        kept[fd] = had[fd]
+                else:
+                    found = self._marks(text)
+                    if found.masks or found.is_fanotify:
+                        marks[fd] = found
+        except OSError as error:
+            errors.append(error)
+            kept = had
+        begun = 0
+        if marks or kept:
+            try:
+                begun = started(pid)
+                if not begun:
+                    return None, True
+            except OSError as error:
+                errors.append(error)
+                begun = before.started if before is not None else 0
+            if before is not None and before.started and begun != before.started:
+                kept = {}  # of another process, whose number this one has
+        complete = not any(error.errno in PASSING for error in errors)
+        marks.update(kept)
+        return (_Process(begun, marks) if marks else None), complete
+
+    def _marks(self, text: str) -> _Marks:
+        digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
+        known = self._known.get(digest)
+        if known is not None:
+            return known
+        masks: dict[NodeKey, int] = {}
+        is_fanotify = False
+        for mark in marks_in(text, self._device):
+            masks[mark.node] = masks.get(mark.node, 0) | _needed(mark)
+            is_fanotify |= mark.wd < 0
+        if self._size + len(masks) > KEPT:
+            for node, mask in masks.items():
+                self._crowd[node] = self._crowd.get(node, 0) | mask
+            masks = {}
+        known = _Marks(digest, masks, is_fanotify)
+        if masks:
+            self._known[digest] = known
+            self._size += len(masks)
+        return known
+
+
+def _needed(mark: Mark) -> int:
+    """The events that a mark needs replayed. fanotify hears of data only through an open file."""
+    if mark.wd < 0 and mark.mask & (Mask.ACCESS | Mask.MODIFY):
+        return mark.mask | int(Mask.OPEN | _CLOSE)
+    return mark.mask
