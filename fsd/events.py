@@ -15,7 +15,8 @@ RENAME = int(Mask.MOVED_FROM | Mask.MOVED_TO)
 
 @dataclass(slots=True, eq=False)
 class Event:
-    """One event, or both halves of a rename (mask has MOVED_FROM and MOVED_TO).
+    """One event, or both halves of a rename (mask has MOVED_FROM and MOVED_TO). Once it is routed,
+    all guests share it, and nobody changes it any more (``settle``).
 
     For MOVED_TO alone ``node``/``name`` is the new place. An empty name is an event of the
     watched object itself.
@@ -42,3 +43,27 @@ class Event:
     def kind(self) -> int:
         """The event bits alone."""
         return self.mask & 0xFFF
+
+    def settle(self) -> None:
+        """From now on, to set an attribute raises AttributeError."""
+        self.__class__ = SettledEvent
+
+    def about(self, child: Inode, replaced: Inode | None) -> Event:
+        """The same event, of these objects: a settled one, itself where it is of them already."""
+        if child is self.child and replaced is self.replaced:
+            return self
+        other = Event(*(getattr(self, name) for name in Event.__slots__))
+        other.child, other.replaced = child, replaced
+        other.settle()
+        return other
+
+
+class SettledEvent(Event):
+    """An event as it is routed."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "__class__":
+            raise AttributeError(f"{name} of an event that is routed")
+        object.__setattr__(self, name, value)

@@ -62,7 +62,10 @@ class Guest(Origin):
         raise NotImplementedError
 
     def offer(self, event: Event, halves: int = FIRST) -> None:
-        """Queue an event, or note it as missed. Of a rename, ``halves`` are asked for."""
+        """Queue an event, or note it as missed. Of a rename, ``halves`` are asked for. Nobody
+        changes it any more.
+        """
+        event.settle()
         if self.missing or self.depth >= self.limit:
             if not self.missing:
                 self.missing = True

@@ -53,6 +53,7 @@ class Handle:
     fd: int
     flags: int = 0
     fh: int = 0  # by which the guest names it
+    opener: int = 0  # pid of who opened it, 0 where that is not known
     position: int = 0  # of a directory: where the descriptor is; -1 = not known
 
 

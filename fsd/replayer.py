@@ -226,23 +226,23 @@ class ReplayGuest(Guest):
 
     def enqueue(self, event: Event, halves: int) -> None:
         """Queue an event to be planned, in order."""
-        kind = event.kind
+        kind, child, replaced = event.kind, event.child, event.replaced
         if not event.name:
             if self._follows(event):
                 return
-            event.child = event.node
+            child = event.node
         elif event.twin or kind & RENAME:
             self._recent.append(event)
-        assert event.child is not None
-        if event.replaced is not None:
-            event.replaced = self._table.revive(event.replaced)
-        event.child = self._table.revive(event.child)
+        assert child is not None
+        if replaced is not None:
+            replaced = self._table.revive(replaced)
+        child = self._table.revive(child)
+        event = event.about(child, replaced)
         if kind & (_OPEN | _CLOSE):
             what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
-            self._open_close.setdefault(event.child, deque()).append(what)
+            self._open_close.setdefault(child, deque()).append(what)
         way2 = self._way(event.node2) if event.node2 is not None else ()
-        touched = (event.child, event.replaced, event.node, event.node2)
-        pinned = tuple(inode for inode in touched if inode is not None)
+        pinned = tuple(i for i in (child, replaced, event.node, event.node2) if i is not None)
         for inode in pinned:
             self._table.pin(inode)
         held = _Held(event, time.monotonic(), self._way(event.node), way2, pinned)

@@ -158,7 +158,7 @@ class Service(FileService):
         child = node.children.get(name)
         with self._own((node, name, Mask.CREATE | opened), (child, b"", opened)):
             entry, handle = self._fs.create(node, name, mode, flags, who)
-        return entry, self._new(handle)
+        return entry, self._new(handle, who)
 
     def tmpfile(self, who: Caller, nodeid: int, mode: int, flags: int) -> tuple[Entry, int]:
         """TMPFILE."""
@@ -167,7 +167,7 @@ class Service(FileService):
         node = self._node(nodeid)
         with self._own((node, None, Mask.OPEN)):
             entry, handle = self._fs.tmpfile(node, mode, flags, who)
-        return entry, self._new(handle)
+        return entry, self._new(handle, who)
 
     def readlink(self, nodeid: int) -> bytes:
         """READLINK."""

@@ -124,11 +124,11 @@ class FileService:
 
     # Handles
 
-    def _new(self, handle: AnyHandle) -> int:
+    def _new(self, handle: AnyHandle, who: Caller) -> int:
         fh = next(self._numbers)
         self._handles[fh] = handle
         if isinstance(handle, Handle):
-            handle.fh = fh
+            handle.fh, handle.opener = fh, who.pid
         if self.kept is not None:
             self.kept.opened(fh, _opened(handle))
             if isinstance(handle, Handle) and not handle.inode.nlink:
@@ -152,7 +152,10 @@ class FileService:
         return self._with_data(self.handle(fh))
 
     def _with_data(self, handle: AnyHandle) -> Handle:
-        if not isinstance(handle, Handle):
+        """Also what the replayer's thread opened before it was the replayer has no data for it: on
+        the libfuse door, READ and WRITE do not say who asks.
+        """
+        if not isinstance(handle, Handle) or 0 != handle.opener == self.guest.pid:
             raise self._refused(UnexpectedCall("data"))
         return handle
 
@@ -160,18 +163,18 @@ class FileService:
         """OPEN."""
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
-            return self._new(self.hidden.open(nodeid, who, flags))
+            return self._new(self.hidden.open(nodeid, who, flags), who)
         if self.is_replayer(who):
-            return self._replay_open(nodeid)
+            return self._replay_open(who, nodeid)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         inode = self._table.get(nodeid)
         with self._own(*self._about(inode, opening(flags))):
-            return self._new(self._fs.open(inode, flags))
+            return self._new(self._fs.open(inode, flags), who)
 
-    def _replay_open(self, nodeid: int) -> int:
+    def _replay_open(self, who: Caller, nodeid: int) -> int:
         try:
-            return self._new(IdleHandle(self.guest.ledger.open(nodeid)))
+            return self._new(IdleHandle(self.guest.ledger.open(nodeid)), who)
         except UnexpectedCall as error:
             raise self._refused(error) from None
 
@@ -179,13 +182,13 @@ class FileService:
         """OPENDIR."""
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
-            return self._new(self.hidden.open(nodeid, who, os.O_RDONLY))
+            return self._new(self.hidden.open(nodeid, who, os.O_RDONLY), who)
         if self.is_replayer(who):
-            return self._replay_open(nodeid)
+            return self._replay_open(who, nodeid)
         inode = self._table.get(nodeid)
         self._looked_up(who, inode)
         with self._own(*self._about(inode, Mask.OPEN)):
-            return self._new(self._opened_directory(inode))
+            return self._new(self._opened_directory(inode), who)
 
     def _opened_directory(self, inode: Inode) -> Handle | IdleHandle:
         try:
@@ -200,6 +203,7 @@ class FileService:
         handle = self.handle(fh)
         if not isinstance(handle, Handle):
             return self.hidden.root, []
+        self._with_data(handle)
         with self._own(*self._about(handle.inode, Mask.ACCESS)):
             return handle.inode, self._fs.read_directory(handle, position, size)
 

@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import pyinotify
@@ -29,9 +28,9 @@ from protocol.masks import SELF, STRUCTURE, Mask
 
 from . import host
 from .inodes import Inode, InodeTable
+from .queuelimit import limited_to
 from .sharedwatches import SharedWatches
 
-_QUEUE_LIMIT = Path("/proc/sys/fs/inotify/max_queued_events")
 _READ_SIZE = 256 * 1024
 _FIONREAD = 0x541B
 _SETNEXTWD = 0x40044900
@@ -101,7 +100,7 @@ class HostWatcher:
         max_queued_events: int | None = None,
     ) -> None:
         self._table = table
-        with _queue_of(max_queued_events):
+        with limited_to(max_queued_events):
             self._manager = pyinotify.WatchManager()
         self.fd: int = self._manager.get_fd()
         os.set_blocking(self.fd, False)
@@ -120,6 +119,7 @@ class HostWatcher:
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
         self._number = 0
+        self._is_attributing = False
         self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
         self.own_events = 0  # that the server itself has made
@@ -290,8 +290,8 @@ class HostWatcher:
         descriptors. From the kernel's own list: to fail to reach an object is no proof of its end.
         Raises OSError.
         """
-        there = self._watched_for()
-        return [(inode, wd) for wd, inode in self._by_wd.items() if wd not in there]
+        there, real = self._watched_for(), self._shared.real
+        return [(inode, wd) for wd, inode in self._by_wd.items() if real(wd) not in there]
 
     def _watched_for(self) -> dict[int, int]:
         """Masks by watch descriptor, as the kernel has them: proc_pid_fdinfo(5)."""
@@ -339,7 +339,11 @@ class HostWatcher:
         return bool(size)
 
     def drain(self) -> None:
-        """Read all that is queued as the host's."""
+        """Read all that is queued as the host's. Raises RuntimeError within ``attributed``, whose
+        events these would be.
+        """
+        if self._is_attributing:
+            raise RuntimeError("the queue is read while a call's own events are expected")
         if self._readable():
             now = time.monotonic()
             for raw in self._read():
@@ -476,7 +480,13 @@ class HostWatcher:
         return inode in self._wd_of or inode.parent in self._wd_of
 
     def attributed(self, origin: Origin, *expected: Expected) -> AbstractContextManager[None]:
-        """Run one of the server's own calls: its expected events get this origin, others HOST."""
+        """Run one of the server's own calls: its expected events get this origin, others HOST.
+
+        Does not nest: the inner one would read the outer one's events as the host's. Raises
+        RuntimeError.
+        """
+        if self._is_attributing:
+            raise RuntimeError("the events of a call are expected within another's")
         bits: dict[tuple[int, bytes | None], int] = {}
         for inode, name, mask in expected:
             if inode is not None and (wd := self._wd_of.get(inode)) is not None:
@@ -488,9 +498,11 @@ class HostWatcher:
         self, origin: Origin, bits: dict[tuple[int, bytes | None], int]
     ) -> Iterator[None]:
         self.drain()
+        self._is_attributing = True
         try:
             yield
         finally:
+            self._is_attributing = False
             if self._readable():
                 now = time.monotonic()
                 for raw in self._read():
@@ -505,22 +517,6 @@ class HostWatcher:
                     else:
                         self._push(raw, origin if mine else HOST, now)
                 self.on_arrival()
-
-
-@contextmanager
-def _queue_of(length: int | None) -> Iterator[None]:
-    """An instance keeps the fs.inotify.max_queued_events under which it is made, so that is set for
-    the moment. Raises OSError where this user may not.
-    """
-    if length is None:
-        yield
-        return
-    before = _QUEUE_LIMIT.read_text()
-    _QUEUE_LIMIT.write_text(f"{length}\n")
-    try:
-        yield
-    finally:
-        _QUEUE_LIMIT.write_text(before)
 
 
 def _nobody() -> None:

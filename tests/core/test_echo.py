@@ -281,3 +281,18 @@ def test_a_directory_is_reached_without_a_trace_above_it(
     world.export.fs.lookup(directory, b"file")
     world.pump()
     assert world.export.watcher.events_in == seen
+
+
+def test_the_events_of_a_call_are_not_expected_within_anothers(world: World) -> None:
+    """The inner one, or a look at the queue, would take the outer one's for the host's."""
+    guest = world.observer()
+    world.mark(guest)
+    watcher = world.export.watcher
+    for inner in (watcher.drain, lambda: world.export.read_directory(world.root)):
+        with watcher.attributed(guest, (world.root, b"new", Mask(ALL))):
+            (world.source / "new").touch()
+            with pytest.raises(RuntimeError):
+                inner()
+        assert not world.take(guest)
+        (world.source / "new").unlink()
+        assert plain(world.take(guest))[-1:] == [(b"new", "delete")]

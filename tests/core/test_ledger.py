@@ -381,3 +381,33 @@ def test_an_agent_that_waits_for_more_is_done(world: World) -> None:
     channel.wait(lambda: None)
     assert mount.guest.counts["replayed"] == 1
     assert mount.guest.depth == 0
+
+
+def test_what_it_opened_before_it_was_the_replayer_has_no_data_for_it(world: World) -> None:
+    """The libfuse door does not hear who reads and writes."""
+    (world.source / "file").write_text("host")
+    (world.source / "d").mkdir()
+    mount = world.mount(agent=False)
+    file, directory = world.node("file").nodeid, world.node("d").nodeid
+    fh, listed = mount.open(AGENT, file, os.O_RDWR), mount.opendir(AGENT, directory)
+    made = mount.create(AGENT, world.root.nodeid, b"made", 0o600, os.O_RDWR)[1]
+    theirs = mount.open(USER, file, os.O_RDWR)
+    hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)
+    mount.guest.connect(AGENT.pid, hello)
+    before = snapshot(world.source)
+    calls: list[Callable[[], object]] = [
+        lambda: mount.write(fh, 0, b"REPL"),
+        lambda: mount.write(made, 0, b"REPL"),
+        lambda: mount.read(fh, 0, 4),
+        lambda: mount.read_into(fh, [memoryview(bytearray(4))], 0),
+        lambda: mount.copy_file_range(USER, fh, 0, theirs, 0, 4),
+        lambda: mount.copy_file_range(USER, theirs, 0, fh, 0, 4),
+        lambda: mount.fallocate(USER, fh, 0, 0, 100),
+        lambda: mount.names(listed, 0),
+    ]
+    for call in calls:
+        with pytest.raises(OSError, match="not in the ledger"):
+            call()
+    assert snapshot(world.source) == before
+    assert mount.guest.counts["refused"] == len(calls)
+    assert mount.write(theirs, 0, b"user") == 4

@@ -353,3 +353,24 @@ def test_marks_on_a_file_and_its_directory(two: World) -> None:
         file.write("1")
     assert merged(two.take(guest)) == [(b"a/x", "modify")]
     assert guest.counts["forwarded"] == 2  # by name, and on itself, as two native watches
+
+
+def test_what_one_guest_makes_of_an_event_is_not_seen_by_another(two: World) -> None:
+    """All guests share it, and a replaying one revives what is forgotten, for itself."""
+    file = two.source / "a/file"
+    file.touch()
+    mounts = [two.mount("one"), two.mount("two")]
+    for mount in mounts:
+        two.mark(mount.guest, "a")
+        two.mark(mount.guest, "a/file")
+    file.chmod(0o600)
+    file.unlink()
+    two.pump()
+    events = [mount.guest.undelivered() for mount in mounts]
+    assert len(events[0]) == len(events[1]) >= 2
+    for event in events[0]:
+        assert event in events[1] or not event.name
+        with pytest.raises(AttributeError, match="routed"):
+            event.child = None
+    orders = [[(o.op, o.name) for o in two.orders(mount)] for mount in mounts]
+    assert orders[0] == orders[1]
