@@ -114,7 +114,7 @@ class PassthroughFS:
         if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    def peek(self, parent: Inode, name: bytes) -> Entry:
+    def peek(self, parent: Inode, name: bytes, *, is_guest: bool = False) -> Entry:
         """The entry behind a name, without a reference for the guest's kernel."""
         if name == b".":
             return Entry(parent, self.getattr(parent))
@@ -129,17 +129,17 @@ class PassthroughFS:
         self._check_name(name)
         dir_fd = self.table.open_directory(parent)
         try:
-            return self.peek_at(dir_fd, parent, name)
+            return self.peek_at(dir_fd, parent, name, is_guest=is_guest)
         finally:
             if dir_fd != parent.fd:
                 os.close(dir_fd)
 
-    def peek_at(self, dir_fd: int, parent: Inode, name: bytes) -> Entry:
+    def peek_at(self, dir_fd: int, parent: Inode, name: bytes, *, is_guest: bool = False) -> Entry:
         """The entry behind a name of a directory that is open."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             entry = Entry(*self.table.intern(fd, parent, name))
-            if self.successors:
+            if is_guest and self.successors:
                 self.successors.looked_up(parent, name, entry.inode, fd)
             return entry
         finally:
@@ -147,7 +147,7 @@ class PassthroughFS:
 
     def lookup(self, parent: Inode, name: bytes) -> Entry:
         """LOOKUP."""
-        return self.referenced(self.peek(parent, name))
+        return self.referenced(self.peek(parent, name, is_guest=True))
 
     @staticmethod
     def referenced(entry: Entry) -> Entry:
@@ -234,7 +234,7 @@ class PassthroughFS:
     def link(self, inode: Inode, parent: Inode, name: bytes) -> Entry:
         """LINK."""
         self._check_name(name)
-        with self.table.opened(inode) as fd, self.table.directory(parent) as dir_fd:
+        with self._used(inode) as fd, self.table.directory(parent) as dir_fd:
             os.link(host.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self.lookup(parent, name)
 
@@ -335,7 +335,7 @@ class PassthroughFS:
             return self._setattr(handle.fd, changes, handle.fd)
         if inode.open_fds and not inode.is_dir:
             return self._setattr(inode.open_fds[-1], changes, None)
-        with self.table.opened(inode) as fd:
+        with self._used(inode) as fd:
             return self._setattr(fd, changes, None)
 
     def _setattr(self, fd: int, changes: Changes, write_fd: int | None) -> os.stat_result:
@@ -358,32 +358,32 @@ class PassthroughFS:
 
     def born_ns(self, inode: Inode) -> int:
         """Time of creation; 0 where the file system has none."""
-        with self.table.opened(inode) as fd:
+        with self._used(inode) as fd:
             return host.born_ns(fd, b"")
 
     def getxattr(self, inode: Inode, name: bytes) -> bytes:
         """GETXATTR."""
-        with self.table.opened(inode) as fd:
+        with self._used(inode) as fd:
             return os.getxattr(host.fd_path(fd), name)
 
     def listxattr(self, inode: Inode) -> list[bytes]:
         """LISTXATTR."""
-        with self.table.opened(inode) as fd:
+        with self._used(inode) as fd:
             return [os.fsencode(name) for name in os.listxattr(host.fd_path(fd))]
 
     def setxattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         """SETXATTR."""
-        with self.table.opened(inode) as fd:
+        with self._used(inode) as fd:
             os.setxattr(host.fd_path(fd), name, value, flags)
 
     def removexattr(self, inode: Inode, name: bytes) -> None:
         """REMOVEXATTR."""
-        with self.table.opened(inode) as fd:
+        with self._used(inode) as fd:
             os.removexattr(host.fd_path(fd), name)
 
     def access(self, inode: Inode, mode: int) -> bool:
         """ACCESS, as the server's own user."""
-        with self.table.opened(inode) as fd:
+        with self._used(inode) as fd:
             return os.access(host.fd_path(fd), mode)
 
     def statfs(self, inode: Inode) -> os.statvfs_result:
@@ -408,8 +408,6 @@ class PassthroughFS:
                 raise
             raise self._lost(inode) from None
         try:
-            if stat.S_IFMT(os.fstat(fd).st_mode) != inode.kind:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             yield fd
         finally:
             os.close(fd)
@@ -430,6 +428,7 @@ class PassthroughFS:
         """OPEN of a regular file."""
         _check_regular(inode.kind)
         with self._used(inode) as path_fd:
+            _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
             fd = os.open(host.fd_path(path_fd), flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
         self.successors.opened(inode)
         return self._handle(inode, fd, flags)

@@ -26,56 +26,62 @@ class Successors:
     def __init__(self, table: InodeTable) -> None:
         self._table = table
         self._wanted: dict[_Place, float] = {}  # until when; the oldest first
-        self._held: dict[_Place, tuple[Inode, int, float]] = {}
+        self._held: dict[Inode, tuple[int, float]] = {}  # descriptor, until when
         self.deadline = math.inf
 
     def __bool__(self) -> bool:
-        """Whether a look-up may have to be noted."""
+        """Whether look-ups have to be noted."""
         return bool(self._wanted)
 
     def replaced(self, inode: Inode) -> None:
         """What a guest looked up is not there any more: it will look again."""
-        if inode.parent is not None:
-            self._wanted[inode.parent.nodeid, inode.name] = time.monotonic() + HOLD
-            if len(self._wanted) > HELD_LIMIT:
-                del self._wanted[next(iter(self._wanted))]
+        if inode.parent is None:
+            return
+        place = (inode.parent.nodeid, inode.name)
+        until = time.monotonic() + HOLD
+        self._wanted.pop(place, None)
+        self._wanted[place] = until
+        if len(self._wanted) > HELD_LIMIT:
+            del self._wanted[next(iter(self._wanted))]
+        self.deadline = min(self.deadline, until)
 
     def looked_up(self, parent: Inode, name: bytes, inode: Inode, fd: int) -> None:
-        """A name was looked up, and found behind the descriptor."""
+        """A guest looked a name up, and has found what is behind the descriptor."""
         now = time.monotonic()
-        place = (parent.nodeid, name)
-        if self._wanted.pop(place, 0.0) < now or inode.is_dir:
+        if self._wanted.get((parent.nodeid, name), 0.0) < now or inode.is_dir:
             return
-        if place in self._held:
-            self._drop(place)
-        elif len(self._held) >= HELD_LIMIT:
-            self._drop(next(iter(self._held)))
-        held = os.dup(fd)
-        inode.open_fds.insert(0, held)
-        self._table.pin(inode)
-        self._held[place] = inode, held, now + HOLD
-        self.deadline = min(self.deadline, now + HOLD)
+        if inode not in self._held:
+            if len(self._held) >= HELD_LIMIT:
+                self._drop(next(iter(self._held)))
+            held = os.dup(fd)
+            inode.open_fds.insert(0, held)
+            self._table.pin(inode)
+            self._held[inode] = held, now + HOLD
 
     def opened(self, inode: Inode) -> None:
         """It has a handle of its own now."""
         if self._held:
-            for place in [place for place, held in self._held.items() if held[0] is inode]:
-                self._drop(place)
+            self._drop(inode)
 
     def expire(self, now: float) -> None:
         """Let go of what nobody came for."""
-        if now >= self.deadline:
-            for place in [place for place, held in self._held.items() if held[2] <= now]:
-                self._drop(place)
+        if now < self.deadline:
+            return
+        self._wanted = {place: until for place, until in self._wanted.items() if until > now}
+        for inode in [inode for inode, (_, until) in self._held.items() if until <= now]:
+            self._drop(inode)
+        ends = [*self._wanted.values(), *(until for _, until in self._held.values())]
+        self.deadline = min(ends, default=math.inf)
 
     def close(self) -> None:
         """Let go of all."""
-        for place in list(self._held):
-            self._drop(place)
+        self._wanted.clear()
+        for inode in list(self._held):
+            self._drop(inode)
 
-    def _drop(self, place: _Place) -> None:
-        inode, fd, _ = self._held.pop(place)
-        inode.open_fds.remove(fd)
-        os.close(fd)
-        self._table.unpin(inode)
-        self.deadline = min((held[2] for held in self._held.values()), default=math.inf)
+    def _drop(self, inode: Inode) -> None:
+        if inode in self._held:
+            fd, _ = self._held.pop(inode)
+            inode.open_fds.remove(fd)
+            os.close(fd)
+            self._table.unpin(inode)

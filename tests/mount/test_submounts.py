@@ -1,0 +1,97 @@
+"""What the host mounts below a share, and what it puts in a file's place, on a real mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import Mount, mounted, wait_until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts take root")
+
+REPLACE = """
+import os, sys, time
+os.chdir(sys.argv[1])
+number = 0
+while not os.path.exists("stop"):
+    number += 1
+    with open("new", "w") as file:
+        file.write(str(number))
+    os.rename("new", "f")
+"""
+
+
+@pytest.fixture(params=["pyfuse3", "raw"])
+def share(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mount]:
+    source, mountpoint = tmp_path / "source", tmp_path / "mount"
+    source.mkdir()
+    mountpoint.mkdir()
+    with mounted(source, mountpoint, *["--raw"] * (request.param == "raw")) as share:
+        yield share
+
+
+@pytest.fixture
+def small(share: Mount) -> Iterator[Path]:
+    """A file system of its own in the share: on the host."""
+    path = share.source / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", path], check=True)
+    yield path
+    subprocess.run(["umount", "-l", path], check=False, capture_output=True)
+
+
+def test_programs_open_a_file_that_is_replaced_all_the_while(share: Mount) -> None:
+    """As natively: each finds the file that is there, or was a moment ago."""
+    path = share.mountpoint / "f"
+    (share.source / "f").write_text("0")
+    command = [sys.executable, "-c", REPLACE, str(share.source)]
+    with subprocess.Popen(command) as replacing:
+        wait_until(lambda: (share.source / "f").read_text() not in ("", "0"), 30)
+        try:
+            until = time.monotonic() + 1
+            opened, last = 0, 0
+            while time.monotonic() < until or not opened:
+                number = int(path.read_text())
+                assert number >= last
+                opened, last = opened + 1, number
+                os.stat(path)
+                os.chmod(path, 0o644)
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT))
+        finally:
+            (share.source / "stop").touch()
+    assert replacing.returncode == 0
+
+
+def test_the_host_unmounts_what_was_seen(share: Mount, small: Path) -> None:
+    (small / "d").mkdir()
+    (small / "d/f").write_text("text")
+    there = share.mountpoint / "small"
+    assert [path.name for path in there.rglob("*")] == ["d", "f"]
+    assert (there / "d/f").read_text() == "text"
+    assert os.statvfs(there).f_blocks == os.statvfs(small).f_blocks
+    # At once, but for what the agent, or a look-up's event, may have open for a moment.
+    wait_until(lambda: not subprocess.run(["umount", small], check=False).returncode, 10)
+    assert os.listdir(there) == []
+
+
+def test_a_read_only_mount_is_read_only(share: Mount, small: Path) -> None:
+    (small / "f").write_text("text")
+    file = share.mountpoint / "small/f"
+    file.write_text("other")
+    subprocess.run(["mount", "-o", "remount,bind,ro", small], check=True)
+    for change in (
+        lambda: file.write_text("x"), lambda: file.unlink(), lambda: file.chmod(0o600),
+        lambda: os.utime(file), lambda: (file.parent / "d").mkdir(),
+        lambda: file.rename(file.parent / "g"),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match="Read-only") as error:
+            change()
+        assert error.value.errno == errno.EROFS
+    assert file.read_text() == "other"
