@@ -41,6 +41,9 @@ _MOVES = 3
 PATH_LEVELS = 256
 """Names of a path that are walked or shown. People's trees are less deep; of those that a guest
 makes deeper, each use of a directory would cost its depth."""
+WALKED_LEVELS = 2048
+"""The same where each use of a directory must walk its path, as something is mounted below the
+share: as many as fit into PATH_MAX. A use costs some 1 ms then; what is deeper is ENAMETOOLONG."""
 RECALL_SEARCHES = 16
 """Directories above a forgotten node that are searched for by their handles, as each may
 take a walk of PATH_MAX; all others are where they were, or the node counts as gone."""
@@ -112,9 +115,9 @@ class Inode:
         path, is_whole = self._end_of_path()
         return path if is_whole else b".../" + path
 
-    def short_path(self) -> bytes | None:
+    def short_path(self, levels: int = PATH_LEVELS) -> bytes | None:
         """Path below the root as last known; None where that is too deep to be walked each time."""
-        path, is_whole = self._end_of_path()
+        path, is_whole = self._end_of_path(levels)
         return path if is_whole else None
 
     def _end_of_path(self, levels: int = PATH_LEVELS) -> tuple[bytes, bool]:
@@ -673,7 +676,10 @@ class InodeTable:
         since = directory.warm_until - WARM  # it was used last, and no mount has masked it since
         if self.handle_opens(directory.identity) and since > self.mounts.changed_at:
             return self.open_by_handle(directory)
-        fd = self._open_at(directory.path(), directory)
+        path = directory.short_path(WALKED_LEVELS)
+        if path is None:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        fd = self._open_at(path, directory)
         if fd < 0:
             fd = self._open_moved(directory)
         self._is_warm(directory)
