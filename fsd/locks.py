@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from protocol.masks import Mask
 
@@ -35,6 +36,11 @@ OWNERS_LIMIT = 1 << 16
 """Owners of one guest that hold locks: each may be a descriptor of the server."""
 
 
+WOKEN = 16
+"""Requests that are tried again at once when a guest gives a lock up: thousands may wait, and each
+try is a system call."""
+
+
 class Lock(tuple[int, int, int, int]):
     """(type, start, inclusive end, pid) as FUSE and fcntl(2) have them; pid 0 = not known."""
 
@@ -53,23 +59,25 @@ class LockWaiters:
     """Who waits for a lock on an object: tried again when a guest gives one up."""
 
     def __init__(self) -> None:
-        self._waiters: dict[Inode, list[Callable[[], None]]] = {}
+        self._waiters: dict[Inode, dict[object, Callable[[], None]]] = {}
 
     def add(self, inode: Inode, retry: Callable[[], None]) -> Callable[[], None]:
         """Call ``retry`` whenever it may succeed; returns what ends that."""
-        waiters = self._waiters.setdefault(inode, [])
-        waiters.append(retry)
+        waiters = self._waiters.setdefault(inode, {})
+        waiters[me := object()] = retry
 
         def remove() -> None:
-            waiters.remove(retry)
+            waiters.pop(me, None)
             if not waiters and self._waiters.get(inode) is waiters:
                 del self._waiters[inode]
 
         return remove
 
     def wake(self, inode: Inode) -> None:
-        """A lock of the object was given up."""
-        for retry in list(self._waiters.get(inode, ())):
+        """A lock of the object was given up: who has waited longest is called. The others may get
+        theirs a pause later.
+        """
+        for retry in list(islice(self._waiters.get(inode, {}).values(), WOKEN)):
             retry()
 
 

@@ -7,10 +7,13 @@ import fcntl
 import os
 import select
 import struct
+from typing import Any
 
 import pytest
 
 from fsd.fusefiles import LONG_POLL
+from fsd.fuselocks import TRIES
+from fsd.locks import WOKEN, GuestLocks
 from protocol import frames, fuse
 from protocol.fuse import Opcode
 
@@ -160,6 +163,43 @@ def test_waiting_for_a_lock_can_be_ended(how: str, guest: GuestKernel, other: Gu
     assert other.loop.timers == []
     assert setlk(guest, node.nodeid, fh, 1, U) == 0  # tells nobody who has gone
     other.loop.turn()
+
+
+def test_thousands_that_wait_for_a_lock_are_tried_a_few_at_a_time(
+    world: World, guest: GuestKernel, other: GuestKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as the host has it; each has its turn, and gets the lock in the end."""
+    count = 300
+    node, fh = guest.create(b"f")
+    theirs = other.lookup(b"f").nodeid
+    theirs_fh = other.open(theirs)
+    tried = 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal tried
+        tried += 1
+        original(*arguments)
+
+    original = GuestLocks.flock
+    with open(world.source / "f", "r+b") as host:
+        fcntl.flock(host, fcntl.LOCK_EX)
+        body = fuse.LK_IN.pack(fh, 1, 0, 9, R, 1, fuse.LK_FLOCK)
+        waiting = [guest.begin(Opcode.SETLKW, node.nodeid, body) for _ in range(count)]
+        monkeypatch.setattr(GuestLocks, "flock", counted)
+        assert len(guest.loop.timers) == 1
+        for _ in range(10):
+            before = tried
+            guest.loop.expire()
+            assert TRIES <= tried - before <= max(TRIES, count // 16)
+        other.ok(Opcode.SETLK, theirs, fuse.LK_IN.pack(theirs_fh, 2, 0, 9, U, 1, fuse.LK_FLOCK))
+        before = tried
+        guest.loop.turn()
+        assert tried - before == WOKEN
+        assert all(pending.reply() is None for pending in waiting)
+    for _ in range(count // TRIES + 1):
+        guest.loop.expire()
+    assert all(pending.reply() == (0, b"") for pending in waiting)
+    assert guest.loop.timers == []
 
 
 # The channel
