@@ -24,6 +24,7 @@ from protocol.masks import EVENTS, Mask
 
 from . import host, listings
 from .arming import Arming
+from .descriptors import share
 from .events import RENAME, Event
 from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
@@ -79,6 +80,8 @@ class Export:
         self.interest = Interest()
         self.guests: list[Guest] = []
         self.lock_waiters = LockWaiters()
+        self.descriptors = share()
+        """That each guest may have, for files that it has open."""
         self.arming = Arming(self)
         self.counts: Counter[str] = Counter()
         self.kinds: Counter[tuple[str, int]] = Counter()

@@ -28,8 +28,6 @@ LONG_POLL_WITH_POLL = 1.0
 """The same where an agent with nothing to do waits in poll(2)."""
 CHANNEL_WRITE_LIMIT = 1 << 20
 """Bytes of frames in one write: what the kernel sends at most."""
-HANDLES_LIMIT = 1 << 16
-"""Files that one guest may have open: each is a descriptor of the server."""
 LISTING_LIMIT = 1 << 17
 """Bytes of a listing in one reply, though the guest has room for more: READDIRPLUS looks up some
 800 names for it, which takes 10 ms. The kernel asks again, from where the reply ends."""
@@ -106,13 +104,8 @@ class Files:
         self._handles.add(fh)
         return fuse.OPEN_OUT.pack(fh, flags, 0)
 
-    def _check_room(self) -> None:
-        if len(self._handles) >= HANDLES_LIMIT:
-            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
-
     def _open(self, request: Request) -> bytes:
         flags, _more = fuse.OPEN_IN.unpack(request.body)
-        self._check_room()
         fh = self._service.open(request.who, request.nodeid, flags)
         request.on_lost = lambda: self._close(fh)
         handle = self._service.handle(fh)
@@ -139,7 +132,6 @@ class Files:
     def _create(self, request: Request) -> bytes:
         flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
         name = fuse.name(request.body, fuse.CREATE_IN.size)
-        self._check_room()
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
         entry, fh = self._service.create(who, request.nodeid, name, mode, flags)
@@ -147,7 +139,6 @@ class Files:
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
-        self._check_room()
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
         entry, fh = self._service.tmpfile(who, request.nodeid, mode, flags)
@@ -306,7 +297,6 @@ class Files:
     # Directories
 
     def _opendir(self, request: Request) -> bytes:
-        self._check_room()
         fh = self._service.opendir(request.who, request.nodeid)
         request.on_lost = lambda: self._close(fh)
         flags = self._directory_flags

@@ -83,6 +83,7 @@ class Nodes:
         self._limit = limit
         self._kept = kept
         self._held: dict[int, int] = {}  # nodeid -> its lookup count
+        self._pinned: set[int] = set()  # of which the table keeps a descriptor
         if kept is not None:
             self._table.on_moved.append(self._moved)
         self._forgotten: dict[int, None] = {}  # held once, the oldest first
@@ -94,6 +95,8 @@ class Nodes:
     def close(self) -> None:
         """Give everything back."""
         held, self._held = self._held, {}
+        self._pinned.clear()
+        self._service.pinned = 0
         for nodeid, count in held.items():
             self._service.forget(nodeid, count)
 
@@ -125,7 +128,9 @@ class Nodes:
     @property
     def is_full(self) -> bool:
         """Whether the guest holds as many nodes as it may."""
-        return len(self._held) >= self._limit
+        if len(self._held) >= self._limit:
+            return True
+        return bool(self._pinned) and not self._service.has_room()
 
     def forget(self, nodeid: int, count: int) -> None:
         """FORGET: at most what the guest holds."""
@@ -135,6 +140,9 @@ class Nodes:
             return
         if count == held:
             del self._held[nodeid]
+            if nodeid in self._pinned:
+                self._pinned.remove(nodeid)
+                self._service.pinned -= 1
             self._forgotten[nodeid] = None
             if len(self._forgotten) > FORGOTTEN_LIMIT:
                 del self._forgotten[next(iter(self._forgotten))]
@@ -148,9 +156,16 @@ class Nodes:
         """Note a reference that the core has counted already. Returns what gives it back."""
         nodeid = inode.nodeid
         count = self._held[nodeid] = self._held.get(nodeid, 0) + 1
+        if inode.fd >= 0:
+            self._pin(inode)
         if self._kept is not None:
             self._kept.node(self._table, inode, count)
         return lambda: self.forget(nodeid, 1)
+
+    def _pin(self, inode: Inode) -> None:
+        if inode.nodeid not in self._pinned and inode.nodeid != ROOT_ID:
+            self._pinned.add(inode.nodeid)
+            self._service.pinned += 1
 
     # A server's restart
 
@@ -171,6 +186,8 @@ class Nodes:
             if nodeid != ROOT_ID:
                 inodes[nodeid].lookups += count
                 self._held[nodeid] = self._held.get(nodeid, 0) + count
+                if inodes[nodeid].fd >= 0:
+                    self._pin(inodes[nodeid])
 
     # Replies
 

@@ -33,7 +33,7 @@ _OPERATIONS = {
     fcntl.F_UNLCK: fcntl.LOCK_UN,
 }
 OWNERS_LIMIT = 1 << 16
-"""Owners of one guest that hold locks: each may be a descriptor of the server."""
+"""Owners of one guest that hold locks, be it by a file's own descriptor or by one of their own."""
 
 
 WOKEN = 16
@@ -84,8 +84,14 @@ class LockWaiters:
 class GuestLocks:
     """Locks of one guest."""
 
-    def __init__(self, watcher: HostWatcher, waiters: LockWaiters) -> None:
+    def __init__(
+        self, watcher: HostWatcher, waiters: LockWaiters, has_room: Callable[[], bool]
+    ) -> None:
+        """``has_room``: whether the guest may have one more descriptor."""
         self._watcher = watcher
+        self._has_room = has_room
+        self.opened = 0
+        """Descriptors that are owners' own."""
         self.waiters = waiters
         self._owners: dict[Inode, dict[int, _Owner]] = {}
         self._count = 0
@@ -133,6 +139,7 @@ class GuestLocks:
         """Locks of another process of the server, which ``fd`` still has."""
         self._owners.setdefault(inode, {})[owner.owner] = _Owner(number, fd, handle, owner.pid)
         self._count += 1
+        self.opened += handle is None
         self._numbers = itertools.count(max(number + 1, next(self._numbers)))
 
     def descriptors(self) -> dict[int, int]:
@@ -195,15 +202,22 @@ class GuestLocks:
         mine.fd, mine.handle = fd, None
 
     def _open(self, handle: Handle, mode: int) -> int:
-        """Another description of the handle's file. Nobody has asked for its OPEN event."""
+        """Another description of the handle's file. Nobody has asked for its OPEN event. Raises
+        OSError: ENOLCK where the guest may have no more descriptors.
+        """
+        if not self._has_room():
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
         inode = handle.inode
         opened = (inode.parent, inode.name, Mask.OPEN), (inode, b"", Mask.OPEN)
         with self._watcher.attributed(SERVER, *opened):
-            return os.open(host.fd_path(handle.fd), mode | os.O_CLOEXEC)
+            fd = os.open(host.fd_path(handle.fd), mode | os.O_CLOEXEC)
+        self.opened += 1
+        return fd
 
     def _close(self, inode: Inode, fd: int) -> None:
         mask = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
         closed = (inode.parent, inode.name, mask), (inode, b"", mask)
+        self.opened -= 1
         with self._watcher.attributed(SERVER, *closed):
             os.close(fd)
 

@@ -152,6 +152,7 @@ class Service(FileService):
         self, who: Caller, nodeid: int, name: bytes, mode: int, flags: int
     ) -> tuple[Entry, int]:
         """CREATE."""
+        self.check_room()
         self._refuse_replayer(who, "create")
         node = self._names(nodeid, name)
         opened = opening(flags)
@@ -162,6 +163,7 @@ class Service(FileService):
 
     def tmpfile(self, who: Caller, nodeid: int, mode: int, flags: int) -> tuple[Entry, int]:
         """TMPFILE."""
+        self.check_room()
         self._refuse_replayer(who, "tmpfile")
         self._check_writable()
         node = self._node(nodeid)

@@ -72,7 +72,9 @@ class FileService:
         self.kept: KeptSession | None = None
         self._handles: dict[int, AnyHandle | LostHandle] = {}
         self._numbers = itertools.count(1)
-        self.locks = GuestLocks(export.watcher, export.lock_waiters)
+        self.locks = GuestLocks(export.watcher, export.lock_waiters, self.has_room)
+        self.pinned = 0
+        """Directories that a descriptor is kept of, as the guest's kernel holds them."""
 
     def close(self) -> None:
         """Release every lock and every handle."""
@@ -124,6 +126,15 @@ class FileService:
 
     # Handles
 
+    def has_room(self) -> bool:
+        """Whether the guest may have one more descriptor."""
+        return len(self._handles) + self.locks.opened + self.pinned < self.export.descriptors
+
+    def check_room(self) -> None:
+        """Raises OSError ENFILE where it may not: before a file is opened."""
+        if not self.has_room():
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
     def _new(self, handle: AnyHandle, who: Caller) -> int:
         fh = next(self._numbers)
         self._handles[fh] = handle
@@ -161,6 +172,7 @@ class FileService:
 
     def open(self, who: Caller, nodeid: int, flags: int) -> int:
         """OPEN."""
+        self.check_room()
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
             return self._new(self.hidden.open(nodeid, who, flags), who)
@@ -180,6 +192,7 @@ class FileService:
 
     def opendir(self, who: Caller, nodeid: int) -> int:
         """OPENDIR."""
+        self.check_room()
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
             return self._new(self.hidden.open(nodeid, who, os.O_RDONLY), who)

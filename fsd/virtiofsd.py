@@ -21,6 +21,7 @@ import structlog
 import trio
 
 from . import sandbox
+from .descriptors import share
 from .export import Export
 from .fusesession import SessionOptions
 from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
@@ -222,6 +223,7 @@ def _inside(
     def make() -> Export:
         export = Export(directory, read_only=options.read_only)
         export.source = options.source
+        export.descriptors = share(len(sources))
         if options.file_handles == "mandatory" and not export.table.by_handle:
             export.close()
             raise StartError(
