@@ -5,6 +5,7 @@ Apart from the inode table, which finds the objects again (InodeTable.recall): t
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import ItemsView
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +31,9 @@ class ForgottenObjects:
     """The last ones, by nodeid and by object."""
 
     def __init__(self) -> None:
-        self._by_node: dict[int, Forgotten] = {}  # the oldest first
+        # The oldest first. No plain dict: the first item of one is found by going over the places
+        # of all that were dropped before it.
+        self._by_node: OrderedDict[int, Forgotten] = OrderedDict()
         self._nodeids: dict[Identity, int] = {}
 
     def items(self) -> ItemsView[int, Forgotten]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ class Nodes:
         self._pinned: set[int] = set()  # of which the table keeps a descriptor
         if kept is not None:
             self._table.on_moved.append(self._moved)
-        self._forgotten: dict[int, None] = {}  # held once, the oldest first
+        self._forgotten: OrderedDict[int, None] = OrderedDict()  # held once, the oldest first
         self._is_local = is_local
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ class Nodes:
                 self._service.pinned -= 1
             self._forgotten[nodeid] = None
             if len(self._forgotten) > FORGOTTEN_LIMIT:
-                del self._forgotten[next(iter(self._forgotten))]
+                self._forgotten.popitem(last=False)
         else:
             self._held[nodeid] = held - count
         if self._kept is not None:

@@ -29,7 +29,11 @@ class Interest:
         """Set a guest's mask of an inode; returns the aggregate before and after."""
         before = self.aggregate(inode)
         guests = self._marks.setdefault(inode, {})
-        self._counts[guest] += bool(mask) - (guest in guests)
+        count = self._counts[guest] + bool(mask) - (guest in guests)
+        if count:
+            self._counts[guest] = count
+        else:  # nothing here keeps a guest that has gone
+            self._counts.pop(guest, None)
         if mask:
             guests[guest] = mask
         else:
