@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 
+from .chores import Job, Pause, finish
 from .events import Event
 from .guests import FIRST, MARKS_LIMIT, Guest
 from .inodes import Inode
@@ -30,6 +31,16 @@ KEEP = 3.0
 HISTORY_LIMIT = 4096
 """Events kept for one directory. A storm beyond it, where nobody has a mark yet, is not followed
 for the rest of KEEP: it would take the time of those who do watch."""
+
+
+HISTORIES_LIMIT = 65_536
+"""Events kept for all of them together, some 60 MB. What happens beyond it is not
+followed either."""
+DIRECTORIES_LIMIT = 16_384
+"""Looked-up directories that are watched for one guest's sake: as many as a program goes through in
+KEEP. Beyond it, what happens before the mark arrives is not told."""
+GROUP = 512
+"""Marks of a scan that are applied as one, some 20 ms."""
 
 
 @dataclass(slots=True)
@@ -47,12 +58,6 @@ class _Provisional:
     history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
     muted: bool = False
 
-    def disprove(self, guest: Guest) -> None:
-        """The guest has no mark here that was set by the look-ups so far."""
-        self.by[guest].since = None
-        if all(look_up.since is None for look_up in self.by.values()):
-            self.history.clear()
-
 
 class Arming:
     """Provisional watches and scans of one export."""
@@ -60,6 +65,8 @@ class Arming:
     def __init__(self, export: Export) -> None:
         self._export = export
         self._nodes: dict[Inode, _Provisional] = {}
+        self._kept = 0  # events in all histories
+        self._counts: dict[Guest, int] = {}  # directories that each guest has looked up
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self.deadline = math.inf
 
@@ -71,11 +78,16 @@ class Arming:
         """Process ``pid`` of the guest may be about to watch a directory or something in it."""
         hint = guest.hint(pid)
         node = self._nodes.get(directory)
+        known = node is not None and guest in node.by
+        if not known and self._counts.get(guest, 0) >= DIRECTORIES_LIMIT:
+            return
         if node is None:
             node = self._nodes[directory] = _Provisional()
             self._export.set_watch(directory)
             self.deadline = min(self.deadline, node.expires)
             self._export.watcher.on_arrival()
+        if not known:
+            self._counts[guest] = self._counts.get(guest, 0) + 1
         look_up = node.by.setdefault(guest, _LookUp())
         look_up.hint = hint
         if node.muted:
@@ -91,7 +103,10 @@ class Arming:
             return
         old = [inode for inode, node in self._nodes.items() if node.expires <= now]
         for inode in old:
-            del self._nodes[inode]
+            node = self._nodes.pop(inode)
+            self._kept -= len(node.history)
+            for guest in node.by:
+                self._count_down(guest)
             self._export.set_watch(inode)
         self.deadline = min((node.expires for node in self._nodes.values()), default=math.inf)
 
@@ -101,8 +116,11 @@ class Arming:
             node = self._nodes.get(inode) if inode is not None else None
             if node is None or inode is None:
                 continue
+            is_longer = len(node.history) < HISTORY_LIMIT
             node.history.append(event)
-            if len(node.history) == HISTORY_LIMIT and not node.muted:
+            self._kept += is_longer
+            is_full = len(node.history) == HISTORY_LIMIT or self._kept >= HISTORIES_LIMIT
+            if is_full and not node.muted:
                 node.muted = True
                 self._export.counts["muted"] += 1
                 self._export.set_watch(inode)
@@ -112,8 +130,8 @@ class Arming:
     def scan_update(self, guest: Guest, key: NodeKey, bits: int) -> None:
         """A mark that the agent found changed; applied at the end of its scan."""
         updates = self._updates.setdefault(guest, [])
-        if len(updates) >= 2 * MARKS_LIMIT:  # every mark dropped, and as many set
-            raise ProtocolError("updates without end")
+        if len(updates) >= MARKS_LIMIT:
+            raise ProtocolError(f"more than {MARKS_LIMIT} marks changed in a scan")
         updates.append((key, bits))
 
     def scan_abort(self, guest: Guest) -> None:
@@ -125,13 +143,37 @@ class Arming:
         self.scan_abort(guest)
         for node in self._nodes.values():
             if guest in node.by:
-                node.disprove(guest)
+                self._disprove(node, guest)
                 del node.by[guest]
+        self._counts.pop(guest, None)
+
+    def _disprove(self, node: _Provisional, guest: Guest) -> None:
+        """The guest has no mark there that was set by the look-ups so far."""
+        node.by[guest].since = None
+        if all(look_up.since is None for look_up in node.by.values()):
+            self._kept -= len(node.history)
+            node.history.clear()
+
+    def _count_down(self, guest: Guest) -> None:
+        count = self._counts[guest] - 1
+        if count:
+            self._counts[guest] = count
+        else:
+            del self._counts[guest]
 
     def scan_end(
         self, guest: ReplayGuest, hint: int, *, full: bool
     ) -> list[tuple[NodeKey, Exception]]:
-        """Apply the marks, tell what happened since they were set; returns those that failed."""
+        """``scan_ending`` in one go."""
+        self._export.process(self._export.watcher.backlog)
+        return finish(self.scan_ending(guest, hint, full=full))
+
+    def scan_ending(
+        self, guest: ReplayGuest, hint: int, *, full: bool
+    ) -> Job[list[tuple[NodeKey, Exception]]]:
+        """Apply the marks, tell what happened since they were set; returns those that failed. A
+        GROUP at a time, so that a scan of very many is not one.
+        """
         guest.scanned()
         export = self._export
         updates = self._updates.pop(guest, [])
@@ -142,21 +184,32 @@ class Arming:
                 key = inode.key if inode is not None else NodeKey(0, 0)
                 if key not in published:
                     updates.append((key, 0))
-        if updates:
-            export.process(export.watcher.backlog)
-        candidates = self._untold(guest) if updates else []
+        for start in range(0, len(updates), GROUP):
+            export.route(GROUP)
+            while export.is_behind:
+                yield Pause.LATER
+            self._apply(guest, updates[start : start + GROUP], failed)
+            yield None
+        for node in self._nodes.values():
+            look_up = node.by.get(guest)
+            if look_up is not None and look_up.hint <= hint:
+                self._disprove(node, guest)
+        return failed
+
+    def _apply(
+        self,
+        guest: ReplayGuest,
+        updates: list[tuple[NodeKey, int]],
+        failed: list[tuple[NodeKey, Exception]],
+    ) -> None:
+        candidates = self._untold(guest)
         for key, bits in updates:
             try:
-                export.update(guest, key, bits)
+                self._export.update(guest, key, bits)
             except (OSError, ValueError) as error:
                 failed.append((key, error))
         for event in candidates:
             self._tell(guest, event)
-        for node in self._nodes.values():
-            look_up = node.by.get(guest)
-            if look_up is not None and look_up.hint <= hint:
-                node.disprove(guest)
-        return failed
 
     def _untold(self, guest: ReplayGuest) -> list[Event]:
         """Kept events that the guest had not asked for so far, in order."""

@@ -60,6 +60,15 @@ class Channel:
             self._let_go()
             raise OSError(errno.EPROTO, str(error)) from None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer to a write is to wait until ``when_taken``."""
+        return self._session.is_full
+
+    def when_taken(self, call: Callable[[], None]) -> None:
+        """Call once when there is room for another write."""
+        self._session.when_taken(call)
+
     def poll(self, notify: Callable[[], None] | None) -> int:
         """poll(2)'s events as of now. ``notify`` is called once when there are more."""
         if self._session.said_bye:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import math
 import os
+import stat
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,6 +25,7 @@ from protocol.masks import EVENTS, Mask
 
 from . import host, listings
 from .arming import Arming
+from .chores import TURN, Chores, Job, Pause, begin, finish
 from .descriptors import share
 from .events import RENAME, Event
 from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
@@ -33,7 +35,7 @@ from .locks import LockWaiters
 from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
-from .resync import Changes, difference, difference_at_once, told
+from .resync import Changes, changed_lately, comparing, comparing_at_once, told
 from .watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 
 log = structlog.get_logger()
@@ -52,6 +54,12 @@ _SETTLING = 2 * listings.CLOCK_LAG_NS / 1e9
 """Seconds without a change after which file times tell later changes from earlier ones."""
 COMPARE_EVERY = 2.0
 """Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
+COMPARE_SHARE = 9
+"""Comparing them all is followed by at least this many times its own duration of rest."""
+CHANGES_LIMIT = 4096
+"""Changed names that such comparisons gather before they are told, to find moves among them."""
+CHUNKS_AT_ONCE = 8
+"""Reads of a directory's names at once, before the rest becomes a chore: 8,000 names, 10 ms."""
 
 
 class Export:
@@ -101,10 +109,15 @@ class Export:
         self._outbox_limit = outbox_limit
         self._give_up_at = math.inf  # on those who wait
         self._compare_at = math.inf
+        self.chores = Chores()
+        self._steps: deque[Job[None]] = deque()  # of the way of events: no event goes on before
+        self._whole: Job[None] | None = None  # brings the watches of the whole tree in line
+        self._unread: dict[Inode, None] = {}  # watched directories whose names are still to be read
         self.started = time.time()
 
     def close(self) -> None:
         """Drop watches and descriptors."""
+        self.chores.close()
         self.fs.successors.close()
         self.watcher.close()
         self.table.close()
@@ -133,11 +146,19 @@ class Export:
         return guest
 
     def remove_guest(self, guest: Guest) -> None:
-        """The guest has gone, and its marks with it."""
-        for inode in list(self.interest.marks(guest)):
-            self._set_interest(guest, inode, Mask(0))
+        """The guest has gone, and its marks with it: many of them a few at a time."""
         self.arming.forget(guest)
         self.guests.remove(guest)
+        if isinstance(guest, ReplayGuest):
+            for inode in self.interest.marks(guest):
+                guest.on_mark(0 if inode is None else inode.nodeid, 0)
+        guest.leave()
+        self.chores.do(self, self._dropping_marks(guest))
+
+    def _dropping_marks(self, guest: Guest) -> Job[None]:
+        for inode in list(self.interest.marks(guest)):
+            self._set_interest(guest, inode, Mask(0))
+            yield None
 
     def update(self, guest: Guest, key: NodeKey, bits: int) -> Inode | None:
         """fsnotify_update. Raises MaskError (EINVAL), OSError ESTALE for an unknown node, ENOSPC
@@ -152,10 +173,15 @@ class Export:
         if new and self.interest.count(guest) >= MARKS_LIMIT:
             raise OSError(errno.ENOSPC, "too many marks")
         self._set_interest(guest, inode, mask)
-        if mask and (inode in self.unwatched or (inode is None and self.unwatched)):
+        if mask:
+            self.check_watched(inode)
+        return inode
+
+    def check_watched(self, inode: Inode | None) -> None:
+        """Raises OSError ENOSPC where the host gave no watch for an inode; of None, for any."""
+        if inode in self.unwatched or (inode is None and self.unwatched):
             reason = next(iter(self.unwatched.values())) if inode is None else self.unwatched[inode]
             raise OSError(errno.ENOSPC, reason)
-        return inode
 
     def _set_interest(self, guest: Guest, inode: Inode | None, mask: Mask) -> None:
         self._change()
@@ -165,10 +191,7 @@ class Export:
             guest.on_mark(0 if inode is None else inode.nodeid, int(mask))
         if inode is None:
             if before != after:
-                self._cover(self.table.root, announce=False)
-                if not after:
-                    for node in self.watcher.inodes():
-                        self.set_watch(node)
+                self._bring_in_line(after)
             return
         if mask and not had:
             self.table.pin(inode)
@@ -200,51 +223,92 @@ class Export:
             self.watcher.set_mask(inode, mask)
         except OSError as error:
             if host.is_gone(error):  # its events say so
-                self.unwatched.pop(inode, None)
+                self._allowed(inode)
                 return
             self.counts["watch_failures"] += 1
             self.look_later(inode, error)
         else:
-            self.unwatched.pop(inode, None)
+            self._allowed(inode)
         if not mask:
             inode.listing = None
+            self._unread.pop(inode, None)
         elif inode.is_dir and (self._is_armed(inode) or inode in self._cared_for):
             self._take_listing(inode)
+
+    def _allowed(self, inode: Inode) -> None:
+        """The host refuses no watch of it any more."""
+        if self.unwatched.pop(inode, None) is not None:
+            self.table.unpin(inode)
 
     def _is_armed(self, inode: Inode) -> bool:
         return bool(self.interest.aggregate(inode) or self.interest.aggregate(None))
 
     def _take_listing(self, inode: Inode) -> None:
-        """Know the names of a directory that somebody watches, to compare with later."""
-        known = listing(inode)
-        if known.complete:
+        """Know the names of a directory that somebody watches, to compare with later: those of a
+        huge one by and by.
+        """
+        if listing(inode).complete or inode in self._unread:
             return
-        try:
-            names = self.read_directory(inode)
-        except OSError as error:
-            self.look_later(inode, error)
-            return
-        for name, entry in names.items():
-            known.names.setdefault(name, entry)
-        known.complete = True
+        reading = self._reading(inode)
+        if not begin(reading, CHUNKS_AT_ONCE):
+            reading.close()
+            if not self._unread:
+                self.chores.add(self, self._reading_on())
+            self._unread[inode] = None
 
     def look_later(self, inode: Inode, error: OSError) -> None:
         """Nobody could look at it, which says nothing of it: it is tried again, and compared."""
         self.counts["looks_failed"] += 1
+        if inode not in self.unwatched:
+            self.table.pin(inode)
         self.unwatched[inode] = error.strerror or str(error)
         self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
 
-    def read_directory(self, inode: Inode) -> dict[bytes, listings.Known]:
-        """The names of a directory now; empty where it is gone. Our own echo is no one's event.
-        Raises OSError where it cannot be read.
+    def _reading_on(self) -> Job[None]:
+        """One after the other, as each needs a descriptor."""
+        while self._unread:
+            inode = next(iter(self._unread))
+            yield from self._reading(inode)
+            self._unread.pop(inode, None)
+
+    def _reading(self, inode: Inode) -> Job[None]:
+        """Take in the names of a directory. What its events say meanwhile holds: a part is taken in
+        as soon as it is read, so that no event is handled between.
         """
+        known = listing(inode)
+        try:
+            for names in self.names_in(inode):
+                if inode.listing is not known:
+                    return  # nobody watches it any more
+                for name, entry in names.items():
+                    known.names.setdefault(name, entry)
+                yield None
+        except OSError as error:
+            self.look_later(inode, error)
+        else:
+            known.complete = True
+
+    def names_in(self, inode: Inode) -> Generator[dict[bytes, listings.Known]]:
+        """The names of a directory now, in parts; none where it is gone. Our own echo is no one's
+        event. Raises OSError where it cannot be read.
+        """
+        fd = -1
         with host.skipping_gone, self.table.directory(inode) as path_fd, self._own(inode):
             fd = _open_quietly(host.fd_path(path_fd))
-            try:
-                return listings.read(fd)
-            finally:
+        if fd < 0:
+            return
+        try:
+            parts = listings.chunks(fd)
+            while True:
+                names = None
+                with host.skipping_gone, self._own(inode):
+                    names = next(parts, None)
+                if names is None:
+                    return
+                yield names
+        finally:
+            with self._own(inode):
                 os.close(fd)
-        return {}
 
     def _own(self, inode: Inode) -> AbstractContextManager[None]:
         mask = Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE
@@ -266,45 +330,88 @@ class Export:
                 del self._cared_for[directory]
             self.set_watch(directory)
 
-    def _cover(self, directory: Inode, *, announce: bool) -> None:
+    def is_arming(self, inode: Inode | None) -> bool:
+        """Whether interest in an inode is not in force yet: a huge directory's names are still to
+        be read, or (None) the watches of the whole tree to be brought in line.
+        """
+        return inode in self._unread if inode is not None else self._whole is not None
+
+    def _bring_in_line(self, mask: Mask) -> None:
+        """Interest in the whole file system has changed. However often it does, one walk is under
+        way: the latest.
+        """
+        if self._whole is not None:
+            self._whole.close()
+        self._whole = job = self._covering_all(mask)
+        self.chores.do(self, job)
+
+    def _covering_all(self, mask: Mask) -> Job[None]:
+        try:
+            if mask:
+                yield from self._covering(self.table.root, announce=False)
+                return
+            for node in [*self.watcher.inodes(), *self.unwatched]:
+                self.set_watch(node)
+                yield None
+        finally:
+            self._whole = None
+
+    def _covering(self, top: Inode, *, announce: bool) -> Job[None]:
         """Watch a tree for whole-file-system interest; announce what was in it before the watch."""
-        todo = [directory]
-        while todo:
-            node = todo.pop()
-            known = set(listing(node).names) if announce else set()
-            self.set_watch(node)
-            for name, entry in sorted(listing(node).names.items()):
+        self.table.pin(top)
+        todo = [top]
+        try:
+            while todo and self.interest.aggregate(None):
+                node = todo.pop()
                 try:
-                    child = self.fs.peek(node, name).inode
-                except OSError as error:
-                    if not host.is_gone(error):
-                        self.look_later(node, error)
-                        self._uncovered[node] = announce
-                    continue
-                if announce and name not in known:
-                    mask = _CREATE | (_ISDIR if child.is_dir else 0)
-                    event = Event(node, mask, name, 0, HOST, time.monotonic(), child)
-                    listing(node).names[name] = listings.of_inode(child)
-                    self._route(event)
-                if child.is_dir and child.kind == entry.kind:
-                    todo.append(child)
-                else:
-                    self.table.release(child)
+                    yield from self._covering_one(node, todo, announce=announce)
+                finally:
+                    self.table.unpin(node)
+        finally:
+            for node in todo:
+                self.table.unpin(node)
+
+    def _covering_one(self, node: Inode, todo: list[Inode], *, announce: bool) -> Job[None]:
+        known = set(listing(node).names) if announce else set()
+        self.set_watch(node)
+        yield None
+        if not listing(node).complete:
+            yield from self._reading(node)
+            if node in self.unwatched:
+                self._uncovered[node] = announce
+        names = listing(node).names
+        if announce:
+            wanted = [n for n, entry in names.items() if n not in known or _may_be_dir(entry)]
+        else:
+            wanted = [n for n, entry in names.items() if _may_be_dir(entry)]
+        for name in sorted(wanted):
+            entry = names.get(name)
+            if entry is None:
+                continue  # gone since
+            try:
+                child = self.fs.peek(node, name).inode
+            except OSError as error:
+                if not host.is_gone(error):
+                    self.look_later(node, error)
+                    self._uncovered[node] = announce
+                continue
+            if announce and name not in known:
+                mask = _CREATE | (_ISDIR if child.is_dir else 0)
+                event = Event(node, mask, name, 0, HOST, time.monotonic(), child)
+                names[name] = listings.of_inode(child)
+                self._route(event)
+            if child.is_dir and child.kind == (entry.kind or child.kind):
+                self.table.pin(child)
+                todo.append(child)
+            else:
+                self.table.release(child)
+            yield None
 
     # Events
 
     def process(self, budget: int) -> None:
-        """Route up to ``budget`` events, and do what is due."""
-        while budget and self.watcher.backlog:
-            budget -= 1
-            try:
-                for event in self._resolver.next():
-                    self._handle(event)
-            except Exception:  # a fault in one event never ends the process
-                self.counts["faults"] += 1
-                log.exception("event failed")
-            if self._resolver.waiting_until is not None:
-                break
+        """Route up to ``budget`` events, do what is due, and a turn of what takes longer."""
+        self.route(budget)
         self._plan()
         now = time.monotonic()
         self.arming.expire(now)
@@ -312,24 +419,77 @@ class Export:
         if now >= self._give_up_at:
             self._give_up()
         if now >= self._compare_at:
-            self._look_again()
+            self._compare_at = math.inf
+            self.chores.add(self, self._looking_again())
+        if self.chores:
+            self.counts["faults"] += self.chores.run()
 
-    def _look_again(self) -> None:
-        """Try again what the host has refused, and tell what has changed there since."""
-        self._compare_at = math.inf
+    def route(self, budget: int) -> None:
+        """Route up to ``budget`` events, within a turn if one of them makes much work."""
+        end = time.monotonic() + TURN
+        while budget and (self._steps or self.watcher.backlog):
+            budget -= 1
+            if not self._steps:
+                self._steps.append(self._arriving())
+            if not self._step(end) or self._resolver.waiting_until is not None:
+                break
+
+    def _step(self, end: float) -> bool:
+        """Work on the first step until then; whether it is done."""
+        try:
+            for _ in self._steps[0]:
+                if time.monotonic() >= end:
+                    return False
+        except Exception:  # a fault in one event never ends the process
+            self.counts["faults"] += 1
+            log.exception("event failed")
+        self._steps.popleft()
+        return True
+
+    def _arriving(self) -> Job[None]:
+        for event in self._resolver.next():
+            yield from self._handle(event)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something that has happened is not routed yet."""
+        return bool(self._steps or self.watcher.backlog)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is work for the next turn."""
+        return self.is_behind or bool(self.chores)
+
+    def _looking_again(self) -> Job[None]:
+        """Try again what the host has refused, and tell what has changed there since. The next time
+        comes the later, the longer this takes.
+        """
+        begun = time.monotonic()
         refused, uncovered = list(self.unwatched), self._uncovered
         self._uncovered = {}
         if self._unchecked:
             self._check_watches()
+        changes: Changes = {}
         for node in refused:
             self.set_watch(node)  # a watch may have become free
-        if self.interest.aggregate(None):
-            for node, announce in uncovered.items():
-                self._cover(node, announce=announce)
+            yield from self._between_events(self._comparing(node, changes, at_once=True))
+            if len(changes) >= CHANGES_LIMIT:
+                yield from self._between_events(self._telling(changes))
+                changes = {}
+        for node, announce in uncovered.items():
+            yield from self._between_events(self._covering(node, announce=announce))
         self.counts["resyncs"] += 1
-        self._compare(refused)
+        yield from self._between_events(self._telling(changes))
         if self.unwatched:
-            self._compare_at = min(self._compare_at, time.monotonic() + COMPARE_EVERY)
+            now = time.monotonic()
+            pause = max(COMPARE_EVERY, COMPARE_SHARE * (now - begun))
+            self._compare_at = min(self._compare_at, now + pause)
+
+    def _between_events(self, job: Job[None]) -> Job[None]:
+        """Do a job before the next event is handled."""
+        self._steps.append(job)
+        while job in self._steps:
+            yield Pause.LATER
 
     def _plan(self) -> None:
         """Let replaying guests make orders, once they see as far ahead as there is to see."""
@@ -347,6 +507,8 @@ class Export:
     @property
     def next_deadline(self) -> float:
         """time.monotonic() at which ``process`` has something to do; inf at rest."""
+        if self._steps or self.chores:
+            return 0.0
         if self.watcher.backlog and self._resolver.waiting_until is None:
             return 0.0
         due = [self._resolver.waiting_until or math.inf, self.arming.deadline, self._compare_at]
@@ -354,13 +516,13 @@ class Export:
         due += [g.waiting_until or math.inf for g in self.guests if isinstance(g, ReplayGuest)]
         return min(due)
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event) -> Job[None]:
         self.counts["in"] += 1
         self._change()
         self.kinds["in", event.kind] += 1
         if event.mask & _OVERFLOW:
             self.counts["overflows"] += 1
-            self._resync(self.watcher.inodes())
+            yield from self._resyncing(self.watcher.inodes())
             return
         if event.mask & _UNMOUNT:
             self._died(event.node)
@@ -376,7 +538,7 @@ class Export:
                 for moved in (child, event.replaced):
                     if moved is not None and moved in self._care:
                         self._set_care(moved)
-            self._cover_arrival(event, child)
+            yield from self._cover_arrival(event, child)
             if event.node2 is not None:
                 self.on_name(event.node2, event.name2, child)
             elif event.mask & (_CREATE | _MOVED_TO):
@@ -385,15 +547,15 @@ class Export:
             if inode is not None:
                 self.table.release(inode)
 
-    def _cover_arrival(self, event: Event, child: Inode) -> None:
+    def _cover_arrival(self, event: Event, child: Inode) -> Job[None]:
         """Whole-file-system interest extends to a directory that has come."""
         if event.mask & (_CREATE | _MOVED_TO) and child.is_dir and self.interest.aggregate(None):
-            self._cover(child, announce=bool(event.mask & _CREATE))
+            yield from self._covering(child, announce=bool(event.mask & _CREATE))
 
     def _watch_ended(self, inode: Inode) -> None:
         """The host's kernel removed a watch: the object is gone, or its file system is."""
         inode.listing = None
-        self.unwatched.pop(inode, None)
+        self._allowed(inode)
 
     def _route(self, event: Event) -> None:
         if event.origin is SERVER:
@@ -443,20 +605,33 @@ class Export:
     # After lost events
 
     def _resync(self, directories: list[Inode]) -> None:
+        """``_resyncing`` in one go."""
+        finish(self._resyncing(directories))
+
+    def _resyncing(self, directories: list[Inode]) -> Job[None]:
         """Compare directories with what was told of them, and tell everyone the difference."""
         self.counts["resyncs"] += 1
         self._check_watches()
+        yield from self._comparing_all(directories)
+
+    def _comparing_all(self, directories: list[Inode]) -> Job[None]:
         changes: Changes = {}
         for node in directories:
-            if node.is_dir and node.listing is not None and node.listing.complete:
-                changes.update(difference(self, node, node.listing))
-        self._tell(changes)
+            yield from self._comparing(node, changes)
+            yield None
+        yield from self._telling(changes)
 
-    def _tell(self, changes: Changes) -> None:
+    def _comparing(self, node: Inode, changes: Changes, *, at_once: bool = False) -> Job[None]:
+        if node.is_dir and node.listing is not None and node.listing.complete:
+            compare = comparing_at_once if at_once else comparing
+            changes.update((yield from compare(self, node, node.listing)))
+
+    def _telling(self, changes: Changes) -> Job[None]:
         for event in told(self, changes):
+            yield None
             self._route(event)
             if event.child is not None and event.name:
-                self._cover_arrival(event, event.child)
+                yield from self._cover_arrival(event, event.child)
                 mask = int(Mask.MOVE_SELF) if event.kind == RENAME else event.mask
                 if event.kind & (_OWN | _MOVED_FROM) and self.interest.aggregate(event.child):
                     own = Event(event.child, mask, b"", 0, HOST, event.stamp, event.child)
@@ -496,7 +671,7 @@ class Export:
         deadline = time.monotonic() + patience
         self.watcher.drain()
         while not self.is_settled and time.monotonic() < deadline:
-            self.process(self.watcher.backlog)
+            self.process(self.watcher.backlog + 1)
             time.sleep(_SETTLING / 10)
             self.watcher.drain()
 
@@ -514,15 +689,15 @@ class Export:
             os.close(path_fd)
         inotify = self.watcher.hand_over()
         self._work_off(deadline + patience, drain=False)
-        return -1 if self.watcher.backlog else inotify
+        return -1 if self.is_behind else inotify
 
     def _work_off(self, deadline: float, *, drain: bool) -> None:
         while time.monotonic() < deadline:
             if drain:
                 self.watcher.drain()
-            if not self.watcher.backlog:
+            if not self.is_busy:
                 break
-            self.process(self.watcher.backlog)
+            self.process(self.watcher.backlog + 1)
             if self._resolver.waiting_until is not None:
                 time.sleep(0.001)
 
@@ -530,7 +705,7 @@ class Export:
     def is_settled(self) -> bool:
         """Whether all is told, and nothing has changed for a moment."""
         quiet = time.monotonic() - self.watcher.last_activity > _SETTLING
-        return quiet and not self.watcher.backlog
+        return quiet and not self.is_behind
 
     def resume_marks(
         self, marks: Iterable[tuple[Guest, Inode | None, Mask]], order: Iterable[Inode]
@@ -553,7 +728,7 @@ class Export:
         for inode in dict.fromkeys((*order, *inodes, *self._cared_for)):
             self.set_watch(inode)
         if self.interest.aggregate(None):
-            self._cover(self.table.root, announce=False)
+            finish(self._covering(self.table.root, announce=False))
 
     def drop_watches(self, inodes: Iterable[Inode]) -> None:
         """Watch none of these that nobody is interested in."""
@@ -583,8 +758,8 @@ class Export:
         changes: Changes = {}
         for node in nodes:
             if node.is_dir and node.listing is not None and node.listing.complete:
-                changes.update(difference_at_once(self, node, node.listing))
-        self._tell(changes)
+                changes.update(finish(comparing_at_once(self, node, node.listing)))
+        finish(self._telling(changes))
 
     def come_back(self, token: bytes, received: int) -> Observer | None:
         """The observer that waits for whoever has the token, if it is one."""
@@ -601,13 +776,25 @@ class Export:
         self.waiting.clear()
 
     def catch_up(self, guest: Guest) -> None:
-        """Tell a guest what it missed, now that its outbox is empty."""
-        changes, guest.missed, guest.missing = guest.missed, {}, False
+        """Tell a guest what it missed, now that its outbox is empty, before any other event."""
+        changes, since_ns = guest.caught_up()
         guest.counts["resyncs"] += 1
+        catching_up = self._catching_up(guest, changes, since_ns)
+        if self._steps or not begin(catching_up):
+            self._steps.append(catching_up)
+
+    def _catching_up(self, guest: Guest, changes: Changes, since_ns: int) -> Job[None]:
+        if since_ns:
+            whole = self.interest.of(guest, None)
+            nodes = self.watcher.inodes() if whole else list(self.interest.marks(guest))
+            for node in nodes:
+                if node is not None and node.is_dir:
+                    changes.update((yield from changed_lately(self, node, since_ns)))
         for event in told(self, changes):
             halves = self.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)
+            yield None
 
 
 def _unnoted(directory: Inode, name: bytes, child: Inode) -> None:
@@ -616,6 +803,10 @@ def _unnoted(directory: Inode, name: bytes, child: Inode) -> None:
 
 def _nobody() -> None:
     """Nobody keeps the state."""
+
+
+def _may_be_dir(entry: listings.Known) -> bool:
+    return entry.kind in (stat.S_IFDIR, 0)
 
 
 def _open_quietly(path: str) -> int:

@@ -174,15 +174,15 @@ class Files:
         request.reply_in_place(self._service.read_into(fh, views, offset) if views else 0)
         return None
 
-    def _write(self, request: Request) -> bytes:
+    def _write(self, request: Request) -> bytes | None:
         fh, offset, size, flags, *_ = fuse.WRITE_IN.unpack(request.body)
         views = request.data_in(size)
         channel = self._channels.get(fh)
         if channel is not None:
             if size > CHANNEL_WRITE_LIMIT:
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-            channel.write(b"".join(views))
-            return fuse.WRITE_OUT.pack(size)
+            self._write_channel(request, channel, b"".join(views))
+            return None
         kill = bool(flags & fuse.WRITE_KILL_SUIDGID)
         written = self._service.write_from(request.who, fh, views, offset, kill=kill)
         return fuse.WRITE_OUT.pack(written)
@@ -277,6 +277,21 @@ class Files:
             cancel()
 
         self._waiting.add(request, stop)
+
+    def _write_channel(self, request: Request, channel: Channel, data: bytes) -> None:
+        """Answered at once, unless too much of what was written before is still to be handled."""
+        self._waiting.check(request)
+        channel.write(data)
+        reply = fuse.WRITE_OUT.pack(len(data))
+        if not channel.is_full:
+            request.reply(reply)
+            return
+
+        def answer() -> None:
+            self._waiting.finish(request, lambda: reply)
+
+        self._waiting.add(request, _nothing, interruptible=False)
+        channel.when_taken(lambda: self._loop.soon(answer))
 
     def _poll(self, request: Request) -> bytes:
         fh, kernel_handle, flags, _events = fuse.POLL_IN.unpack(request.body)

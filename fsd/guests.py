@@ -11,6 +11,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+import structlog
+
 from protocol import frames
 from protocol.masks import EVENTS, Mask
 
@@ -19,23 +21,55 @@ from .inodes import Inode
 from .listings import Missed, of_inode
 from .watcher import Origin
 
+log = structlog.get_logger()
 OUTBOX_LIMIT = 262_144
 """Events queued for one guest: bursts that a native watcher with a raised max_queued_events
 survives; some 100 MB at worst."""
-MARKS_LIMIT = 1_048_576
-"""Marks of one guest: the kernel's own ceiling for max_user_watches."""
+OUTBOX_BYTES = 256 << 20
+"""Bytes of events that wait for one guest, in its agent's outbox and those of all its observers
+together: OUTBOX_LIMIT events of an agent. What is beyond that is noted by name."""
+EVENT_COST = 350
+"""Bytes of an event in an observer's outbox, beside its name."""
+MISSED_COST = 600
+"""Bytes of a name that was missed, beside the name and what was known of it."""
+MISSED_LIMIT = 65_536
+"""Names that one guest may have missed, 40 MB. Beyond it they are given up, and the directories
+that it watches are looked at as a whole (fsd.resync.changed_lately)."""
+PRUNE_AT = 4096
+"""Names that were missed among which those that came and went are looked for; then at twice as many
+as are left."""
+MARKS_LIMIT = 524_288
+"""Marks of one guest: as high as editors advise to set max_user_watches; some 0.5 GB without host
+watches, whose number has a limit of its own (fsd.watches)."""
 
 _numbers = itertools.count(1)
+_LOST = frames.Event(0, 0, int(Mask.Q_OVERFLOW), 0, b"")
 FIRST, SECOND = 1, 2
 """Which half of a rename a guest asked for: what happened at the old, at the new place."""
+
+
+class Account:
+    """Bytes of what waits for one guest, its own and that of the sessions that came through it."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int = OUTBOX_BYTES) -> None:
+        self.limit = limit
+        self.used = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more may wait."""
+        return self.used >= self.limit
 
 
 class Guest(Origin):
     """One guest: its counters, and what it missed while its outbox was full."""
 
     __slots__ = (
-        "counts", "events", "kinds", "latencies", "limit", "max_depth", "missed", "missing",
-        "number", "via", "wake",
+        "_missing_since", "_prune_at", "_used", "account", "counts", "events", "has_left",
+        "kinds", "latencies", "limit", "lost_since", "max_depth", "missed", "missing", "number",
+        "via", "wake",
     )  # fmt: skip
 
     def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:
@@ -48,9 +82,33 @@ class Guest(Origin):
         self.latencies: deque[float] = deque(maxlen=4096)  # seconds, host event to delivered
         self.missed: dict[tuple[Inode, bytes], Missed] = {}
         self.missing = False  # events are noted, not queued
+        self._prune_at = PRUNE_AT  # names that were missed
+        self._missing_since = time.time_ns()
+        self.lost_since = 0  # time.time_ns() since which not even names are noted; 0 = they are
+        self.account = Account()
+        self._used = 0  # of the account
+        self.has_left = False
         self.max_depth = 0
         self.via: Guest | None = None  # the mount through which it came
         self.wake: Callable[[], None] = _nothing
+
+    def join(self, via: Guest | None) -> None:
+        """The guest came through that mount, and shares its account."""
+        account = via.account if via is not None else Account()
+        self.account.used -= self._used
+        account.used += self._used
+        self.via, self.account = via, account
+
+    def leave(self) -> None:
+        """The guest has gone: drop all that waits for it."""
+        self.has_left = True
+        self.wake = _nothing
+        self.missed = {}
+        self._charge(-self._used)
+
+    def _charge(self, cost: int) -> None:
+        self._used += cost
+        self.account.used += cost
 
     @property
     def depth(self) -> int:
@@ -65,10 +123,12 @@ class Guest(Origin):
         """Queue an event, or note it as missed. Of a rename, ``halves`` are asked for. Nobody
         changes it any more.
         """
+        if self.has_left:
+            return
         event.settle()
-        if self.missing or self.depth >= self.limit:
+        if self.missing or self.depth >= self.limit or self.account.is_full:
             if not self.missing:
-                self.missing = True
+                self.missing, self._missing_since = True, time.time_ns()
                 self.counts["overflows"] += 1
             self.note_missed(event)
             return
@@ -79,16 +139,53 @@ class Guest(Origin):
     def note_missed(self, event: Event) -> None:
         """Remember by name what could not be told; the first ``before`` of a name counts."""
         self.counts["missed"] += 1
+        if self.lost_since:
+            return
         places = [(event.node, event.name, event.before)]
         if event.node2 is not None:
             replaced = of_inode(event.replaced) if event.replaced is not None else None
             places.append((event.node2, event.name2, replaced))
         for node, name, before in places:
-            old = self.missed.get((node, name))
-            if old is None:
-                self.missed[node, name] = Missed(before, event.mask)
-            else:
-                self.missed[node, name] = Missed(old.before, old.mask | event.mask)
+            self.miss(node, name, Missed(before, event.mask))
+        if len(self.missed) >= self._prune_at:
+            self._prune()
+
+    def miss(self, node: Inode, name: bytes, missed: Missed) -> None:
+        """Note one name."""
+        old = self.missed.get((node, name))
+        if old is None:
+            self.missed[node, name] = missed
+            self._charge(MISSED_COST + len(name))
+        else:
+            self.missed[node, name] = Missed(old.before, old.mask | missed.mask)
+
+    def _prune(self) -> None:
+        """Drop names that came and went meanwhile; where too many are left, all of them."""
+        kept = {
+            place: missed for place, missed in self.missed.items() if not _is_void(*place, missed)
+        }
+        if len(kept) <= MISSED_LIMIT // 2:
+            self._forget_missed(kept)
+            self._prune_at = max(PRUNE_AT, 2 * len(kept))
+        else:
+            self._forget_missed({})
+            self.lost_since = self._missing_since
+            self.counts["given_up"] += 1
+            log.warning("events lost", guest=self.name, names=len(kept))
+
+    def _forget_missed(self, kept: dict[tuple[Inode, bytes], Missed]) -> None:
+        dropped = self.missed.keys() - kept.keys()
+        self._charge(-sum(MISSED_COST + len(name) for _, name in dropped))
+        self.missed = kept
+
+    def caught_up(self) -> tuple[dict[tuple[Inode, bytes], Missed], int]:
+        """What is to be told now, and from now on events are queued again: names, and since when
+        all that changed is to be (time.time_ns(); 0 = no more than the names).
+        """
+        missed, since = self.missed, self.lost_since
+        self._forget_missed({})
+        self.missing, self.lost_since, self._prune_at = False, 0, PRUNE_AT
+        return missed, since
 
     def count(self, what: str, mask: int, times: int = 1) -> None:
         """Count what became of an event."""
@@ -99,6 +196,13 @@ class Guest(Origin):
         """Count an event as delivered, ``latency`` seconds after it was read from the host."""
         self.count("replayed", mask)
         self.latencies.append(latency)
+
+
+def _is_void(node: Inode, name: bytes, missed: Missed) -> bool:
+    """Whether the name was not there before, and is not now."""
+    if missed.before is not None or not name:
+        return False
+    return node.listing is None or name not in node.listing.names
 
 
 def _nothing() -> None:
@@ -146,14 +250,36 @@ class Observer(Guest):
 
     def _frame(self, event: Event, node: Inode, name: bytes, mask: int, cookie: int) -> None:
         frame = frames.Event(node.nodeid, node.generation, mask, cookie, name)
-        self._outbox.append((frame, event.stamp))
+        self._queue(frame, event.stamp)
+
+    def _queue(self, frame: frames.Event, stamp: float) -> None:
+        self._outbox.append((frame, stamp))
+        self._charge(EVENT_COST + len(frame.name))
+
+    def _next(self) -> tuple[frames.Event, float]:
+        frame, stamp = self._outbox.popleft()
+        self._charge(-EVENT_COST - len(frame.name))
+        return frame, stamp
+
+    def leave(self) -> None:
+        """The guest has gone."""
+        super().leave()
+        self._outbox.clear()
+        self._handed.clear()
+
+    def caught_up(self) -> tuple[dict[tuple[Inode, bytes], Missed], int]:
+        """As any guest; as from an inotify queue that was full, it hears that events were lost."""
+        missed, since = super().caught_up()
+        if since:
+            self._queue(_LOST, time.monotonic())
+        return missed, since
 
     def take(self, limit: int) -> list[frames.Message]:
         """The next messages to send."""
         self.told += len(self._handed)
         self._handed = []
         while self._outbox and len(self._handed) < limit:
-            frame, stamp = self._outbox.popleft()
+            frame, stamp = self._next()
             self._handed.append(frame)
             self.delivered(frame.mask, time.monotonic() - stamp)
         return list(self._handed)
@@ -166,7 +292,8 @@ class Observer(Guest):
         """Take up what the server before has told, and has not."""
         now = time.monotonic()
         self.told, self._before = told, len(events)
-        self._outbox.extend((event, now) for event in events)
+        for event in events:
+            self._queue(event, now)
 
     def keep(self, token: bytes) -> None:
         """From now on, what is told is counted."""
@@ -176,10 +303,10 @@ class Observer(Guest):
         """The guest has come back, with so many events received in all."""
         known = min(max(count - self.told, 0), self._before)
         for _ in range(known):
-            self._outbox.popleft()
+            self._next()
         if count > self.told + known:  # the server that told it was killed before it saved that
-            lost = frames.Event(0, 0, int(Mask.Q_OVERFLOW), 0, b"")
-            self._outbox.appendleft((lost, time.monotonic()))
+            self._queue(_LOST, time.monotonic())
+            self._outbox.rotate(1)
         self._before = 0
         self.told = count
 

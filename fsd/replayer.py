@@ -41,6 +41,18 @@ PATHS_LIMIT = 60_000
 """Bytes of an order's paths, to fit a frame; deeper than that, events are counted as failed."""
 OPENS_LIMIT = 16
 """Opens that one merged OPEN can stand for."""
+PLAN_TIME = 0.005
+"""Seconds of planning in one go."""
+HINTS_LIMIT = 4096
+"""Processes named to an agent that has not read: beyond it, it is to read the marks of all."""
+ALL_PROCESSES = 0
+"""In place of a process in a hint."""
+WAYS_LIMIT = 8192
+"""Look-ups in the ways that are kept, 1 MB: those to some 2,000 directories."""
+HELD_COST = 1000
+"""Bytes of an event that waits for an agent, and of what it keeps alive, beside its names."""
+STEP_COST = 100
+"""Bytes of one look-up on the way to where an event happened."""
 _CREATE, _DELETE = int(Mask.CREATE), int(Mask.DELETE)
 _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _OPEN, _MODIFY, _ACCESS = int(Mask.OPEN), int(Mask.MODIFY), int(Mask.ACCESS)
@@ -70,7 +82,9 @@ class ReplayGuest(Guest):
         "_table",
         "_tasks",
         "_watcher",
+        "_way_steps",
         "_ways",
+        "_ways_as_of",
         "is_paused",
         "keeps_names",
         "ledger",
@@ -103,7 +117,9 @@ class ReplayGuest(Guest):
         self._hinted: set[int] = set()  # processes for the next hints
         self._scanning = False  # the agent has hints to follow; the next ones wait for its answer
         self._outgoing: deque[frames.Message] = deque()  # ahead of hints and orders
-        self._ways: dict[Inode, tuple[int, Way]] = {}
+        self._ways: dict[Inode, Way] = {}
+        self._ways_as_of = 0  # the table's ``moves``
+        self._way_steps = 0  # in all of them
         self.waiting_until: float | None = None  # time.monotonic() at which to plan again
 
     # The agent
@@ -131,7 +147,10 @@ class ReplayGuest(Guest):
 
     def hint(self, pid: int) -> int:
         """Have the agent read the marks of a process; returns the number of that hint."""
-        if pid not in self._hinted:
+        if pid not in self._hinted and ALL_PROCESSES not in self._hinted:
+            if len(self._hinted) >= HINTS_LIMIT:
+                self._hinted.clear()
+                pid = ALL_PROCESSES
             self._hinted.add(pid)
             if not self._scanning:
                 self.wake()
@@ -194,6 +213,23 @@ class ReplayGuest(Guest):
             self.plan()
         return messages
 
+    def leave(self) -> None:
+        """The guest has gone."""
+        super().leave()
+        self._tasks.extendleft(reversed(self.ledger.abandon()))
+        pinned = [*(task.pinned for task in self._tasks), *(held.pinned for held in self._held)]
+        for inode in itertools.chain.from_iterable(pinned):
+            self._table.unpin(inode)
+        self._tasks.clear()
+        self._held.clear()
+        self._open_close.clear()
+        self._opened.clear()
+        self._recent.clear()
+        self._ways.clear()
+        self._way_steps = 0
+        self.waiting_until = None
+        self.on_agent, self.on_mark = _nobody, _nobody_marks
+
     def undelivered(self) -> list[Event]:
         """Events that are not replayed yet, in order."""
         waiting = (task.event for task in (*self.ledger.tasks, *self._tasks))
@@ -245,8 +281,13 @@ class ReplayGuest(Guest):
         pinned = tuple(i for i in (child, replaced, event.node, event.node2) if i is not None)
         for inode in pinned:
             self._table.pin(inode)
-        held = _Held(event, time.monotonic(), self._way(event.node), way2, pinned)
-        self._held.append(held)
+        way = self._way(event.node)
+        cost = HELD_COST + len(event.name) + len(event.name2)
+        if not self._held or self._held[-1].way is not way:  # else it shares that of the last one
+            cost += STEP_COST * len(way)
+        cost += STEP_COST * len(way2)
+        self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost))
+        self._charge(cost)
 
     def _follows(self, event: Event) -> bool:
         """Whether an object's own event comes by itself from the replay of a named one."""
@@ -263,7 +304,12 @@ class ReplayGuest(Guest):
 
     def plan(self) -> None:
         """Make orders of the held events, up to an OPEN of which too little is known yet."""
+        end = time.monotonic() + PLAN_TIME
         while self._held and len(self._tasks) < TASKS_LIMIT:
+            if time.monotonic() > end:
+                self.waiting_until = end
+                self.wake()
+                return
             held = self._held[0]
             event, arrived = held.event, held.arrived
             opens: list[bool] = []
@@ -274,6 +320,7 @@ class ReplayGuest(Guest):
                     return
                 opens = known
             self._held.popleft()
+            self._charge(-held.cost)
             if event.kind & (_OPEN | _CLOSE):
                 passed = self._open_close[event.child]
                 passed.popleft()
@@ -335,7 +382,9 @@ class ReplayGuest(Guest):
         found: list[bool] = []
         later = 0  # opens after this one, not closed yet
         ours, alone = True, True  # this one is open; none came after it
-        for writing in list(self._open_close[inode])[1:]:
+        for writing in itertools.islice(self._open_close[inode], 1, OPEN_AHEAD):
+            if not (ours or alone):
+                break
             if writing is None:
                 later, alone = later + 1, False
             elif later:
@@ -470,15 +519,19 @@ class ReplayGuest(Guest):
 
     def _way(self, node: Inode) -> Way:
         """The look-ups from the root to a directory, as they are now; kept until one moves."""
-        version, way = self._ways.get(node, (-1, ()))
-        if version != self._table.moves:
+        if self._ways_as_of != self._table.moves or self._way_steps >= WAYS_LIMIT:
+            self._ways.clear()
+            self._ways_as_of, self._way_steps = self._table.moves, 0
+        way = self._ways.get(node)
+        if way is None:
             steps: list[Step] = []
             below = node if node.is_dir else None
             while below is not None and below.parent is not None:
                 steps.append(Step(below.parent.nodeid, below.name, below))
                 below = below.parent
             way = tuple(reversed(steps))
-            self._ways[node] = (self._table.moves, way)
+            self._ways[node] = way
+            self._way_steps += len(way) + 1
         return way
 
 
@@ -498,6 +551,7 @@ class _Held(NamedTuple):
     way: Way
     way2: Way
     pinned: tuple[Inode, ...]
+    cost: int
 
 
 def _path(way: Way) -> bytes:

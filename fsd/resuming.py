@@ -111,7 +111,7 @@ class Resumption:
         for place, name, mask, before in saved.missed:
             check_name(name or b"-")
             known = before and self._known(before)
-            guest.missed[self._get(place), name] = Missed(known, mask)
+            guest.miss(self._get(place), name, Missed(known, mask))
         guest.missing = bool(guest.missed)
         self._marks.append((guest, saved))
 

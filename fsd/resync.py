@@ -11,14 +11,16 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
 from . import host
+from .chores import Job, finish
 from .events import RENAME, Event
 from .inodes import Inode
-from .listings import UNKNOWN, Known, Listing, Missed, changed_since
+from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
 from .watcher import HOST
 
 if TYPE_CHECKING:
@@ -30,19 +32,29 @@ Changes = dict[tuple[Inode, bytes], Missed]
 _CHANGE = int(Mask.MODIFY | Mask.CLOSE_WRITE)
 _ATTEMPTS = 8
 """Comparisons of a directory that changes all the while, to have one without a change in it."""
+_ATTRIB = int(Mask.ATTRIB)
 _KINDS = [int(k) for k in (Mask.ACCESS, Mask.MODIFY, Mask.ATTRIB)]
 _CLOSES = [int(k) for k in (Mask.CLOSE_WRITE, Mask.CLOSE_NOWRITE)]
 
 
 def difference(export: Export, node: Inode, known: Listing) -> Changes:
+    """``comparing`` in one go."""
+    return finish(comparing(export, node, known))
+
+
+def comparing(export: Export, node: Inode, known: Listing) -> Job[Changes]:
     """Compare a directory with its listing, which is brought up to date. What cannot be looked at
     is as it was, and compared later.
     """
     changes: Changes = {}
     try:
-        now = export.read_directory(node)
+        now: dict[bytes, Known] = {}
+        for names in export.names_in(node):
+            now.update(names)
+            yield None
         with host.skipping_gone, export.table.directory(node) as dir_fd:
             for name, after in now.items():
+                yield None
                 if (before := known.names.get(name)) is None:
                     changes[node, name] = Missed(None, _CHANGE)
                     continue
@@ -85,7 +97,7 @@ def _compared(
     return before, _touched(status, before) if before.may_be(after) else _CHANGE
 
 
-def difference_at_once(export: Export, node: Inode, known: Listing) -> Changes:
+def comparing_at_once(export: Export, node: Inode, known: Listing) -> Job[Changes]:
     """The difference as of one moment: what the queue has of before is told by it, and dropped."""
     watcher = export.watcher
     watched = (node, *(child for child in node.children.values() if not child.is_dir))
@@ -93,13 +105,33 @@ def difference_at_once(export: Export, node: Inode, known: Listing) -> Changes:
     changes: Changes = {}
     for _ in range(_ATTEMPTS):
         watcher.discard(wds)
-        for place, now in difference(export, node, known).items():
+        for place, now in (yield from comparing(export, node, known)).items():
             before = changes.get(place)
             changes[place] = Missed(before.before, before.mask | now.mask) if before else now
         watcher.drain()
         if not watcher.has_any(wds):
             return changes
     watcher.drop_told(watcher.wd_of(node), known.names)
+    return changes
+
+
+def changed_lately(export: Export, node: Inode, since_ns: int) -> Job[Changes]:
+    """What has come or changed in a directory since then, by the times of its files: all that is
+    left to tell a guest of which not even the names that it missed could be kept. What is gone is
+    not among it.
+    """
+    changes: Changes = {}
+    known = node.listing
+    with suppress(OSError), export.table.directory(node) as dir_fd:
+        for name, entry in list(known.names.items()) if known is not None else ():
+            with suppress(OSError):
+                status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+                content, anything = changed_since(status, since_ns)
+                if anything and host.born_ns(dir_fd, name) > since_ns - CLOCK_LAG_NS:
+                    changes[node, name] = Missed(None, 0)
+                elif anything:
+                    changes[node, name] = Missed(entry, _CHANGE if content else _ATTRIB)
+            yield None
     return changes
 
 

@@ -11,6 +11,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 
 import structlog
 
@@ -19,8 +20,9 @@ from protocol.frames import Role
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS
 
+from .chores import Job, Pause, begin
 from .export import Export
-from .guests import HandMarks, Observer
+from .guests import MARKS_LIMIT, Guest, HandMarks, Observer
 from .inodes import Inode
 from .replayer import ReplayGuest
 from .resuming import new_token
@@ -29,10 +31,13 @@ from .stats import snapshot
 log = structlog.get_logger()
 BATCH = 256
 """Messages a read: enough to make the round trip of a read small beside the orders' own."""
-RESOLVED_LIMIT = 1_048_576
+RESOLVED_LIMIT = MARKS_LIMIT
 """Nodes that one session may hold by Resolve: as many as it may mark."""
-REPLIES_LIMIT = 262_144
-"""Answers that a peer may leave unread: the directories of a large List."""
+PENDING_LIMIT = 1 << 20
+"""Bytes of frames that may wait to be handled while another write is answered: as many as one write
+has. Beyond it writes wait."""
+ANSWERS_LIMIT = 256 * 1024
+"""Bytes of answers that a peer may leave unread. Its next frame waits until it reads them."""
 _STATS_PART = 32 * 1024
 
 
@@ -57,9 +62,14 @@ class Session:
         self._replayer = replayer
         self._via = via
         self._reader = frames.FrameReader()
-        self._replies: deque[frames.Message] = deque()
-        self._unsent = b""
-        self._resolved: list[Inode] = []
+        self._job: Job[None] | None = None  # handles what was received
+        self._background: Job[None] | None = None  # the same, as a chore
+        self._is_stalled = False  # by answers that are not read
+        self._answers: deque[bytes] = deque()
+        self._answers_size = 0
+        self._unsent = memoryview(b"")
+        self._resolved: dict[Inode, None] = {}
+        self._writers: list[Callable[[], None]] = []
         self.guest: ReplayGuest | Observer | HandMarks | None = None
         self.said_bye = False
         self._closed = False
@@ -72,7 +82,12 @@ class Session:
         """
         stays = self._export.is_stopping and not self.said_bye
         self._closed = self.said_bye = True
-        self._replies.clear()
+        self._answers.clear()
+        for job in (self._background, self._job):
+            if job is not None:
+                job.close()
+        self._background = None
+        self._let_write()
         guest, self.guest = self.guest, None
         if isinstance(guest, ReplayGuest):
             self._export.arming.scan_abort(guest)
@@ -80,45 +95,104 @@ class Session:
             guest.wake = _asleep
         elif isinstance(guest, Observer) and not (stays and guest.token):
             self._export.remove_guest(guest)
-        for inode in self._resolved:
+        self._export.chores.do(self._owner, self._unpinning(self._resolved))
+        self._resolved = {}
+
+    def _unpinning(self, inodes: dict[Inode, None]) -> Job[None]:
+        for inode in inodes:
             self._export.table.unpin(inode)
-        self._resolved.clear()
+            yield None
+
+    @property
+    def _owner(self) -> object:
+        """With whom it shares its turns: all sessions of a guest have one."""
+        return self._via or self._export.interest
 
     # In
 
     def receive(self, data: bytes) -> None:
-        """Take bytes from the peer and do what they ask."""
+        """Take bytes from the peer and do what they ask: the first of it now, the rest in turns of
+        the export's chores. Raises ProtocolError; in a later turn, that ends the session.
+        """
         if self._closed:
             raise frames.ProtocolError("the session has ended")
         self._reader.feed(data)
-        for message in self._reader:
-            self._handle(message)
-            if len(self._replies) > REPLIES_LIMIT:
-                raise frames.ProtocolError(f"more than {REPLIES_LIMIT} answers wait to be read")
-        if self._replies:
-            self.wake()
+        if self._job is None:
+            self._job = job = self._handling()
+            if not begin(job):
+                self._background = self._going_on(job)
+                self._export.chores.add(self._owner, self._background)
         self._export.watcher.on_arrival()
 
-    def _handle(self, message: frames.Message) -> None:
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer to a write waits (``when_taken``): too much is still to be handled."""
+        return self._reader.pending > PENDING_LIMIT
+
+    def when_taken(self, call: Callable[[], None]) -> None:
+        """Call once when there is room for another write, or the session has ended."""
+        self._writers.append(call)
+
+    def _let_write(self) -> None:
+        writers, self._writers = self._writers, []
+        for call in writers:
+            call()
+
+    def _handling(self) -> Job[None]:
+        """Handle the frames that were received, in order."""
+        try:
+            for message in self._reader:
+                yield from self._handle(message)
+                yield from self._unless_unread()
+                if self._writers and not self.is_full:
+                    self._let_write()
+        finally:
+            self._job = None
+
+    def _going_on(self, job: Job[None]) -> Job[None]:
+        """The rest of it, without the peer: what is no frame ends the session."""
+        try:
+            yield from job
+        except ValueError as error:
+            log.warning("bad frame from guest", error=str(error), session=self._name)
+            self._background = None  # this very job
+            self.close()
+            self.wake()
+
+    def _unless_unread(self) -> Job[None]:
+        """A step is done. Where the peer reads no answers, nothing goes on until it does."""
+        yield None
+        while self._answers_size >= ANSWERS_LIMIT:
+            self._is_stalled = True
+            yield Pause.UNTIL_ADDED
+
+    def _answer(self, message: frames.Message) -> None:
+        data = frames.encode(message)
+        self._answers.append(data)
+        self._answers_size += len(data)
+        if len(self._answers) == 1:
+            self.wake()
+
+    def _handle(self, message: frames.Message) -> Job[None]:
         if isinstance(message, frames.Hello):
             self._hello(message)
         elif isinstance(message, frames.StatsRequest):
-            self._stats(message.request)
+            yield from self._stats(message.request)
         elif isinstance(message, frames.Bye):
             self.said_bye = True
             self.wake()
         elif self.guest is None:
             raise frames.ProtocolError(f"{type(message).__name__} before Hello")
         elif isinstance(message, frames.Update):
-            self._update(message)
+            yield from self._update(self.guest, message)
         elif isinstance(message, frames.Resolve):
-            self._resolve(message)
+            yield from self._resolve(message)
         elif isinstance(message, frames.Keep) and isinstance(self.guest, Observer):
             self._keep(self.guest, message)
         elif isinstance(message, frames.List):
-            self._list(message)
+            yield from self._list(message)
         elif isinstance(self.guest, ReplayGuest):
-            self._replayer_message(self.guest, message)
+            yield from self._replayer_message(self.guest, message)
         else:
             raise frames.ProtocolError(f"{type(message).__name__} is not for an observer")
 
@@ -137,44 +211,47 @@ class Session:
         else:
             self.guest = self._export.add_observer(self._name)
             self.guest.events = EVENTS & hello.events
-            self.guest.via = self._via
+            self.guest.join(self._via)
         self.guest.wake = self._woken
         welcome = frames.Welcome(frames.VERSION, self.guest.number, int(self.guest.events))
-        self._replies.append(welcome)
+        self._answer(welcome)
 
     def _keep(self, guest: Observer, message: frames.Keep) -> None:
         known = self._export.come_back(message.token, message.received)
         if known is None:
             guest.keep(new_token())
         else:
-            known.name, known.via, known.wake = self._name, self._via, self._woken
+            known.name, known.wake = self._name, self._woken
+            known.join(self._via)
             self._export.remove_guest(guest)
             self.guest = guest = known
-        self._replies.append(frames.Kept(message.request, guest.token))
+        self._answer(frames.Kept(message.request, guest.token))
 
     def _woken(self) -> None:
         self.wake()
 
-    def _update(self, update: frames.Update) -> None:
-        assert self.guest is not None
+    def _update(self, guest: Guest, update: frames.Update) -> Job[None]:
         key = NodeKey(update.nodeid, update.generation)
-        if isinstance(self.guest, ReplayGuest) and not update.request:
-            self._export.arming.scan_update(self.guest, key, update.mask)
+        if isinstance(guest, ReplayGuest) and not update.request:
+            self._export.arming.scan_update(guest, key, update.mask)
             return
         try:
-            self._export.update(self.guest, key, update.mask)
+            inode = self._export.update(guest, key, update.mask)
+            while self._export.is_arming(inode):
+                yield Pause.LATER
+            if inode is None and update.mask:
+                self._export.check_watched(None)
         except (OSError, ValueError) as error:
             self._refuse(update.request, key, error)
         else:
             if update.request:
-                self._replies.append(frames.Result(update.request, 0, *key, 0))
+                self._answer(frames.Result(update.request, 0, *key, 0))
 
     def _refuse(self, request: int, key: NodeKey, error: Exception) -> None:
         number = getattr(error, "errno", None) or errno.EIO
-        self._replies.append(frames.Result(request, number, *key, 0))
+        self._answer(frames.Result(request, number, *key, 0))
 
-    def _resolve(self, message: frames.Resolve) -> None:
-        export = self._export
+    def _resolve(self, message: frames.Resolve) -> Job[None]:
         try:
             if len(self._resolved) >= RESOLVED_LIMIT:
                 raise OSError(errno.ENOSPC, "too many nodes")
@@ -186,34 +263,58 @@ class Session:
                     del names[-1:]
                 elif name not in (b"", b"."):
                     names.append(name)
-            inode = export.table.walk(names)
+            inode = yield from self._walking(names)
         except OSError as error:
             self._refuse(message.request, NodeKey(0, 0), error)
             return
-        export.table.pin(inode)
-        self._resolved.append(inode)
-        result = frames.Result(message.request, 0, *inode.key, inode.kind)
-        self._replies.append(result)
+        if inode in self._resolved:
+            self._export.table.unpin(inode)
+        self._resolved[inode] = None
+        self._answer(frames.Result(message.request, 0, *inode.key, inode.kind))
 
-    def _list(self, message: frames.List) -> None:
+    def _walking(self, names: list[bytes]) -> Job[Inode]:
+        """The inode that names lead to, pinned. As InodeTable.walk."""
+        table = self._export.table
+        inode, dir_fd = table.root, os.dup(table.root_fd)
+        table.pin(inode)
+        try:
+            for name in names:
+                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+                os.close(dir_fd)
+                dir_fd = fd
+                above, (inode, _) = inode, table.intern(fd, inode, name)
+                table.pin(inode)
+                table.unpin(above)
+                yield None
+        except BaseException:
+            table.unpin(inode)
+            raise
+        finally:
+            os.close(dir_fd)
+        return inode
+
+    def _list(self, message: frames.List) -> Job[None]:
         try:
             inode = self._export.table.find(NodeKey(message.nodeid, message.generation))
         except OSError:
-            names = []
+            pass
         else:
             try:
-                listed = self._export.read_directory(inode)
+                with closing(self._export.names_in(inode)) as parts:
+                    for names in parts:
+                        for name, known in names.items():
+                            if stat.S_ISDIR(known.kind):
+                                self._answer(frames.Name(message.request, 1, name))
+                        yield from self._unless_unread()
             except OSError as error:
                 self._refuse(message.request, inode.key, error)
-                listed = {}
-            names = [name for name, known in listed.items() if stat.S_ISDIR(known.kind)]
-        self._replies.extend(frames.Name(message.request, 1, name) for name in names)
-        self._replies.append(frames.Name(message.request, 0, b""))
+        self._answer(frames.Name(message.request, 0, b""))
 
-    def _replayer_message(self, guest: ReplayGuest, message: frames.Message) -> None:
+    def _replayer_message(self, guest: ReplayGuest, message: frames.Message) -> Job[None]:
         arming = self._export.arming
         if isinstance(message, frames.ScanEnd):
-            for key, error in arming.scan_end(guest, message.hint, full=bool(message.full)):
+            scan = arming.scan_ending(guest, message.hint, full=bool(message.full))
+            for key, error in (yield from scan):
                 self._refuse(0, key, error)
         elif isinstance(message, frames.Ack):
             event = guest.acknowledge(message.seq, message.errno)
@@ -222,18 +323,19 @@ class Session:
         else:
             raise frames.ProtocolError(f"{type(message).__name__} is for guests, not from them")
 
-    def _stats(self, request: int) -> None:
+    def _stats(self, request: int) -> Job[None]:
         text = json.dumps(snapshot(self._export, self._via)).encode()
         parts = [text[i : i + _STATS_PART] for i in range(0, len(text), _STATS_PART)]
         for index, part in enumerate(parts):
-            self._replies.append(frames.Stats(request, int(index < len(parts) - 1), part))
+            self._answer(frames.Stats(request, int(index < len(parts) - 1), part))
+            yield from self._unless_unread()
 
     # Out
 
     @property
     def has_outgoing(self) -> bool:
         """Whether ``outgoing`` would return bytes."""
-        if self._unsent or self._replies:
+        if self._unsent or self._answers:
             return True
         guest = self.guest
         return (isinstance(guest, ReplayGuest) and guest.has_outgoing) or (
@@ -251,16 +353,21 @@ class Session:
         """
         guest = self.guest
         if not self._unsent:
-            messages = [*self._replies]
-            self._replies.clear()
+            data = list(self._answers)
+            self._answers.clear()
+            self._answers_size = 0
             if guest is not None:
-                messages += guest.take(BATCH)
-            self._unsent = b"".join(map(frames.encode, messages))
+                data += map(frames.encode, guest.take(BATCH))
+            self._unsent = memoryview(b"".join(data))
             if guest is not None and guest.missing and not guest.depth:
                 self._export.catch_up(guest)
                 self._export.watcher.on_arrival()  # for the planning of what is told
-        data, self._unsent = self._unsent[:size], self._unsent[size:]
-        return data
+            if self._is_stalled and self._background is not None:
+                self._is_stalled = False
+                self._export.chores.add(self._owner, self._background)
+                self._export.watcher.on_arrival()
+        part, self._unsent = self._unsent[:size], self._unsent[size:]
+        return bytes(part)
 
 
 def _asleep() -> None:

@@ -295,6 +295,10 @@ class FuseDoor(pyfuse3.Operations):
         if channel is None:
             return self._service.write(fh, off, buf)
         channel.write(buf)
+        if channel.is_full:
+            taken = trio.Event()
+            channel.when_taken(taken.set)
+            await taken.wait()
         return len(buf)
 
     @_guarded

@@ -94,6 +94,10 @@ class SocketDoor:
                     nursery.start_soon(send)
                     async for data in stream:
                         session.receive(bytes(data))
+                        if session.is_full:
+                            taken = trio.Event()
+                            session.when_taken(taken.set)
+                            await taken.wait()
                     nursery.cancel_scope.cancel()
             except* (ProtocolError, ValueError) as errors:
                 log.warning("bad frame on socket", pid=pid, error=str(errors.exceptions[0]))

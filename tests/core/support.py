@@ -116,7 +116,7 @@ class World:
         watcher.drain()
         while True:
             self.export.process(1 << 20)
-            if not watcher.backlog and not watcher._readable():
+            if not self.export.is_busy and not watcher._readable():
                 return
             assert time.monotonic() < deadline, "the queue does not become empty"
             watcher.drain()

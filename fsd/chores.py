@@ -1,0 +1,131 @@
+"""Work that may take longer than one turn of the event loop: done in steps, others served between.
+
+Whatever one frame, one event or one refused watch may cost without a bound is written as a Job.
+Synchronous; the pump gives the turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator
+from contextlib import suppress
+from enum import Enum
+from typing import Any, TypeVar
+
+import structlog
+
+log = structlog.get_logger()
+TURN = 0.002
+"""Seconds of work after which requests get their turn: as much as 64 events take."""
+SLICE = 0.0005
+"""Seconds of one job before the next one has its slice."""
+AT_ONCE = 256
+"""Steps that a job makes at once, before it becomes a chore: small trees, lists and scans are done
+when the call returns. Some 10 ms."""
+LONGEST = 0.1
+"""Seconds after which it becomes a chore all the same."""
+
+_T = TypeVar("_T")
+
+
+class Pause(Enum):
+    """Why a job yields before its slice is over."""
+
+    LATER = 1
+    """Nothing can be done in this turn; the next one may do."""
+    UNTIL_ADDED = 2
+    """Nothing can be done until somebody adds the job again."""
+
+
+Job = Generator["Pause | None", None, _T]
+"""Yields after each step, which takes well under a millisecond. Closing it ends the work."""
+
+
+def finish(job: Job[_T]) -> _T:
+    """Do all of it now; for the start and the end of the server, where nobody waits."""
+    while True:
+        try:
+            next(job)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+
+
+def begin(job: Job[Any], steps: int = AT_ONCE) -> bool:
+    """Do the first steps of a job; whether that was all of it."""
+    end = time.monotonic() + LONGEST
+    for _ in range(steps):
+        if time.monotonic() > end:
+            return False
+        try:
+            if next(job) is not None:
+                return False
+        except StopIteration:
+            return True
+    return False
+
+
+class Chores:
+    """Jobs of several owners, who have their turns in rotation, however many jobs each has."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[object, deque[Job[Any]]] = {}
+        self._owners: deque[object] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    def add(self, owner: object, job: Job[Any]) -> None:
+        """Do it in the turns to come. What it raises is logged, and ends it."""
+        jobs = self._jobs.get(owner)
+        if jobs is None:
+            jobs = self._jobs[owner] = deque()
+            self._owners.append(owner)
+        jobs.append(job)
+
+    def do(self, owner: object, job: Job[Any]) -> None:
+        """Begin it now, and do in the turns to come what is left."""
+        if not begin(job):
+            self.add(owner, job)
+
+    def run(self, seconds: float = TURN) -> int:
+        """One turn. Returns how many jobs have failed."""
+        failed = idle = 0
+        end = time.monotonic() + seconds
+        while self._owners and idle < len(self._owners) and time.monotonic() < end:
+            owner = self._owners.popleft()
+            jobs = self._jobs[owner]
+            job = jobs.popleft()
+            pause: Pause | None = Pause.UNTIL_ADDED
+            try:
+                pause = _slice(job)
+            except StopIteration:
+                pass
+            except Exception:
+                failed += 1
+                log.exception("chore failed")
+            if pause is not Pause.UNTIL_ADDED:
+                jobs.append(job)
+            idle = idle + 1 if pause is Pause.LATER else 0
+            if jobs:
+                self._owners.append(owner)
+            else:
+                del self._jobs[owner]
+        return failed
+
+    def close(self) -> None:
+        """Give all of it up."""
+        for jobs in self._jobs.values():
+            for job in jobs:
+                with suppress(Exception):
+                    job.close()
+        self._jobs.clear()
+        self._owners.clear()
+
+
+def _slice(job: Job[Any]) -> Pause | None:
+    end = time.monotonic() + SLICE
+    while (pause := next(job)) is None and time.monotonic() < end:
+        pass
+    return pause
