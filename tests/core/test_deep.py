@@ -60,16 +60,17 @@ def test_forgetting_drops_all_of_it(world: World) -> None:
 def test_a_mark_at_the_bottom_is_set_and_dropped(world: World) -> None:
     begun = time.monotonic()
     session = Session(world.export, "tool", os.getpid())
-    send(session, frames.Hello(frames.VERSION, frames.Role.OBSERVER, ALL))
-    result = send(session, frames.Resolve(1, b"/".join([b"d"] * DEPTH)))
+    send(world, session, frames.Hello(frames.VERSION, frames.Role.OBSERVER, ALL))
+    result = send(world, session, frames.Resolve(1, b"/".join([b"d"] * DEPTH)))
     assert isinstance(result, frames.Result)
     assert result.errno == 0
     assert len(world.table) == DEPTH + 1
-    send(session, frames.Update(2, result.nodeid, result.generation, ALL))
+    send(world, session, frames.Update(2, result.nodeid, result.generation, ALL))
     inode = world.table.get(result.nodeid)
     assert world.host_mask(inode)
     assert inode.shown_path() == b".../" + b"/".join([b"d"] * PATH_LEVELS)
     session.close()
+    world.pump()
     assert len(world.table) == 1
     assert time.monotonic() < begun + SECONDS
 
@@ -81,6 +82,7 @@ def test_a_whole_tree_is_watched_saved_and_restored(
     observer = world.observer()
     observer.token = bytes(16)
     world.export.update(observer, WHOLE, ALL)
+    world.pump()
     assert len(world.export.watcher) == DEPTH + 1
     saved = checkpoint.take(world.export)
     again = make_world()
@@ -100,8 +102,9 @@ def test_a_forgotten_node_is_found_again(world: World) -> None:
     assert time.monotonic() < begun + SECONDS
 
 
-def send(session: Session, message: frames.Message) -> frames.Message | None:
+def send(world: World, session: Session, message: frames.Message) -> frames.Message | None:
     session.receive(frames.encode(message))
+    world.pump()  # what takes long is done in turns
     reader = frames.FrameReader()
     reader.feed(session.outgoing(1 << 16))
     answers = list(reader)
