@@ -168,8 +168,8 @@ class Agent:
                 raise
             return 0
         except ChannelError:
-            if self._ended:
-                self._ender.join()
+            # Whoever ends us may have the channel closed at once: the signal tells that apart.
+            self._ender.join(None if self._ended else _PATIENCE)
             raise
         finally:
             self._scanner.end()

@@ -95,7 +95,11 @@ def touch(fd: int, *, atime: bool, mtime: bool) -> None:
     IN_ATTRIB (include/linux/fsnotify.h, fsnotify_change).
     """
     times = _BOTH if atime and mtime else _ATIME if atime else _MTIME
-    check(_libc.utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0))
+    if _libc.utimensat(fd, b"", times, _AT_EMPTY_PATH) < 0:
+        if ctypes.get_errno() != errno.EINVAL:
+            check(-1)
+        # Before Linux 5.8, which is twice as fast.
+        check(_libc.utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0))
 
 
 def is_file_or_directory(fd: int) -> bool:
