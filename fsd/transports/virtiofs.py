@@ -186,11 +186,12 @@ class Door:
                 log.exception("virtiofs device failed", share=self.name)
             finally:
                 self._connection = None
+            served.end()
             self._left = served.left
-            await _close_elsewhere(served.unclosed)
         if self.conversation is not None:
             self.conversation.end()
         log.info("VMM has gone", share=self.name)
+        await _close_elsewhere(served.unclosed)
 
 
 class GuestDoor(Door):
@@ -274,7 +275,7 @@ class _Connection:
         self.left = left
         """What the one before has left, and then this one."""
         self._turns = Turns()
-        self._is_broken = False
+        self._is_broken = self._has_ended = False
         self._kicks = Reader()
         self._waiting: dict[int, trio.CancelScope] = {}
         self.unclosed: list[int] = []
@@ -310,10 +311,24 @@ class _Connection:
                 log.error("VMM dropped", share=door.name, error=str(error))
             except ConnectionError:
                 pass
-            finally:
-                if not door.is_leaving:
-                    self.left = self._device.leave()
-                nursery.cancel_scope.cancel()
+            except trio.Cancelled:
+                # Where the server ends, for whatever reason, and another goes on, that finds all as
+                # it is now, as after SIGKILL. Else ``end`` is called once all tasks have ended.
+                is_kept = door.conversation is not None and door.conversation.holds
+                if not is_kept:
+                    self.end()
+                raise
+            except BaseException:
+                self.end()
+                raise
+            self.end()
+            nursery.cancel_scope.cancel()
+
+    def end(self) -> None:
+        """It has gone, and nothing more is done for it."""
+        if not self._door.is_leaving and not self._has_ended:
+            self._has_ended = True
+            self.left = self._device.leave()
 
     async def _converse(self) -> None:
         reader = RequestReader()

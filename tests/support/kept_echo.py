@@ -24,12 +24,14 @@ async def main(path: str) -> None:
     if fd < 0:
         store.put("listen", listener.fileno())
     door = Door(Echo, name="echo", store=store)
-    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(door.serve, listener)
             manager.notify("READY=1")
             print(os.getpid(), flush=True)
-            async for _ in signals:
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    raise RuntimeError("a fault of the server's, in a task of its own")
                 store.stopping()
                 door.leave()
                 nursery.cancel_scope.cancel()

@@ -51,6 +51,11 @@ class Kept:
         os.kill(self.pid, signal.SIGKILL)
         self.next()
 
+    def fault(self) -> None:
+        """An exception that ends the server, and another one."""
+        os.kill(self.pid, signal.SIGUSR1)
+        self.next()
+
     def replace(self) -> None:
         """As for an upgrade."""
         self.process.send_signal(signal.SIGUSR2)
@@ -95,7 +100,7 @@ def ask(machine: Machine, message: bytes) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("way", ["kill", "replace"])
+@pytest.mark.parametrize("way", ["kill", "fault", "replace"])
 def test_goes_on(kept: Kept, running: Machine, way: str) -> None:
     """The machine's connection, queues and memory stay; nobody tells the VMM."""
     for _ in range(3):
@@ -130,7 +135,7 @@ def test_the_keeper_removes_nothing_by_a_vmms_word(tmp_path: Path) -> None:
     kept.process.stdout.close()
 
 
-@pytest.mark.parametrize("way", ["kill", "replace"])
+@pytest.mark.parametrize("way", ["kill", "fault", "replace"])
 def test_requests_under_way(kept: Kept, running: Machine, way: str) -> None:
     """What waits for its answer waits with the next server, as often as it takes."""
     queue = running.queues[1]
