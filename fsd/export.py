@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import structlog
@@ -28,6 +29,7 @@ from .arming import Arming
 from .chores import TURN, Chores, Job, Pause, begin, finish
 from .descriptors import share
 from .events import RENAME, Event
+from .guard import PAUSE, Guard
 from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
 from .interest import Interest
@@ -113,6 +115,7 @@ class Export:
         self._steps: deque[Job[None]] = deque()  # of the way of events: no event goes on before
         self._whole: Job[None] | None = None  # brings the watches of the whole tree in line
         self._unread: dict[Inode, None] = {}  # watched directories whose names are still to be read
+        self._paused_until = 0.0  # after a fault
         self.started = time.time()
 
     def close(self) -> None:
@@ -412,17 +415,25 @@ class Export:
     def process(self, budget: int) -> None:
         """Route up to ``budget`` events, do what is due, and a turn of what takes longer."""
         self.route(budget)
-        self._plan()
+        self._due("planning", self._plan)
         now = time.monotonic()
-        self.arming.expire(now)
-        self.fs.successors.expire(now)
+        self._due("ending a watch", partial(self.arming.expire, now))
+        self._due("forgetting successors", partial(self.fs.successors.expire, now))
         if now >= self._give_up_at:
-            self._give_up()
+            self._due("giving up an observer", self._give_up)
         if now >= self._compare_at:
             self._compare_at = math.inf
             self.chores.add(self, self._looking_again())
         if self.chores:
             self.counts["faults"] += self.chores.run()
+
+    def _due(self, what: str, do: Callable[[], None]) -> None:
+        """Work that is due: where it fails, the rest is done, and it is tried again later."""
+        with Guard(what) as guard:
+            do()
+        if guard.failed:
+            self.counts["faults"] += 1
+            self._paused_until = time.monotonic() + PAUSE
 
     def route(self, budget: int) -> None:
         """Route up to ``budget`` events, within a turn if one of them makes much work."""
@@ -502,7 +513,7 @@ class Export:
         waiting = self.watcher.backlog and self._resolver.waiting_until is None
         for guest in guests:
             if guest.held >= (PLAN_AHEAD if waiting else 1):
-                guest.plan()
+                self._due("planning for a guest", guest.plan)
 
     @property
     def next_deadline(self) -> float:
@@ -514,7 +525,7 @@ class Export:
         due = [self._resolver.waiting_until or math.inf, self.arming.deadline, self._compare_at]
         due += [self._give_up_at, self.fs.successors.deadline]
         due += [g.waiting_until or math.inf for g in self.guests if isinstance(g, ReplayGuest)]
-        return min(due)
+        return max(min(due), self._paused_until)
 
     def _handle(self, event: Event) -> Job[None]:
         self.counts["in"] += 1
@@ -771,9 +782,9 @@ class Export:
 
     def _give_up(self) -> None:
         self._give_up_at = math.inf
-        for guest in self.waiting.values():
-            self.remove_guest(guest)
-        self.waiting.clear()
+        while self.waiting:
+            _, guest = self.waiting.popitem()
+            self._due("giving up an observer", partial(self.remove_guest, guest))
 
     def catch_up(self, guest: Guest) -> None:
         """Tell a guest what it missed, now that its outbox is empty, before any other event."""

@@ -52,6 +52,13 @@ def mountinfo_path() -> str:
     return f"{_own_process}/mountinfo"
 
 
+def sees_processes() -> bool:
+    """Whether /proc is the machine's. In a sandbox that path is a guest's: a FIFO there would be
+    waited for.
+    """
+    return _own_process == "/proc/self"
+
+
 def use_working_directory_as_process() -> None:
     """The working directory is /proc/self, and must stay: where a sandbox has no /proc."""
     global _own_process
@@ -182,6 +189,8 @@ def _is_root() -> bool:
 
 def supplementary_groups(pid: int) -> list[int]:
     """Groups of a process, from /proc; none where it is gone or not visible."""
+    if not sees_processes():
+        return []
     try:
         with open(f"/proc/{pid}/status", "rb") as status:
             for line in status:

@@ -21,6 +21,7 @@ from protocol.frames import FSD_NAME
 
 from .export import Export
 from .fusesession import SessionOptions
+from .guard import Guard
 from .mount_agent import AgentError, AgentProcess
 from .saving import Saver, open_export
 from .scheduling import shorten_turns, spare_collections
@@ -237,7 +238,8 @@ class Mounted:
 
     async def _end_on(self, signals: AsyncIterator[int]) -> None:
         async for _ in signals:
-            await self._stop_agent()
+            with Guard("stopping the agent"):
+                await self._stop_agent()
             self._unmount()
 
     async def _stop_agent(self) -> None:

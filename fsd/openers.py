@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 
+from . import host
+
 
 def is_open_for_writing(device: int, ino: int) -> bool | None:
     """Whether any visible process has the file (st_dev, st_ino) open for writing; None where none
     has it open at all, and in a sandbox, where none is visible.
     """
-    if not os.path.isdir("/proc/self"):
+    if not host.sees_processes():
         return None
     found = None
     mounts = _mounts_of(device)

@@ -21,6 +21,7 @@ from protocol.masks import EVENTS, Mask
 
 from . import openers
 from .events import RENAME, Event
+from .guard import Guard
 from .guests import Guest
 from .host import RENAME_EXCHANGE
 from .inodes import Inode
@@ -315,7 +316,9 @@ class ReplayGuest(Guest):
             opens: list[bool] = []
             assert event.child is not None
             if event.kind & _OPEN:
-                known = self._how_opened(event.child, arrived)
+                known: list[bool] | None = [False]
+                with Guard("finding out how a file was opened"):
+                    known = self._how_opened(event.child, arrived)
                 if known is None:
                     return
                 opens = known

@@ -7,6 +7,7 @@ left to the one inside is one file system, no other process, no network, no prog
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import linecache
 import os
 import select
@@ -28,6 +29,7 @@ _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
 )  # fmt: skip
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_SLAVE = 2, 4, 8, 0x4000, 0x80000
 _MNT_DETACH = 2
+_M_ARENA_MAX = -8
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, -1)
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
@@ -183,12 +185,18 @@ def _last_of_the_old_root() -> None:
     with suppress(OSError):
         ctypes.CDLL("libgcc_s.so.1")  # which glibc loads when a thread ends
     time.localtime()  # which reads /etc/localtime
+    _libc.mallopt(_M_ARENA_MAX, 1)  # else glibc reads /proc/sys/vm/overcommit_memory, in threads
     sys.path.clear()
     sys.path_importer_cache.clear()
     sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, "path_hooks")]
     sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__name__", "") != "PathFinder"]
     sys.path_hooks.clear()
     linecache.updatecache = _no_source
+    ctypes.util.find_library = _no_library  # pyinotify's: it runs programs to find libc
+
+
+def _no_library(name: str) -> str | None:
+    return None
 
 
 def _no_source(filename: str, module_globals: dict[str, Any] | None = None) -> list[str]:

@@ -24,6 +24,7 @@ from . import sandbox
 from .descriptors import share
 from .export import Export
 from .fusesession import SessionOptions
+from .guard import Guard
 from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 from .replayer import ReplayGuest
 from .sandbox import NEEDED
@@ -320,8 +321,9 @@ async def _serve(
 
             async def end() -> None:
                 if store.holds:
-                    store.stopping()
-                    await _leave(doors, saver, memory, store)
+                    with Guard("leaving guests to the next process"):
+                        store.stopping()
+                        await _leave(doors, saver, memory, store)
                 nursery.cancel_scope.cancel()
 
             async def end_on_signal() -> None:

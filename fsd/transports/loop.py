@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
+from ..guard import Guard
+
 
 class TrioLoop:
-    """The ``Loop`` of a fusesession, in a nursery: another one where the session outlives it. What
-    it calls must not raise.
-    """
+    """The ``Loop`` of a fusesession, in a nursery: another one where the session outlives it."""
 
     def __init__(self, nursery: trio.Nursery | None = None) -> None:
         """Without one, nothing is called until there is."""
@@ -29,11 +30,11 @@ class TrioLoop:
     async def _sleep(scope: trio.CancelScope, seconds: float, call: Callable[[], None]) -> None:
         with scope:
             await trio.sleep(seconds)
-            call()
+            _guarded(call)
 
     def soon(self, call: Callable[[], None]) -> None:
         """Call once the present work is done."""
-        self._token.run_sync_soon(call)
+        self._token.run_sync_soon(_guarded, call)
 
     def in_thread(
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
@@ -53,4 +54,9 @@ class TrioLoop:
             except Exception as caught:
                 error = caught
         self.threads -= 1
-        then(error)
+        _guarded(partial(then, error))
+
+
+def _guarded(call: Callable[[], None]) -> None:
+    with Guard("a late answer"):
+        call()

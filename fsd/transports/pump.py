@@ -7,6 +7,7 @@ import time
 import trio
 
 from ..export import Export
+from .tasks import forever
 
 BUDGET = 64
 """Events processed before requests get their turn: about 2 ms."""
@@ -28,33 +29,33 @@ class Pump:
     async def run(self) -> None:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read)
-            nursery.start_soon(self._work)
+            nursery.start_soon(forever, "reading host events", self._read)
+            nursery.start_soon(forever, "handling host events", self._work)
 
     async def _read(self) -> None:
         watcher = self._export.watcher
-        while True:
-            await trio.lowlevel.wait_readable(watcher.fd)
-            # Without a poke, as what comes in is processed at once: whoever then waits for orders
-            # is to be the next that runs.
-            watcher.on_arrival = _nothing
+        await trio.lowlevel.wait_readable(watcher.fd)
+        # Without a poke, as what comes in is processed at once: whoever then waits for orders is to
+        # be the next that runs.
+        watcher.on_arrival = _nothing
+        try:
             watcher.drain()
+        finally:
             watcher.on_arrival = self._arrived
-            self._export.process(BUDGET)
-            if self._export.next_deadline < self._until:
-                self._poke.set()
+        self._export.process(BUDGET)
+        if self._export.next_deadline < self._until:
+            self._poke.set()
 
     async def _work(self) -> None:
-        while True:
-            self._poke = trio.Event()
-            self._export.process(BUDGET)
-            self._until = self._export.next_deadline
-            wait = self._until - time.monotonic()
-            if wait <= 0:
-                await trio.lowlevel.checkpoint()
-                continue
-            with trio.move_on_after(wait):
-                await self._poke.wait()
+        self._poke = trio.Event()
+        self._export.process(BUDGET)
+        self._until = self._export.next_deadline
+        wait = self._until - time.monotonic()
+        if wait <= 0:
+            await trio.lowlevel.checkpoint()
+            return
+        with trio.move_on_after(wait):
+            await self._poke.wait()
 
 
 def _nothing() -> None:

@@ -18,6 +18,7 @@ import trio
 
 from ..fusemessage import MAX_WRITE
 from ..fusesession import FuseSession, SessionOptions
+from ..guard import PAUSE, Guard
 from ..service import Service
 from .loop import TrioLoop
 
@@ -85,25 +86,33 @@ class RawFuseDoor:
 
     async def _serve(self, session: FuseSession) -> None:
         buffers: list[tuple[memoryview, memoryview]] = []
-        while True:
-            await trio.lowlevel.wait_readable(self.fd)
-            for _ in range(_BURST):
-                request, reply = buffers.pop() if buffers else _new_buffers()
-                try:
-                    size = os.readv(self.fd, [request])
-                except BlockingIOError:
+        while not self._gone:
+            with Guard("serving requests") as guard:
+                await self._burst(session, buffers)
+            if guard.failed:
+                await trio.sleep(PAUSE)
+
+    async def _burst(
+        self, session: FuseSession, buffers: list[tuple[memoryview, memoryview]]
+    ) -> None:
+        await trio.lowlevel.wait_readable(self.fd)
+        for _ in range(_BURST):
+            request, reply = buffers.pop() if buffers else _new_buffers()
+            try:
+                size = os.readv(self.fd, [request])
+            except BlockingIOError:
+                buffers.append((request, reply))
+                break
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EINTR):  # withdrawn meanwhile
                     buffers.append((request, reply))
-                    break
-                except OSError as error:
-                    if error.errno in (errno.ENOENT, errno.EINTR):  # withdrawn meanwhile
-                        buffers.append((request, reply))
-                        continue
-                    if error.errno in (errno.ENODEV, errno.ECONNABORTED):
-                        self._gone = True
-                        return
-                    raise
-                done = self._done(buffers, request, reply)
-                session.serve([request[:size]], [reply], done)
+                    continue
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                    self._gone = True
+                    return
+                raise
+            done = self._done(buffers, request, reply)
+            session.serve([request[:size]], [reply], done)
 
     def _notify(self, message: bytes) -> None:
         with suppress(OSError):  # the file is closed by now, or the mount is gone

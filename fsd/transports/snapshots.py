@@ -6,6 +6,7 @@ import structlog
 import trio
 
 from ..saving import Saver
+from .tasks import forever
 
 log = structlog.get_logger()
 EVERY = 2.0
@@ -25,6 +26,7 @@ class Snapshots:
         self._every = every
         self._patience = patience
         self._changed = trio.Event()
+        self._complained = False
         saver.export.on_change = self._wake
 
     def _wake(self) -> None:
@@ -32,27 +34,28 @@ class Snapshots:
 
     async def run(self) -> None:
         """Until cancelled."""
+        await forever("saving an image", self._step)
+
+    async def _step(self) -> None:
         export = self._saver.export
-        complained = False
-        while True:
-            if not export.is_changed:
-                self._changed = trio.Event()
-                await self._changed.wait()
-            if not self._saver.is_needed:
-                await trio.sleep(self._every)
-                export.is_changed = False
-                continue
-            with trio.move_on_after(self._patience):
-                while not export.is_settled:
-                    await trio.sleep(_STEP)
-            begun = trio.current_time()
-            write = self._saver.take()
-            taken = trio.current_time() - begun
-            try:
-                await trio.to_thread.run_sync(write)
-                complained = False
-            except OSError as error:
-                if not complained:
-                    log.warning("no image is kept", path=error.filename, error=error.strerror)
-                complained = True
-            await trio.sleep(max(self._every, taken / SHARE))
+        if not export.is_changed:
+            self._changed = trio.Event()
+            await self._changed.wait()
+        if not self._saver.is_needed:
+            await trio.sleep(self._every)
+            export.is_changed = False
+            return
+        with trio.move_on_after(self._patience):
+            while not export.is_settled:
+                await trio.sleep(_STEP)
+        begun = trio.current_time()
+        write = self._saver.take()
+        taken = trio.current_time() - begun
+        try:
+            await trio.to_thread.run_sync(write)
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                log.warning("no image is kept", path=error.filename, error=error.strerror)
+            self._complained = True
+        await trio.sleep(max(self._every, taken / SHARE))

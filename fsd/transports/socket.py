@@ -16,8 +16,10 @@ import trio
 from protocol.frames import ProtocolError
 
 from ..export import Export
+from ..guard import Guard
 from ..sessions import Session
 from ..socketfile import SocketFile
+from .tasks import accept, forever
 
 log = structlog.get_logger()
 _READ = 64 * 1024
@@ -56,11 +58,17 @@ class SocketDoor:
     async def run(self) -> None:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
-            while True:
-                connection, _ = await self._listener.accept()
-                nursery.start_soon(self._serve, connection)
+
+            async def step() -> None:
+                nursery.start_soon(self._serve, await accept(self._listener, socket=self.path))
+
+            await forever("accepting a session", step)
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
+        with Guard("a socket session"):
+            await self._session(connection)
+
+    async def _session(self, connection: trio.socket.SocketType) -> None:
         pid, uid, _gid = struct.unpack(
             "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         )

@@ -26,6 +26,7 @@ from .. import host
 from ..export import Export
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
+from ..guard import Guard
 from ..guests import Guest
 from ..resuming import Resumption
 from ..service import Service
@@ -37,6 +38,7 @@ from ..virtio.mapping import is_memory
 from .loop import TrioLoop
 from .polling import WINDOW, BusyPolling
 from .socket import unlink_stale
+from .tasks import accept, forever
 from .turns import Turns
 
 log = structlog.get_logger()
@@ -155,26 +157,32 @@ class Door:
                 known, said = self.known
                 known.setblocking(False)
                 log.info("going on with a VMM", share=self.name)
-                await self._serve(trio.socket.from_stdlib_socket(known), said)
+                with Guard("serving a VMM", share=self.name):
+                    await self._serve(trio.socket.from_stdlib_socket(known), said)
                 if not listens:
                     return
-            while True:
-                connection = await self._next(endpoint) if listens else endpoint
-                if self.conversation is not None:
-                    self.conversation.begin(connection.fileno())
-                log.info("VMM connected", share=self.name)
-                await self._serve(connection, [])
-                if not listens:
-                    return
+
+            async def step() -> None:
+                with await self._next(endpoint) if listens else endpoint as connection:
+                    if self.conversation is not None:
+                        self.conversation.begin(connection.fileno())
+                    log.info("VMM connected", share=self.name)
+                    await self._serve(connection, [])
+
+            if listens:
+                await forever("serving a VMM", step, share=self.name)
+            else:
+                with Guard("serving a VMM", share=self.name):
+                    await step()
 
     async def _next(self, endpoint: trio.socket.SocketType) -> trio.socket.SocketType:
         """The next connection. What the last VMM has left waits for it, but not for ever."""
         if self._left is not None:
             with trio.move_on_after(RECONNECT):
-                return (await endpoint.accept())[0]
+                return await accept(endpoint, share=self.name)
             left, self._left = self._left, None
             left.session.close()
-        return (await endpoint.accept())[0]
+        return await accept(endpoint, share=self.name)
 
     async def _serve(self, connection: trio.socket.SocketType, said: list[Request]) -> None:
         with connection:

@@ -11,7 +11,9 @@ relied upon: kicks are never suppressed, and every used entry is signalled.
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -24,6 +26,8 @@ MAX_SIZE = 32768
 """Entries of a queue: the specification's limit."""
 MAX_CHAIN = 1024
 """Descriptors of a chain, of QEMU's longest queue and of one preadv (IOV_MAX): 4 MiB of pages."""
+TORN = 0.001
+"""Seconds for which an index may make no sense. All guests wait, but once: the queue ends then."""
 KNOWN_CHAINS = 64
 """Chains of a queue of which it is known what they stand for: up to 200 kB each."""
 _LAST = (1 << 64) - (1 << 32)
@@ -97,12 +101,27 @@ class VirtQueue:
         if not waiting:
             return None
         if waiting > self._size:
-            raise QueueError(f"{waiting} requests in a queue of {self._size}")
+            waiting = self._waiting_at_last()
+            if not waiting:
+                return None
         head = self._avail[2 + self.position % self._size]
         if head >= self._size:
             raise QueueError(f"descriptor {head} in a queue of {self._size}")
         self.position = (self.position + 1) & 0xFFFF
         return self.chain(head)
+
+    def _waiting_at_last(self) -> int:
+        """How many requests wait, where their number makes no sense: a driver that writes the index
+        bytewise is read in the middle. Raises QueueError where that is not over in a moment.
+        """
+        end = time.monotonic() + TORN
+        while True:
+            waiting = (self._avail[1] - self.position) & 0xFFFF
+            if waiting <= self._size:
+                return waiting
+            if time.monotonic() >= end:
+                raise QueueError(f"{waiting} requests in a queue of {self._size}")
+            os.sched_yield()
 
     def chain(self, head: int) -> Chain:
         """The request that begins with a descriptor. Raises ChainError."""

@@ -111,9 +111,12 @@ class Queue:
 
     def make_available(self, head: int, count: int = 1) -> None:
         """Add an entry to the available ring, and move its index by ``count``."""
-        (index,) = struct.unpack_from("<H", self.ram.bytes, self.avail + 2)
-        struct.pack_into("<H", self.ram.bytes, self.avail + 4 + 2 * (index % self.size), head)
-        struct.pack_into("<H", self.ram.bytes, self.avail + 2, (index + count) & 0xFFFF)
+        # In whole words, as drivers do: struct writes "<H" a byte at a time.
+        ring = memoryview(self.ram.bytes)[self.avail : self.avail + 4 + 2 * self.size]
+        with ring, ring.cast("H") as words:
+            index = words[1]
+            words[2 + index % self.size] = head
+            words[1] = (index + count) & 0xFFFF
 
     def kick(self) -> None:
         """Tell the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from operator import itemgetter
 from random import Random
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fsd.virtio import queue
 from fsd.virtio.memory import GuestMemory, MappedRegion
 from fsd.virtio.queue import MAX_CHAIN, ChainError, QueueError, VirtQueue
 from tests.support.vhost_frontend import INDIRECT, NEXT, WRITE, Queue, Ram
@@ -380,3 +382,20 @@ def test_any_ring(
             assert 0 < len(view) <= 0x400000
         device.push(chain.head, 0)
     assert device.pop() is None
+
+
+def test_an_index_that_is_written_bytewise(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read in the middle of it is read again."""
+    monkeypatch.setattr(queue, "TORN", 30.0)
+    ram, index = pair.driver.ram.bytes, pair.driver.avail + 2
+    ram[index : index + 2] = b"\xff\0"
+    pair.device.position = 0xFF
+    pair.driver.add([b"request"])
+    assert ram[index : index + 2] == b"\0\1"
+    ram[index + 1] = 0  # it has come to half of it
+    rest = threading.Timer(0.01, ram.__setitem__, (index + 1, 1))
+    rest.start()
+    chain = pair.device.pop()
+    rest.join()
+    assert chain is not None
+    assert bytes(chain.readable[0]) == b"request"
