@@ -174,6 +174,7 @@ class InodeTable:
                 raise
             self.by_handle = False
         self.mounts = Mounts(self.root_fd)
+        self._mounts_changed, self._own = self.mounts.poll, self.mounts.own  # used all the time
         identity, status = self.identify(self.root_fd)
         self.root = Inode(ROOT_ID, 0, identity, stat.S_IFDIR)
         self.root.fd = self.root_fd
@@ -388,7 +389,7 @@ class InodeTable:
 
     def handle_opens(self, identity: Identity) -> bool:
         """Whether an object can be opened by its handle."""
-        return self.by_handle and self.is_own(identity) and bool(identity[2])
+        return self.by_handle and identity[3] == self._own and bool(identity[2])
 
     def numbering(self, directory: Inode) -> Callable[[bytes, int], int] | None:
         """What makes unique numbers of those in the host's listing of a directory, each with its
@@ -410,7 +411,7 @@ class InodeTable:
 
     def is_own(self, identity: Identity) -> bool:
         """Whether an object is on the share's own mount."""
-        return identity[3] == self.mounts.own
+        return identity[3] == self._own
 
     def must_pin(self, identity: Identity) -> bool:
         """Whether a directory can be found again by a descriptor only. On another mount none is
@@ -543,7 +544,9 @@ class InodeTable:
         if not inode.is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         try:
-            if self.mounts.below:
+            if self._mounts_changed(0):
+                self.mounts.read()
+            if self.mounts.points:
                 return self._open_visible(inode)
             return inode.fd if inode.fd >= 0 else self.open_by_handle(inode)
         except OSError as error:
@@ -638,17 +641,14 @@ class InodeTable:
         """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        if inode.is_dir and not self._is_warm(inode) and (fd := self._open_by_path(inode)) >= 0:
-            return fd
-        flags = os.O_PATH | (os.O_DIRECTORY if inode.is_dir else os.O_NOFOLLOW)
+        flags = os.O_PATH | os.O_NOFOLLOW
+        if inode.is_dir:
+            flags = os.O_PATH | os.O_DIRECTORY
+            now = time.monotonic()
+            is_warm, inode.warm_until = now < inode.warm_until, now + WARM
+            if not is_warm and (fd := self._open_by_path(inode)) >= 0:
+                return fd
         return host.open_by_handle(self.root_fd, inode.identity[2], flags)
-
-    @staticmethod
-    def _is_warm(directory: Inode) -> bool:
-        """Whether it was used a moment ago; it is now."""
-        now = time.monotonic()
-        is_warm, directory.warm_until = now < directory.warm_until, now + WARM
-        return is_warm
 
     def _open_by_path(self, directory: Inode) -> int:
         """-1 where it is not there, or nobody could look: its handle tells the two apart."""
@@ -682,7 +682,7 @@ class InodeTable:
         fd = self._open_at(path, directory)
         if fd < 0:
             fd = self._open_moved(directory)
-        self._is_warm(directory)
+        directory.warm_until = time.monotonic() + WARM
         return fd
 
     def _open_moved(self, inode: Inode) -> int:

@@ -34,12 +34,15 @@ class Mounts:
         self._fd = os.open(host.mountinfo_path(), os.O_RDONLY | os.O_CLOEXEC)
         poll = select.poll()
         poll.register(self._fd, select.POLLERR | select.POLLPRI)
-        self._poll = poll.poll
-        self._points: dict[bytes, int] = {}  # path below the share -> the topmost mount there
+        self.poll = poll.poll
+        """Called with 0: whether mounts have changed, and are to be ``read`` again."""
+        self.points: dict[bytes, int] = {}
+        """Path below the share -> the topmost mount there, as last read."""
+        self._places: dict[int, bytes] = {}  # the same of all mounts, by their numbers
         self._slots: dict[tuple[int, int], int] = {}  # mount, st_dev -> number range
         self.changed_at = 0.0
         """time.monotonic() at which the tree was read last."""
-        self._read()
+        self.read()
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -50,15 +53,16 @@ class Mounts:
     @property
     def below(self) -> bool:
         """Whether anything is mounted below the share now."""
-        if self._poll(0):
-            self._read()
-        return bool(self._points)
+        if self.poll(0):
+            self.read()
+        return bool(self.points)
 
     def is_point(self, path: bytes) -> bool:
         """Whether something was mounted at a path below the share when that was last looked at."""
-        return path in self._points
+        return path in self.points
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Look at the mounts again."""
         self.changed_at = time.monotonic()
         top = os.fsencode(os.readlink(host.fd_path(self._root_fd))).rstrip(b"/") + b"/"
         os.lseek(self._fd, 0, os.SEEK_SET)
@@ -66,15 +70,16 @@ class Mounts:
         while chunk := os.read(self._fd, 1 << 16):
             text += chunk
         points: dict[bytes, int] = {}
-        ids = {self.own}
+        places: dict[int, bytes] = {}
         for line in text.split(b"\n")[:-1]:
             number, _parent, _device, _root, point, _rest = line.split(b" ", 5)
             for escape, char in _ESCAPED:
                 point = point.replace(escape, char)
             if point.startswith(top) and point != top:
                 points[point[len(top) :]] = int(number)
-            ids.add(int(number))
-        self._points = points
+            places[int(number)] = point[len(top) :]
+        self.points, self._places = points, places
+        ids = {*places, self.own}
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] in ids}
 
     def is_own(self, mount: int, device: int) -> bool:
@@ -94,9 +99,11 @@ class Mounts:
         """By the mount's place, so that it is the same in the server after this one."""
         if len(self._slots) >= _SLOTS - 1:
             return 0
-        place = next((path for path, number in self._points.items() if number == mount), b"")
+        if mount not in self._places:  # it has just been made
+            self.read()
+        place = self._places.get(mount, b"") + b"/%d" % (mount == self.own and device)
         taken = set(self._slots.values())
-        slot = zlib.crc32(place or b"%d" % device) % (_SLOTS - 1) + 1
+        slot = zlib.crc32(place) % (_SLOTS - 1) + 1
         while slot in taken:
             slot = slot % (_SLOTS - 1) + 1
         self._slots[mount, device] = slot

@@ -139,7 +139,7 @@ class PassthroughFS:
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             entry = Entry(*self.table.intern(fd, parent, name))
-            if is_guest and self.successors:
+            if is_guest and self.successors.wanted:
                 self.successors.looked_up(parent, name, entry.inode, fd)
             return entry
         finally:

@@ -25,13 +25,10 @@ class Successors:
 
     def __init__(self, table: InodeTable) -> None:
         self._table = table
-        self._wanted: dict[_Place, float] = {}  # until when; the oldest first
+        self.wanted: dict[_Place, float] = {}
+        """Names whose look-ups are to be noted, and until when; the oldest first."""
         self._held: dict[Inode, tuple[int, float]] = {}  # descriptor, until when
         self.deadline = math.inf
-
-    def __bool__(self) -> bool:
-        """Whether look-ups have to be noted."""
-        return bool(self._wanted)
 
     def replaced(self, inode: Inode) -> None:
         """What a guest looked up is not there any more: it will look again."""
@@ -39,16 +36,16 @@ class Successors:
             return
         place = (inode.parent.nodeid, inode.name)
         until = time.monotonic() + HOLD
-        self._wanted.pop(place, None)
-        self._wanted[place] = until
-        if len(self._wanted) > HELD_LIMIT:
-            del self._wanted[next(iter(self._wanted))]
+        self.wanted.pop(place, None)
+        self.wanted[place] = until
+        if len(self.wanted) > HELD_LIMIT:
+            del self.wanted[next(iter(self.wanted))]
         self.deadline = min(self.deadline, until)
 
     def looked_up(self, parent: Inode, name: bytes, inode: Inode, fd: int) -> None:
         """A guest looked a name up, and has found what is behind the descriptor."""
         now = time.monotonic()
-        if self._wanted.get((parent.nodeid, name), 0.0) < now or inode.is_dir:
+        if self.wanted.get((parent.nodeid, name), 0.0) < now or inode.is_dir:
             return
         if inode not in self._held:
             if len(self._held) >= HELD_LIMIT:
@@ -67,15 +64,15 @@ class Successors:
         """Let go of what nobody came for."""
         if now < self.deadline:
             return
-        self._wanted = {place: until for place, until in self._wanted.items() if until > now}
+        self.wanted = {place: until for place, until in self.wanted.items() if until > now}
         for inode in [inode for inode, (_, until) in self._held.items() if until <= now]:
             self._drop(inode)
-        ends = [*self._wanted.values(), *(until for _, until in self._held.values())]
+        ends = [*self.wanted.values(), *(until for _, until in self._held.values())]
         self.deadline = min(ends, default=math.inf)
 
     def close(self) -> None:
         """Let go of all."""
-        self._wanted.clear()
+        self.wanted.clear()
         for inode in list(self._held):
             self._drop(inode)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from fsd.checkpoint import inode_table
 from fsd.passthrough import Changes
+from fsd.restoring import RestoredTable
 from fsd.service import Caller, Service
 from protocol import fuse
 from protocol.fuse import Opcode
@@ -438,3 +441,73 @@ def test_the_end_of_a_file_system_ends_its_watches(world: World, tree: Tree) -> 
     world.mark(watcher, "a", STRUCTURE)
     (a / "y").mkdir()
     assert plain(world.take(watcher)) == [(b"a/y", "create,isdir")]
+
+
+# The server after this one, whose mounts may have other numbers
+
+
+@pytest.fixture
+def restart(make_world: Callable[[], World]) -> Callable[[World], World]:
+    """Saves a world's table and gives it to a new one, which guests hold all of."""
+
+    def again(world: World) -> World:
+        saved, now = inode_table(world.table), time.time_ns()
+        world.close()
+        new = make_world()
+        restored = RestoredTable(new.table, saved, now)
+        for inode in restored.inodes.values():
+            inode.lookups += 1
+        restored.release()
+        return new
+
+    return again
+
+
+def test_nodes_of_other_mounts_come_back(
+    world: World, tree: Tree, restart: Callable[[World], World]
+) -> None:
+    """By their path, and as what they were: on the mount that is there now."""
+    a, b = world.source / "a", world.source / "b"
+    for path in (a, b):
+        path.mkdir()
+    tree.tmpfs(a)
+    (a / "d").mkdir()
+    (a / "f").write_text("text")
+    tree.bind(a, b)
+    service = world.mount(agent=False)
+    paths = ("a", "a/d", "a/f", "b", "b/d", "b/f")
+    before = {path: node(service, path) for path in paths}
+    numbers = {path: world.table.get(before[path]).number for path in paths}
+    tree.unmount(b)
+    tree.bind(a, b, "ro")
+    new = restart(world)
+    service = new.mount(agent=False)
+    assert {path: new.table.get(before[path]).number for path in paths} == numbers
+    service.setattr(USER, before["a/f"], Changes(mode=0o640), None)
+    change = partial(service.setattr, USER, before["b/f"], Changes(mode=0o600), None)
+    assert failure(change) == errno.EROFS
+    assert {path: node(service, path) for path in paths} == before
+    assert len(set(before.values())) == len(paths)
+    new.close()
+    tree.unmount(b)  # nothing keeps it
+
+
+def test_nodes_of_a_mount_that_has_gone_do_not_come_back(
+    world: World, tree: Tree, restart: Callable[[World], World]
+) -> None:
+    a = world.source / "a"
+    a.mkdir()
+    (a / "f").write_text("masked")
+    masked = node(world.mount(agent=False), "a/f")
+    tree.tmpfs(a)
+    (a / "f").write_text("first")
+    first = node(world.mount("other", agent=False), "a/f")
+    tree.unmount(a)
+    tree.tmpfs(a)
+    (a / "f").write_text("second")
+    service = restart(world).mount(agent=False)
+    for nodeid in (first, masked):
+        assert failure(partial(service.open, USER, nodeid, READING)) in (errno.ESTALE, errno.ENOENT)
+    fh = service.open(USER, node(service, "a/f"), READING)
+    assert service.read(fh, 0, 9) == b"second"
+    service.release(fh)
