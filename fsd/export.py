@@ -535,7 +535,7 @@ class Export:
             self.counts["overflows"] += 1
             yield from self._resyncing(self.watcher.inodes())
             return
-        if event.mask & _UNMOUNT:
+        if event.mask & _UNMOUNT:  # of what lies on another mount than the share
             self._died(event.node)
             self.table.retire(event.node)
             return

@@ -27,9 +27,15 @@ _mount_id_ref = ctypes.byref(_mount_id)
 _SYS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}.get(os.uname().machine)
 """Numbers of setfsuid, setfsgid, setgroups: raw, as glibc would change every thread."""
 _OPENAT2 = 437
-_RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
-_BELOW = struct.pack(
-    "=QQQ", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+_RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x01, 0x04, 0x08
+_BELOW, _BELOW_ON_MOUNT = (
+    struct.pack(
+        "=QQQ",
+        os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC,
+        0,
+        _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH | more,
+    )
+    for more in (0, _RESOLVE_NO_XDEV)
 )
 _PATH_BYTES = 3800
 """Bytes of a path that are looked up at once, of the kernel's 4,096."""
@@ -138,17 +144,18 @@ def mount_id(fd: int) -> int:
             return next(int(line[7:]) for line in info if line.startswith(b"mnt_id:"))
 
 
-def open_below(root_fd: int, path: bytes) -> int:
-    """An O_PATH descriptor of an object, by names that lead over no link and not out of the root:
-    openat2(2). Over mounts, as any path does. Raises OSError.
+def open_below(root_fd: int, path: bytes, *, one_mount: bool) -> int:
+    """An O_PATH descriptor of an object, by names that lead over no link and not out of the root;
+    with ``one_mount`` over no mount, which may not answer: openat2(2). Raises OSError.
     """
+    how = _BELOW_ON_MOUNT if one_mount else _BELOW
     if len(path) < _PATH_BYTES:
-        return _check(_libc.syscall(_OPENAT2, root_fd, path, _BELOW, len(_BELOW)))
+        return _check(_libc.syscall(_OPENAT2, root_fd, path, how, len(how)))
     fd = os.dup(root_fd)
     while path:
         cut = len(path) if len(path) < _PATH_BYTES else path.rindex(b"/", 0, _PATH_BYTES)
         try:
-            below = _check(_libc.syscall(_OPENAT2, fd, path[:cut], _BELOW, len(_BELOW)))
+            below = _check(_libc.syscall(_OPENAT2, fd, path[:cut], how, len(how)))
         finally:
             os.close(fd)
         fd, path = below, path[cut + 1 :]

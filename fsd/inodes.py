@@ -55,8 +55,8 @@ _CANNOT_OPEN_HANDLES = (
 )  # fmt: skip
 """Of open_by_handle_at(2) for the root: this user may not, or this file system or kernel cannot."""
 
-_NO_SUCH_PATH = (errno.ENOTDIR, errno.ELOOP)
-"""Of openat2(2), where something else is on a path that was known."""
+_NO_SUCH_PATH = (errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
+"""Of openat2(2), where something else, or a mount, is on a path that was known."""
 
 Identity = tuple[int, int, bytes, int]
 """(st_dev, st_ino, file handle or b"", number of the mount)."""
@@ -662,7 +662,8 @@ class InodeTable:
     def _open_at(self, path: bytes, inode: Inode) -> int:
         """-1 where the object is not there. Raises OSError where nobody could look."""
         try:
-            fd = host.open_below(self.root_fd, path)
+            one_mount = self.is_own(inode.identity)
+            fd = host.open_below(self.root_fd, path, one_mount=one_mount)
         except OSError as error:
             if host.is_gone(error) or error.errno in _NO_SUCH_PATH:
                 return -1

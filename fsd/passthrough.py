@@ -285,6 +285,10 @@ class PassthroughFS:
             directory(new) as new_fd,
             self._removing(who, old_fd, new_fd),
         ):
+            if old is not new and who.uid:
+                self._check_movable(old_fd, name, who)
+                if flags & host.RENAME_EXCHANGE:
+                    self._check_movable(new_fd, new_name, who)
             host.renameat2(old_fd, name, new_fd, new_name, flags)
         moved = old.children.get(name)
         other = new.children.get(new_name)
@@ -299,6 +303,17 @@ class PassthroughFS:
             self.table.place(other, old, name)
         elif other is not None:
             self._unlinked(other)
+
+    @staticmethod
+    def _check_movable(dir_fd: int, name: bytes, who: Identity) -> None:
+        """Raises PermissionError for a directory that the caller cannot write, whatever its groups:
+        it cannot move elsewhere (vfs_rename in fs/namei.c). The guest's kernel has judged the one
+        that it knows by the name.
+        """
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        writable = status.st_uid == who.uid or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if stat.S_ISDIR(status.st_mode) and not writable:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def readlink(self, inode: Inode) -> bytes:
         """READLINK."""

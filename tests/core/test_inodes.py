@@ -211,6 +211,24 @@ def test_a_sticky_directory_protects_what_has_taken_a_name(world: World) -> None
     assert os.listdir(shared) == ["y"]
 
 
+def test_a_directory_of_others_does_not_move_elsewhere(world: World) -> None:
+    """The guest's kernel knows one of the caller's by the name."""
+    for name in ("from", "to", "from/d", "from/mine"):
+        (world.source / name).mkdir()
+        if name != "from/d":
+            os.chown(world.source / name, 1000, 1000)
+    (world.source / "to/f").touch()
+    mount = world.mount(agent=False)
+    user = Caller(1000, 1000, 4242, ())
+    old, new = (mount.lookup(user, 1, name).inode.nodeid for name in (b"from", b"to"))
+    with pytest.raises(PermissionError):
+        mount.rename(user, old, b"d", new, b"d", 0)
+    with pytest.raises(PermissionError):
+        mount.rename(user, new, b"f", old, b"d", host.RENAME_EXCHANGE)
+    mount.rename(user, old, b"d", old, b"e", 0)  # in its directory it may, as natively
+    mount.rename(user, old, b"mine", new, b"mine", 0)
+
+
 def _written(world: World, text: str) -> str:
     path = world.source / "tmp"
     path.write_text(text)
