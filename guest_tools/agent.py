@@ -11,11 +11,10 @@ import threading
 from contextlib import suppress
 
 from protocol import frames
-from protocol.frames import FSD_NAME
 
 from . import descriptors, kernel
-from .beneath import open_file, reach
-from .channel import ChannelError, FileChannel
+from .beneath import open_file
+from .channel import ChannelError, FileChannel, open_hidden
 from .errors import PASSING
 from .markcalls import MarkCalls
 from .marks import device_of, mount_ids, pids
@@ -64,7 +63,7 @@ class Agent:
         if self._is_private and os.fstatvfs(self._root_fd).f_flag & os.ST_RDONLY:
             with suppress(OSError):  # then opening the channel fails, and says so
                 kernel.make_writable(self._root_fd)
-        fsd_fd = reach(self._root_fd, FSD_NAME, directory=True)
+        fsd_fd = open_hidden(self._root_fd)
         try:
             self._channel = FileChannel(fsd_fd, "control")
             self._keeps_names = _keeps_names(fsd_fd)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from protocol import frames
-from protocol.frames import Role
+from protocol.frames import FSD_DIR, FSD_NAME, Role
 
-from .beneath import open_file
+from .beneath import open_file, reach
 
 _READ = 128 * 1024
 _BUSY_WAIT = 2.0
@@ -24,6 +24,22 @@ _BUSY_WAIT = 2.0
 
 class ChannelError(Exception):
     """Why there is no channel, in one line for people."""
+
+
+def open_hidden(root_fd: int) -> int:
+    """An O_PATH descriptor of the hidden directory below a mount's root. Raises OSError, ENOENT
+    where there is none: no other file system has its inode number.
+    """
+    try:
+        fd = reach(root_fd, FSD_NAME, directory=True)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EXDEV):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        raise
+    if os.fstat(fd).st_ino != FSD_DIR:
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return fd
 
 
 class FileChannel:

@@ -11,12 +11,12 @@ import sys
 from typing import Any, NoReturn
 
 from protocol import masks
-from protocol.frames import FSD_NAME, ProtocolError, Role
+from protocol.frames import ProtocolError, Role
 from protocol.images import ImageError
 
 from .agent import Agent
-from .beneath import open_file, reach
-from .channel import ChannelError, Client, FileChannel, SocketChannel
+from .beneath import open_file
+from .channel import ChannelError, Client, FileChannel, SocketChannel, open_hidden
 from .checkpoint_cli import add_commands
 from .errors import PASSING, Failure
 from .marks import device_of, marks_in, notify_texts, pids, process_name
@@ -100,31 +100,36 @@ def _agent(arguments: argparse.Namespace) -> int:
 
 # Marks
 
-_NO_MOUNT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.EINVAL)
-"""What the look-up of the hidden file comes to in a directory that is none of fsd's."""
 
-
-def _status(mountpoint: str) -> dict[str, Any]:
+def _open_hidden(mountpoint: str) -> int:
+    root = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        root = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return open_hidden(root)
+    finally:
+        os.close(root)
+
+
+def _mount_of(mountpoint: str) -> dict[str, Any]:
+    """What the server's statistics say of a mount. Raises Failure."""
+    try:
+        fsd = _open_hidden(mountpoint)
         try:
-            fd = open_file(root, FSD_NAME + b"/status", os.O_RDONLY)
+            fd = open_file(fsd, b"status", os.O_RDONLY)
         finally:
-            os.close(root)
+            os.close(fsd)
         with open(fd) as status:
-            state: dict[str, Any] = json.load(status)
-            return state
+            guests: list[dict[str, Any]] = json.load(status)["guests"]
+            return next(guest for guest in guests if guest["kind"] == "mount")
     except OSError as error:
         reason = error.strerror
-        if error.errno in _NO_MOUNT:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
             reason = "no mount of fsd (or of another user)"
         raise Failure(f"{mountpoint}: {reason}") from None
 
 
 def _marks(arguments: argparse.Namespace) -> int:
     mountpoint = os.path.abspath(arguments.mountpoint)
-    state = _status(mountpoint)
-    guest = next(guest for guest in state["guests"] if guest["kind"] == "mount")
+    guest = _mount_of(mountpoint)
     armed = {(mark["nodeid"], mark["generation"]): mark for mark in guest["armed"]}
     device = device_of(os.stat(mountpoint))
     rows = []
@@ -195,11 +200,7 @@ class _Share:
         if self._socket_path:
             return Client(SocketChannel(self._socket_path), role)
         try:
-            root = os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fsd = reach(root, FSD_NAME, directory=True)
-            finally:
-                os.close(root)
+            fsd = _open_hidden(self.root)
         except OSError:
             raise Failure(f"{self._path}: not in a mount of fsd (or of another user)") from None
         try:

@@ -55,6 +55,12 @@ def test_they_are_valid(units: Path) -> None:
     assert faults(units) == ""
 
 
+def test_an_agent_is_started_again_however_often_it_fails() -> None:
+    """With status 1 it asks for that; with 0 the mount has gone."""
+    lines = (UNITS / "fsd-guest@.service").read_text().splitlines()
+    assert {"Restart=on-failure", "RestartSec=1", "StartLimitIntervalSec=0"} <= set(lines)
+
+
 @pytest.mark.parametrize("name", INSTANCES)
 def test_faults_would_be_found(units: Path, name: str) -> None:
     text = (units / name).read_text()

@@ -212,6 +212,31 @@ def test_files_that_others_hold_open_do_not_end_events(share_no_agent: Mount) ->
         assert process.poll() is None
 
 
+def test_without_a_descriptor_marks_stay(share_no_agent: Mount) -> None:
+    """The kernel itself refuses: every file that the agent would open meanwhile is EMFILE."""
+    share = share_no_agent
+    for name in ("one", "two"):
+        (share.source / name).mkdir()
+    with (
+        agent(share) as process,
+        watching(share, share.mountpoint / "one", events="attrib,create") as first,
+    ):
+        limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        with watching(share, share.mountpoint / "two", arm=False) as second:
+            os.stat(share.mountpoint / "two")
+            (share.source / "one/lost").mkdir()
+            wait_until(lambda: the_mount(share.mountpoint)["failed"], 20, "an order that failed")
+            assert not any(mark["armed"] for mark in share.marks() if mark["pid"] == second.pid)
+            assert all(mark["armed"] for mark in share.marks() if mark["pid"] == first.pid)
+            assert process.poll() is None
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+            share.wait_armed(share.mountpoint / "two", pid=second.pid, timeout=20)
+            for name, watcher in (("one/new", first), ("two/new", second)):
+                (share.source / name).mkdir()
+                seen(share, watcher, name, "CREATE,ISDIR")
+
+
 FORKS = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
@@ -306,3 +331,47 @@ def test_an_agent_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Monk
     monkeypatch.setattr(trio.lowlevel, "open_process", never)
     with pytest.raises(AgentError, match="cannot be started: Too many open files"):
         trio.run(AgentProcess("/nowhere", lambda: None).run, lambda: None)
+
+
+# Directories that only look like a mount
+
+
+@pytest.mark.parametrize(
+    "words", [["agent"], ["marks"], ["mark", "add", "--mask=create"], ["watch"]]
+)
+@pytest.mark.parametrize("kind", ["link", "pipes", "files", "links"])
+def test_a_trap_is_refused(tmp_path: Path, words: list[str], kind: str) -> None:
+    """Root is called on a directory whose owner has put something else in place of the channel."""
+    trap, victim = tmp_path / "trap", tmp_path / "victim"
+    victim.mkdir()
+    trap.mkdir()
+    names = ("control", "session", "status")
+    for name in names:
+        (victim / name).write_text("[]")
+    if kind == "link":
+        (trap / ".fsd").symlink_to(victim)
+    else:
+        (trap / ".fsd").mkdir()
+        for name in names:
+            place = trap / ".fsd" / name
+            if kind == "pipes":
+                os.mkfifo(place)
+            elif kind == "links":
+                place.symlink_to(victim / name)
+            else:
+                place.write_text("[]")
+    if words[0] in ("mark", "watch"):  # which climb to the mount
+        subprocess.run(["mount", "--bind", trap, trap], check=True)
+    try:
+        done = subprocess.run(
+            [GUEST, *words, trap], capture_output=True, text=True, timeout=30, check=False
+        )
+    finally:
+        if words[0] in ("mark", "watch"):
+            subprocess.run(["umount", trap], check=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "no mount of fsd" in done.stderr or "not in a mount of fsd" in done.stderr
+    assert all((victim / name).read_text() == "[]" for name in names)
+    if kind == "files":
+        assert all((trap / ".fsd" / name).read_text() == "[]" for name in names)
