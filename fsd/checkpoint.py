@@ -263,6 +263,8 @@ class _Taking:
             saved.held = [event for event in events if event.node]
         else:
             saved.kind = GuestKind.BY_HAND
+            if guest.via is not None:
+                saved.name = guest.via.name
         for inode, mask in self._export.interest.marks(guest).items():
             if inode is None or self._name(inode):
                 saved.marks.append((self._name(inode), int(mask)))

@@ -30,7 +30,7 @@ from .chores import TURN, Chores, Job, Pause, begin, finish
 from .descriptors import share
 from .events import RENAME, Event
 from .guard import PAUSE, Guard
-from .guests import FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
+from .guests import BY_HAND, FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
 from .interest import Interest
 from .locks import LockWaiters
@@ -127,9 +127,10 @@ class Export:
 
     # Guests
 
-    def add_replayer(self, name: str) -> ReplayGuest:
-        """A mount with an agent."""
-        guest = ReplayGuest(name, self.fs, self.watcher, limit=self._outbox_limit)
+    def add_replayer(self, name: str, *, is_local: bool = False) -> ReplayGuest:
+        """A mount with an agent: another machine's, or (``is_local``) one of this machine."""
+        limit = self._outbox_limit
+        guest = ReplayGuest(name, self.fs, self.watcher, limit=limit, is_local=is_local)
         self.guests.append(guest)
         return guest
 
@@ -139,17 +140,33 @@ class Export:
         self.guests.append(guest)
         return guest
 
-    def hand_marks(self) -> HandMarks:
-        """The guest that stands for marks set by hand."""
-        for guest in self.guests:
-            if isinstance(guest, HandMarks):
-                return guest
-        guest = HandMarks("by hand")
-        self.guests.append(guest)
-        return guest
+    def hand_marks(self, via: ReplayGuest | None = None) -> HandMarks:
+        """The guest that stands for marks set by hand in the mount ``via``: each machine has one,
+        and this host has one for all its mounts and sockets.
+        """
+        if via is not None and via.is_local:
+            via = None
+        found = self._hand_marks_of(via)
+        if found is None:
+            found = HandMarks(BY_HAND)
+            found.via = via
+            self.guests.append(found)
+        return found
+
+    def _hand_marks_of(self, via: ReplayGuest | None) -> HandMarks | None:
+        marks = (guest for guest in self.guests if isinstance(guest, HandMarks))
+        return next((guest for guest in marks if guest.via is via), None)
+
+    def drop_hand_marks(self, via: ReplayGuest) -> None:
+        """The machine has gone, or has started anew: its marks by hand go with it."""
+        marks = self._hand_marks_of(via)
+        if marks is not None:
+            self.remove_guest(marks)
 
     def remove_guest(self, guest: Guest) -> None:
         """The guest has gone, and its marks with it: many of them a few at a time."""
+        if isinstance(guest, ReplayGuest):
+            self.drop_hand_marks(guest)
         self.arming.forget(guest)
         self.guests.remove(guest)
         if isinstance(guest, ReplayGuest):

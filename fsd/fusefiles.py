@@ -105,8 +105,9 @@ class Files:
         return fuse.OPEN_OUT.pack(fh, flags, 0)
 
     def _open(self, request: Request) -> bytes:
-        flags, _more = fuse.OPEN_IN.unpack(request.body)
-        fh = self._service.open(request.who, request.nodeid, flags)
+        flags, more = fuse.OPEN_IN.unpack(request.body)
+        kill = bool(more & fuse.OPEN_KILL_SUIDGID)
+        fh = self._service.open(request.who, request.nodeid, flags, kill=kill)
         request.on_lost = lambda: self._close(fh)
         handle = self._service.handle(fh)
         if isinstance(handle, HiddenHandle) and handle.session is not None:
@@ -130,11 +131,12 @@ class Files:
             raise
 
     def _create(self, request: Request) -> bytes:
-        flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
+        flags, mode, umask, more = fuse.CREATE_IN.unpack(request.body)
         name = fuse.name(request.body, fuse.CREATE_IN.size)
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
-        entry, fh = self._service.create(who, request.nodeid, name, mode, flags)
+        kill = bool(more & fuse.OPEN_KILL_SUIDGID)
+        entry, fh = self._service.create(who, request.nodeid, name, mode, flags, kill=kill)
         return self._made(request, entry, fh, flags)
 
     def _tmpfile(self, request: Request) -> bytes:

@@ -19,6 +19,7 @@ from .fusemessage import Request
 from .fusenodes import Nodes
 from .passthrough import Changes, Entry
 from .service import Service
+from .xattrs import ACL_ACCESS
 
 _MODE, _UID, _GID, _SIZE, _FH = (
     int(bit) for bit in (Fattr.MODE, Fattr.UID, Fattr.GID, Fattr.SIZE, Fattr.FH)
@@ -28,7 +29,6 @@ _ATIME_NOW, _MTIME_NOW = int(Fattr.ATIME_NOW), int(Fattr.MTIME_NOW)
 _KILL = int(Fattr.KILL_SUIDGID)
 _SHORT_SETXATTR = 8
 """Bytes of fuse_setxattr_in before SETXATTR_EXT."""
-_ACL_ACCESS = b"system.posix_acl_access"
 
 
 class Names:
@@ -191,7 +191,7 @@ class Names:
         if len(value) != size:
             raise fuse.DecodeError(f"a value of {len(value)} bytes, not {size}")
         self._service.setxattr(request.who, request.nodeid, name, value, flags)
-        if more & fuse.SETXATTR_ACL_KILL_SGID and name == _ACL_ACCESS:
+        if more & fuse.SETXATTR_ACL_KILL_SGID and name == ACL_ACCESS:
             self._kill_sgid(request)
         return b""
 

@@ -79,6 +79,7 @@ class Nodes:
         self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
         self._attr_timeout = divmod(round(caching.attr_timeout * _SECOND), _SECOND)
         self._cached = caching.keeps_attributes
+        service.guest.nodes_held = self.__len__
         service.guest.keeps_names = self._entry_timeout != (0, 0)
         self._submounts = submounts
         self._limit = limit

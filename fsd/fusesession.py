@@ -204,6 +204,7 @@ class FuseSession:
         self._minor = 0
         self._waiting.close()
         self._service.locks.close()
+        self._service.export.drop_hand_marks(self._service.guest)
         self._files.close()
         self.nodes.close()
         if self._kept is not None:
@@ -261,6 +262,7 @@ class FuseSession:
         supp_group = flags & Init.CREATE_SUPP_GROUP
         self._groups = None if self._options.is_local and not supp_group else ()
         self._names.long_setxattr = bool(flags & Init.SETXATTR_EXT)
+        self._service.acls = bool(flags & Init.POSIX_ACL)
 
     def _wanted(self) -> Init:
         options = self._options

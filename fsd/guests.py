@@ -311,6 +311,11 @@ class Observer(Guest):
         self.told = count
 
 
+BY_HAND = "by hand"
+"""The name of the guest that stands for the host's own marks by hand. An image names that of a
+machine by its mount."""
+
+
 class HandMarks(Guest):
     """Marks that people set by hand. They hold host watches; their events are only counted."""
 

@@ -1,6 +1,6 @@
 """The hidden directory `.fsd`: the agent's channel inside the mount (DESIGN 2.3).
 
-Never listed; found only by an explicit look-up by root, or by the user whose mount it is.
+Never listed; found only by an explicit look-up by root, or by the user whose local mount it is.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class HiddenFiles:
         self.root = self._inodes[frames.FSD_DIR]
         self.control: HiddenHandle | None = None
 
-    @staticmethod
-    def check(who: Identity) -> None:
-        """Nobody else can even see it. Raises OSError ENOENT."""
-        if who.uid not in (0, os.geteuid()):
+    def check(self, who: Identity) -> None:
+        """Nobody else can even see it. Raises OSError ENOENT. A number of another machine's user
+        says nothing about the server's own user.
+        """
+        if who.uid and not (self._guest.is_local and who.uid == os.geteuid()):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def lookup(self, nodeid: int, name: bytes) -> Entry:
@@ -74,7 +75,8 @@ class HiddenFiles:
         """GETATTR."""
         if nodeid not in self._modes:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        uid, gid, born = os.geteuid(), os.getegid(), self._born
+        uid, gid = (os.geteuid(), os.getegid()) if self._guest.is_local else (0, 0)
+        born = self._born
         mode = self._modes[nodeid]
         attr = Attr(mode, nodeid, 0, 1, uid, gid, 0, 0, 4096, 0, born, born, born)
         return self._inodes[nodeid], attr

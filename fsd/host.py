@@ -10,7 +10,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -24,7 +24,8 @@ _HANDLE_ROOM = struct.pack("=Ii", _MAX_HANDLE_SZ, 0)
 _unpack_size = struct.Struct("=I").unpack_from
 _mount_id = ctypes.c_int()
 _mount_id_ref = ctypes.byref(_mount_id)
-_SYS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}.get(os.uname().machine)
+_NUMBERS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}
+_SYS = _NUMBERS.get(os.uname().machine) if ctypes.sizeof(ctypes.c_void_p) == 8 else None
 """Numbers of setfsuid, setfsgid, setgroups: raw, as glibc would change every thread."""
 _OPENAT2 = 437
 _RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x01, 0x04, 0x08
@@ -194,18 +195,48 @@ def _is_root() -> bool:
     return os.geteuid() == 0
 
 
+def cannot_change_identity() -> str:
+    """Why a server that is root must not start here: it would do everything as root; "" = it may.
+    An ordinary user's server never changes its identity.
+    """
+    if _is_root() and _SYS is None:
+        return (
+            f"no system call numbers for setfsuid on this machine ({os.uname().machine}), so every "
+            "file would be made as root; run the server as an ordinary user"
+        )
+    return ""
+
+
+def takes_for_itself(uid: int) -> bool:
+    """Whether what this server makes for another user of the mount is the server's own user's."""
+    return not _is_root() and uid not in (0, os.geteuid())
+
+
 def supplementary_groups(pid: int) -> list[int]:
-    """Groups of a process, from /proc; none where it is gone or not visible."""
+    """Groups of a process, from /proc; none where it is gone or not visible. Those that this user
+    namespace does not map are left out: /proc shows all of them as the overflow gid.
+    """
     if not sees_processes():
         return []
     try:
         with open(f"/proc/{pid}/status", "rb") as status:
             for line in status:
                 if line.startswith(b"Groups:"):
-                    return [int(group) for group in line.split()[1:]]
+                    groups = [int(group) for group in line.split()[1:]]
+                    return [group for group in groups if group != _overflow_gid()]
     except OSError:
         pass
     return []
+
+
+@cache
+def _overflow_gid() -> int:
+    """What stands for gids that are not mapped: user_namespaces(7); -1 where all are."""
+    with open("/proc/self/gid_map", "rb") as gid_map:
+        if gid_map.read().split() == [b"0", b"0", b"4294967295"]:
+            return -1
+    with open("/proc/sys/kernel/overflowgid", "rb") as overflow:
+        return int(overflow.read())
 
 
 @contextmanager
@@ -217,42 +248,91 @@ def acting_as(
     ``judged``: a guest's kernel has checked permissions already, with groups and ACLs that are not
     known here; so this thread may enter and write any directory. The umask is the process's: other
     threads must not create files. The identity stays where the server is no root, or the caller is.
+    Raises OSError EOVERFLOW for a number that is not mapped in the server's user namespace.
     """
     before = os.umask(umask) if umask else 0
     try:
-        if not _is_root() or _SYS is None or (uid == 0 and gid == 0):
+        if not _is_root() or (uid == 0 and gid == 0):
             yield
             return
-        if _NOBODY in (uid, gid):  # setfsuid(2) would leave us root, and say nothing
-            raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
-        setfsuid, setfsgid, setgroups = _SYS
+        setfsuid, setfsgid, setgroups = _known_calls()
         own = os.getgroups()
         effective = _capabilities()[0]  # before any is dropped
         try:
             _set_groups(setgroups, groups)
-            _libc.syscall(setfsgid, gid)
-            _libc.syscall(setfsuid, uid)
+            _set_checked(setfsgid, gid)
+            _set_checked(setfsuid, uid)
             if judged and uid:
                 lowered = effective & ~_CAP_FS_SET | _CAP_DAC_OVERRIDE
                 _check(_libc.capset(_CAP_HEADER, _effective(lowered)))
             yield
         finally:
-            _libc.syscall(setfsuid, 0)
+            _libc.syscall(setfsuid, 0)  # gives back what is permitted, had it an effect or not
             _libc.syscall(setfsgid, 0)
             _set_groups(setgroups, own)
-            if judged:
+            if uid:
                 _check(_libc.capset(_CAP_HEADER, _effective(effective)))
     finally:
         if umask:
             os.umask(before)
 
 
-_NOBODY = 0xFFFF_FFFF
+@contextmanager
+def on_behalf_of(uid: int, *, kill_suid: bool) -> Iterator[None]:
+    """What this thread's calls allocate on disk is that user's: blocks reserved for root are not
+    his, and quotas hold. What a guest's kernel or an open file has permitted stays permitted.
+
+    ``kill_suid``: as for ``killing_suid``. Nothing changes where the server is no root. Raises
+    OSError EOVERFLOW for a uid that is not mapped here.
+    """
+    if not _is_root() or not uid:
+        with killing_suid() if kill_suid else nullcontext():
+            yield
+        return
+    setfsuid = _known_calls()[0]
+    effective = _capabilities()[0]
+    try:
+        _set_checked(setfsuid, uid)  # takes away _CAP_FS_SET, CAP_FSETID among it
+        if not kill_suid:
+            _check(_libc.capset(_CAP_HEADER, _effective(effective)))
+        yield
+    finally:
+        _libc.syscall(setfsuid, 0)
+        _check(_libc.capset(_CAP_HEADER, _effective(effective)))
+
+
+def _known_calls() -> tuple[int, int, int]:
+    if _SYS is None:  # ``cannot_change_identity`` has said so at the start
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return _SYS
+
+
+def _set_checked(number: int, wanted: int) -> None:
+    """setfsuid(2) or setfsgid(2), which report no error: ask what has become of it. Raises OSError
+    EOVERFLOW where it was ignored, as for a number that this user namespace does not map.
+    """
+    _libc.syscall(number, wanted)
+    if wanted == NO_ID or _libc.syscall(number, -1) & NO_ID != wanted:
+        raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
+
+
+NO_ID = 0xFFFF_FFFF
 """No valid uid or gid: what a kernel sends for one that its mount does not map."""
 _CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-_CAP_DAC_OVERRIDE, _CAP_FSETID = 1 << 1, 1 << 4
+_CAP_DAC_OVERRIDE, _CAP_FSETID, _CAP_SYS_RESOURCE, _CAP_MKNOD = 1 << 1, 1 << 4, 1 << 24, 1 << 27
 _CAP_FS_SET = 0x1F | 1 << 9 | 1 << 27 | 1 << 32
 """What setfsuid(2) takes away: CAP_FS_SET of linux/capability.h."""
+
+
+def obey_limits_of_disks() -> None:
+    """Give up CAP_SYS_RESOURCE, for good: with it this thread, and those it starts, would take the
+    blocks that are reserved for root, and exceed quotas. Resource limits are raised before. Raises
+    OSError.
+    """
+    capabilities = (s & ~_CAP_SYS_RESOURCE for s in _capabilities())
+    _check(_libc.capset(_CAP_HEADER, _packed(*capabilities)))
+    _capabilities.cache_clear()
+    _effective.cache_clear()
 
 
 @cache
@@ -269,7 +349,10 @@ def _capabilities() -> tuple[int, int, int]:
 @cache
 def _effective(effective: int) -> bytes:
     """The argument of capset(2) for these effective capabilities."""
-    sets = (effective, *_capabilities()[1:])
+    return _packed(effective, *_capabilities()[1:])
+
+
+def _packed(*sets: int) -> bytes:
     return struct.pack("=6I", *(s & 0xFFFF_FFFF for s in sets), *(s >> 32 for s in sets))
 
 
@@ -289,8 +372,22 @@ def killing_suid() -> Iterator[None]:
         _check(_libc.capset(_CAP_HEADER, _effective(effective)))
 
 
+@contextmanager
+def making_nodes() -> Iterator[None]:
+    """Let this thread make device nodes, where the server may at all: with CAP_MKNOD."""
+    effective, permitted, _ = _capabilities()
+    _check(_libc.capset(_CAP_HEADER, _effective(effective | permitted & _CAP_MKNOD)))
+    try:
+        yield
+    finally:
+        _check(_libc.capset(_CAP_HEADER, _effective(effective)))
+
+
 def _set_groups(number: int, groups: Sequence[int]) -> None:
-    _check(_libc.syscall(number, len(groups), (ctypes.c_uint32 * len(groups))(*groups)))
+    if _libc.syscall(number, len(groups), (ctypes.c_uint32 * len(groups))(*groups)) < 0:
+        if ctypes.get_errno() == errno.EINVAL:  # one that is not mapped here
+            raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
+        _check(-1)
 
 
 _STATX_BTIME = 0x800
@@ -330,17 +427,6 @@ def set_times(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
         else:
             slot.sec, slot.nsec = divmod(value, 10**9)
     _check(_libc.utimensat(_AT_FDCWD, path.encode(), times, 0))
-
-
-IOCTLS = {
-    0x8008_6601: 8,  # FS_IOC_GETFLAGS; an int, though its number says long
-    0x4008_6602: 8,  # FS_IOC_SETFLAGS
-    0x8008_7601: 8,  # FS_IOC_GETVERSION
-    0x801C_581F: 28,  # FS_IOC_FSGETXATTR
-    0x401C_5820: 28,  # FS_IOC_FSSETXATTR
-}
-"""What guests may ask of a file's file system: number and bytes of the argument (linux/fs.h)."""
-CHANGING_IOCTLS = (0x4008_6602, 0x401C_5820)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -19,6 +19,7 @@ import trio
 
 from protocol.frames import FSD_NAME
 
+from . import host
 from .export import Export
 from .fusesession import SessionOptions
 from .guard import Guard
@@ -61,6 +62,8 @@ class Options:
 
 def check(options: Options) -> None:
     """Raises StartError for everything that can be seen before mounting."""
+    if reason := host.cannot_change_identity():
+        raise StartError(reason)
     source, mountpoint = Path(options.source), Path(options.mountpoint)
     try:
         if not source.is_dir():
@@ -134,6 +137,7 @@ class Mounted:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
         options = self._options
         _raise_file_limit()
+        host.obey_limits_of_disks()
         shorten_turns()
         os.umask(0)  # the guest's kernel applies its callers' umask
         with (
@@ -144,7 +148,7 @@ class Mounted:
             cleanup.callback(export.close)
             saver = Saver(export, self._state)
             export.checkpoint = saver.save
-            guest = export.add_replayer(options.mountpoint)
+            guest = export.add_replayer(options.mountpoint, is_local=True)
             service = Service(export, guest)
             cleanup.callback(service.close)
             if options.agent:
@@ -207,7 +211,8 @@ class Mounted:
         with tempfile.TemporaryFile() as said:
             try:
                 with _stderr_in(said.fileno()):
-                    pyfuse3.init(FuseDoor(service), mountpoint, self._fuse_options())
+                    door = FuseDoor(service, judged=self._judged)
+                    pyfuse3.init(door, mountpoint, self._fuse_options())
             except RuntimeError as error:
                 said.seek(0)
                 reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or error
@@ -219,20 +224,32 @@ class Mounted:
         mountpoint = self._options.mountpoint
         options = SessionOptions(posix_acl=True, is_local=True)
         try:
-            door = RawFuseDoor(service, self._options.source, mountpoint, options)
+            door = RawFuseDoor(
+                service, self._options.source, mountpoint, options, for_all=self._for_all
+            )
         except OSError as error:
             raise StartError(f"mounting on {mountpoint} failed: {error.strerror}") from None
         return Door(door.run, door.stop, door.close)
 
+    @property
+    def _for_all(self) -> bool:
+        """Whether other users than the server's may use the mount."""
+        asked = self._options.allow_other
+        return asked if asked is not None else os.geteuid() == 0
+
+    @property
+    def _judged(self) -> bool:
+        """Whether the kernel checks permissions: wherever the server does for others what it may
+        do itself. For an ordinary user alone the host's file system judges better.
+        """
+        return self._for_all or os.geteuid() == 0
+
     def _fuse_options(self) -> set[str]:
-        # Not pyfuse3's own default_permissions where the server is an ordinary user: the kernel
-        # would judge by mode bits what the host's file system judges better.
         shown = re.sub(r"[^ -~]|[,\\]", "_", self._options.source)  # pyfuse3 takes ASCII alone
         options = {f"fsname={shown}", "subtype=fsd"}
-        root = os.geteuid() == 0
-        if root:
+        if self._judged:
             options.add("default_permissions")
-        if self._options.allow_other if self._options.allow_other is not None else root:
+        if self._for_all:
             options.add("allow_other")
         return options
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from protocol.masks import Mask
 
-from . import directories, host
+from . import directories, fileflags, host
 from .attributes import StatLike
 from .directories import DirEntry
 from .inodes import Inode, InodeTable
@@ -55,6 +55,7 @@ class Handle:
     fh: int = 0  # by which the guest names it
     opener: int = 0  # pid of who opened it, 0 where that is not known
     position: int = 0  # of a directory: where the descriptor is; -1 = not known
+    uid: int = 0  # who opened it
 
 
 class Changes(NamedTuple):
@@ -169,10 +170,19 @@ class PassthroughFS:
         judged = judged and who.groups is not None
         return host.acting_as(who.uid, who.gid, groups, umask=who.umask, judged=judged)
 
+    @staticmethod
+    def _mode(mode: int, who: Identity) -> int:
+        """Of a new file: what another has made must not run as the server's user."""
+        return mode & ~0o6000 if host.takes_for_itself(who.uid) else mode
+
     def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Identity) -> Entry:
-        """MKNOD."""
-        with self._creating(parent, name, who) as dir_fd:
-            os.mknod(name, mode, rdev, dir_fd=dir_fd)
+        """MKNOD. Device nodes are for root to make, as natively; a guest's kernel opens its own
+        devices by them.
+        """
+        is_device = stat.S_IFMT(mode) in (stat.S_IFCHR, stat.S_IFBLK)
+        making = host.making_nodes() if is_device and not who.uid else nullcontext()
+        with self._creating(parent, name, who) as dir_fd, making:
+            os.mknod(name, self._mode(mode, who), rdev, dir_fd=dir_fd)
         return self.lookup(parent, name)
 
     def mkdir(self, parent: Inode, name: bytes, mode: int, who: Identity) -> Entry:
@@ -196,7 +206,7 @@ class PassthroughFS:
         try:
             with self._creating(parent, name, who) as dir_fd:
                 new = flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-                fd = os.open(name, new, mode, dir_fd=dir_fd)
+                fd = os.open(name, new, self._mode(mode, who), dir_fd=dir_fd)
         except FileExistsError:  # made by somebody else since the guest looked
             if exclusive:
                 raise
@@ -212,7 +222,7 @@ class PassthroughFS:
         """TMPFILE: a regular file without a name."""
         flags = flags & ~_DROPPED_FLAGS | flags & os.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC
         with self.table.directory(parent) as dir_fd, self._acting_as(who):
-            fd = os.open(".", flags, mode, dir_fd=dir_fd)
+            fd = os.open(".", flags, self._mode(mode, who), dir_fd=dir_fd)
         try:
             entry = self.referenced(Entry(*self.table.intern_nameless(fd, parent)))
         except BaseException:
@@ -356,6 +366,8 @@ class PassthroughFS:
     def _setattr(self, fd: int, changes: Changes, write_fd: int | None) -> os.stat_result:
         path = host.fd_path(fd)
         mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = changes
+        if host.NO_ID in (uid, gid):  # chown(2) would leave it, and say nothing
+            raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
         if uid is not None or gid is not None:
             # By descriptor, as a path would follow a symlink: fchownat(AT_EMPTY_PATH) is not in os.
             os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
@@ -470,7 +482,8 @@ class PassthroughFS:
         return self._handle(inode, fd, os.O_RDONLY)
 
     def ioctl(self, handle: Handle, who: Identity, command: int, data: bytes) -> bytes:
-        """IOCTL, one of fsd.host.IOCTLS: permission to change flags is the caller's."""
+        """IOCTL, one of fsd.fileflags: permission to change flags is the caller's."""
+        fileflags.check(handle.fd, command, data)
         with self._acting_as(who, judged=False):
             return fcntl.ioctl(handle.fd, command, data)
 

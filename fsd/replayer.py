@@ -68,7 +68,9 @@ _RECENT = 64
 
 
 class ReplayGuest(Guest):
-    """A guest with an agent. Its outbox is held events, then planned tasks, then the ledger."""
+    """A guest with an agent: a mount of this machine (``is_local``), or another machine. Its outbox
+    is held events, then planned tasks, then the ledger.
+    """
 
     __slots__ = (
         "_held",
@@ -86,17 +88,32 @@ class ReplayGuest(Guest):
         "_way_steps",
         "_ways",
         "_ways_as_of",
+        "began",
+        "is_local",
         "is_paused",
         "keeps_names",
         "ledger",
+        "nodes_held",
         "on_agent",
         "on_mark",
         "pid",
         "waiting_until",
     )  # fmt: skip
 
-    def __init__(self, name: str, fs: PassthroughFS, watcher: HostWatcher, *, limit: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        fs: PassthroughFS,
+        watcher: HostWatcher,
+        *,
+        limit: int,
+        is_local: bool = False,
+    ) -> None:
         super().__init__(name, limit=limit)
+        self.is_local = is_local  # its users are this machine's, and no other's
+        self.began = time.time()
+        self.nodes_held: Callable[[], int] = _none_known
+        """How many nodes its kernel holds."""
         self._table = fs.table
         self._watcher = watcher
         self.ledger = Ledger(fs)
@@ -569,6 +586,11 @@ directory keeps a name of its own, by which what happens in it can still be told
 
 def _nobody(pid: int) -> None:
     """Nobody wants to know."""
+
+
+def _none_known() -> int:
+    """Nobody counts the nodes that the mount's kernel holds."""
+    return 0
 
 
 def _nobody_marks(nodeid: int, mask: int) -> None:

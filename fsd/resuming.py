@@ -21,7 +21,7 @@ from protocol.masks import EVENTS, Mask
 from . import host
 from .checkpoint import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
 from .events import Event
-from .guests import MARKS_LIMIT, Guest, Observer
+from .guests import BY_HAND, MARKS_LIMIT, Guest, Observer
 from .inodes import Inode
 from .listings import Known, Missed
 from .replayer import ReplayGuest
@@ -67,8 +67,10 @@ class Resumption:
         for guest in saved.guests:
             if guest.kind == GuestKind.OBSERVER:
                 self._resume(self._observer(guest), guest)
-            elif guest.kind == GuestKind.BY_HAND:
+            elif guest.kind == GuestKind.BY_HAND and guest.name == BY_HAND:
                 self._resume(export.hand_marks(), guest)
+        by_hand = (g for g in saved.guests if g.kind == GuestKind.BY_HAND)
+        self._by_hand = {guest.name: guest for guest in by_hand}
 
     def _check_directory(self) -> None:
         now = identity_of(self._export)
@@ -88,6 +90,9 @@ class Resumption:
         if saved is None:
             return {}
         self._resume(guest, saved)
+        by_hand = self._by_hand.get(guest.name)
+        if by_hand is not None:
+            self._resume(self._export.hand_marks(guest), by_hand)
         return saved.nodes
 
     def _observer(self, saved: SavedGuest) -> Observer:

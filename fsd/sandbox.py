@@ -34,7 +34,7 @@ _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, -1)
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
-_MOUNT_ATTR_RDONLY = 1
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
 CAPABILITIES = (
     "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID",
@@ -145,14 +145,15 @@ def isolate(directory: str, *, read_only: bool) -> None:
     _check(_libc.mount(b"proc", b"/proc", b"proc", flags, None))
     process = _clone("/proc/self")
     root = _clone(directory, _AT_RECURSIVE)
-    if read_only:
-        attributes = struct.pack("=4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
-        _check(
-            _libc.syscall(
-                _MOUNT_SETATTR, root, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes,
-                ctypes.c_size_t(len(attributes)),
-            )
-        )  # fmt: skip
+    # Guests' kernels open the device nodes in it and run the programs, as their own; this one never
+    wanted = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
+    attributes = struct.pack("=4Q", wanted | _MOUNT_ATTR_RDONLY * read_only, 0, 0, 0)
+    _check(
+        _libc.syscall(
+            _MOUNT_SETATTR, root, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes,
+            ctypes.c_size_t(len(attributes)),
+        )
+    )  # fmt: skip
     where = os.fsencode(directory)
     _check(_libc.syscall(_MOVE_MOUNT, root, b"", _AT_FDCWD, where, _MOVE_MOUNT_F_EMPTY_PATH))
     os.fchdir(root)
@@ -204,7 +205,9 @@ def _no_source(filename: str, module_globals: dict[str, Any] | None = None) -> l
 
 
 def drop_capabilities(keep: Iterable[str]) -> None:
-    """Keep those at most of the capabilities there are, and never get another. Raises OSError."""
+    """Keep those at most of the capabilities there are, and never get another. MKNOD has no effect
+    but in ``host.making_nodes``. Raises OSError.
+    """
     wanted = sum(1 << CAPABILITIES.index(name) for name in keep)
     header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
     data = ctypes.create_string_buffer(24)
@@ -216,5 +219,6 @@ def drop_capabilities(keep: Iterable[str]) -> None:
         if not kept >> number & 1:  # refused where it is not ours to drop, or no capability
             _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
     low, high = kept & 0xFFFF_FFFF, kept >> 32
-    _check(_libc.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)))
+    at_rest = low & ~(1 << CAPABILITIES.index("MKNOD"))
+    _check(_libc.capset(header, struct.pack("=6I", at_rest, low, 0, high, high, 0)))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 
+from . import fileflags
+
 ALLOWED = """
 accept4 brk capget capset clock_getres clock_gettime clock_nanosleep close close_range
 copy_file_range dup dup2 dup3 epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd2
@@ -15,7 +17,7 @@ exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat 
 fchownat fcntl fdatasync fgetxattr flistxattr flock fremovexattr fsetxattr fstat fstatfs fsync
 ftruncate futex futex_wait futex_wake getcwd getdents64 getegid geteuid getgid getgroups getpid
 getppid getrandom getrlimit getrusage getsockname getsockopt gettid gettimeofday getuid getxattr
-inotify_add_watch inotify_init1 inotify_rm_watch ioctl lgetxattr linkat listen listxattr llistxattr
+inotify_add_watch inotify_init1 inotify_rm_watch lgetxattr linkat listen listxattr llistxattr
 lremovexattr lseek lsetxattr madvise membarrier memfd_create mkdirat mknodat mmap mprotect mremap
 munmap name_to_handle_at nanosleep newfstatat open_by_handle_at openat openat2 pipe2 ppoll pread64
 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read readlinkat readv recvfrom recvmsg
@@ -30,6 +32,9 @@ access chmod chown epoll_create getdents inotify_init lchown link lstat mkdir mk
 readlink rename rmdir select stat symlink time unlink utime utimes
 """
 """Older forms of the same, which some architectures have."""
+IOCTLS = (*fileflags.ARGUMENTS, 0x4004_4900, 0x5401, 0x5421, 0x5450, 0x5451)
+"""Requests of ioctl(2): what guests may ask for; INOTIFY_IOC_SETNEXTWD; and TCGETS, FIONBIO,
+FIONCLEX, FIOCLEX, which are Python's for open, setblocking and set_inheritable."""
 _CLONE_THREAD = 0x10000
 _ALLOW, _KILL, _TRAP, _LOG, _ERRNO = (
     0x7FFF_0000, 0x8000_0000, 0x0003_0000, 0x7FFC_0000, 0x0005_0000,
@@ -70,6 +75,8 @@ class Filter:
         self._check(library.seccomp_attr_set(self._context, _TSYNC, 1))
         for name in (ALLOWED + OLDER).split():
             self._rule(_ALLOW, name)
+        for request in IOCTLS:  # of which the kernel sees 32 bits
+            self._rule(_ALLOW, "ioctl", _Comparison(1, _MASKED_EQ, 0xFFFF_FFFF, request))
         # Threads, but no processes. What clone3 is asked for cannot be seen: glibc then uses clone.
         self._rule(_ALLOW, "clone", _Comparison(0, _MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
         if action != "refuse":

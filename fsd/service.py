@@ -10,16 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import nullcontext
 
 from protocol.frames import FSD_DIR, FSD_NAME
 from protocol.masks import Mask
 
-from . import host
+from . import host, xattrs
 from .attributes import StatLike, placeholder_attr
 from .inodes import ROOT_ID, Inode
 from .ledger import UnexpectedCall
 from .passthrough import Changes, Entry, Handle
-from .servicefiles import AnyHandle, Caller, FileService, IdleHandle, opening
+from .servicefiles import AnyHandle, Caller, FileService, IdleHandle, opening, writing
 
 __all__ = ["AnyHandle", "Caller", "IdleHandle", "Service"]
 
@@ -95,7 +96,8 @@ class Service(FileService):
         """LINK."""
         self._refuse_replayer(who, "link")
         inode, node = self._table.get(nodeid), self._names(new_parent, name)
-        with self._own((node, name, Mask.CREATE), (inode, b"", Mask.ATTRIB)):
+        about = (node, name, Mask.CREATE), (inode, b"", Mask.ATTRIB)
+        with self._own(*about), writing(who.uid, kill=False):
             return self._fs.link(inode, node, name)
 
     def unlink(self, who: Caller, nodeid: int, name: bytes) -> None:
@@ -133,11 +135,14 @@ class Service(FileService):
         moved = Mask.MOVED_FROM | (Mask.MOVED_TO if flags & host.RENAME_EXCHANGE else Mask(0))
         arrived = Mask.MOVED_TO | (Mask.MOVED_FROM if flags & host.RENAME_EXCHANGE else Mask(0))
         lost = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
-        with self._own(
-            (old, name, moved),
-            (new, name2, arrived),
-            (old.children.get(name), b"", Mask.MOVE_SELF),
-            (new.children.get(name2), b"", lost),
+        with (
+            self._own(
+                (old, name, moved),
+                (new, name2, arrived),
+                (old.children.get(name), b"", Mask.MOVE_SELF),
+                (new.children.get(name2), b"", lost),
+            ),
+            writing(who.uid, kill=False),
         ):
             self._fs.rename(old, name, new, name2, flags, who)
 
@@ -149,15 +154,19 @@ class Service(FileService):
         return self._table.get(nodeid)
 
     def create(
-        self, who: Caller, nodeid: int, name: bytes, mode: int, flags: int
+        self, who: Caller, nodeid: int, name: bytes, mode: int, flags: int, *, kill: bool = False
     ) -> tuple[Entry, int]:
-        """CREATE."""
+        """CREATE; with O_TRUNC, ``kill`` suid and sgid bits of what is there already."""
         self.check_room()
         self._refuse_replayer(who, "create")
         node = self._names(nodeid, name)
         opened = opening(flags)
         child = node.children.get(name)
-        with self._own((node, name, Mask.CREATE | opened), (child, b"", opened)):
+        with (
+            self._own((node, name, Mask.CREATE | opened), (child, b"", opened)),
+            # An ordinary user acts without CAP_FSETID here anyway.
+            host.killing_suid() if kill and not who.uid else nullcontext(),
+        ):
             entry, handle = self._fs.create(node, name, mode, flags, who)
         return entry, self._new(handle, who)
 
@@ -218,6 +227,8 @@ class Service(FileService):
             except UnexpectedCall as error:
                 raise self._refused(error) from None
         self._check_writable()
+        if who.uid and changes.size is not None:
+            changes = changes._replace(kill_suid=True)
         handle = self._handles.get(fh) if fh is not None else None
         with self._own(*self._about(inode, changes.events)):
             return inode, self._fs.setattr(
@@ -228,6 +239,7 @@ class Service(FileService):
         """GETXATTR; the replayer's calls have no privileges to kill."""
         if nodeid >= FSD_DIR or (self.is_replayer(who) and name == b"security.capability"):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        xattrs.check(name, acls=self.acls)
         try:
             return self._fs.getxattr(self._table.get(nodeid), name)
         except FileNotFoundError:  # a removed directory: the kernel asks for its ACL at each use
@@ -235,20 +247,24 @@ class Service(FileService):
 
     def listxattr(self, nodeid: int) -> list[bytes]:
         """LISTXATTR."""
-        return [] if nodeid >= FSD_DIR else self._fs.listxattr(self._table.get(nodeid))
+        if nodeid >= FSD_DIR:
+            return []
+        return xattrs.listed(self._fs.listxattr(self._table.get(nodeid)), acls=self.acls)
 
     def setxattr(self, who: Caller, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
         """SETXATTR."""
         self._refuse_replayer(who, "setxattr")
         inode = self._node(nodeid)
+        xattrs.check(name, acls=self.acls)
         self._check_writable()
-        with self._own(*self._about(inode, Mask.ATTRIB)):
+        with self._own(*self._about(inode, Mask.ATTRIB)), writing(who.uid, kill=False):
             self._fs.setxattr(inode, name, value, flags)
 
     def removexattr(self, who: Caller, nodeid: int, name: bytes) -> None:
         """REMOVEXATTR."""
         self._refuse_replayer(who, "removexattr")
         inode = self._node(nodeid)
+        xattrs.check(name, acls=self.acls)
         self._check_writable()
         with self._own(*self._about(inode, Mask.ATTRIB)):
             self._fs.removexattr(inode, name)

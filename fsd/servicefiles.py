@@ -18,7 +18,7 @@ import structlog
 from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
-from . import fusekept, host
+from . import fileflags, fusekept, host
 from .directories import DirEntry
 from .export import Export
 from .fusekept import KeptSession, Opened
@@ -70,6 +70,8 @@ class FileService:
         self._table = export.table
         self.hidden = HiddenFiles(export, guest)
         self.kept: KeptSession | None = None
+        self.acls = False
+        """Whether POSIX ACLs may be used (fsd.xattrs): the door knows."""
         self._handles: dict[int, AnyHandle | LostHandle] = {}
         self._numbers = itertools.count(1)
         self.locks = GuestLocks(export.watcher, export.lock_waiters, self.has_room)
@@ -139,7 +141,7 @@ class FileService:
         fh = next(self._numbers)
         self._handles[fh] = handle
         if isinstance(handle, Handle):
-            handle.fh, handle.opener = fh, who.pid
+            handle.fh, handle.opener, handle.uid = fh, who.pid, who.uid
         if self.kept is not None:
             self.kept.opened(fh, _opened(handle))
             if isinstance(handle, Handle) and not handle.inode.nlink:
@@ -170,8 +172,8 @@ class FileService:
             raise self._refused(UnexpectedCall("data"))
         return handle
 
-    def open(self, who: Caller, nodeid: int, flags: int) -> int:
-        """OPEN."""
+    def open(self, who: Caller, nodeid: int, flags: int, *, kill: bool = False) -> int:
+        """OPEN; with O_TRUNC, ``kill`` suid and sgid bits."""
         self.check_room()
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
@@ -181,7 +183,7 @@ class FileService:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         inode = self._table.get(nodeid)
-        with self._own(*self._about(inode, opening(flags))):
+        with self._own(*self._about(inode, opening(flags))), truncating(who, flags, kill=kill):
             return self._new(self._fs.open(inode, flags), who)
 
     def _replay_open(self, who: Caller, nodeid: int) -> int:
@@ -249,7 +251,8 @@ class FileService:
             self._replay_data(handle, Mask.MODIFY)
             return len(data)
         handle = self._with_data(handle)
-        with self._own(*self._about(handle.inode, _WRITTEN)):
+        # The door does not say who writes, and the kernel has cleared suid bits itself.
+        with self._own(*self._about(handle.inode, _WRITTEN)), writing(handle.uid, kill=False):
             return os.pwrite(handle.fd, data, offset)
 
     def _replay_data(self, handle: IdleHandle, event: Mask) -> None:
@@ -281,14 +284,14 @@ class FileService:
         handle = self._with_data(handle)
         with (
             self._own(*self._about(handle.inode, _WRITTEN)),
-            host.killing_suid() if kill else nullcontext(),
+            writing(_payer(who, handle), kill=kill or who.uid != 0),
         ):
             return _moved(os.pwritev, handle.fd, views, offset)
 
     def fallocate(self, who: Caller, fh: int, mode: int, offset: int, length: int) -> None:
         """FALLOCATE."""
         handle = self._changing(who, fh, "fallocate")
-        with self._own(*self._about(handle.inode, _WRITTEN)), _as_user(who):
+        with self._own(*self._about(handle.inode, _WRITTEN)), writing(who.uid, kill=who.uid != 0):
             host.fallocate(handle.fd, mode, offset, length)
 
     def lseek(self, fh: int, offset: int, whence: int) -> int:
@@ -303,7 +306,8 @@ class FileService:
         """COPY_FILE_RANGE, COPY_LIMIT bytes at most; returns how many."""
         source, target = self.file(fh), self._changing(who, fh_out, "copy_file_range")
         read = self._about(source.inode, Mask.ACCESS)
-        with self._own(*read, *self._about(target.inode, _WRITTEN)), _as_user(who):
+        about = *read, *self._about(target.inode, _WRITTEN)
+        with self._own(*about), writing(who.uid, kill=who.uid != 0):
             size = min(size, COPY_LIMIT)
             return os.copy_file_range(source.fd, target.fd, size, offset, offset_out)
 
@@ -312,13 +316,13 @@ class FileService:
         return self.file(fh)
 
     def ioctl(self, who: Caller, fh: int, command: int, data: bytes) -> bytes:
-        """IOCTL. Raises OSError ENOTTY for all but host.IOCTLS."""
-        size = host.IOCTLS.get(command)
+        """IOCTL. Raises OSError ENOTTY for all but those of fsd.fileflags."""
+        size = fileflags.ARGUMENTS.get(command)
         handle = self.handle(fh)
         if size is None or isinstance(handle, HiddenHandle):
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         handle = self._changing(who, fh, "ioctl")
-        if command in host.CHANGING_IOCTLS:
+        if command in fileflags.CHANGING:
             self._check_writable()
         with self._own(*self._about(handle.inode, Mask.ATTRIB)):
             return self._fs.ioctl(handle, who, command, data[:size].ljust(size, b"\0"))
@@ -338,11 +342,19 @@ class FileService:
     def setlk(self, who: Caller, fh: int, owner: int, lock: Lock) -> None:
         """SETLK. Raises BlockingIOError where a lock is in the way."""
         self._refuse_replayer(who, "setlk")
-        self.locks.set(self.file(fh), owner, lock)
+        handle = self.file(fh)
+        if lock[0] == fcntl.F_WRLCK and handle.flags & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self.locks.set(handle, owner, lock)
 
     def flock(self, who: Caller, fh: int, kind: int) -> None:
-        """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way."""
+        """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way, EROFS for an
+        exclusive one in a share that the guest may not change: it would keep the host's own
+        programs out.
+        """
         self._refuse_replayer(who, "flock")
+        if kind == fcntl.F_WRLCK:
+            self._check_writable()
         handle = self.file(fh)
         self.locks.flock(handle, kind)
         if self.kept is not None:
@@ -455,9 +467,25 @@ def opening(flags: int) -> Mask:
     return _OPEN_TRUNC if flags & os.O_TRUNC else Mask.OPEN
 
 
-def _as_user(who: Caller) -> AbstractContextManager[None]:
-    """Changing a file's data clears its suid and sgid bits unless the caller is root."""
-    return host.killing_suid() if who.uid else nullcontext()
+def _payer(who: Caller, handle: Handle) -> int:
+    """Whose the blocks are that a WRITE takes: the caller's. What a guest's kernel writes back of
+    a mapped file comes from no process, and is the user's who opened the file.
+    """
+    return who.uid if who.uid or who.pid else handle.uid
+
+
+def writing(uid: int, *, kill: bool) -> AbstractContextManager[None]:
+    """Take blocks of the disk for a user: the host's limits for him hold. ``kill`` suid and sgid
+    bits, as a change of a file's data by anybody without CAP_FSETID does.
+    """
+    return host.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()
+
+
+def truncating(who: Caller, flags: int, *, kill: bool) -> AbstractContextManager[None]:
+    """Opening with O_TRUNC changes the data, as truncate(2) does: FUSE_OPEN_KILL_SUIDGID, and any
+    user's where the door does not say.
+    """
+    return host.killing_suid() if flags & os.O_TRUNC and (kill or who.uid) else nullcontext()
 
 
 _IOV_MAX = 1024

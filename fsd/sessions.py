@@ -207,7 +207,7 @@ class Session:
             self._replayer.connect(self._pid, hello)
             self.guest = self._replayer
         elif hello.role == Role.BY_HAND:
-            self.guest = self._export.hand_marks()
+            self.guest = self._export.hand_marks(self._via)
         else:
             self.guest = self._export.add_observer(self._name)
             self.guest.events = EVENTS & hello.events

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from protocol import masks
 
 from .guests import Guest, HandMarks, Observer
+from .inodes import Inode
 from .replayer import ReplayGuest
 
 if TYPE_CHECKING:
@@ -27,25 +28,57 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
 
 
-def snapshot(export: Export, viewer: Guest | None = None) -> dict[str, Any]:
-    """The whole state, as a JSON object. A mount (``viewer``) does not see other mounts, which may
-    be other machines, and what came through them.
+def snapshot(export: Export, viewer: ReplayGuest | None = None) -> dict[str, Any]:
+    """The state, as a JSON object: all of it for this host, and through its own mount. A machine
+    (``viewer``) sees what is its own, and nothing of other guests and of the host.
     """
+    if viewer is None or viewer.is_local:
+        return _whole(export)
+    return _of_machine(export, viewer)
+
+
+def _whole(export: Export) -> dict[str, Any]:
     return {
         "source": export.source,
         "pid": os.getpid(),
         "uptime_s": round(time.time() - export.started, 1),
         "inodes": len(export.table),
         "host_watches": len(export.watcher),
-        "unwatched": [
-            {"path": inode.shown_path().decode(errors="backslashreplace"), "reason": reason}
-            for inode, reason in export.unwatched.items()
-        ],
+        "unwatched": _unwatched(export, export.unwatched),
         "backlog": export.watcher.backlog,
         "counts": dict(export.counts),
         "by_kind": _by_kind(export.kinds),
-        "guests": [_guest(export, guest) for guest in _seen_by(viewer, export.guests)],
+        "guests": [_guest(export, guest) for guest in export.guests],
     }
+
+
+def _of_machine(export: Export, viewer: ReplayGuest) -> dict[str, Any]:
+    guests = [guest for guest in export.guests if guest is viewer or guest.via is viewer]
+    marked = {inode for guest in guests for inode in export.interest.marks(guest) if inode}
+    states = [_guest(export, guest) for guest in guests]
+    for guest, state in zip(guests, states, strict=True):
+        if guest is viewer:
+            state["name"] = "mount"  # its own is a path of the host
+    return {
+        "source": "",
+        "pid": 0,
+        "uptime_s": round(time.time() - viewer.began, 1),
+        "inodes": viewer.nodes_held(),
+        "host_watches": sum(bool(export.watcher.mask_of(inode)) for inode in marked),
+        "unwatched": _unwatched(export, marked),
+        "backlog": 0,
+        "counts": dict(sum((guest.counts for guest in guests), Counter())),
+        "by_kind": _by_kind(sum((guest.kinds for guest in guests), Counter())),
+        "guests": states,
+    }
+
+
+def _unwatched(export: Export, inodes: Collection[Inode]) -> list[dict[str, str]]:
+    return [
+        {"path": inode.shown_path().decode(errors="backslashreplace"), "reason": reason}
+        for inode, reason in export.unwatched.items()
+        if inode in inodes
+    ]
 
 
 def _by_kind(kinds: Counter[tuple[str, int]]) -> dict[str, dict[str, int]]:
@@ -56,13 +89,6 @@ def _by_kind(kinds: Counter[tuple[str, int]]) -> dict[str, dict[str, int]]:
             row = table.setdefault(kind, {})
             row[what] = row.get(what, 0) + times
     return table
-
-
-def _seen_by(viewer: Guest | None, guests: list[Guest]) -> list[Guest]:
-    def comes_from(guest: Guest) -> Guest | None:
-        return guest if isinstance(guest, ReplayGuest) else guest.via
-
-    return [guest for guest in guests if viewer is None or comes_from(guest) in (None, viewer)]
 
 
 _KINDS: dict[type[Guest], str] = {

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from . import sandbox
+from . import host, sandbox
 from .descriptors import share
 from .export import Export
 from .fusesession import SessionOptions
@@ -113,6 +113,8 @@ def run(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
+    if reason := host.cannot_change_identity():
+        raise StartError(reason)
     source = Path(options.source)
     try:
         if not source.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -68,12 +69,37 @@ def test_nothing_is_imported_from_the_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["namespace", "chroot"])
 def test_privileges(tmp_path: Path, mode: str) -> None:
+    """CAP_MKNOD has its effect for the moments in which it makes a device node."""
     kept = bits(NEEDED | {"DAC_READ_SEARCH"})
+    at_rest = bits((NEEDED | {"DAC_READ_SEARCH"}) - {"MKNOD"})
     nothing = bits(frozenset())
     assert probed(tmp_path, sandbox=mode)["status"] == {
-        "CapEff": kept, "CapPrm": kept, "CapBnd": kept, "CapInh": nothing, "CapAmb": nothing,
+        "CapEff": at_rest, "CapPrm": kept, "CapBnd": kept, "CapInh": nothing, "CapAmb": nothing,
         "NoNewPrivs": "1", "Seccomp": "2",
     }  # fmt: skip
+
+
+def test_a_device_node_opens_no_device(tmp_path: Path) -> None:
+    """Made by a guest's root in the share or in a file system below it, or by who took the server
+    over; nor does a program with the suid bit gain anything, nor run.
+    """
+    below = tmp_path / "below"
+    below.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", below], check=True)
+    try:
+        found = probed(tmp_path, sandbox="namespace")
+    finally:
+        subprocess.run(["umount", "-l", below], check=True)
+    assert found["mknod"] == "EPERM"
+    assert (found["node"], found["node below"]) == ("EACCES", "EACCES")
+    assert found["mounts"] == [["nodev", "noexec", "nosuid"]] * 2
+
+
+@pytest.mark.parametrize("mode", ["namespace", "chroot"])
+def test_requests_of_ioctl(tmp_path: Path, mode: str) -> None:
+    """Those that are made are let through, by their numbers."""
+    found = probed(tmp_path, sandbox=mode)["ioctl"]
+    assert found == {"TIOCSTI": "ENOSYS", "high bits": "ENOSYS", "FS_IOC_GETFLAGS": "done"}
 
 
 def test_no_file_handles(tmp_path: Path) -> None:

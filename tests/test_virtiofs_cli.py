@@ -474,7 +474,7 @@ def test_modcaps(top: Path) -> None:
     arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
     with server(*arguments, "--modcaps=-mknod:+sys_admin") as process:
         text = Path(f"/proc/{inside(process.pid)}/status").read_text()
-        kept = int(text.partition("CapEff:")[2].split()[0], 16)
+        kept = int(text.partition("CapPrm:")[2].split()[0], 16)
         assert (kept >> 27 & 1, kept >> 21 & 1) == (0, 1)
 
 

@@ -131,14 +131,17 @@ async def _read(channel: Channel, size: int) -> bytes:
 
 
 class FuseDoor(pyfuse3.Operations):
-    """One mount's requests."""
+    """One mount's requests. ``judged``: the kernel is to check permissions; not needed where the
+    server does all for itself alone.
+    """
 
     supports_dot_lookup = True
     # No flush: at the first ENOSYS the kernel stops asking, a round trip less at each close.
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, judged: bool = True) -> None:
         super().__init__()
-        self.enable_acl = os.geteuid() == 0  # makes the kernel judge permissions, ACLs included
+        self.enable_acl = judged  # makes the kernel judge permissions, ACLs included
+        service.acls = True  # else the host does, for the one user of the mount
         self._service = service
         self._channels: dict[int, Channel] = {}
         self._walked: dict[int, int] = {}  # by process: what the LOOKUP found that it made last

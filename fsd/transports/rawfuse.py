@@ -39,9 +39,19 @@ def _check(result: int, what: str) -> None:
 
 
 class RawFuseDoor:
-    """One mount. Raises OSError where it cannot be made."""
+    """One mount, ``for_all`` users or for root's processes alone. Raises OSError where it cannot be
+    made.
+    """
 
-    def __init__(self, service: Service, source: str, mountpoint: str, options: SessionOptions):
+    def __init__(
+        self,
+        service: Service,
+        source: str,
+        mountpoint: str,
+        options: SessionOptions,
+        *,
+        for_all: bool = True,
+    ) -> None:
         self._service = service
         self._options = options
         self._mountpoint = mountpoint
@@ -49,8 +59,8 @@ class RawFuseDoor:
         self._gone = False
         self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         rootmode = Path(service.export.source).stat().st_mode
-        data = f"fd={self.fd},rootmode={rootmode:o},user_id=0,group_id=0,allow_other"
-        data += ",default_permissions"
+        data = f"fd={self.fd},rootmode={rootmode:o},user_id=0,group_id=0"
+        data += ",default_permissions" + ",allow_other" * for_all
         arguments = (source.encode(), mountpoint.encode(), b"fuse.fsd")
         flags = _MS_NOSUID | _MS_NODEV
         try:

@@ -78,9 +78,9 @@ class World:
         """A guest that reads events."""
         return self.export.add_observer(name)
 
-    def mount(self, name: str = "mount", *, agent: bool = True) -> Service:
-        """A mount's operations, with its agent connected."""
-        service = Service(self.export, self.export.add_replayer(name))
+    def mount(self, name: str = "mount", *, agent: bool = True, local: bool = False) -> Service:
+        """A mount's operations, with its agent connected: another machine's, or a local one."""
+        service = Service(self.export, self.export.add_replayer(name, is_local=local))
         if agent:
             hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)
             service.guest.connect(AGENT_PID + len(self.services), hello)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
+
+import pytest
 
 from fsd.stats import snapshot
 from protocol import fuse
 from protocol.fuse import Opcode
 
 from .fuse_guest import GuestKernel
-from .support import World
+from .support import ALL, World
 
 
 def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
@@ -51,23 +54,35 @@ def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
     world.close()
 
 
-def test_a_mount_does_not_see_another(tmp_path: Path) -> None:
-    """In the statistics: neither its name nor its marks; the host sees all."""
-    (tmp_path / "d").mkdir()
-    world = World(tmp_path)
-    one, two = world.mount("one"), world.mount("two")
-    watcher = world.observer("of the host")
+def test_a_machine_sees_no_other_and_nothing_of_the_host(tmp_path: Path) -> None:
+    """In the statistics: what it and its own observers have; the host and its mounts see all."""
+    for name in ("d", "of-two", "of-the-host"):
+        (tmp_path / name).mkdir()
+    world = World(tmp_path, watch_limit=2)
+    local = world.mount("local", local=True)
+    one, two = world.mount("/run/one.sock"), world.mount("/run/two.sock")
     through_two = world.observer("of two")
     through_two.via = two.guest
-    world.mark(two.guest, "d")
-    seen = {
-        viewer.name if viewer else "": [g["name"] for g in snapshot(world.export, viewer)["guests"]]
-        for viewer in (None, one.guest, two.guest)
+    world.mark(one.guest, "d", ALL)
+    with pytest.raises(OSError, match="limit on host watches"):  # no watch is left
+        world.mark(through_two, "of-two", ALL)
+    with pytest.raises(OSError, match="limit on host watches"):
+        world.mark(world.observer("of the host"), "of-the-host", ALL)
+    (tmp_path / "d/f").touch()
+    world.pump()
+    states = {
+        viewer: snapshot(world.export, viewer)
+        for viewer in (None, local.guest, one.guest, two.guest)
     }
-    assert seen == {
-        "": ["one", "two", "of the host", "of two"],
-        "one": ["one", "of the host"],
-        "two": ["two", "of the host", "of two"],
-    }
-    assert watcher.via is None
+    names = [[guest["name"] for guest in state["guests"]] for state in states.values()]
+    everybody = ["local", "/run/one.sock", "/run/two.sock", "of two", "of the host"]
+    assert names == [everybody, everybody, ["mount"], ["mount", "of two"]]
+    unwatched = [{row["path"] for row in state["unwatched"]} for state in states.values()]
+    assert unwatched == [{"of-two", "of-the-host"}] * 2 + [set(), {"of-two"}]
+    seen = json.dumps(states[one.guest])
+    assert "of-two" not in seen
+    assert "sock" not in seen
+    assert str(tmp_path) not in seen
+    assert states[two.guest]["by_kind"] == {}, "what happens where others watch"
+    assert states[two.guest]["host_watches"] == 0
     world.close()

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fsd import host, sandbox
@@ -80,6 +81,35 @@ def _by_handle() -> str:
     return "done"
 
 
+def _node(directory: str) -> str:
+    """Makes one of /dev/null, as for a guest's root, and opens it."""
+    path = f"{directory}/null"
+    with host.making_nodes():
+        os.mknod(path, 0o20666, os.makedev(1, 3))
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    finally:
+        os.unlink(path)
+    return "done"
+
+
+def _mounts() -> list[list[str]]:
+    """What the share's mounts refuse."""
+    refusals = {"nosuid", "nodev", "noexec"}
+    with open(host.fd_path(0).removesuffix("fd/0") + "mountinfo") as mountinfo:
+        rows = [line.split() for line in mountinfo]
+    return [sorted(refusals & {*row[5].split(",")}) for row in rows if row[4].startswith("/")]
+
+
+def _ioctl() -> dict[str, str]:
+    requests = {"TIOCSTI": 0x5412, "high bits": 0x5412 | 1 << 40, "FS_IOC_GETFLAGS": 0x8008_6601}
+    call = _libc.ioctl
+    call.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p]
+    fd = os.open("/program", os.O_RDONLY)
+    room = ctypes.create_string_buffer(64)
+    return {name: answer(partial(libc, "ioctl", fd, n, room)) for name, n in requests.items()}
+
+
 PROBES: dict[str, Callable[[], Any]] = {
     "root": lambda: sorted(os.listdir("/")),
     "above": lambda: sorted(os.listdir("/..")),
@@ -99,6 +129,11 @@ PROBES: dict[str, Callable[[], Any]] = {
     "chroot": lambda: os.chroot("/"),
     "trace": lambda: libc("ptrace", 16, 1, 0, 0),
     "import": _import,
+    "mknod": lambda: os.mknod("/null", 0o20666, os.makedev(1, 3)),
+    "node": lambda: _node(""),
+    "node below": lambda: _node("/below"),
+    "mounts": _mounts,
+    "ioctl": _ioctl,
     "write": _write,
 }
 

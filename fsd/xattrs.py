@@ -1,0 +1,37 @@
+"""Which extended attributes guests may see and change: of those whose names carry rights, two.
+
+Apart because it is a rule about names that every door shares.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+
+ACL_ACCESS = b"system.posix_acl_access"
+_ACLS = frozenset({ACL_ACCESS, b"system.posix_acl_default"})
+_SYSTEM = b"system."
+"""The kernel leaves it to the file system to judge who sets these (xattr(7), fs/xattr.c): POSIX,
+NFSv4, SMB and NTFS ACLs. So a guest's kernel asks for them on anybody's behalf. It checks itself,
+before it asks, who may set user.*, trusted.* (CAP_SYS_ADMIN) and security.* (CAP_SETFCAP for
+security.capability, else CAP_SYS_ADMIN); and the host checks trusted.* and security.* again,
+against the server's own capabilities."""
+
+
+def is_open(name: bytes, *, acls: bool) -> bool:
+    """Whether guests may use an attribute. ``acls``: POSIX ACLs too, as somebody judges who sets
+    them: the guest's kernel, which then has agreed to FUSE_POSIX_ACL.
+    """
+    return not name.startswith(_SYSTEM) or (acls and name in _ACLS)
+
+
+def check(name: bytes, *, acls: bool) -> None:
+    """Raises OSError EOPNOTSUPP for an attribute that guests may not use."""
+    if not is_open(name, acls=acls):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def listed(names: Iterable[bytes], *, acls: bool) -> list[bytes]:
+    """The names that a guest may know of."""
+    return [name for name in names if is_open(name, acls=acls)]
