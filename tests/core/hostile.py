@@ -60,6 +60,8 @@ class Target:
             (source / name).mkdir()
         for name in ("f", "dir/g"):
             (source / name).write_bytes(b"data" * 500)
+            with suppress(OSError):  # not every file system has them
+                os.setxattr(source / name, "user.x", b"value")
         (source / "out").symlink_to("../outside")
         (source / "absolute").symlink_to(self.outside / "secret")
         self._service = self.world.mount(agent=False)
@@ -73,6 +75,8 @@ class Target:
                 self.handles.append(self.guest.open(node))
             except AssertionError:  # not every kind of file can be opened
                 continue
+        opened = self.guest.ok(Opcode.OPENDIR, 1, fuse.OPEN_IN.pack(0, 0))
+        self.handles.append(fuse.OPEN_OUT.unpack(opened)[0])
 
     def leave(self) -> None:
         """The guest goes, and nothing that it held is left."""
