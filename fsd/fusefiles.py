@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from protocol import fuse
 from protocol.fuse import Fopen, Opcode
@@ -90,10 +91,9 @@ class Files:
         """Take over what was open in another process."""
         self._handles.update(self._service.resume(kept, inodes))
 
-    def close(self) -> None:
-        """Close everything."""
-        for fh in list(self._handles):
-            self._close(fh)
+    def closing(self) -> Iterator[Callable[[], None]]:
+        """Steps that close everything."""
+        return (partial(self._close, fh) for fh in list(self._handles))
 
     def _close(self, fh: int) -> None:
         self._handles.discard(fh)

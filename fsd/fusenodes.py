@@ -10,8 +10,9 @@ import errno
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from protocol import fuse
 from protocol.frames import FSD_DIR
@@ -94,13 +95,12 @@ class Nodes:
     def __len__(self) -> int:
         return len(self._held)
 
-    def close(self) -> None:
-        """Give everything back."""
+    def closing(self) -> Iterator[Callable[[], None]]:
+        """Steps that give everything back. The guest holds nothing from now on."""
         held, self._held = self._held, {}
         self._pinned.clear()
         self._service.pinned = 0
-        for nodeid, count in held.items():
-            self._service.forget(nodeid, count)
+        return (partial(self._service.forget, *node) for node in held.items())
 
     def end(self) -> None:
         """The session is over."""

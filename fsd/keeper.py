@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -60,6 +61,9 @@ class Keeper:
 
     def run(self) -> int:
         """Until it is told to end, or the server ends by itself. Returns the exit status."""
+        # What guests' VMMs hand over is held here, too: one's must not crowd out another's.
+        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         with ExitStack() as cleanup:
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="fsd-keep-"))
             self._endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -12,8 +12,9 @@ import fcntl
 import itertools
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from protocol.masks import Mask
@@ -36,6 +37,9 @@ OWNERS_LIMIT = 1 << 16
 """Owners of one guest that hold locks, be it by a file's own descriptor or by one of their own."""
 
 
+SEARCHED = 1024
+"""Owners among which the process is searched that has a lock: one in the way of another that is not
+found has no process number. Each is a system call."""
 WOKEN = 16
 """Requests that are tried again at once when a guest gives a lock up: thousands may wait, and each
 try is a system call."""
@@ -107,7 +111,7 @@ class GuestLocks:
         kind, start, end, pid = self._ask(mine.fd, lock)
         if kind == fcntl.F_UNLCK:
             return Lock((kind, 0, 0, 0))
-        for other in self._owners[handle.inode].values():
+        for other in islice(self._owners[handle.inode].values(), SEARCHED):
             # Of the holder itself nothing is in the way.
             if other is not mine and self._ask(other.fd, Lock((kind, start, end, 0)))[0] == 2:
                 pid = other.pid
@@ -154,10 +158,13 @@ class GuestLocks:
         if mine is None:
             return
         self._count -= 1
-        if self.kept is not None:
-            self.kept.disowned(mine.number)
         if not owners:
             del self._owners[inode]
+        self._dropped(inode, mine)
+
+    def _dropped(self, inode: Inode, mine: _Owner) -> None:
+        if self.kept is not None:
+            self.kept.disowned(mine.number)
         if mine.handle is None:
             self._close(inode, mine.fd)
         else:
@@ -172,9 +179,18 @@ class GuestLocks:
 
     def close(self) -> None:
         """The guest is gone, and its locks with it."""
-        for inode, owners in list(self._owners.items()):
-            for owner in list(owners):
-                self.drop(inode, owner)
+        for step in self.closing():
+            step()
+
+    def closing(self) -> Iterator[Callable[[], None]]:
+        """The same, by steps: no owner has locks from now on, as far as the guest is concerned."""
+        left, self._owners = self._owners, {}
+        self._count = 0
+        return (
+            partial(self._dropped, inode, mine)
+            for inode, owners in left.items()
+            for mine in owners.values()
+        )
 
     def _owner(self, handle: Handle, owner: int, pid: int) -> _Owner:
         owners = self._owners.get(handle.inode, {})

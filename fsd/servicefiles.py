@@ -80,9 +80,7 @@ class FileService:
 
     def close(self) -> None:
         """Release every lock and every handle."""
-        if self.kept is not None:
-            self._fs.on_unlinked.remove(self._hold)
-            self.kept = None
+        self.keep_no_longer()
         self.locks.close()
         for fh in list(self._handles):
             self.release(fh)
@@ -391,6 +389,12 @@ class FileService:
             self.hidden.release(handle)
 
     # The server before, and the one after this
+
+    def keep_no_longer(self) -> None:
+        """Nothing more is noted: what is still open is another session's no more."""
+        if self.kept is not None:
+            self._fs.on_unlinked.remove(self._hold)
+            self.kept = self.locks.kept = None
 
     def keep(self, kept: KeptSession | None) -> None:
         """Have noted there what is open and locked."""

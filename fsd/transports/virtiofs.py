@@ -103,7 +103,10 @@ class ExportSession:
 
     def close(self) -> None:
         """The guest has gone, and all that it held with it."""
-        self._session.close()
+        self._service.keep_no_longer()  # the next session is kept in the same place
+        self._session.close(self._closed)
+
+    def _closed(self) -> None:
         self.nodes.end()
         self._service.close()
         self._export.remove_guest(self.guest)
