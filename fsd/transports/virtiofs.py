@@ -435,5 +435,7 @@ class _Connection:
                 if barren > BARREN:
                     await trio.sleep(BARREN_PAUSE)
                 await trio.lowlevel.wait_readable(kick)
+                if self._waiting.get(index) is not scope:
+                    return  # stopped since the kick: another file may have its number
                 self._kicks.drain(kick)
                 polling.slept()
