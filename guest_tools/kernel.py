@@ -111,8 +111,10 @@ def is_file_or_directory(fd: int) -> bool:
     try:
         check(_libc.statx(fd, b"", flags, _STATX_TYPE, buffer))
         (mode,) = struct.unpack_from("=H", buffer, 28)
-    except (AttributeError, OSError) as error:  # an old C library, or an old kernel
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.EPERM):
+    except (AttributeError, OSError) as error:
+        # An old C library, an old kernel, a filter; the library's stand-in says EINVAL.
+        missing = (errno.ENOSYS, errno.EPERM, errno.EINVAL)
+        if isinstance(error, OSError) and error.errno not in missing:
             raise
         mode = os.fstat(fd).st_mode
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode)

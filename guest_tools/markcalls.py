@@ -21,6 +21,7 @@ _SETTINGS = (
     ("buffer_size_kb", b"64"),  # of each processor; what does not fit is reported as lost
 )
 _READ = 1 << 16
+_READS = 16
 
 
 class MarkCalls:
@@ -79,14 +80,16 @@ class MarkCalls:
         return self._pipe_fd
 
     def read(self) -> tuple[set[int], bool]:
-        """The threads that have made such calls since the last read, and whether some were lost."""
+        """The threads that have made such calls since the last read, and whether some were lost.
+        Not more than is read within some ms: who goes on making calls would keep us here.
+        """
         threads: set[int] = set()
         lost = False
-        while True:
+        for _ in range(_READS):
             try:
                 data = os.read(self._pipe_fd, _READ)
             except BlockingIOError:
-                return threads, lost
+                break
             for line in data.split(b"\n"):
                 first = line.split(b" ", 1)[0]
                 if first.isdigit():
@@ -94,7 +97,8 @@ class MarkCalls:
                 elif line:  # "CPU:0 [LOST 12 EVENTS]"
                     lost = True
             if not data:
-                return threads, lost
+                break
+        return threads, lost
 
     def close(self) -> None:
         """Trace no more. Nobody may be waiting for ``fileno``, or the instance stays."""

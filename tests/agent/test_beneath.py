@@ -16,7 +16,7 @@ import pytest
 
 from guest_tools import beneath
 from guest_tools.beneath import open_file, reach
-from tests.support.forbid import OPENAT2
+from tests.support.forbid import OPENAT2, STATX
 
 ROOT = Path(__file__).parent.parent.parent
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts, which only root can")
@@ -176,6 +176,7 @@ from guest_tools import beneath
 fd = os.open(sys.argv[1], os.O_PATH)
 assert not beneath.has_openat2()
 os.close(beneath.reach(fd, b"a/b"))
+os.close(beneath.open_file(fd, b"a/b/file", os.O_RDONLY))
 try:
     beneath.reach(fd, b"a/link/file")
     print("followed")
@@ -185,12 +186,13 @@ except OSError:
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM])
-def test_a_kernel_without_openat2(tmp_path: Path, error: int) -> None:
+def test_a_kernel_without_such_calls(tmp_path: Path, error: int) -> None:
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/file").touch()
     (tmp_path / "a/link").symlink_to("b")
     command: list[str | Path] = [
         sys.executable, ROOT / "tests/support/forbid.py", str(OPENAT2), str(error),
+        sys.executable, ROOT / "tests/support/forbid.py", str(STATX), str(error),
         sys.executable, "-c", IN_AN_OLD_KERNEL, tmp_path,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

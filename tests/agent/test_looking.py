@@ -22,6 +22,7 @@ import pytest
 
 from guest_tools import marks, scanner, watchers
 from guest_tools.errors import PASSING
+from guest_tools.markcalls import MarkCalls
 from guest_tools.marks import device_of, pids
 from guest_tools.scanner import Scanner
 from guest_tools.watchers import Watchers
@@ -353,3 +354,12 @@ def test_hints_without_end(share: Mount, deaths: list[threading.ExceptHookArgs])
         wait_until(lambda: server.ends[-1].hint == 19, 20, "the answer")
         assert len(running._hot) < 10_000
     assert not deaths
+
+
+def test_calls_without_end() -> None:
+    """A program that sets marks in a loop makes more lines than can be read."""
+    calls = MarkCalls.__new__(MarkCalls)
+    calls._pipe_fd = os.open("/dev/zero", os.O_RDONLY)  # a read always returns something
+    calls._instances_fd = -1
+    assert calls.read() == (set(), True)
+    calls.close()

@@ -108,3 +108,39 @@ def test_a_server_starts_again(tmp_path: Path) -> None:
                 with guest({"share": path}) as other:
                     other.mount("share")
                     assert other.run("cat /mnt/file").stdout == "content\n"
+
+
+FANOTIFY = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None)
+group = libc.fanotify_init(0, os.O_RDONLY)
+assert libc.fanotify_mark(group, 0x11, ctypes.c_uint64(8), -100, b"/mnt") == 0  # the mount
+print("marked", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_what_a_guest_mounts_below_is_its_own(tmp_path: Path) -> None:
+    """The host's events are not made in it, not even while the agent works through the mount."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/data").touch()
+    with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
+        vm.mount("share")
+        start_agent(vm)
+        watcher = start_watcher(vm, "/mnt", "/mnt/sub", form="%e %w%f")
+        vm.run("mount -t tmpfs volume /mnt/sub && echo precious > /mnt/sub/data")
+        for number in range(2):
+            (tmp_path / "sub/data").unlink()
+            (tmp_path / "sub/dir").mkdir()
+            (tmp_path / "sub/dir").rename(tmp_path / f"sub/dir{number}")
+            (tmp_path / f"end{number}").mkdir()
+            watcher.wait_output(f"CREATE,ISDIR /mnt/end{number}", 20)
+            assert vm.run("ls /mnt/sub; cat /mnt/sub/data").stdout.split() == ["data", "precious"]
+            for seen in ("DELETE /mnt/sub/data", f"MOVED_TO,ISDIR /mnt/sub/dir{number}"):
+                watcher.wait_output(seen)
+            assert not status(vm)["guests"][0]["failed"]
+            (tmp_path / "sub/data").touch()
+            if not number:
+                program = vm.start(["python3", "-c", FANOTIFY])
+                program.wait_output("marked")
+                wait_until(lambda: any(mark["wd"] < 0 and mark["armed"] for mark in marks(vm)), 40)

@@ -12,6 +12,7 @@ import struct
 import sys
 
 OPENAT2 = 437
+STATX = {"x86_64": 332}.get(os.uname().machine, 291)
 _SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 _LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
 _ALLOW, _ERRNO = 0x7FFF_0000, 0x0005_0000
