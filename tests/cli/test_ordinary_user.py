@@ -26,14 +26,14 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, whi
 
 
 @contextmanager
-def users_mount(tmp_path: Path, *options: str) -> Iterator[tuple[Mount, Path]]:
-    """A mount made by nobody, by fusermount3, in a namespace of its own."""
+def users_mount(tmp_path: Path, *options: str, setup: str = "") -> Iterator[tuple[Mount, Path]]:
+    """A mount made by nobody, by fusermount3, in a namespace of its own, after lines ``setup``."""
     with world_readable() as top:
         source, mountpoint = top / "source", top / "mount"
         for directory in (source, mountpoint):
             directory.mkdir()
             os.chown(directory, UID, UID)
-        setup = f"{device_of_everybody(tmp_path)}\n{python_of_everybody(tmp_path)}"
+        setup += f"\n{device_of_everybody(tmp_path)}\n{python_of_everybody(tmp_path)}"
         line = private(setup, *as_user(), FSD, "mount", source, mountpoint, *options)
         with background(*line) as process:
             assert line_of(process, 30) == f"fsd: ready: {source} on {mountpoint}", (
@@ -107,3 +107,38 @@ def test_an_ordinary_user_unmounts(tmp_path: Path) -> None:
         done = run([*user, "fusermount3", "-u", "-z", share.mountpoint])
         assert done.returncode == 0, done.stderr
         assert share.process.wait(20) == 0
+
+
+def test_an_ordinary_users_mount_for_all_is_not_all_theirs(tmp_path: Path) -> None:
+    """The server does for others what its own user may; the kernel checks what they may."""
+    conf = tmp_path / "fuse.conf"
+    conf.write_text("user_allow_other\n")
+    conf.chmod(0o644)
+    for_all = f"mount --bind {conf} /etc/fuse.conf"
+    with users_mount(tmp_path, "--allow-other", "--no-agent", setup=for_all) as (share, _):
+        other = inside(share.process.pid, *as_user(UID - 1))
+        owner = inside(share.process.pid, *as_user())
+        for name, mode in (("diary", 0o600), ("board", 0o644), ("listed", 0o644)):
+            (share.source / name).write_text("its text")
+            os.chown(share.source / name, UID, UID)
+            (share.source / name).chmod(mode)
+        acl = f"u:{UID - 1}:-"
+        done = run([*owner, "setfacl", "-m", acl, share.mountpoint / "listed"])
+        assert done.returncode == 0, done.stderr
+        for name, sees in (("diary", False), ("board", True), ("listed", False)):
+            done = run([*other, "cat", share.mountpoint / name])
+            assert (done.stdout == "its text") is sees, done
+            done = run([*other, "sh", "-c", f"echo x >> {share.mountpoint / name}"])
+            assert done.returncode, name
+            assert run([*other, "chmod", "777", share.mountpoint / name]).returncode, name
+            assert run([*owner, "cat", share.mountpoint / name]).stdout == "its text"
+        assert "No such file" in run([*other, "ls", share.mountpoint / ".fsd"]).stderr
+        share.source.chmod(0o777)
+        make = (
+            "import os; os.close(os.open('tool', os.O_CREAT, 0o6777)); os.mknod('node', 0o106777)"
+        )
+        done = run([*other, "sh", "-c", f'cd {share.mountpoint} && python3 -c "{make}"'])
+        assert done.returncode == 0, done.stderr
+        for name in ("tool", "node"):  # the server's user owns what it makes
+            made = (share.source / name).stat()
+            assert (made.st_uid, made.st_mode & 0o7000) == (UID, 0)

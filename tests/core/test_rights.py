@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import pytest
 
 from fsd import fileflags, host
 from fsd.fusesession import SessionOptions
+from fsd.sandbox import CAPABILITIES
 from protocol import frames, fuse
 from protocol.fuse import Fattr, Opcode
 
@@ -196,6 +198,32 @@ def _supplementary(groups: tuple[int, ...]) -> bytes:
     return (struct.pack("<II", size, 32) + data).ljust(size, b"\0")
 
 
+OTHER_MACHINE = """
+import os, sys
+name = os.uname()
+os.uname = lambda: os.uname_result((*name[:4], "sparc64"))
+from fsd.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["mount", "virtiofs"])
+def test_root_does_not_start_where_it_cannot_act_as_others(tmp_path: Path, command: str) -> None:
+    for name in ("source", "mount"):
+        (tmp_path / name).mkdir()
+    arguments = [str(tmp_path / "source"), str(tmp_path / "mount")]
+    if command == "virtiofs":
+        arguments = [f"--shared-dir={tmp_path / 'source'}", f"--socket-path={tmp_path / 'socket'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_MACHINE, command, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "setfsuid" in line
+    assert "sparc64" in line
+    assert "as an ordinary user" in line
+
+
 # suid and sgid bits (FUSE_HANDLE_KILLPRIV_V2)
 
 
@@ -347,6 +375,23 @@ def test_users_do_not_get_what_is_reserved_for_root(
 
     with disk(tmp_path, "ext4", 8, "-m", "25", "-N", "4096", "-O", "^has_journal") as point:
         in_child(work)
+
+
+def test_limits_of_disks_are_obeyed_for_good() -> None:
+    """CAP_SYS_RESOURCE, with which quotas do not hold, is in no set of the server's any more."""
+
+    def work() -> None:
+        bit = 1 << CAPABILITIES.index("SYS_RESOURCE")
+        for has in (True, False):
+            status = Path("/proc/thread-self/status").read_text()
+            sets = [line.split() for line in status.splitlines() if line.startswith("Cap")]
+            held = {name: int(value, 16) & bit for name, value in sets}
+            assert bool(held["CapEff:"]) is bool(held["CapPrm:"]) is has
+            host.obey_limits_of_disks()
+            with host.on_behalf_of(USER, kill_suid=False):
+                pass
+
+    in_child(work, _map)
 
 
 def test_a_guest_does_not_leave_its_project(tmp_path: Path) -> None:
