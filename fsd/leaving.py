@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+from .guard import Guard
+
 AT_ONCE = 2000
 """Steps that are done at once, some 20 ms: all that most guests have."""
 AT_A_TIME = 300
@@ -19,10 +21,13 @@ def give_back(
     then: Callable[[], None],
     count: int = AT_ONCE,
 ) -> None:
-    """Take the steps, and call ``then`` at their end: now, or later by ``soon``."""
+    """Take the steps, and call ``then`` at their end: now, or later by ``soon``. One that fails is
+    lost, and the others are not.
+    """
     done = 0
     for step in islice(steps, count):
-        step()
+        with Guard("giving back"):
+            step()
         done += 1
     if done < count:
         then()

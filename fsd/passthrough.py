@@ -95,8 +95,13 @@ def _check_regular(kind: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-# O_APPEND: the guest's kernel sends offsets. O_DIRECT: the caller may not mean ours.
-_DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW
+# O_APPEND: the guest's kernel sends offsets. O_DIRECT: the caller may not mean ours. O_PATH and
+# O_TMPFILE open something else than the file; no kernel sends them, a hostile one does.
+_O_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
+_DROPPED_FLAGS = (
+    os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW
+    | os.O_PATH | _O_TMPFILE | os.O_ASYNC
+)  # fmt: skip
 
 
 class PassthroughFS:

@@ -12,7 +12,7 @@ import os
 import socket
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -107,9 +107,10 @@ class ExportSession:
         self._session.close(self._closed)
 
     def _closed(self) -> None:
-        self.nodes.end()
-        self._service.close()
-        self._export.remove_guest(self.guest)
+        with ExitStack() as steps:  # from the last to the first; each, whatever another raises
+            steps.callback(self._export.remove_guest, self.guest)
+            steps.callback(self._service.close)
+            steps.callback(self.nodes.end)
 
 
 class Door:

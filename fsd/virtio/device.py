@@ -197,8 +197,10 @@ class Device:
 
     def close(self) -> None:
         """The front-end has gone."""
-        self._reset()
-        self._close()
+        try:
+            self._reset()
+        finally:
+            self._close()
 
     def leave(self) -> Left | None:
         """The connection is lost. What is left where the front-end may come back; else as close."""

@@ -1,0 +1,42 @@
+"""What a guest's kernel never sends, a hostile one does: and at its end all is given back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+import pytest
+
+from protocol import fuse
+from protocol.fuse import Opcode
+
+from .fuse_guest import GuestKernel
+from .hostile import _open_below
+from .support import World
+
+
+@pytest.fixture
+def guest(world: World) -> GuestKernel:
+    (world.source / "f").write_bytes(b"data")
+    return GuestKernel(world.mount(agent=False))
+
+
+@pytest.mark.parametrize("flag", [os.O_PATH, os.O_TMPFILE & ~os.O_DIRECTORY, os.O_ASYNC])
+def test_an_open_is_one_of_the_file(world: World, guest: GuestKernel, flag: int) -> None:
+    """Not of its place only, of a nameless other file, or with signals to the server."""
+    guest.open(guest.lookup(b"f").nodeid, os.O_RDWR | flag)
+    (fd,) = _open_below(world.source)
+    assert os.pread(fd, 10, 0) == b"data"
+    assert not fcntl.fcntl(fd, fcntl.F_GETFL) & flag
+
+
+def test_a_lock_that_cannot_be_given_back(world: World, guest: GuestKernel) -> None:
+    """The rest is: its descriptor was closed beside the table, which no guest can do."""
+    node = guest.lookup(b"f").nodeid
+    handles = [guest.open(node, os.O_RDWR) for _ in range(3)]
+    lock = fuse.LK_IN.pack(handles[0], 7, 0, 10, fcntl.F_WRLCK, 1, 0)
+    guest.ok(Opcode.SETLK, node, lock)
+    os.close(min(_open_below(world.source)))
+    guest.session.close()
+    assert _open_below(world.source) == []
+    assert [node for node in world.table._by_node.values() if node.lookups] == []
