@@ -89,7 +89,8 @@ class _Wait:
         self._stops = [on_unlock(self._wake), retries.add(self)]
 
     def _stop(self) -> None:
-        for stop in self._stops:
+        stops, self._stops = self._stops, []  # which lead back here, and here to guest memory
+        for stop in stops:
             stop()
 
     def _wake(self) -> None:

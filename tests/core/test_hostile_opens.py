@@ -1,9 +1,14 @@
-"""What a guest's kernel never sends, a hostile one does: and at its end all is given back."""
+"""What a guest's kernel never sends, a hostile one does: and at its end all is given back.
+
+Found by script/fuzz hostile.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
+import weakref
 
 import pytest
 
@@ -40,3 +45,21 @@ def test_a_lock_that_cannot_be_given_back(world: World, guest: GuestKernel) -> N
     guest.session.close()
     assert _open_below(world.source) == []
     assert [node for node in world.table._by_node.values() if node.lookups] == []
+
+
+def test_memory_of_a_lock_that_was_waited_for(guest: GuestKernel) -> None:
+    """Is let go with the wait: until a garbage collection, which an idle server does not make, the
+    guest's memory would stay mapped.
+    """
+    node = guest.lookup(b"f").nodeid
+    handles = [guest.open(node) for _ in range(2)]
+    body = [fuse.LK_IN.pack(fh, fh, 0, 10, fcntl.F_WRLCK, 1, 0) for fh in handles]
+    guest.ok(Opcode.SETLK, node, body[0])
+    gc.disable()
+    try:
+        waiting = guest.begin(Opcode.SETLKW, node, body[1])
+        kept = weakref.ref(guest.session._waiting._entries[waiting.unique].stop.__self__)  # type: ignore[attr-defined]
+        guest.session.close()
+        assert kept() is None
+    finally:
+        gc.enable()

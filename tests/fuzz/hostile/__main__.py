@@ -338,7 +338,7 @@ def fuzz(seconds: float, seed: int, bound: float, options: list[str], keep: Path
             pid = inside(process.pid)
             fresh = held(pid)
             _round(result, pid, process, paths, share, outside, seed + 100, WARM, scratch, None)
-            level, _ = _come_back(pid, fresh, 0)
+            level, _ = _come_back(pid, fresh, 1 << 40)
             result.say(f"start: {fresh}; after {WARM:.0f} s of use: {level}")
             if not result.failures:
                 begun = time.monotonic()
