@@ -13,6 +13,7 @@ import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import structlog
@@ -54,9 +55,9 @@ _ONCE = frozenset({
     Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
 })  # fmt: skip
 """Requests that do something else the second time (docs/decisions/restart.md)."""
-FORGETS_LIMIT = 1 << 16
-"""Bytes of a BATCH_FORGET over virtiofs: 4,096 nodes, some 20 ms. Linux sends none there; by
-/dev/fuse they come as large as the buffer."""
+FORGETS_LIMIT = 1 << 22
+"""Bytes of BATCH_FORGET that are still to be done, of one guest over virtiofs; Linux sends none
+there. By /dev/fuse they come from this machine's kernel, and are done at once."""
 _DOTS = (b".\0", b"..\0")
 """What LOOKUP asks for of a node that a file handle names (fs/fuse/inode.c, fuse_get_dentry)."""
 
@@ -93,6 +94,8 @@ class FuseSession:
         self._service = service
         self._guest = service.guest.name  # for the log
         self._loop = loop
+        self._era = 0  # how often everything was given back
+        self._forgetting = 0  # bytes of BATCH_FORGET that are not done
         self._options = options or SessionOptions()
         caching, submounts = self._options.caching, self._options.submounts
         limit = self._options.nodes_limit
@@ -211,6 +214,7 @@ class FuseSession:
         called once that is done: where it is much, later.
         """
         self._minor = 0
+        self._era += 1
         self._waiting.close()
         self._service.export.drop_hand_marks(self._service.guest)
         steps = chain(self._service.locks.closing(), self._files.closing(), self.nodes.closing())
@@ -296,10 +300,20 @@ class FuseSession:
         request.drop()
 
     def _batch_forget(self, request: Request) -> None:
-        if self._options.notify is None and len(request.body) > FORGETS_LIMIT:
-            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-        for nodeid, count in fuse.forgets(request.body):
-            self.nodes.forget(nodeid, count)
+        forgets, size, era = fuse.forgets(request.body), len(request.body), self._era
+        if self._options.notify is not None:
+            for nodeid, count in forgets:
+                self.nodes.forget(nodeid, count)
+        else:
+            if self._forgetting + size > FORGETS_LIMIT:
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+            self._forgetting += size
+
+            def done() -> None:
+                self._forgetting -= size
+
+            steps = (partial(self.nodes.forget, *one) for one in forgets if self._era == era)
+            give_back(steps, self._loop.soon, done)
         request.drop()
 
     def _interrupt(self, request: Request) -> None:
