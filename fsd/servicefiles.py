@@ -380,11 +380,14 @@ class FileService:
         if isinstance(handle, LostHandle) and handle.is_agents and self.hidden.control is None:
             self.guest.let_go()
         if isinstance(handle, Handle):
-            self.locks.released(handle)
             reading = handle.flags & os.O_ACCMODE == os.O_RDONLY
             closing = Mask.CLOSE_NOWRITE if reading else Mask.CLOSE_WRITE
-            with self._own(*self._about(handle.inode, closing)):
-                self._fs.release(handle)
+            try:
+                self.locks.released(handle)
+                with self._own(*self._about(handle.inode, closing)):
+                    self._fs.release(handle)
+            finally:
+                self._fs.release(handle)  # it closes once, whatever else fails
         elif isinstance(handle, HiddenHandle):
             self.hidden.release(handle)
 

@@ -318,12 +318,8 @@ class HostWatcher:
         while True:
             try:
                 buffer = os.read(self.fd, _READ_SIZE)
-            except BlockingIOError:
+            except OSError:  # there is no more, or it stays queued
                 break
-            except OSError:
-                if not events:
-                    raise
-                break  # the rest is still queued
             events.extend(parse_events(buffer))
             if len(buffer) < _READ_SIZE // 2 and not self._readable():
                 break
@@ -333,9 +329,15 @@ class HostWatcher:
         return events
 
     def _readable(self) -> bool:
+        """Whether events are queued. Where that cannot be told, none are read for now: a call whose
+        events they are must not fail for it.
+        """
         if self._is_handed_over:
             return False
-        (size,) = struct.unpack("i", fcntl.ioctl(self.fd, _FIONREAD, b"\0\0\0\0"))
+        try:
+            (size,) = struct.unpack("i", fcntl.ioctl(self.fd, _FIONREAD, b"\0\0\0\0"))
+        except OSError:
+            return False
         return bool(size)
 
     def drain(self) -> None:
