@@ -39,8 +39,12 @@ UNREACHED = {
     "host.file_handle": "at the start, which may fail",
     "host.supplementary_groups": "only of users that are not root",
     "host.mount_id": "at the start, which may fail",
+    "host.cannot_change_identity": "at the start, which may fail",
+    "host.obey_limits_of_disks": "at the start, which may fail",
+    "host.sees_processes": "only for a lone OPEN, and users that are not root",
     "os.listdir": "of /proc, for a lone OPEN",
 }
+BY_HANDLE = {"host.open_by_handle", "host.open_below"}  # an ordinary user's server calls neither
 ENDS = {"delete", "delete_self", "moved_from", "moved_to", "move_self", "unmount", "ignored"}
 FILES = ("d/a", "d/b", "d/sub/x", "e/f")
 THERE = {b"", b"d", b"d/a", b"d/b", b"d/sub", b"d/sub/x", b"e", b"e/f", b"d/new"}
@@ -53,13 +57,14 @@ _tops = count()
 class Scenario:
     """One run: a fresh tree, marks on it, then all that the server does."""
 
-    def __init__(self, top: Path) -> None:
+    def __init__(self, top: Path, *, handles: bool) -> None:
         self.source = top / f"{next(_tops)}"
         for directory in ("d/sub", "e", "s"):
             (self.source / directory).mkdir(parents=True)
         for file in FILES:
             (self.source / file).write_text("content")
         self.world = World(self.source)
+        self.world.table.by_handle = handles
         self.mount = self.world.mount(agent=False)
         self.nodes = {p: self.world.node(p) for p in (*MARKS, *FILES, "e", "s")}
         self.observer = self.world.observer()
@@ -173,6 +178,7 @@ class Scenario:
         attempt(mount.link, USER, node, there, b"l")
         attempt(mount.mkdir, USER, there, b"m", 0o755)
         attempt(mount.mknod, USER, there, b"p", 0o010644, 0)
+        attempt(mount.mknod, USER, there, b"z", 0o020600, os.makedev(1, 3))
         if (link := attempt(mount.symlink, USER, there, b"y", b"c")) is not None:
             attempt(mount.readlink, link.inode.nodeid)
         with suppress(OSError):  # not there, where it could not be made
@@ -220,9 +226,9 @@ def lasting(number: int) -> int:
     return 1 << 30 if number in (errno.EMFILE, errno.ENOMEM) else 1
 
 
-def reached(call: Call, top: Path) -> int:
+def reached(call: Call, top: Path, *, handles: bool) -> int:
     """How many calls of it the scenario has."""
-    scenario = Scenario(top)
+    scenario = Scenario(top, handles=handles)
     injector = Injector(call, errno.EIO, 0, 0)
     with injector.active():
         scenario.run()
@@ -240,10 +246,14 @@ def samples(calls: int) -> Iterator[int]:
     yield from range(1, calls + 1, step)
 
 
+@pytest.mark.parametrize("handles", [True, False], ids=["handles", "paths"])
 @pytest.mark.parametrize("call", CALLS, ids=[call.label for call in CALLS])
 @pytest.mark.usefixtures("quick")
-def test_a_call_that_fails(call: Call, tmp_path: Path) -> None:
-    calls = reached(call, tmp_path)
+def test_a_call_that_fails(call: Call, handles: bool, tmp_path: Path) -> None:
+    """By file handles, and as an ordinary user's server, which opens none."""
+    if not handles and call.label in BY_HANDLE:
+        return
+    calls = reached(call, tmp_path, handles=handles)
     if call.label in UNREACHED:
         assert not calls, "it is reached: it belongs to the others"
         return
@@ -251,7 +261,7 @@ def test_a_call_that_fails(call: Call, tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     for number in NUMBERS:
         for first in samples(calls):
-            scenario = Scenario(tmp_path)
+            scenario = Scenario(tmp_path, handles=handles)
             injector = Injector(call, number, first, lasting(number))
             note = f"{errno.errorcode[number]} of call {first} of {calls}"
             try:
