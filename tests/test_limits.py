@@ -21,7 +21,7 @@ UNITS = {
     "ms": 1e-3, "s": 1, "%": 0.01, "": 1,
 }  # fmt: skip
 _NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(?:\s?(KiB|MiB|GiB|TiB|Mi|ms|s|%)(?!\w))?")
-_CONSTANT = re.compile(r"`(?:([a-z_]+)\.)?([A-Z][A-Z_]+)`")
+_CONSTANT = re.compile(r"`(?:([a-z_]+)\.)?(_?[A-Z][A-Z_]+)`")
 _FILE = re.compile(r"`([a-z_/]+\.py)`")
 
 
