@@ -258,10 +258,12 @@ def acting_as(
         setfsuid, setfsgid, setgroups = _known_calls()
         own = os.getgroups()
         effective = _capabilities()[0]  # before any is dropped
+        grouped = False
         try:
-            _set_groups(setgroups, groups)
             _set_checked(setfsgid, gid)
             _set_checked(setfsuid, uid)
+            _set_groups(setgroups, groups)
+            grouped = True
             if judged and uid:
                 lowered = effective & ~_CAP_FS_SET | _CAP_DAC_OVERRIDE
                 _check(_libc.capset(_CAP_HEADER, _effective(lowered)))
@@ -269,7 +271,8 @@ def acting_as(
         finally:
             _libc.syscall(setfsuid, 0)  # gives back what is permitted, had it an effect or not
             _libc.syscall(setfsgid, 0)
-            _set_groups(setgroups, own)
+            if grouped:
+                _set_groups(setgroups, own)
             if uid:
                 _check(_libc.capset(_CAP_HEADER, _effective(effective)))
     finally:

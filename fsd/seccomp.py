@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 
-from . import fileflags
+from . import fileflags, watcher
 
 ALLOWED = """
 accept4 brk capget capset clock_getres clock_gettime clock_nanosleep close close_range
@@ -32,10 +32,9 @@ access chmod chown epoll_create getdents inotify_init lchown link lstat mkdir mk
 readlink rename rmdir select stat symlink time unlink utime utimes
 """
 """Older forms of the same, which some architectures have."""
-IOCTLS = (*fileflags.ARGUMENTS, 0x4004_4900, 0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
-"""Requests of ioctl(2): what guests may ask for; INOTIFY_IOC_SETNEXTWD and FIONREAD, which the
-watcher makes of its queue; and TCGETS, FIONBIO, FIONCLEX, FIOCLEX, which are Python's for open,
-setblocking and set_inheritable."""
+IOCTLS = (*fileflags.ARGUMENTS, *watcher.IOCTLS, 0x5401, 0x5421, 0x5450, 0x5451)
+"""Requests of ioctl(2): what guests may ask for, the watcher's own; and TCGETS, FIONBIO, FIONCLEX,
+FIOCLEX, which are Python's for open, setblocking and set_inheritable."""
 _CLONE_THREAD = 0x10000
 _ALLOW, _KILL, _TRAP, _LOG, _ERRNO = (
     0x7FFF_0000, 0x8000_0000, 0x0003_0000, 0x7FFC_0000, 0x0005_0000,

@@ -35,6 +35,8 @@ _READ_SIZE = 256 * 1024
 _FIONREAD = 0x541B
 _SETNEXTWD = 0x40044900
 """INOTIFY_IOC_SETNEXTWD of <linux/inotify.h>: the number of the next watch, if it is free."""
+IOCTLS = (_FIONREAD, _SETNEXTWD)
+"""What is asked of an inotify instance by ioctl(2)."""
 _MASK_ADD = 0x2000_0000
 """IN_MASK_ADD of inotify(7)."""
 _HIGHEST_WD = (1 << 31) - 1

@@ -15,8 +15,8 @@ _SYSTEM = b"system."
 """The kernel leaves it to the file system to judge who sets these (xattr(7), fs/xattr.c): POSIX,
 NFSv4, SMB and NTFS ACLs. So a guest's kernel asks for them on anybody's behalf. It checks itself,
 before it asks, who may set user.*, trusted.* (CAP_SYS_ADMIN) and security.* (CAP_SETFCAP for
-security.capability, else CAP_SYS_ADMIN); and the host checks trusted.* and security.* again,
-against the server's own capabilities."""
+security.capability, else CAP_SYS_ADMIN, or what its LSM says). The host checks these again, for the
+server: the sandbox has no CAP_SYS_ADMIN, and an LSM of the host's judges its own labels."""
 
 
 def is_open(name: bytes, *, acls: bool) -> bool:

@@ -55,6 +55,7 @@ def test_what_serving_needs_works(tmp_path: Path) -> None:
     found = probed(tmp_path)
     assert found["descriptor"] == ["program"]
     assert (found["handle"], found["thread"], found["write"]) == ("done", "done", "done")
+    assert found["watch"] == ["create", "delete"]
 
 
 def test_nothing_is_imported_from_the_share(tmp_path: Path) -> None:

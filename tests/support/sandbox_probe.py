@@ -19,7 +19,10 @@ from functools import partial
 from typing import Any
 
 from fsd import host, sandbox
+from fsd.export import Export
 from fsd.virtiofsd import Options, enter
+from protocol import frames, masks
+from protocol.masks import Mask
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -110,6 +113,20 @@ def _ioctl() -> dict[str, str]:
     return {name: answer(partial(libc, "ioctl", fd, n, room)) for name, n in requests.items()}
 
 
+def _watch() -> list[str]:
+    """What a guest is told of a directory made and removed, in the way of a server."""
+    export = Export("/")
+    guest = export.add_observer("probe")
+    export.update(guest, export.table.root.key, int(Mask.CREATE | Mask.DELETE))
+    os.mkdir("/made")
+    os.rmdir("/made")
+    export.watcher.drain()
+    export.watcher.on_arrival()
+    export.process(100)
+    events = [message for message in guest.take(10) if isinstance(message, frames.Event)]
+    return [masks.names(event.mask)[0] for event in events]
+
+
 PROBES: dict[str, Callable[[], Any]] = {
     "root": lambda: sorted(os.listdir("/")),
     "above": lambda: sorted(os.listdir("/..")),
@@ -134,6 +151,7 @@ PROBES: dict[str, Callable[[], Any]] = {
     "node below": lambda: _node("/below"),
     "mounts": _mounts,
     "ioctl": _ioctl,
+    "watch": _watch,
     "write": _write,
 }
 
