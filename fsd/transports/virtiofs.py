@@ -49,6 +49,10 @@ BARREN = 16
 never ends (EFD_SEMAPHORE); a guest's kernel kicks once too often at times, but not so often."""
 BARREN_PAUSE = 0.002
 """Seconds: some 1 % of a processor for as long as that goes on."""
+FAULT_PAUSE, LONGEST_FAULT_PAUSE, FORGIVEN = 0.05, 2.0, 60.0
+"""Seconds that a VMM waits before it may connect again, once it has broken the rules of eventfds.py
+and mapping.py twice in a row: longer each time, as each may have cost others 40 ms. One that keeps
+them for a minute is as good as new."""
 RECONNECT = 30.0
 """Seconds for which a guest's session waits for a VMM that may connect again."""
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
@@ -142,6 +146,7 @@ class Door:
         """Of that one."""
         self._left: Left | None = None
         self._connection: _Connection | None = None
+        self._faults = 0  # of VMMs, one after the other
 
     def leave(self) -> None:
         """Serve nothing any more and end nothing: the next process goes on."""
@@ -204,6 +209,15 @@ class Door:
             self.conversation.end()
         log.info("VMM has gone", share=self.name)
         await _close_elsewhere(served.unclosed)
+        await self._pause(served)
+
+    async def _pause(self, served: _Connection) -> None:
+        """Have a VMM wait that comes again and again to have the server wait."""
+        if served.is_broken:
+            self._faults += 1
+            await trio.sleep(min(FAULT_PAUSE * (2**self._faults - 2), LONGEST_FAULT_PAUSE))
+        elif trio.current_time() - served.begun > FORGIVEN:
+            self._faults = 0
 
 
 class GuestDoor(Door):
@@ -287,7 +301,8 @@ class _Connection:
         self.left = left
         """What the one before has left, and then this one."""
         self._turns = Turns()
-        self._is_broken = self._has_ended = False
+        self.begun = trio.current_time()
+        self.is_broken = self._has_ended = False
         self._kicks = Reader()
         self._waiting: dict[int, trio.CancelScope] = {}
         self.unclosed: list[int] = []
@@ -380,6 +395,7 @@ class _Connection:
                 wrong += "or a file on tmpfs or hugetlbfs"
         if wrong:
             self.unclosed += fds
+            self.is_broken = True
             raise VhostUserError(wrong)
         return data, tuple(fds)
 
@@ -399,8 +415,8 @@ class _Connection:
             log.error("VMM dropped", share=self._door.name, error=why)
             self._nursery.cancel_scope.cancel()
 
-        if not self._is_broken:
-            self._is_broken = True
+        if not self.is_broken:
+            self.is_broken = True
             self._door.loop.soon(drop)
 
     def _process(self, index: int) -> bool:

@@ -325,3 +325,18 @@ def test_a_kick_that_never_ends(server: Server, running: Machine) -> None:
     cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     assert cpu < (time.monotonic() - begun) / 3
     running.echo()
+
+
+def test_a_vmm_that_does_so_again_and_again_has_to_wait(server: Server) -> None:
+    begun = time.monotonic()
+    for _ in range(5):
+        machine = Machine(server.path)
+        machine.start()
+        machine.echo()
+        fill(machine.queues[1].call_fd)
+        machine.queues[1].add([b"abc"], [3])
+        machine.queues[1].kick()
+        assert machine.vmm.is_dropped()
+        machine.close()
+    assert time.monotonic() - begun > 0.1 + 0.3 + 0.7
+    assert_serves(server)
