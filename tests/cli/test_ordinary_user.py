@@ -142,3 +142,23 @@ def test_an_ordinary_users_mount_for_all_is_not_all_theirs(tmp_path: Path) -> No
         for name in ("tool", "node"):  # the server's user owns what it makes
             made = (share.source / name).stat()
             assert (made.st_uid, made.st_mode & 0o7000) == (UID, 0)
+
+
+def test_names_that_cannot_be_looked_at_are_listed(tmp_path: Path) -> None:
+    """In a directory that may be read and not entered, as natively."""
+    with users_mount(tmp_path, "--no-agent") as (share, _):
+        (share.source / "d").mkdir()
+        for name in ("file", "other"):
+            (share.source / "d" / name).touch()
+        (share.source / "d/directory").mkdir()
+        for path in (share.source / "d", share.source / "d/directory"):
+            os.chown(path, UID, UID)
+        (share.source / "d").chmod(0o444)
+        assert share.process is not None
+        user = inside(share.process.pid, *as_user())
+        done = run([*user, "ls", "-1", f"{share.mountpoint}/d"])
+        assert done.stdout.split() == ["directory", "file", "other"], done.stderr
+        looked = run([*user, "stat", f"{share.mountpoint}/d/file"])
+        assert "Permission denied" in looked.stderr
+        (share.source / "d").chmod(0o755)
+        assert f" {UID} " in run([*user, "ls", "-ln", f"{share.mountpoint}/d"]).stdout
