@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from .guests import BY_HAND, FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, Ha
 from .inodes import Inode, InodeTable
 from .interest import Interest
 from .locks import LockWaiters
+from .openers import File, Openers
 from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
@@ -111,6 +112,7 @@ class Export:
         self._outbox_limit = outbox_limit
         self._give_up_at = math.inf  # on those who wait
         self._compare_at = math.inf
+        self._openers = Openers(self._lone_files)
         self.chores = Chores()
         self._steps: deque[Job[None]] = deque()  # of the way of events: no event goes on before
         self._whole: Job[None] | None = None  # brings the watches of the whole tree in line
@@ -129,8 +131,8 @@ class Export:
 
     def add_replayer(self, name: str, *, is_local: bool = False) -> ReplayGuest:
         """A mount with an agent: another machine's, or (``is_local``) one of this machine."""
-        limit = self._outbox_limit
-        guest = ReplayGuest(name, self.fs, self.watcher, limit=limit, is_local=is_local)
+        limit, openers = self._outbox_limit, self._openers
+        guest = ReplayGuest(name, self.fs, self.watcher, openers, limit=limit, is_local=is_local)
         self.guests.append(guest)
         return guest
 
@@ -531,6 +533,11 @@ class Export:
         for guest in guests:
             if guest.held >= (PLAN_AHEAD if waiting else 1):
                 self._due("planning for a guest", guest.plan)
+
+    def _lone_files(self) -> Iterator[File]:
+        for guest in self.guests:
+            if isinstance(guest, ReplayGuest):
+                yield from guest.lone_files()
 
     @property
     def next_deadline(self) -> float:

@@ -1,24 +1,41 @@
-"""How the host's programs have a file open: the last resort when an OPEN stays alone.
+"""How the host's programs have files open: the last resort when an OPEN stays alone.
 
 From /proc/PID/fdinfo, which asks no file system: a stat through /proc/PID/fd could be a request
-to the very mount that this server answers, and wait for itself.
+to the very mount that this server answers, and wait for itself. All of /proc is read for it, so
+that one thread does it for all files that wait, and the server goes on meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 
 from . import host
 
+SCAN_EVERY = 0.05
+"""Seconds from one scan to the next, at least; and as long as the one before took."""
+SCAN_TIME = 1.0
+"""Seconds that a scan may take: some 40,000 descriptors. What it has not found is not known."""
 
-def is_open_for_writing(device: int, ino: int) -> bool | None:
-    """Whether any visible process has the file (st_dev, st_ino) open for writing; None where none
-    has it open at all, and in a sandbox, where none is visible.
+File = tuple[int, int]
+"""st_dev, st_ino."""
+_FIELDS = re.compile(rb"flags:\s*0*([0-7]+)\nmnt_id:\s*(\d+)\nino:\s*(\d+)\n")
+
+
+def scan(files: Collection[File]) -> dict[File, bool]:
+    """Those of the files that any visible process has open, and whether for writing. None is, in a
+    sandbox, where no process is visible.
     """
     if not host.sees_processes():
-        return None
-    found = None
-    mounts = _mounts_of(device)
+        return {}
+    end = time.monotonic() + SCAN_TIME
+    numbers = {ino for _, ino in files}
+    devices = _devices({device for device, _ in files})
+    found: dict[File, bool] = {}
     for pid in os.listdir("/proc"):
         if not pid.isdigit():
             continue
@@ -28,23 +45,74 @@ def is_open_for_writing(device: int, ino: int) -> bool | None:
         except OSError:
             continue
         for fd in fds:
-            try:
-                with open(f"{directory}/{fd}") as info:
-                    fields = dict(line.split(":", 1) for line in info if ":" in line)
-            except OSError:
+            if time.monotonic() > end:
+                return found
+            fields = _FIELDS.match(_read(f"{directory}/{fd}"), 0)
+            if fields is None or int(fields[3]) not in numbers:
                 continue
-            if int(fields.get("ino", 0)) == ino and int(fields.get("mnt_id", -1)) in mounts:
-                flags = int(fields["flags"], 8)
-                if flags & os.O_PATH:
-                    continue
-                if flags & os.O_ACCMODE != os.O_RDONLY:
-                    return True
-                found = False
+            file = (devices.get(int(fields[2]), -1), int(fields[3]))
+            flags = int(fields[1], 8)
+            if file in files and not flags & os.O_PATH:
+                is_writing = flags & os.O_ACCMODE != os.O_RDONLY
+                found[file] = is_writing or found.get(file, False)
     return found
 
 
-def _mounts_of(device: int) -> set[int]:
-    wanted = f"{os.major(device)}:{os.minor(device)}"
+def _read(path: str) -> bytes:
+    with suppress(OSError), open(path, "rb", buffering=0) as info:
+        text = info.read(256)
+        return text[text.find(b"flags:") :]
+    return b""
+
+
+def _devices(wanted: set[int]) -> dict[int, int]:
+    """The device of each mount of these devices."""
+    names = {f"{os.major(device)}:{os.minor(device)}": device for device in wanted}
     with open("/proc/self/mountinfo", errors="surrogateescape") as mountinfo:
-        fields = (line.split(" ", 3) for line in mountinfo)
-        return {int(mount_id) for mount_id, _parent, number, _rest in fields if number == wanted}
+        fields = [line.split(" ", 3) for line in mountinfo]
+    return {int(mount): names[number] for mount, _, number, _ in fields if number in names}
+
+
+def is_open_for_writing(device: int, ino: int) -> bool | None:
+    """The same of one file; None where nobody has it open."""
+    return scan([(device, ino)]).get((device, ino))
+
+
+class Openers:
+    """What the scans have found. ``waiting`` names all files that are waited for."""
+
+    def __init__(self, waiting: Callable[[], Iterable[File]]) -> None:
+        self._waiting = waiting
+        self._files: set[File] = set()
+        self._found: dict[File, bool] = {}
+        self._begun = -1.0
+        self._next_scan = 0.0
+        self._thread: threading.Thread | None = None
+
+    def look(self, file: File, since: float) -> tuple[bool, bool | None]:
+        """Whether it is known how a file is open, as of a moment after ``since``
+        (time.monotonic()), and how: True = for writing, None = not at all. Where it is not known,
+        ask again soon.
+        """
+        if not host.sees_processes():
+            return True, None
+        if self._thread is not None and self._thread.is_alive():
+            return False, None
+        if file in self._files and self._begun >= since:
+            return True, self._found.get(file)
+        if time.monotonic() >= self._next_scan:
+            self._scan({file, *self._waiting()})
+        return False, None
+
+    def _scan(self, files: set[File]) -> None:
+        self._files, self._found, self._begun = files, {}, time.monotonic()
+        # Where it fails, nothing is found.
+        self._thread = threading.Thread(target=self._run, name="openers", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._next_scan = time.monotonic() + SCAN_TIME + SCAN_EVERY
+        with suppress(OSError, ValueError):
+            self._found = scan(self._files)
+        took = time.monotonic() - self._begun
+        self._next_scan = time.monotonic() + max(SCAN_EVERY, took)

@@ -19,13 +19,13 @@ from protocol import frames
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
-from . import openers
 from .events import RENAME, Event
 from .guard import Guard
 from .guests import Guest
 from .host import RENAME_EXCHANGE
 from .inodes import Inode
 from .ledger import Ledger, Step, Task, Way
+from .openers import File, Openers
 from .passthrough import PassthroughFS
 from .watcher import HostWatcher
 
@@ -34,6 +34,10 @@ CLOSE_WAIT = 0.002
 opened (the kernel merges consecutive OPENs); most programs close within microseconds."""
 OPEN_WAIT = 0.05
 """Seconds that an OPEN may wait for a read or write that tells one from the other."""
+OPENERS_WAIT = 1.0
+"""Seconds that an OPEN may wait for what /proc says of it: a scan of 40,000 descriptors."""
+OPENERS_POLL = 0.005
+"""Seconds from one look at that to the next."""
 OPEN_AHEAD = 8192
 """Events among which an OPEN's CLOSE is looked for in a storm: some 0.3 s of it."""
 TASKS_LIMIT = 512
@@ -78,6 +82,7 @@ class ReplayGuest(Guest):
         "_hinted",
         "_open_close",
         "_opened",
+        "_openers",
         "_outgoing",
         "_recent",
         "_scanning",
@@ -105,11 +110,13 @@ class ReplayGuest(Guest):
         name: str,
         fs: PassthroughFS,
         watcher: HostWatcher,
+        openers: Openers,
         *,
         limit: int,
         is_local: bool = False,
     ) -> None:
         super().__init__(name, limit=limit)
+        self._openers = openers
         self.is_local = is_local  # its users are this machine's, and no other's
         self.began = time.time()
         self.nodes_held: Callable[[], int] = _none_known
@@ -385,12 +392,24 @@ class ReplayGuest(Guest):
             return None
         if inode.is_placeholder:
             return [False]
-        writing = openers.is_open_for_writing(*inode.identity[:2])
+        is_known, writing = self._openers.look(_file(inode), arrived)
+        if not is_known and now < arrived + OPENERS_WAIT:
+            self.waiting_until = now + OPENERS_POLL
+            return None
         # Open no more: its CLOSE is on the way, unless it is only mapped.
         self.waiting_until = arrived + 2 * OPEN_WAIT
         if writing is None and now < self.waiting_until:
             return None
         return [bool(writing)]
+
+    def lone_files(self) -> Iterator[File]:
+        """Files with an OPEN that waits, among those that are looked at next."""
+        for held in itertools.islice(self._held, OPEN_AHEAD):
+            child = held.event.child
+            if child is None or child.is_dir or child.is_placeholder:
+                continue
+            if held.event.kind & _OPEN:
+                yield _file(child)
 
     def _closed_later(self, inode: Inode) -> list[bool]:
         """The CLOSEs among the held events that belong to the OPEN at the head of them.
@@ -572,6 +591,10 @@ class _Held(NamedTuple):
     way2: Way
     pinned: tuple[Inode, ...]
     cost: int
+
+
+def _file(inode: Inode) -> File:
+    return inode.identity[0], inode.identity[1]
 
 
 def _path(way: Way) -> bytes:
