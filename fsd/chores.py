@@ -93,7 +93,7 @@ class Chores:
         """One turn. Returns how many jobs have failed."""
         failed = idle = 0
         end = time.monotonic() + seconds
-        while self._owners and idle < len(self._owners) and time.monotonic() < end:
+        while self._owners and idle < len(self._owners):
             owner = self._owners.popleft()
             jobs = self._jobs[owner]
             job = jobs.popleft()
@@ -112,6 +112,8 @@ class Chores:
                 self._owners.append(owner)
             else:
                 del self._jobs[owner]
+            if time.monotonic() >= end:
+                break
         return failed
 
     def close(self) -> None:

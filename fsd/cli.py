@@ -70,7 +70,11 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
     "--socket", "socket_path", callback=_path, help="Listen there for guests without a mount."
 )
 @click.option("--max-queued-events", type=_POSITIVE, help="Queue of host inotify.")
-@click.option("--max-watches", type=_POSITIVE, help="Host watches to use at most.")
+@click.option(
+    "--max-watches",
+    type=_POSITIVE,
+    help="Host watches to use at most (default: 3/4 of the host's limit).",
+)
 @click.option(
     "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
 )

@@ -40,6 +40,7 @@ from .replayer import ReplayGuest
 from .resolver import Resolver, listing
 from .resync import Changes, changed_lately, comparing, comparing_at_once, told
 from .watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
+from .watches import default_limit, has_part
 
 log = structlog.get_logger()
 _LEAVES = int(Mask.DELETE | Mask.DELETE_SELF | Mask.MOVED_FROM | Mask.MOVED_TO)
@@ -82,10 +83,11 @@ class Export:
     ) -> None:
         self.source = source
         self.read_only = read_only
+        self.watch_limit = default_limit() if watch_limit is None else watch_limit
         self.table = InodeTable(source)
         self.fs = PassthroughFS(self.table)
         self.watcher = HostWatcher(
-            self.table, watch_limit=watch_limit, max_queued_events=max_queued_events
+            self.table, watch_limit=self.watch_limit, max_queued_events=max_queued_events
         )
         self._resolver = Resolver(self.fs, self.watcher)
         self.interest = Interest()
@@ -123,6 +125,8 @@ class Export:
     def close(self) -> None:
         """Drop watches and descriptors."""
         self.chores.close()
+        for step in self._steps:
+            step.close()
         self.fs.successors.close()
         self.watcher.close()
         self.table.close()
@@ -242,6 +246,8 @@ class Export:
         """Bring the host watch of an inode in line with what is wanted."""
         mask = self._wanted(inode)
         try:
+            if mask and not self.watcher.mask_of(inode):
+                self._check_part(inode)
             self.watcher.set_mask(inode, mask)
         except OSError as error:
             if host.is_gone(error):  # its events say so
@@ -256,6 +262,15 @@ class Export:
             self._unread.pop(inode, None)
         elif inode.is_dir and (self._is_armed(inode) or inode in self._cared_for):
             self._take_listing(inode)
+
+    def _check_part(self, inode: Inode) -> None:
+        """Raises OSError ENOSPC where all who want the watch have had their part."""
+        interested = self.interest.guests(inode) | self.interest.guests(None)
+        used, limit = len(self.watcher), self.watch_limit
+        if limit is None or not interested:
+            return
+        if not has_part(interested, self.guests, self.interest, used, limit):
+            raise OSError(errno.ENOSPC, "the guest's part of the host watches is used up")
 
     def _allowed(self, inode: Inode) -> None:
         """The host refuses no watch of it any more."""

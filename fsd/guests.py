@@ -35,6 +35,8 @@ MISSED_COST = 600
 MISSED_LIMIT = 65_536
 """Names that one guest may have missed, 40 MB. Beyond it they are given up, and the directories
 that it watches are looked at as a whole (fsd.resync.changed_lately)."""
+QUEUED = 2.0
+"""Seconds that the first event that was missed may have stood in the host's queue."""
 PRUNE_AT = 4096
 """Names that were missed among which those that came and went are looked for; then at twice as many
 as are left."""
@@ -61,6 +63,11 @@ class Account:
     def is_full(self) -> bool:
         """Whether nothing more may wait."""
         return self.used >= self.limit
+
+    @property
+    def is_overdrawn(self) -> bool:
+        """Whether not even the names of what was missed may be noted: those have a quarter more."""
+        return self.used >= self.limit * 5 // 4
 
 
 class Guest(Origin):
@@ -128,7 +135,9 @@ class Guest(Origin):
         event.settle()
         if self.missing or self.depth >= self.limit or self.account.is_full:
             if not self.missing:
-                self.missing, self._missing_since = True, time.time_ns()
+                self.missing = True
+                ago = time.monotonic() - event.stamp + QUEUED
+                self._missing_since = time.time_ns() - int(ago * 1e9)
                 self.counts["overflows"] += 1
             self.note_missed(event)
             return
@@ -147,7 +156,7 @@ class Guest(Origin):
             places.append((event.node2, event.name2, replaced))
         for node, name, before in places:
             self.miss(node, name, Missed(before, event.mask))
-        if len(self.missed) >= self._prune_at:
+        if len(self.missed) >= self._prune_at or self.account.is_overdrawn:
             self._prune()
 
     def miss(self, node: Inode, name: bytes, missed: Missed) -> None:
@@ -164,10 +173,9 @@ class Guest(Origin):
         kept = {
             place: missed for place, missed in self.missed.items() if not _is_void(*place, missed)
         }
-        if len(kept) <= MISSED_LIMIT // 2:
-            self._forget_missed(kept)
-            self._prune_at = max(PRUNE_AT, 2 * len(kept))
-        else:
+        self._forget_missed(kept)
+        self._prune_at = max(PRUNE_AT, 2 * len(kept))
+        if len(kept) > MISSED_LIMIT // 2 or self.account.is_overdrawn:
             self._forget_missed({})
             self.lost_since = self._missing_since
             self.counts["given_up"] += 1

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from . import host, sandbox
+from . import host, sandbox, watches
 from .descriptors import share
 from .export import Export
 from .fusesession import SessionOptions
@@ -67,6 +67,7 @@ class Options:
     file_limit: int | None = None
     threads: int = 0
     busy_poll: float = WINDOW
+    watch_limit: int | None = None
     kept: Mapping[str, int] = field(default_factory=dict)
     """Descriptors that an earlier process has left with the service manager."""
 
@@ -221,10 +222,11 @@ def _inside(
     """In the sandbox; the end of the socket ``lifeline`` means to stop."""
     os.umask(0)  # guests' kernels apply their callers' umask
     _take_turn(store)
+    watch_limit = options.watch_limit or watches.default_limit()  # seen from here only
     directory = enter(options)
 
     def make() -> Export:
-        export = Export(directory, read_only=options.read_only)
+        export = Export(directory, read_only=options.read_only, watch_limit=watch_limit)
         export.source = options.source
         export.descriptors = share(len(sources))
         if options.file_handles == "mandatory" and not export.table.by_handle:

@@ -173,6 +173,11 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
     is_flag=True,
     help="Start a server again that has ended: guests go on. SIGUSR2 has it replaced.",
 )
+@click.option(
+    "--max-watches",
+    type=click.IntRange(1),
+    help="Host watches to use at most. [default: 3/4 of the host's limit]",
+)
 @click.option("--log-level", type=click.Choice([*LEVELS]), default="info", show_default=True)
 @click.option("--syslog", is_flag=True, help="Log to syslog instead of stderr.")
 @click.option("--allow-mmap", is_flag=True, hidden=True)
@@ -289,6 +294,7 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
         file_limit=given["rlimit_nofile"],
         threads=given["thread_pool_size"],
         busy_poll=given["busy_poll"] / 1e6,
+        watch_limit=given["max_watches"],
         kept=inherited.kept,
     )
 

@@ -1,0 +1,61 @@
+"""How many host watches one server may hold, and which guest has the last of them.
+
+The kernel counts the inotify watches of a user, of all programs together (inotify(7)): a server of
+root's that took all would leave none for root's other programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import host
+from .replayer import ReplayGuest
+
+if TYPE_CHECKING:
+    from .guests import Guest
+    from .interest import Interest
+
+SHARE = 3, 4
+"""Of the host's limit, the part that a server takes at most unless --max-watches says another."""
+FREE = 3, 4
+"""Of the server's limit, the part that any guest may use up; the rest is for guests that have less
+than their fair part."""
+_LIMITS = ("/proc/sys/fs/inotify/max_user_watches", "/proc/sys/user/max_inotify_watches")
+
+
+def default_limit() -> int | None:
+    """Watches that a server may hold: a share of what the host allows this user. None where that is
+    not to be seen, as in a sandbox.
+    """
+    if not host.sees_processes():
+        return None
+    found = []
+    for path in _LIMITS:
+        with suppress(OSError, ValueError):
+            found.append(int(Path(path).read_text()))
+    return max(min(found) * SHARE[0] // SHARE[1], 1) if found else None
+
+
+def has_part(
+    interested: Iterable[Guest], guests: Iterable[Guest], interest: Interest, used: int, limit: int
+) -> bool:
+    """Whether one more watch may be had for one of the interested guests: until FREE of the limit
+    is used, for any; then for one that has less than its fair part, all of its observers together.
+    """
+    if used < limit * FREE[0] // FREE[1]:
+        return True
+    parts: dict[Guest, int] = {}
+    for guest in guests:
+        count = used if interest.of(guest, None) else interest.count(guest)
+        parts[_owner(guest)] = parts.get(_owner(guest), 0) + count
+    fair = max(limit // max(len(parts), 1), 1)
+    return any(parts.get(_owner(guest), 0) <= fair for guest in interested)
+
+
+def _owner(guest: Guest) -> Guest:
+    if isinstance(guest, ReplayGuest) or guest.via is None:
+        return guest
+    return guest.via
