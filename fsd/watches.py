@@ -45,7 +45,7 @@ def has_part(
     """Whether one more watch may be had for one of the interested guests: until FREE of the limit
     is used, for any; then for one that has less than its fair part, all of its observers together.
     """
-    if used < limit * FREE[0] // FREE[1]:
+    if used < limit * FREE[0] // FREE[1] or used >= limit:  # there is none for anybody
         return True
     parts: dict[Guest, int] = {}
     for guest in guests:
