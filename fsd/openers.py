@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
 from . import host
+from .guard import Guard
 
 SCAN_EVERY = 0.05
 """Seconds from one scan to the next, at least; and as long as the one before took."""
@@ -106,13 +107,12 @@ class Openers:
 
     def _scan(self, files: set[File]) -> None:
         self._files, self._found, self._begun = files, {}, time.monotonic()
-        # Where it fails, nothing is found.
         self._thread = threading.Thread(target=self._run, name="openers", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         self._next_scan = time.monotonic() + SCAN_TIME + SCAN_EVERY
-        with suppress(OSError, ValueError):
+        with Guard("finding out how files are open"):  # else nothing is found
             self._found = scan(self._files)
         took = time.monotonic() - self._begun
         self._next_scan = time.monotonic() + max(SCAN_EVERY, took)

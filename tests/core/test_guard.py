@@ -23,6 +23,7 @@ from fsd.transports.loop import TrioLoop
 from fsd.transports.pump import Pump
 from fsd.transports.snapshots import Snapshots
 from fsd.transports.socket import SocketDoor
+from protocol import frames
 
 from .support import ALL, STRUCTURE, USER, World
 
@@ -124,7 +125,7 @@ def test_how_a_file_was_opened(world: World, monkeypatch: pytest.MonkeyPatch) ->
     """The OPEN is told, as one for reading, and what comes behind it too."""
     monkeypatch.setattr(replayer, "OPEN_WAIT", 0.0)
     monkeypatch.setattr(replayer, "CLOSE_WAIT", 0.0)
-    monkeypatch.setattr(openers, "is_open_for_writing", failing(bool, 9))
+    monkeypatch.setattr(openers, "scan", failing(bool, 9))
     (world.source / "f").touch()
     service = world.mount()
     world.mark(service.guest, "", ALL)
@@ -132,7 +133,9 @@ def test_how_a_file_was_opened(world: World, monkeypatch: pytest.MonkeyPatch) ->
         deadline = time.monotonic() + BOUND
         while not service.guest.ledger and not faults(logs) and time.monotonic() < deadline:
             world.pump()
-    assert set(faults(logs)) <= {"finding out how a file was opened failed"}
+        (order,) = (m for m in world.orders(service) if m.op == frames.Op.OPEN)
+    assert order.arg == 0
+    assert set(faults(logs)) <= {"finding out how files are open failed"}
     assert faults(logs)
 
 
