@@ -4,5 +4,5 @@
 
 `operations`, `channels` and `faults` are the table of what a hostile `guest` does; `host` changes
 the share from outside; `neighbour` is the guest that must not notice; `monitor` looks at the
-server's process; `__main__` starts them all and judges.
+server's process; `__main__` starts them all and judges, `report` says so.
 """

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,9 @@ from .guest import Guest
 from .host import HostUser
 from .machine import Broken, Gone, Machine
 from .monitor import MIB, Held, Oversleep, busy_with, complaints, descriptors, held
-from .neighbour import FILES, Neighbour, Wait
+from .neighbour import FILES, Neighbour
 from .operations import TABLE
+from .report import Result, judge_waits
 
 SECRET = b"what no guest may see: 6f1d2c"
 BOUND = 250.0
@@ -53,21 +52,6 @@ WARM = 3.0
 STOP = 20.0
 _libc = ctypes.CDLL(None, use_errno=True)
 _MS_SHARED, _MNT_DETACH = 1 << 20, 2
-
-
-@dataclass
-class Result:
-    """What came out."""
-
-    seed: int
-    failures: list[str] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-
-    def fail(self, text: str) -> None:
-        self.failures.append(text)
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 # The share, and the server
@@ -158,9 +142,11 @@ def _attack(paths: list[Path], seed: int, until: float, journal: Path) -> dict[s
 
         guests = [Guest(path, f"guest{n}", rng, note) for n, path in enumerate(paths)]
         anew = 0
+        steps: Counter[str] = Counter()
         while time.monotonic() < until:
             guest = rng.choice(guests)
             (name,) = rng.choices(names, weights)
+            steps[name] += 1
             before = guest.front
             begun = time.monotonic()
             try:
@@ -174,7 +160,7 @@ def _attack(paths: list[Path], seed: int, until: float, journal: Path) -> dict[s
         errors = sum((Counter(guest.errors) for guest in guests), Counter[str]())
         for guest in guests:
             guest.close()
-    return {"counts": counts, "errors": errors, "anew": anew}
+    return {"counts": counts, "errors": errors, "anew": anew, "steps": steps}
 
 
 def _host(share: Path, outside: Path, seed: int, until: float, journal: Path) -> dict[str, Any]:
@@ -219,79 +205,9 @@ def _seen(outside: Path) -> object:
     )
 
 
-def _percentiles(waits: list[Wait]) -> str:
-    seconds = sorted(wait.seconds for wait in waits)
-    if len(seconds) < 2:
-        return f"{len(seconds)} samples"
-    points = statistics.quantiles(seconds, n=1000, method="inclusive")
-    shown = ", ".join(
-        f"{name} {points[at] * 1e3:.2f}"
-        for name, at in (("p50", 499), ("p90", 899), ("p99", 989), ("p99.9", 998))
-    )
-    return f"{shown}, worst {seconds[-1] * 1e3:.1f} ms ({len(seconds)})"
-
-
-def _culprits(wait: Wait, journals: list[Path]) -> str:
-    """What was under way during a wait, most often first."""
-    begun, ended = wait.begun, wait.begun + wait.seconds
-    found: Counter[str] = Counter()
-    longest: dict[str, float] = {}
-    for journal in journals:
-        with journal.open() as file:
-            for line in file:
-                first, last, what = line.rstrip("\n").split(" ", 2)
-                a, b = float(first), float(last)
-                if b >= begun and a <= ended:
-                    found[what] += 1
-                    longest[what] = max(longest.get(what, 0.0), b - a)
-    shown = sorted(found, key=lambda what: -longest[what])[:8]
-    return ", ".join(f"{what} x{found[what]} (to {longest[what] * 1e3:.0f} ms)" for what in shown)
-
-
-def _without_control(wait: Wait, late: list[tuple[float, float]]) -> float:
-    """Seconds of a wait that are the server's: neither side was short of a processor, and the
-    control was not late at the time.
-    """
-    overlap = sum(
-        max(0.0, min(at + over, wait.begun + wait.seconds) - max(at, wait.begun))
-        for at, over in late
-    )
-    return max(0.0, wait.seconds - max(wait.machine, overlap))
-
-
-def _judge_waits(
-    result: Result, kind: str, waits: list[Wait], late: list[tuple[float, float]],
-    bound: float, journals: list[Path],
-) -> None:  # fmt: skip
-    result.say(f"{kind}: {_percentiles(waits)}")
-    for what in sorted({wait.what for wait in waits}):
-        if len({wait.what for wait in waits}) > 1:
-            result.say(f"  {what}: {_percentiles([w for w in waits if w.what == what])}")
-    for wait in sorted(waits, key=lambda w: -w.seconds)[:3]:
-        served = _without_control(wait, late) * 1e3
-        result.say(
-            f"  {wait.what} waited {wait.seconds * 1e3:.1f} ms, {served:.1f} of them the server's; "
-            f"under way: {_culprits(wait, journals)}"
-        )
-    over = [wait for wait in waits if wait.seconds * 1e3 > bound]
-    ours = [wait for wait in over if _without_control(wait, late) * 1e3 > bound]
-    if over:
-        result.say(
-            f"  {len(over)} over {bound:.0f} ms, of which {len(over) - len(ours)} are the "
-            "machine's (no processor, or the control was late too)"
-        )
-    if ours:
-        worst = max(ours, key=lambda w: _without_control(w, late))
-        result.fail(
-            f"{kind}: {len(ours)} waits over {bound:.0f} ms, the worst "
-            f"{worst.seconds * 1e3:.0f} ms ({worst.what}); under way: {_culprits(worst, journals)}"
-        )
-
-
 def _status(path: Path) -> dict[str, Any]:
     """`.fsd/status` for a new guest."""
-    machine = Neighbour.__mro__[1](path, random.Random(0))
-    assert isinstance(machine, Machine)
+    machine = Machine(path, random.Random(0))
     try:
         node = 1
         for name in (b".fsd", b"status"):
@@ -452,7 +368,7 @@ def _round(
     )
     guest = got.get("neighbour", {})
     for kind in ("waits", "events"):
-        _judge_waits(result, kind, guest.get(kind, []), late, bound, journals)
+        judge_waits(result, kind, guest.get(kind, []), late, bound, journals)
     wrong = guest.get("wrong", [])
     if wrong:
         result.fail(f"{len(wrong)} wrong answers to the well-behaved guest: {wrong[0]}")
@@ -462,8 +378,8 @@ def _round(
     errors: Counter[str] = got.get("guests", {}).get("errors", Counter())
     result.say(
         f"hostile: {sum(counts.values())} answers, {sum(errors.values())} of them errors, "
-        f"{got.get('guests', {}).get('anew', 0)} VMMs anew; never answered: "
-        f"{sorted(set(TABLE) - set(counts))}"
+        f"{got.get('guests', {}).get('anew', 0)} VMMs anew; never done: "
+        f"{sorted(set(TABLE) - set(got.get('guests', {}).get('steps', ())))}"
     )
     host = got.get("host", {})
     result.say(

@@ -11,8 +11,8 @@ from protocol.vhostuser import NO_FD, U64, Region, Type, VringState
 from tests.support.vhost_frontend import INDIRECT, NEXT, WRITE
 
 from .guest import Guest
-from .machine import Broken, Gone, Ring
-from .operations import operation
+from .machine import Gone, Ring
+from .operations import TABLE, operation
 
 PAUSE = 0.02
 """Seconds in which the server takes in what is wrong before the VMM comes anew."""
@@ -131,6 +131,35 @@ def wrong_messages(guest: Guest) -> None:
     start_anew(guest)
 
 
+@operation(0.03)
+def memory_that_shrinks(guest: Guest) -> None:
+    """The VMM cuts the memory short while requests lie in it: touching it is a SIGBUS here."""
+    for _ in range(10):
+        guest.submit(Opcode.STATFS, 1, label="memory_that_shrinks")
+    os.ftruncate(guest.ram.fd, guest.rng.choice((0, 4096)))
+    os.eventfd_write(guest.requests.queue.kick_fd, 1)
+    time.sleep(PAUSE)
+    os.ftruncate(guest.ram.fd, guest.MEMORY)  # this process reads it, too
+    start_anew(guest)
+
+
+@operation(0.03)
+def signal_that_waits(guest: Guest) -> None:
+    """The eventfd by which the server signals is full, and a write to it waits."""
+    full = os.eventfd(0)
+    os.eventfd_write(full, 2**64 - 2)
+    try:
+        guest.front.tell(Type.SET_VRING_CALL, U64(1), [full])
+        for _ in range(10):
+            guest.submit(Opcode.STATFS, 1, label="signal_that_waits")
+        time.sleep(4 * PAUSE)
+    except OSError:
+        pass
+    finally:
+        os.close(full)
+    start_anew(guest)
+
+
 @operation(0.02)
 def many_connections(guest: Guest) -> None:
     """VMMs that come and go without a word."""
@@ -147,14 +176,9 @@ def many_connections(guest: Guest) -> None:
 
 def step(guest: Guest, name: str) -> None:
     """Do one operation of the table; a guest whose connection is gone starts anew."""
-    from .operations import TABLE
-
     guest.operation = name
     try:
         TABLE[name][1](guest)
         guest.reap()
     except Gone:
         start_anew(guest)
-
-
-__all__ = ["Broken", "step"]
