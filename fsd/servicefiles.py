@@ -36,6 +36,10 @@ _REOPENING = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOC
 """Flags with which a file is opened once more."""
 COPY_LIMIT = 1 << 24
 """Bytes of one COPY_FILE_RANGE: some 10 ms, for which other guests wait. Callers ask again."""
+REPLAYED_LIMIT = 1 << 16
+"""Files that the agent may have open for programs of the host, some 200 bytes each. They have no
+descriptor here, and what others hold open must not take one from the guest's programs. The agent of
+fsd-guest keeps a quarter of them at most."""
 _OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
 _WRITTEN = Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
 
@@ -73,6 +77,7 @@ class FileService:
         self.acls = False
         """Whether POSIX ACLs may be used (fsd.xattrs): the door knows."""
         self._handles: dict[int, AnyHandle | LostHandle] = {}
+        self._replayed: set[int] = set()  # of them, what the agent has open
         self._numbers = itertools.count(1)
         self.locks = GuestLocks(export.watcher, export.lock_waiters, self.has_room)
         self.pinned = 0
@@ -128,7 +133,8 @@ class FileService:
 
     def has_room(self) -> bool:
         """Whether the guest may have one more descriptor."""
-        return len(self._handles) + self.locks.opened + self.pinned < self.export.descriptors
+        own = len(self._handles) - len(self._replayed)
+        return own + self.locks.opened + self.pinned < self.export.descriptors
 
     def check_room(self) -> None:
         """Raises OSError ENFILE where it may not: before a file is opened."""
@@ -172,12 +178,13 @@ class FileService:
 
     def open(self, who: Caller, nodeid: int, flags: int, *, kill: bool = False) -> int:
         """OPEN; with O_TRUNC, ``kill`` suid and sgid bits."""
-        self.check_room()
+        if self.is_replayer(who) and nodeid < FSD_DIR:
+            return self._replay_open(who, nodeid)
+        if nodeid != CONTROL:  # which is one, and without which there are no events
+            self.check_room()
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
             return self._new(self.hidden.open(nodeid, who, flags), who)
-        if self.is_replayer(who):
-            return self._replay_open(who, nodeid)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         inode = self._table.get(nodeid)
@@ -185,19 +192,23 @@ class FileService:
             return self._new(self._fs.open(inode, flags), who)
 
     def _replay_open(self, who: Caller, nodeid: int) -> int:
+        if len(self._replayed) >= REPLAYED_LIMIT:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
         try:
-            return self._new(IdleHandle(self.guest.ledger.open(nodeid)), who)
+            fh = self._new(IdleHandle(self.guest.ledger.open(nodeid)), who)
         except UnexpectedCall as error:
             raise self._refused(error) from None
+        self._replayed.add(fh)
+        return fh
 
     def opendir(self, who: Caller, nodeid: int) -> int:
         """OPENDIR."""
+        if self.is_replayer(who) and nodeid < FSD_DIR:
+            return self._replay_open(who, nodeid)
         self.check_room()
         if nodeid >= FSD_DIR:
             self.hidden.check(who)
             return self._new(self.hidden.open(nodeid, who, os.O_RDONLY), who)
-        if self.is_replayer(who):
-            return self._replay_open(who, nodeid)
         inode = self._table.get(nodeid)
         self._looked_up(who, inode)
         with self._own(*self._about(inode, Mask.OPEN)):
@@ -375,6 +386,7 @@ class FileService:
     def release(self, fh: int) -> None:
         """RELEASE, RELEASEDIR."""
         handle = self._handles.pop(fh, None)
+        self._replayed.discard(fh)
         if self.kept is not None:
             self.kept.released(fh)
         if isinstance(handle, LostHandle) and handle.is_agents and self.hidden.control is None:

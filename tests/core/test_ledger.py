@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fsd import servicefiles
 from fsd.channel import Channel
 from fsd.passthrough import Changes
 from fsd.service import Service
@@ -231,6 +232,49 @@ def test_the_replayers_handles_do_nothing(tree: World) -> None:
     assert mount.file_fd(fh) == -1
     mount.release(fh)
     assert snapshot(tree.source) == before
+
+
+def test_the_replayers_handles_are_none_of_the_guests_share(
+    tree: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds files open on the host, or in another machine, takes none from its programs;
+    and programs that hold all do not keep its agent from working, and from coming back.
+    """
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=int(Mask.OPEN))
+    tree.export.descriptors = 3
+    user = mount.lookup(USER, 1, b"file").inode.nodeid
+
+    def replayed() -> int:
+        with open(tree.source / "file"):
+            (opening,) = [order for order in tree.orders(mount) if order.op == Op.OPEN]
+        return mount.open(AGENT, mount.lookup(AGENT, 1, opening.name).inode.nodeid, os.O_RDONLY)
+
+    handles = [replayed() for _ in range(5)]
+    own = [mount.open(USER, user, os.O_RDONLY) for _ in range(3)]
+    with pytest.raises(OSError, match="Too many open files"):
+        mount.open(USER, user, os.O_RDONLY)
+    handles.append(replayed())
+    monkeypatch.setattr(servicefiles, "REPLAYED_LIMIT", len(handles))
+    with pytest.raises(OSError, match="Too many open files"):
+        replayed()
+    control = mount.open(USER._replace(uid=0), CONTROL, os.O_RDWR)
+    for fh in (*handles, *own, control):
+        mount.release(fh)
+    mount.release(mount.open(USER, user, os.O_RDONLY))
+
+
+def test_what_the_agent_could_not_open_is_opened_when_it_is_closed(tree: World) -> None:
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=int(Mask.OPEN | Mask.CLOSE_WRITE))
+    with open(tree.source / "file", "a"):
+        (refused,) = tree.orders(mount)
+        assert refused.op == Op.OPEN
+        mount.guest.acknowledge(refused.seq, errno.EMFILE)
+        assert mount.guest.counts["failed"] == 1
+    opening, closing = tree.orders(mount)
+    assert (opening.op, opening.arg) == (Op.OPEN, 1)
+    assert (closing.op, closing.arg) == (Op.CLOSE, opening.seq)
 
 
 def test_data_of_another_file_than_the_orders_is_refused(tree: World) -> None:
