@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from guest_tools import notify
+from protocol.inotify import parse_events
+from protocol.masks import SELF, STRUCTURE, describe
 from tests.support.mounts import Mount, mounted, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts take root")
@@ -95,3 +99,49 @@ def test_a_read_only_mount_is_read_only(share: Mount, small: Path) -> None:
             change()
         assert error.value.errno == errno.EROFS
     assert file.read_text() == "other"
+
+
+class Watcher:
+    """An inotify instance of a program in the guest."""
+
+    def __init__(self) -> None:
+        self.fd = notify.inotify_init(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._paths: dict[int, str] = {}
+        self.events: list[tuple[str, str, bytes]] = []
+
+    def add(self, share: Mount, path: str) -> None:
+        mask = int(STRUCTURE | SELF)
+        self._paths[notify.add_watch(self.fd, str(share.mountpoint / path), mask)] = path
+
+    def saw(self, *event: object) -> bool:
+        with suppress(BlockingIOError):
+            for raw in parse_events(os.read(self.fd, 1 << 16)):
+                mask = describe(raw.mask)
+                self.events.append((self._paths.get(raw.wd, "?"), mask, raw.name))
+        return event in self.events
+
+    def expect(self, *event: object) -> None:
+        with suppress(AssertionError):
+            wait_until(lambda: self.saw(*event), 30)
+        assert event in self.events, (self.events, notify.fdinfo(self.fd))
+
+
+def test_the_end_of_a_file_system_ends_its_watches(share: Mount, small: Path) -> None:
+    """Natively IN_UNMOUNT and IN_IGNORED: no system call of a guest makes the former."""
+    (small / "d").mkdir()
+    watcher = Watcher()
+    try:
+        for path in ("", "small", "small/d"):
+            watcher.add(share, path)
+        (small / "d/x").mkdir()
+        watcher.expect("small/d", "IN_CREATE|IN_ISDIR", b"x")
+        wait_until(lambda: not subprocess.run(["umount", small], check=False).returncode, 10)
+        for path in ("small", "small/d"):
+            watcher.expect(path, "IN_IGNORED", b"")
+            assert watcher.saw(path, "IN_DELETE_SELF", b"")
+        watcher.add(share, "small")
+        (small / "y").mkdir()
+        watcher.expect("small", "IN_CREATE|IN_ISDIR", b"y")
+        assert not [event for event in watcher.events if not event[0]]  # nothing left the root
+    finally:
+        os.close(watcher.fd)
