@@ -22,6 +22,8 @@ from .replayer import ReplayGuest
 from .sessions import Session
 from .stats import snapshot
 
+SESSIONS_LIMIT = 64
+"""Sessions of one mount, beside its agent's: each may hold some 2 MiB of frames and answers."""
 _NAMES = {
     b"control": (frames.CONTROL, stat.S_IFREG | 0o600),
     b"session": (frames.SESSION, stat.S_IFREG | 0o600),
@@ -55,6 +57,7 @@ class HiddenFiles:
         self._born = time.time_ns()
         self.root = self._inodes[frames.FSD_DIR]
         self.control: HiddenHandle | None = None
+        self._sessions = 0
 
     def check(self, who: Identity) -> None:
         """Nobody else can even see it. Raises OSError ENOENT. A number of another machine's user
@@ -111,6 +114,9 @@ class HiddenFiles:
             handle.session = Session(self._export, "agent", who.pid, self._guest, self._guest)
             self.control = handle
         elif nodeid == frames.SESSION:
+            if self._sessions >= SESSIONS_LIMIT:
+                raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+            self._sessions += 1
             name = f"session of process {who.pid}"
             handle.session = Session(self._export, name, who.pid, via=self._guest)
         return handle
@@ -123,7 +129,9 @@ class HiddenFiles:
 
     def release(self, handle: HiddenHandle) -> None:
         """RELEASE."""
-        if handle.session is not None:
-            handle.session.close()
+        session, handle.session = handle.session, None
+        if session is not None:
+            self._sessions -= handle.nodeid == frames.SESSION
+            session.close()
         if handle is self.control:
             self.control = None

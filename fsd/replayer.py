@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from protocol import frames
-from protocol.frames import ALIAS, STAGING, Op
+from protocol.frames import ALIAS, ALL_PROCESSES, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
 from .events import RENAME, Event
@@ -50,8 +50,6 @@ PLAN_TIME = 0.005
 """Seconds of planning in one go."""
 HINTS_LIMIT = 4096
 """Processes named to an agent that has not read: beyond it, it is to read the marks of all."""
-ALL_PROCESSES = 0
-"""In place of a process in a hint."""
 WAYS_LIMIT = 8192
 """Look-ups in the ways that are kept, 1 MB: those to some 2,000 directories."""
 HELD_COST = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import Counter
@@ -16,6 +17,10 @@ from .replayer import ReplayGuest
 
 if TYPE_CHECKING:
     from .export import Export
+
+
+SHOWN_LIMIT = 8192
+"""Marks of a guest, and directories without a watch, that are shown one by one: some 50 ms."""
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
@@ -74,10 +79,10 @@ def _of_machine(export: Export, viewer: ReplayGuest) -> dict[str, Any]:
 
 
 def _unwatched(export: Export, inodes: Collection[Inode]) -> list[dict[str, str]]:
+    shown = ((inode, why) for inode, why in export.unwatched.items() if inode in inodes)
     return [
         {"path": inode.shown_path().decode(errors="backslashreplace"), "reason": reason}
-        for inode, reason in export.unwatched.items()
-        if inode in inodes
+        for inode, reason in itertools.islice(shown, SHOWN_LIMIT)
     ]
 
 
@@ -113,7 +118,7 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
                 "mask": masks.names(mask),
                 "watched": inode is None or bool(export.watcher.mask_of(inode)),
             }
-            for inode, mask in marks.items()
+            for inode, mask in itertools.islice(marks.items(), SHOWN_LIMIT)
         ],
         "depth": guest.depth,
         "max_depth": guest.max_depth,

@@ -234,6 +234,9 @@ class Scanner(threading.Thread):
             self._last_hint = time.monotonic()
             if not self._hot:
                 self._hot_since = self._last_hint
+        if frames.ALL_PROCESSES in hinted:
+            hinted.remove(frames.ALL_PROCESSES)
+            hinted.update(pids())
         for thread in hinted:
             if len(self._hot) <= _HINTED:
                 self._hot[process_of(thread)] = self._last_hint + HOT

@@ -25,6 +25,8 @@ STAGING = 1 << 63 | 5  # .fsd/staging, where names move in from and out to
 ALIAS = 1 << 63 | 6  # .fsd/alias, any node by its decimal number, apart from its real name
 CHECKPOINT = 1 << 63 | 7  # .fsd/checkpoint, saves the server's state when it is opened
 FSD_NAME = b".fsd"
+ALL_PROCESSES = 0
+"""In place of a process in a Hint."""
 
 
 class ProtocolError(ValueError):
@@ -176,7 +178,9 @@ class Order(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """Process ``pid`` has just looked up directories: its fdinfo is worth reading."""
+    """Process ``pid`` has just looked up directories: its fdinfo is worth reading. ALL_PROCESSES
+    stands for more than the server has kept.
+    """
 
     hint: int
     pid: int

@@ -344,6 +344,18 @@ def test_exits_beyond_the_bound_are_seen_by_the_timer(
     assert not deaths
 
 
+def test_a_hint_of_all_processes(share: Mount, deaths: list[threading.ExceptHookArgs]) -> None:
+    """The server had more of them than it keeps."""
+    server = Server()
+    with scanning(share, server) as running:
+        wait_until(lambda: server.ends, 20, "the first scan")
+        with watching(share.mountpoint / "two"):
+            running.hints(1, [frames.ALL_PROCESSES])
+            wait_until(lambda: server.knows() == nodes(share, "two"), 20, "the mark")
+            wait_until(lambda: server.ends[-1].hint == 1, 20, "the answer")
+    assert not deaths
+
+
 def test_hints_without_end(share: Mount, deaths: list[threading.ExceptHookArgs]) -> None:
     """A server may name any number of threads: beyond some, all processes are looked at."""
     server = Server()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd import arming, chores, export, guests, openers, replayer, sessions
+from fsd import arming, chores, export, guests, hidden, openers, replayer, sessions
 from fsd.chores import Chores, Job, Pause, begin, finish
 from fsd.forgotten import FORGOTTEN_LIMIT, Forgotten, ForgottenObjects
 from fsd.sessions import Session
@@ -459,7 +460,21 @@ def test_hints_that_nobody_reads_become_one_to_read_everything(
     for pid in range(100, 200):
         mount.guest.hint(pid)
     hints = [m for m in mount.guest.take(1000) if isinstance(m, frames.Hint)]
-    assert [m.pid for m in hints] == [replayer.ALL_PROCESSES]
+    assert [m.pid for m in hints] == [frames.ALL_PROCESSES]
+
+
+def test_sessions_of_a_mount_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden, "SESSIONS_LIMIT", 3)
+    mount, other = world.mount(), world.mount("other")
+    held = [mount.open(USER, frames.SESSION, os.O_RDWR) for _ in range(3)]
+    with pytest.raises(OSError, match="files") as error:
+        mount.open(USER, frames.SESSION, os.O_RDWR)
+    assert error.value.errno == errno.ENFILE
+    other.release(other.open(USER, frames.SESSION, os.O_RDWR))
+    mount.release(held.pop())
+    held.append(mount.open(USER, frames.SESSION, os.O_RDWR))
+    for fh in held:
+        mount.release(fh)
 
 
 def test_looked_up_directories_are_followed_up_to_a_bound(
