@@ -27,6 +27,7 @@ _MODE, _UID, _GID, _SIZE, _FH = (
 _ATIME, _MTIME = int(Fattr.ATIME), int(Fattr.MTIME)
 _ATIME_NOW, _MTIME_NOW = int(Fattr.ATIME_NOW), int(Fattr.MTIME_NOW)
 _KILL = int(Fattr.KILL_SUIDGID)
+_ANY = _MODE | _UID | _GID | _SIZE | _ATIME | _MTIME
 _SHORT_SETXATTR = 8
 """Bytes of fuse_setxattr_in before SETXATTR_EXT."""
 
@@ -159,9 +160,23 @@ class Names:
             mtime_ns,
             bool(valid & _KILL),
         )
+        if not valid & _ANY:
+            changes = self._without_suid(request)
         fh = asked.fh if valid & _FH else None
         inode, attr = self._service.setattr(request.who, request.nodeid, changes, fh)
         return self._nodes.attributes(request.who, inode, attr)
+
+    def _without_suid(self, request: Request) -> Changes:
+        """Where FUSE_HANDLE_KILLPRIV_V2 is agreed, a kernel asks for no change at all upon chown(2)
+        of neither uid nor gid, which takes suid and sgid bits: of one's own files.
+        """
+        inode, attr = self._service.getattr(request.who, request.nodeid)
+        mode = attr.st_mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            mode &= ~stat.S_ISGID
+        mine = request.who.uid in (0, attr.st_uid)
+        kills = mine and not inode.is_dir and mode != attr.st_mode
+        return Changes(mode if kills else None)
 
     def _statfs(self, request: Request) -> bytes:
         host = self._service.statfs(request.nodeid)

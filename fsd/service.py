@@ -227,8 +227,6 @@ class Service(FileService):
             except UnexpectedCall as error:
                 raise self._refused(error) from None
         self._check_writable()
-        if who.uid and changes.size is not None:
-            changes = changes._replace(kill_suid=True)
         handle = self._handles.get(fh) if fh is not None else None
         with self._own(*self._about(inode, changes.events)):
             return inode, self._fs.setattr(

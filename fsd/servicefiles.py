@@ -502,7 +502,7 @@ def writing(uid: int, *, kill: bool) -> AbstractContextManager[None]:
 
 def truncating(who: Caller, flags: int, *, kill: bool) -> AbstractContextManager[None]:
     """Opening with O_TRUNC changes the data, as truncate(2) does: FUSE_OPEN_KILL_SUIDGID, and any
-    user's where the door does not say.
+    user's, as libfuse and kernels before 5.11 do not say.
     """
     return host.killing_suid() if flags & os.O_TRUNC and (kill or who.uid) else nullcontext()
 

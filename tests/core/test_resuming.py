@@ -205,6 +205,31 @@ def test_marks_by_hand_come_back(world: World, restart: Callable[..., World]) ->
     assert new.export.hand_marks().counts["replayed"] == 2
 
 
+def test_a_machines_marks_by_hand_come_back_with_it(world: World, make_world: Worlds) -> None:
+    for name in ("one", "two", "host"):
+        (world.source / name).mkdir()
+    mounts = {name: world.mount(name, agent=False).guest for name in ("one", "two")}
+    for name in ("one", "two", "host"):
+        world.mark(world.export.hand_marks(mounts.get(name)), name, STRUCTURE)
+    settle(world.source)
+    world.export.settle(10)
+    saved = checkpoint.take(world.export, {guest: {} for guest in mounts.values()})
+    world.close()
+    new = make_world()
+    resumption = Resumption(new.export, saved)
+    again = new.mount("one", agent=False).guest  # the other one has gone meanwhile
+    resumption.mount(again)
+    resumption.finish()
+    marked = {
+        name: {inode and inode.name for inode in new.export.interest.marks(guest)}
+        for name, guest in (
+            ("one", new.export.hand_marks(again)), ("host", new.export.hand_marks())
+        )
+    }  # fmt: skip
+    assert marked == {"one": {b"one"}, "host": {b"host"}}
+    assert not new.export.interest.aggregate(new.node("two"))
+
+
 def test_who_did_not_ask_is_not_kept(world: World, restart: Callable[..., World]) -> None:
     world.mark(world.observer(), "", STRUCTURE)
     new = restart(world)

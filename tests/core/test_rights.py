@@ -276,6 +276,8 @@ def test_who_changes_a_file_takes_its_suid_bits(
         os.chmod(tmp_path / name, 0o666)
     world = World(tmp_path)
     killed = {(0, True): change not in (_fallocate, _copy), (0, False): False}
+    if change is _truncate:  # the guest's kernel always says
+        killed[USER, False] = False
     with kernel_of(world) as guest:
         node = guest.lookup(b"tool").nodeid
         for uid in (0, USER):
@@ -285,6 +287,27 @@ def test_who_changes_a_file_takes_its_suid_bits(
                 change(guest, node, int(kill))
                 expected = 0o777 if killed.get((uid, kill), True) else 0o6777
                 assert stat.S_IMODE(tool.stat().st_mode) == expected, (uid, kill)
+    world.close()
+
+
+def test_a_change_of_nothing_takes_suid_bits_of_ones_own(tmp_path: Path) -> None:
+    """What a kernel asks for upon chown(-1, -1), by whomever."""
+    tool = tmp_path / "tool"
+    tool.touch()
+    os.chown(tool, USER, USER)
+    world = World(tmp_path)
+    with kernel_of(world) as guest:
+        node = guest.lookup(b"tool").nodeid
+        for uid, mode, expected in (
+            (USER + 1, 0o6755, 0o6755), (USER, 0o6755, 0o755), (0, 0o4644, 0o644),
+            (USER, 0o2644, 0o2644), (USER, 0o644, 0o644),
+        ):  # fmt: skip
+            os.chmod(tool, mode)
+            before = tool.stat().st_ctime_ns
+            guest.uid = uid
+            guest.ok(Opcode.SETATTR, node, fuse.SETATTR_IN.pack(*(0,) * 13))
+            assert stat.S_IMODE(tool.stat().st_mode) == expected
+            assert (tool.stat().st_ctime_ns != before) is (mode != expected)
     world.close()
 
 
