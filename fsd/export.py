@@ -185,6 +185,8 @@ class Export:
         for inode in list(self.interest.marks(guest)):
             self._set_interest(guest, inode, Mask(0))
             yield None
+        if not self.guests and not self.is_stopping:  # nobody is left who could hold a file handle
+            self.table.forgotten.clear()
 
     def update(self, guest: Guest, key: NodeKey, bits: int) -> Inode | None:
         """fsnotify_update. Raises MaskError (EINVAL), OSError ESTALE for an unknown node, ENOSPC

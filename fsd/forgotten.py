@@ -58,6 +58,11 @@ class ForgottenObjects:
         if old is not None and self._nodeids.get(old.identity) == nodeid:
             del self._nodeids[old.identity]
 
+    def clear(self) -> None:
+        """Remember nothing, and give the memory back."""
+        self._by_node = OrderedDict()
+        self._nodeids = {}
+
     def nodeid_of(self, identity: Identity) -> int:
         """The nodeid that an object had; 0 where that is not known."""
         return self._nodeids.get(identity, 0)

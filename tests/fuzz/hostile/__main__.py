@@ -337,6 +337,8 @@ def _round(
     }
     got: dict[str, dict[str, Any]] = {}
     peak = held(pid)
+    levels: list[int] = []
+    begun = time.monotonic()
     while len(got) < len(works):
         for name, (_, pipe) in works.items():
             if name not in got and pipe.poll():
@@ -348,7 +350,10 @@ def _round(
             result.fail(f"the server has ended with {process.returncode}")
             break
         with suppress(OSError):
-            peak = max(peak, held(pid))
+            now = held(pid)
+            peak = max(peak, now)
+            if time.monotonic() - begun > len(levels) * seconds / 10:
+                levels.append(now.rss >> 20)
         if time.monotonic() > until + 3 * STOP:
             result.fail(f"no end: {sorted(set(works) - set(got))}, server: {busy_with(pid)}")
             break
@@ -386,7 +391,7 @@ def _round(
         f"host: {sum(host.get('counts', {}).values())} acts; a mount below could not be taken away "
         f"{host.get('stuck', 0)} times"
     )
-    result.say(f"peak: {peak}")
+    result.say(f"peak: {peak}; MiB each tenth of the time: {levels}")
 
 
 def main() -> int:
