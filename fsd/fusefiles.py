@@ -11,7 +11,6 @@ from functools import partial
 from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
-from . import host
 from .channel import READY, Channel
 from .fusekept import KeptSession
 from .fusemessage import Request
@@ -234,28 +233,14 @@ class Files:
         result = self._service.ioctl(request.who, fh, command, data)[:out_size]
         return fuse.IOCTL_OUT.pack(0, 0, 0, 0) + result
 
-    def _syncfs(self, request: Request) -> None:
-        self._in_thread(request, host.syncfs, self._service.export.table.root_fd)
+    def _syncfs(self, request: Request) -> bytes:
+        self._service.syncfs()
+        return b""
 
-    def _fsync(self, request: Request) -> None:
+    def _fsync(self, request: Request) -> bytes:
         fh, flags = fuse.FSYNC_IN.unpack(request.body)
-        fd = self._service.file_fd(fh)
-        if fd < 0:
-            request.reply(b"")
-            return
-        sync = os.fdatasync if flags & fuse.FSYNC_FDATASYNC else os.fsync
-        self._in_thread(request, sync, fd)
-
-    def _in_thread(self, request: Request, sync: Callable[[int], None], fd: int) -> None:
-        self._waiting.check(request)
-        # A descriptor of its own: the guest may close the file before the thread is done.
-        fd = os.dup(fd)
-        self._waiting.add(request, _nothing, interruptible=False)
-
-        def done(error: BaseException | None) -> None:
-            self._waiting.finish(request, lambda: _nothing_or(error))
-
-        self._loop.in_thread(lambda: _then_close(sync, fd), done)
+        self._service.fsync(fh, data_only=bool(flags & fuse.FSYNC_FDATASYNC))
+        return b""
 
     # What waits
 
@@ -370,18 +355,5 @@ class Files:
         return bytes(reply)
 
 
-def _then_close(work: Callable[[int], None], fd: int) -> None:
-    try:
-        work(fd)
-    finally:
-        os.close(fd)
-
-
 def _nothing() -> None:
     """A thread goes on to its end."""
-
-
-def _nothing_or(error: BaseException | None) -> bytes:
-    if error is not None:
-        raise error
-    return b""

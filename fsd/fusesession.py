@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from threading import Thread
 
 import structlog
 
@@ -31,6 +32,8 @@ from .fusewaiting import Loop, Waiting
 from .inodes import Inode
 from .leaving import give_back
 from .service import Service
+from .servicefiles import Events
+from .slowcalls import Later, Outcome, SlowCall, Work
 
 log = structlog.get_logger()
 MAX_PAGES = 256
@@ -101,6 +104,10 @@ class FuseSession:
         limit = self._options.nodes_limit
         self._kept = self._options.kept
         service.keep(self._kept)
+        service.has_threads, service.close_slowly = True, self._close_slowly
+        self._loop = loop
+        self._mounts = service.export.table.mounts
+        self._closing: list[int] | None = None  # descriptors, while all are closed
         self.nodes = Nodes(
             service,
             caching,
@@ -141,8 +148,13 @@ class FuseSession:
             log.warning("bad request from guest", guest=self._guest, error=str(error))
             _refuse(readable, writable, done)
             return
+        self._try(request)
+
+    def _try(self, request: Request) -> None:
         try:
             self._serve(request)
+        except Later as later:
+            self._serve_later(request, later.call)
         except OSError as error:
             request.fail(error.errno or errno.EIO)
         except fuse.DecodeError as error:
@@ -159,6 +171,54 @@ class FuseSession:
             log.exception("request failed", guest=self._guest, opcode=request.opcode)
             request.fail(errno.EIO)
 
+    def _serve_later(self, request: Request, call: SlowCall) -> None:
+        """A thread makes the call, then the request is served again: other requests meanwhile."""
+        outcome, service = Outcome(call), self._service
+        try:
+            self._waiting.check(request)
+        except OSError as error:
+            outcome.drop()
+            request.fail(error.errno or errno.EIO)
+            return
+        outcomes = service.outcomes
+        end = service.export.watcher.expect(service.guest, call.expected)
+
+        def fail() -> None:
+            if self._waiting.end(request):
+                request.fail(errno.EIO)
+
+        def done(error: BaseException | None) -> None:
+            end()
+            if not self._waiting.end(request) or error is not None:
+                outcome.drop()
+                return
+            service.outcomes = made = {**outcomes, call.what: outcome}
+            try:
+                self._try(request)
+            finally:
+                service.outcomes = {}
+                if not self._waiting.waits(request):
+                    for each in made.values():
+                        each.drop()
+
+        cancel = _nothing if call.patience is None else self._loop.later(call.patience, fail)
+        self._waiting.add(request, cancel, interruptible=False)
+        self._loop.in_thread(outcome, done)
+
+    def _close_slowly(self, fd: int, expected: Events) -> None:
+        """To close a descriptor may take long: a thread does. All at the end, one does."""
+        if self._closing is not None:
+            self._closing.append(fd)
+            return
+        outcome = Outcome(SlowCall("close", Work.closing(fd), mount=-1))
+        end = self._service.export.watcher.expect(self._service.guest, expected)
+
+        def done(_error: BaseException | None) -> None:
+            end()
+            outcome.drop()
+
+        self._loop.in_thread(outcome, done)
+
     def _serve(self, request: Request) -> None:
         opcode = request.opcode
         if not self._minor and opcode != Opcode.INIT:
@@ -170,6 +230,9 @@ class FuseSession:
             self.nodes.check_handle(request.nodeid)
         elif opcode not in _WITHOUT_NODE:
             self.nodes.check(request.nodeid)
+        if self._mounts.remote:
+            is_name = opcode == Opcode.LOOKUP
+            self._service.reach(request.nodeid, request.body, is_name=is_name)
         payload = handler(request)
         if payload is not None:
             request.reply(payload)
@@ -218,7 +281,15 @@ class FuseSession:
         self._waiting.close()
         self._service.export.drop_hand_marks(self._service.guest)
         steps = chain(self._service.locks.closing(), self._files.closing(), self.nodes.closing())
-        give_back(steps, self._loop.soon, then)
+        closing = self._closing = self._closing or []
+
+        def closed() -> None:
+            self._closing = None
+            if closing:
+                Thread(target=_close_all, args=(closing,), daemon=True).start()
+            then()
+
+        give_back(steps, self._loop.soon, closed)
         if self._kept is not None:
             self._kept.clear()
 
@@ -319,6 +390,15 @@ class FuseSession:
     def _interrupt(self, request: Request) -> None:
         self._waiting.interrupt(fuse.INTERRUPT_IN.unpack(request.body))
         request.drop()
+
+
+def _nothing() -> None:
+    """Nothing ends with the wait."""
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _refuse(readable: Buffers, writable: Buffers, done: Callable[[int], None]) -> None:

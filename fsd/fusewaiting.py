@@ -27,7 +27,7 @@ class Loop(Protocol):
     def in_thread(
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
-        """Run ``work`` in a thread, then call ``then`` with what it raised."""
+        """Run ``work``, an Outcome, in a thread, then call ``then`` with what it raised."""
 
 
 class _Entry(NamedTuple):
@@ -82,10 +82,16 @@ class Waiting:
         entry = self._entries.get(request.unique)
         return entry is not None and entry.request is request
 
+    def end(self, request: Request) -> bool:
+        """It does not wait any more, and is still to be answered; False where it is answered."""
+        if not self.waits(request):
+            return False
+        self._entries.pop(request.unique).stop()
+        return True
+
     def finish(self, request: Request, payload: Callable[[], bytes]) -> None:
         """Answer a request, unless that was done already."""
-        if self.waits(request):
-            self._entries.pop(request.unique).stop()
+        if self.end(request):
             answer(request, payload)
 
 

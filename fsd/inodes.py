@@ -210,6 +210,10 @@ class InodeTable:
         except KeyError:
             raise OSError(errno.ESTALE, f"unknown nodeid {nodeid}") from None
 
+    def known(self, nodeid: int) -> Inode | None:
+        """The inode of a nodeid, if there is one."""
+        return self._by_node.get(nodeid)
+
     def recall(self, nodeid: int) -> Inode:
         """The inode of a file handle that a guest took: also one that it has forgotten since, if it
         is found again in the export. Raises OSError ESTALE.
@@ -401,7 +405,8 @@ class InodeTable:
         path = directory.path()
 
         def number(name: bytes, ino: int) -> int:
-            if self.mounts.is_point(path + b"/" + name if path else name):
+            point = self.mounts.point(path + b"/" + name if path else name)
+            if point and point not in self.mounts.remote:
                 with suppress(OSError), self.directory(directory) as dir_fd:
                     there, ino, _, above = self._identity_of(dir_fd, name)
                     return self.mounts.number(above, there, ino) or ino
@@ -534,6 +539,11 @@ class InodeTable:
             if fd != inode.fd:
                 os.close(fd)
 
+    def _check_answers(self, inode: Inode) -> None:
+        """Raises OSError EIO for what is on a file system below the share that does not answer."""
+        if self.mounts.remote and inode.identity[3] in self.mounts.remote:
+            self.mounts.check(inode.identity[3])
+
     def open_directory(self, inode: Inode) -> int:
         """An O_PATH descriptor of a directory: to be closed, unless it is the inode's own ``fd``.
 
@@ -541,6 +551,7 @@ class InodeTable:
         """
         if inode is self.root:
             return inode.fd
+        self._check_answers(inode)
         if not inode.is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         try:
@@ -565,6 +576,7 @@ class InodeTable:
         if inode.is_dir:
             with self.directory(inode) as fd:
                 return os.dup(fd)
+        self._check_answers(inode)
         unseen: OSError | None = None
         if inode.parent is not None and not inode.is_placeholder:
             try:

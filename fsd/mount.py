@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +35,7 @@ from .transports.rawfuse import RawFuseDoor
 from .transports.snapshots import Snapshots
 from .transports.socket import SocketDoor
 from .transports.spin import SpinBeforeSleep
+from .transports.tasks import end_in_time
 
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to come up, on a busy machine."""
@@ -131,6 +133,7 @@ class Mounted:
         directory = Path(options.state_dir) if options.state_dir else state_directory()
         self._state = StateFile(state_path(directory, options.source, options.mountpoint))
         self._agent: AgentProcess | None = None
+        self._serves: Callable[[int], None]
         self._unmount: Callable[[], None] = pyfuse3.terminate
 
     async def run(self) -> None:
@@ -148,6 +151,7 @@ class Mounted:
             cleanup.callback(export.close)
             saver = Saver(export, self._state)
             export.checkpoint = saver.save
+            self._serves = export.table.mounts.serves
             guest = export.add_replayer(options.mountpoint, is_local=True)
             service = Service(export, guest)
             cleanup.callback(service.close)
@@ -255,9 +259,21 @@ class Mounted:
 
     async def _end_on(self, signals: AsyncIterator[int]) -> None:
         async for _ in signals:
+            end_in_time(self._take_away)
             with Guard("stopping the agent"):
                 await self._stop_agent()
             self._unmount()
+
+    def _take_away(self) -> None:
+        """Leave no dead mount behind."""
+        subprocess.run(
+            ["umount", "-l", self._options.mountpoint]
+            if os.geteuid() == 0
+            else ["fusermount3", "-u", "-z", self._options.mountpoint],
+            stderr=subprocess.DEVNULL,
+            timeout=0.3,
+            check=False,
+        )
 
     async def _stop_agent(self) -> None:
         if self._agent is not None:
@@ -273,7 +289,8 @@ class Mounted:
                 self._on_ready()
 
             try:
-                await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+                own = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+                self._serves(own.st_dev)
                 if self._agent is None:
                     ready()
                 else:

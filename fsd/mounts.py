@@ -6,6 +6,7 @@ only when it has changed, which one poll(2) of /proc/self/mountinfo tells (proc_
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import time
@@ -19,6 +20,15 @@ themselves, and below the nodeids that the server makes up."""
 _INO_BITS = 48
 """Bits of an inode number that fit into a range; no common file system uses more."""
 _ESCAPED = ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\"))
+
+
+STUCK = 0.5
+"""Seconds after which a file system that was asked something counts as one that does not answer."""
+_LOCAL = frozenset(
+    b"bcachefs btrfs erofs exfat ext2 ext3 ext4 f2fs iso9660 jfs msdos ntfs3 proc ramfs reiserfs "
+    b"squashfs sysfs tmpfs devtmpfs hugetlbfs cgroup2 udf vfat xfs zfs".split()
+)
+"""File systems that answer by themselves. Any other may wait for a program, or for a network."""
 
 
 class Mounts:
@@ -40,6 +50,11 @@ class Mounts:
         """Path below the share -> the topmost mount there, as last read."""
         self._places: dict[int, bytes] = {}  # the same of all mounts, by their numbers
         self._slots: dict[tuple[int, int], int] = {}  # mount, st_dev -> number range
+        self.remote: dict[int, str] = {}
+        """The mounts below whose file systems may not answer, with what they are called."""
+        self._asked: dict[int, float] = {}  # since when, mounts that have not answered yet
+        self._own_mounts: set[int] = set()  # of the file system that this process serves
+        self._device_served = -1
         self.changed_at = 0.0
         """time.monotonic() at which the tree was read last."""
         self.read()
@@ -57,6 +72,46 @@ class Mounts:
             self.read()
         return bool(self.points)
 
+    def point(self, path: bytes) -> int:
+        """The mount at a path below the share when that was last looked at; 0 where none is."""
+        return self.points.get(path, 0)
+
+    def ask(self, mount: int, path: bytes, root_fd: int) -> None:
+        """Ask a file system for something that it has to answer itself: in a thread, as it may not.
+        Raises OSError.
+        """
+        self._asked.setdefault(mount, time.monotonic())
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=root_fd)
+            try:
+                os.fstatvfs(fd)
+            finally:
+                os.close(fd)
+        finally:
+            self._asked.pop(mount, None)
+
+    def check(self, mount: int, patience: float = STUCK) -> None:
+        """Raises OSError: ELOOP for a mount that this very server answers for, EIO for one that has
+        been asked something so many seconds ago, and has not answered.
+        """
+        if mount in self._own_mounts:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        since = self._asked.get(mount)
+        if since is not None and time.monotonic() > since + patience:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def serves(self, device: int) -> None:
+        """This process is the server of a file system: to look at it would wait for itself."""
+        self._device_served = device
+        self.read()
+
+    def path_of(self, mount: int) -> bytes:
+        """Where a mount below the share is. Raises OSError ESTALE where it is gone."""
+        for path, number in self.points.items():
+            if number == mount:
+                return path
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
     def is_point(self, path: bytes) -> bool:
         """Whether something was mounted at a path below the share when that was last looked at."""
         return path in self.points
@@ -71,14 +126,23 @@ class Mounts:
             text += chunk
         points: dict[bytes, int] = {}
         places: dict[int, bytes] = {}
+        remote: dict[int, str] = {}
+        own: set[int] = set()
         for line in text.split(b"\n")[:-1]:
-            number, _parent, _device, _root, point, _rest = line.split(b" ", 5)
+            number, _parent, device, _root, point, rest = line.split(b" ", 5)
             for escape, char in _ESCAPED:
                 point = point.replace(escape, char)
             if point.startswith(top) and point != top:
                 points[point[len(top) :]] = int(number)
+                kind = rest.partition(b" - ")[2].split(b" ", 1)[0]
+                major, _, minor = device.partition(b":")
+                if os.makedev(int(major), int(minor)) == self._device_served:
+                    own.add(int(number))
+                if kind not in _LOCAL:
+                    remote[int(number)] = f"{os.fsdecode(point)} ({os.fsdecode(kind)})"
             places[int(number)] = point[len(top) :]
         self.points, self._places = points, places
+        self.remote, self._own_mounts = remote, own
         ids = {*places, self.own}
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] in ids}
 

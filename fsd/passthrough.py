@@ -13,7 +13,8 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from protocol.masks import Mask
 
@@ -102,6 +103,21 @@ _DROPPED_FLAGS = (
     os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW
     | os.O_PATH | _O_TMPFILE | os.O_ASYNC
 )  # fmt: skip
+
+
+class OpenFile(Protocol):
+    """Opens a regular file by an O_PATH descriptor of it; ``acting`` as the caller."""
+
+    def __call__(
+        self, path_fd: int, flags: int, acting: Callable[[], AbstractContextManager[None]] = ...
+    ) -> int:
+        """The new descriptor. Raises OSError."""
+
+
+Keep = Callable[[int, bytes], None]
+"""Called before a name goes, with a descriptor of its directory."""
+Change = Callable[[int], os.stat_result]
+"""Changes attributes, by a descriptor; returns what they are then. In any thread."""
 
 
 class PassthroughFS:
@@ -203,7 +219,7 @@ class PassthroughFS:
         return self.lookup(parent, name)
 
     def create(
-        self, parent: Inode, name: bytes, mode: int, flags: int, who: Identity
+        self, parent: Inode, name: bytes, mode: int, flags: int, who: Identity, open_file: OpenFile
     ) -> tuple[Entry, Handle]:
         """CREATE: make (or open) a regular file."""
         exclusive = flags & os.O_EXCL
@@ -215,7 +231,7 @@ class PassthroughFS:
         except FileExistsError:  # made by somebody else since the guest looked
             if exclusive:
                 raise
-            fd = self._open_existing(parent, name, flags, who)
+            fd = self._open_existing(parent, name, flags, who, open_file)
         try:
             entry = self.referenced(Entry(*self.table.intern(fd, parent, name)))
         except BaseException:
@@ -235,14 +251,15 @@ class PassthroughFS:
             raise
         return entry, self._handle(entry.inode, fd, flags)
 
-    def _open_existing(self, parent: Inode, name: bytes, flags: int, who: Identity) -> int:
+    def _open_existing(
+        self, parent: Inode, name: bytes, flags: int, who: Identity, open_file: OpenFile
+    ) -> int:
         """Open what a CREATE has found there. No guest's kernel has checked permissions."""
         with self.table.directory(parent) as dir_fd:
             path_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
-            with self._acting_as(who, judged=False):
-                return os.open(host.fd_path(path_fd), flags)
+            return open_file(path_fd, flags, partial(self._acting_as, who, judged=False))
         finally:
             os.close(path_fd)
 
@@ -253,14 +270,15 @@ class PassthroughFS:
             os.link(host.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self.lookup(parent, name)
 
-    def unlink(self, parent: Inode, name: bytes, who: Identity) -> None:
+    def unlink(self, parent: Inode, name: bytes, who: Identity, keep: Keep) -> None:
         """UNLINK."""
         self._check_name(name)
         with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
+            keep(dir_fd, name)
             os.unlink(name, dir_fd=dir_fd)
         self._gone(parent, name)
 
-    def rmdir(self, parent: Inode, name: bytes, who: Identity) -> None:
+    def rmdir(self, parent: Inode, name: bytes, who: Identity, _keep: Keep) -> None:
         """RMDIR."""
         self._check_name(name)
         with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
@@ -289,7 +307,14 @@ class PassthroughFS:
                 tell(inode)
 
     def rename(
-        self, old: Inode, name: bytes, new: Inode, new_name: bytes, flags: int, who: Identity
+        self,
+        old: Inode,
+        name: bytes,
+        new: Inode,
+        new_name: bytes,
+        flags: int,
+        who: Identity,
+        keep: Keep,
     ) -> None:
         """RENAME, RENAME2."""
         self._check_name(name)
@@ -304,6 +329,7 @@ class PassthroughFS:
                 self._check_movable(old_fd, name, who)
                 if flags & host.RENAME_EXCHANGE:
                     self._check_movable(new_fd, new_name, who)
+            keep(new_fd, new_name)
             host.renameat2(old_fd, name, new_fd, new_name, flags)
         moved = old.children.get(name)
         other = new.children.get(new_name)
@@ -359,16 +385,26 @@ class PassthroughFS:
                 raise
             raise self._lost(inode) from None
 
-    def setattr(self, inode: Inode, changes: Changes, handle: Handle | None) -> os.stat_result:
-        """SETATTR, in the order chown, mode, size, times: each undoes side effects before it."""
+    def setattr(
+        self,
+        inode: Inode,
+        changes: Changes,
+        handle: Handle | None,
+        run: Callable[[Change, int, bool], os.stat_result],
+    ) -> os.stat_result:
+        """SETATTR, in the order chown, mode, size, times: each undoes side effects before it.
+        ``run`` does it, given the descriptor, and whether that is the caller's open file.
+        """
         if handle is not None and handle.fd >= 0 and handle.inode is inode:
-            return self._setattr(handle.fd, changes, handle.fd)
+            return run(partial(self._setattr, changes, True), handle.fd, True)
+        change = partial(self._setattr, changes, False)
         if inode.open_fds and not inode.is_dir:
-            return self._setattr(inode.open_fds[-1], changes, None)
+            return run(change, inode.open_fds[-1], False)
         with self._used(inode) as fd:
-            return self._setattr(fd, changes, None)
+            return run(change, fd, False)
 
-    def _setattr(self, fd: int, changes: Changes, write_fd: int | None) -> os.stat_result:
+    @staticmethod
+    def _setattr(changes: Changes, is_open: bool, fd: int) -> os.stat_result:
         path = host.fd_path(fd)
         mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = changes
         if host.NO_ID in (uid, gid):  # chown(2) would leave it, and say nothing
@@ -380,8 +416,8 @@ class PassthroughFS:
             os.chmod(path, stat.S_IMODE(mode))
         if size is not None:
             with host.killing_suid() if kill_suid else nullcontext():
-                if write_fd is not None:
-                    os.ftruncate(write_fd, size)
+                if is_open:
+                    os.ftruncate(fd, size)
                 else:
                     os.truncate(path, size)
         if atime_ns is not None or mtime_ns is not None:
@@ -456,12 +492,12 @@ class PassthroughFS:
         self.table.pin(inode)
         return Handle(inode, fd, flags)
 
-    def open(self, inode: Inode, flags: int) -> Handle:
+    def open(self, inode: Inode, flags: int, open_file: OpenFile) -> Handle:
         """OPEN of a regular file."""
         _check_regular(inode.kind)
         with self._used(inode) as path_fd:
             _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
-            fd = os.open(host.fd_path(path_fd), flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
+            fd = open_file(path_fd, flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
         self.successors.opened(inode)
         return self._handle(inode, fd, flags)
 
@@ -504,9 +540,12 @@ class PassthroughFS:
 
     def release(self, handle: Handle) -> None:
         """RELEASE, RELEASEDIR. Closes the descriptor once."""
-        if handle.fd < 0:
-            return
+        if handle.fd >= 0:
+            os.close(self.let_go(handle))
+
+    def let_go(self, handle: Handle) -> int:
+        """The same for a handle that is open; its descriptor is still to be closed."""
         fd, handle.fd = handle.fd, -1
         handle.inode.open_fds.remove(fd)
-        os.close(fd)
         self.table.unpin(handle.inode)
+        return fd

@@ -9,20 +9,25 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import linecache
+import math
 import os
 import select
 import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import structlog
+
 from . import host
 
+log = structlog.get_logger()
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
     0x0002_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000,
@@ -36,6 +41,8 @@ _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+_END = 4.8
+"""Seconds from SIGTERM until the process inside is killed: it ends by itself before, if it can."""
 CAPABILITIES = (
     "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID",
     "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW",
@@ -78,13 +85,21 @@ def supervise(inside: Callable[[int], int], on_ready: Callable[[], object]) -> i
         _exit_with(inside, theirs.detach())
     theirs.close()
     _ready_or_end(ours, on_ready)
+    deadline = math.inf
     while True:
         with suppress(ChildProcessError):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)
-        if signal.sigwait({*ending, signal.SIGCHLD}) in ending:
+        wait = min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+        came = signal.sigtimedwait({*ending, signal.SIGCHLD}, wait)
+        if came is None:
+            log.error("ended the server, which hangs in a system call", seconds=_END)
+            os.kill(child, signal.SIGKILL)
+            deadline = math.inf
+        elif came.si_signo in ending:
             ours.close()
+            deadline = min(deadline, time.monotonic() + _END)
 
 
 def _ready_or_end(ours: socket.socket, on_ready: Callable[[], object]) -> None:

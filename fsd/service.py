@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from contextlib import nullcontext
+from functools import partial
 
 from protocol.frames import FSD_DIR, FSD_NAME
 from protocol.masks import Mask
@@ -19,8 +20,9 @@ from . import host, xattrs
 from .attributes import StatLike, placeholder_attr
 from .inodes import ROOT_ID, Inode
 from .ledger import UnexpectedCall
-from .passthrough import Changes, Entry, Handle
-from .servicefiles import AnyHandle, Caller, FileService, IdleHandle, opening, writing
+from .passthrough import Change, Changes, Entry, Handle
+from .servicefiles import AnyHandle, Caller, Events, FileService, IdleHandle, opening, writing
+from .slowcalls import LONG
 
 __all__ = ["AnyHandle", "Caller", "IdleHandle", "Service"]
 
@@ -118,8 +120,11 @@ class Service(FileService):
         node = self._names(nodeid, name)
         child = node.children.get(name)
         remove = self._fs.rmdir if is_dir else self._fs.unlink
-        with self._own((node, name, Mask.DELETE), (child, b"", Mask.ATTRIB | Mask.DELETE_SELF)):
-            remove(node, name, who)
+        with (
+            self._keeping(child) as keep,
+            self._own((node, name, Mask.DELETE), (child, b"", Mask.ATTRIB | Mask.DELETE_SELF)),
+        ):
+            remove(node, name, who, keep)
 
     def rename(
         self, who: Caller, nodeid: int, name: bytes, nodeid2: int, name2: bytes, flags: int
@@ -135,16 +140,18 @@ class Service(FileService):
         moved = Mask.MOVED_FROM | (Mask.MOVED_TO if flags & host.RENAME_EXCHANGE else Mask(0))
         arrived = Mask.MOVED_TO | (Mask.MOVED_FROM if flags & host.RENAME_EXCHANGE else Mask(0))
         lost = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
+        replaced = new.children.get(name2)
         with (
+            self._keeping(replaced) as keep,
             self._own(
                 (old, name, moved),
                 (new, name2, arrived),
                 (old.children.get(name), b"", Mask.MOVE_SELF),
-                (new.children.get(name2), b"", lost),
+                (replaced, b"", lost),
             ),
             writing(who.uid, kill=False),
         ):
-            self._fs.rename(old, name, new, name2, flags, who)
+            self._fs.rename(old, name, new, name2, flags, who, keep)
 
     def _names(self, nodeid: int, name: bytes) -> Inode:
         """A directory in which names may change: not the hidden one, nor its name."""
@@ -162,12 +169,12 @@ class Service(FileService):
         node = self._names(nodeid, name)
         opened = opening(flags)
         child = node.children.get(name)
-        with (
-            self._own((node, name, Mask.CREATE | opened), (child, b"", opened)),
-            # An ordinary user acts without CAP_FSETID here anyway.
-            host.killing_suid() if kill and not who.uid else nullcontext(),
-        ):
-            entry, handle = self._fs.create(node, name, mode, flags, who)
+        events: Events = ((node, name, Mask.CREATE | opened), (child, b"", opened))
+        # An ordinary user acts without CAP_FSETID here anyway.
+        kill = kill and not who.uid
+        open_file = partial(self._open_file, events, kill)
+        with self._own(*events), host.killing_suid() if kill else nullcontext():
+            entry, handle = self._fs.create(node, name, mode, flags, who, open_file)
         return entry, self._new(handle, who)
 
     def tmpfile(self, who: Caller, nodeid: int, mode: int, flags: int) -> tuple[Entry, int]:
@@ -228,9 +235,19 @@ class Service(FileService):
                 raise self._refused(error) from None
         self._check_writable()
         handle = self._handles.get(fh) if fh is not None else None
-        with self._own(*self._about(inode, changes.events)):
+        events = self._about(inode, changes.events)
+
+        def run(change: Change, fd: int, is_open: bool) -> os.stat_result:
+            # Somebody may have a lease on what is not open, and to cut a long file takes long.
+            size = changes.size
+            if size is None or (is_open and os.fstat(fd).st_size - size <= LONG):
+                return change(fd)
+            status: os.stat_result = self.slowly("setattr", change, fd, expected=events)
+            return status
+
+        with self._own(*events):
             return inode, self._fs.setattr(
-                inode, changes, handle if isinstance(handle, Handle) else None
+                inode, changes, handle if isinstance(handle, Handle) else None, run
             )
 
     def getxattr(self, who: Caller, nodeid: int, name: bytes) -> bytes:

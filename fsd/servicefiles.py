@@ -9,9 +9,12 @@ import errno
 import fcntl
 import itertools
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import structlog
 
@@ -26,8 +29,9 @@ from .hidden import HiddenFiles, HiddenHandle
 from .inodes import Inode
 from .ledger import UnexpectedCall
 from .locks import GuestLocks, Lock
-from .passthrough import Entry, Handle, Identity
+from .passthrough import Entry, Handle, Identity, Keep
 from .replayer import ReplayGuest
+from .slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from .watcher import Expected
 
 log = structlog.get_logger()
@@ -35,11 +39,13 @@ Caller = Identity
 _REOPENING = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOCK
 """Flags with which a file is opened once more."""
 COPY_LIMIT = 1 << 24
-"""Bytes of one COPY_FILE_RANGE: some 10 ms, for which other guests wait. Callers ask again."""
+"""Bytes of one COPY_FILE_RANGE: callers ask again."""
 REPLAYED_LIMIT = 1 << 16
 """Files that the agent may have open for programs of the host, some 200 bytes each. They have no
 descriptor here, and what others hold open must not take one from the guest's programs. The agent of
 fsd-guest keeps a quarter of them at most."""
+Events = tuple[Expected, ...]
+Acting = Callable[[], AbstractContextManager[None]]
 _OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
 _WRITTEN = Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
 
@@ -76,6 +82,14 @@ class FileService:
         self.kept: KeptSession | None = None
         self.acls = False
         """Whether POSIX ACLs may be used (fsd.xattrs): the door knows."""
+        self.outcomes: Outcomes = {}
+        """Of the request that is being served, what threads have done for it."""
+        self.patience = PATIENCE
+        """Seconds that a request waits for a file system that does not answer."""
+        self.has_threads = False
+        """Whether the door serves a request again that raised Later; else all is done at once."""
+        self.close_slowly: Callable[[int, Events], None] = _close
+        """Closes a descriptor where that may free a long file, and makes events."""
         self._handles: dict[int, AnyHandle | LostHandle] = {}
         self._replayed: set[int] = set()  # of them, what the agent has open
         self._numbers = itertools.count(1)
@@ -90,6 +104,95 @@ class FileService:
         for fh in list(self._handles):
             self.release(fh)
         self._fs.successors.close()
+
+    # What may take long
+
+    def slowly(
+        self, what: str, work: Callable[..., Any], *fds: int, expected: Events = (), **more: Any
+    ) -> Any:
+        """The result of work with descriptors that a thread has done for this request. Raises
+        Later where it is still to be done, and what the work raised. ``more``: fields of SlowCall.
+        """
+        if not self.has_threads:
+            return work(*fds)
+        outcome = self.outcomes.get(what)
+        if outcome is None:
+            raise Later(SlowCall(what, Work(work, *fds), expected, **more))
+        return outcome.take()
+
+    def reach(self, nodeid: int, body: bytes, *, is_name: bool) -> None:
+        """Before a request, where a file system below the share may not answer: those that the
+        request is about do. ``is_name``: its body is a name. Raises Later, OSError ELOOP.
+        """
+        mounts = self._table.mounts
+        if not mounts.remote:
+            return
+        for mount in self._mounts_of(nodeid, body, is_name=is_name) & mounts.remote.keys():
+            mounts.check(mount, self.patience)
+            what = f"look at {mounts.remote[mount]}"
+            path = mounts.path_of(mount)
+            ask = partial(mounts.ask, mount, path)
+            self.slowly(what, ask, self._table.root_fd, mount=mount, patience=self.patience)
+
+    def _mounts_of(self, nodeid: int, body: bytes, *, is_name: bool) -> set[int]:
+        """On which mounts is what a request is about: also what it might name by number."""
+        numbers = [nodeid]
+        if not is_name:
+            size = min(len(body), 32) & ~7  # all that requests have of handles and nodes
+            numbers += [number for (number,) in struct.iter_unpack("<Q", body[:size])]
+        inodes = [self._table.known(number) for number in numbers]
+        for number in numbers[1:]:
+            handle = self._handles.get(number)
+            inodes.append(getattr(handle, "inode", None))
+        found = {inode.identity[3] for inode in inodes if inode is not None}
+        if is_name and inodes[0] is not None:
+            found.add(self._point(inodes[0], body.partition(b"\0")[0]))
+        return found
+
+    def _point(self, directory: Inode, name: bytes) -> int:
+        """The mount that a name leads to, if that is a mount point."""
+        path = directory.path()
+        return self._table.mounts.point(path + b"/" + name if path else name)
+
+    @contextmanager
+    def _keeping(self, child: Inode | None) -> Iterator[Keep]:
+        """Keep what a name stands for while that is removed, if it is long: its blocks are freed by
+        the last one that closes it, in a thread then.
+        """
+        fd = -1
+
+        def keep(dir_fd: int, name: bytes) -> None:
+            nonlocal fd
+            with suppress(OSError):
+                if os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size > LONG:
+                    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+
+        try:
+            yield keep
+        finally:
+            if fd >= 0:
+                self.close_slowly(fd, ((child, b"", Mask.DELETE_SELF),))
+
+    def _open_file(
+        self, events: Events, kill: bool, path_fd: int, flags: int, acting: Acting = nullcontext
+    ) -> int:
+        """Open a regular file for the request. Somebody on the host may have a lease on it
+        (F_SETLEASE of fcntl(2)), and gives it back when it likes. ``kill`` suid and sgid bits.
+        """
+        suid = host.killing_suid if kill else nullcontext
+        if "open" not in self.outcomes:
+            with suppress(BlockingIOError), acting(), suid():
+                return os.open(host.fd_path(path_fd), flags | os.O_NONBLOCK)
+
+        def wait(own: int) -> int:
+            with acting(), suid():
+                return os.open(host.fd_path(own), flags)
+
+        fd: int = self.slowly("open", wait, path_fd, expected=events, discard=os.close)
+        if not os.path.sameopenfile(fd, path_fd):
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
 
     # Who asks
 
@@ -188,8 +291,11 @@ class FileService:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         inode = self._table.get(nodeid)
-        with self._own(*self._about(inode, opening(flags))), truncating(who, flags, kill=kill):
-            return self._new(self._fs.open(inode, flags), who)
+        events = self._about(inode, opening(flags))
+        kill = bool(flags & os.O_TRUNC) and (kill or who.uid != 0)
+        with self._own(*events):
+            open_file = partial(self._open_file, events, kill)
+            return self._new(self._fs.open(inode, flags, open_file), who)
 
     def _replay_open(self, who: Caller, nodeid: int) -> int:
         if len(self._replayed) >= REPLAYED_LIMIT:
@@ -239,6 +345,9 @@ class FileService:
         try:
             if name in (b".", b".."):
                 return self._fs.peek(handle.inode, name)
+            mounts = self._table.mounts
+            if mounts.remote and self._point(handle.inode, name) in mounts.remote:
+                return None  # a listing waits for no other file system
             return self._fs.peek_at(handle.fd, handle.inode, name)
         except OSError:
             return None
@@ -278,8 +387,22 @@ class FileService:
             views[0][:1] = b"\0"  # of nothing the kernel would make no event
             return 1
         handle = self._with_data(handle)
-        with self._own(*self._about(handle.inode, Mask.ACCESS)):
+        events = self._about(handle.inode, Mask.ACCESS)
+        if self._is_elsewhere(handle):
+            work: Callable[[int], int] = lambda fd: _moved(os.preadv, fd, views, offset)  # noqa: E731
+            return int(self._there("read", work, handle, events))
+        with self._own(*events):
             return _moved(os.preadv, handle.fd, views, offset)
+
+    def _there(self, what: str, work: Callable[[int], Any], handle: Handle, events: Events) -> Any:
+        """Work on a file of another file system."""
+        mount = handle.inode.identity[3] if self._is_elsewhere(handle) else 0
+        return self.slowly(what, work, handle.fd, expected=events, mount=mount)
+
+    def _is_elsewhere(self, handle: Handle) -> bool:
+        """Whether it is on a file system that may not answer."""
+        mounts = self._table.mounts
+        return bool(mounts.remote) and handle.inode.identity[3] in mounts.remote
 
     def write_from(
         self, who: Caller, fh: int, views: list[memoryview], offset: int, *, kill: bool
@@ -291,17 +414,32 @@ class FileService:
             return sum(map(len, views))
         self._refuse_replayer(who, "write")
         handle = self._with_data(handle)
-        with (
-            self._own(*self._about(handle.inode, _WRITTEN)),
-            writing(_payer(who, handle), kill=kill or who.uid != 0),
-        ):
-            return _moved(os.pwritev, handle.fd, views, offset)
+        events = self._about(handle.inode, _WRITTEN)
+
+        def write(fd: int) -> int:
+            with writing(payer, kill=kill or who.uid != 0):
+                return _moved(os.pwritev, fd, views, offset)
+
+        payer = _payer(who, handle)
+        if self._is_elsewhere(handle):
+            return int(self._there("write", write, handle, events))
+        with self._own(*events):
+            return write(handle.fd)
 
     def fallocate(self, who: Caller, fh: int, mode: int, offset: int, length: int) -> None:
         """FALLOCATE."""
         handle = self._changing(who, fh, "fallocate")
-        with self._own(*self._about(handle.inode, _WRITTEN)), writing(who.uid, kill=who.uid != 0):
-            host.fallocate(handle.fd, mode, offset, length)
+        events = self._about(handle.inode, _WRITTEN)
+
+        def allocate(fd: int) -> None:
+            with writing(who.uid, kill=who.uid != 0):
+                host.fallocate(fd, mode, offset, length)
+
+        if length > LONG:
+            self.slowly("fallocate", allocate, handle.fd, expected=events)
+            return
+        with self._own(*events):
+            allocate(handle.fd)
 
     def lseek(self, fh: int, offset: int, whence: int) -> int:
         """LSEEK: the next data or hole."""
@@ -314,11 +452,17 @@ class FileService:
     ) -> int:
         """COPY_FILE_RANGE, COPY_LIMIT bytes at most; returns how many."""
         source, target = self.file(fh), self._changing(who, fh_out, "copy_file_range")
-        read = self._about(source.inode, Mask.ACCESS)
-        about = *read, *self._about(target.inode, _WRITTEN)
-        with self._own(*about), writing(who.uid, kill=who.uid != 0):
-            size = min(size, COPY_LIMIT)
-            return os.copy_file_range(source.fd, target.fd, size, offset, offset_out)
+        events = (*self._about(source.inode, Mask.ACCESS), *self._about(target.inode, _WRITTEN))
+        size = min(size, COPY_LIMIT)
+
+        def copy(source_fd: int, target_fd: int) -> int:
+            with writing(who.uid, kill=who.uid != 0):
+                return os.copy_file_range(source_fd, target_fd, size, offset, offset_out)
+
+        if size > LONG or self._is_elsewhere(source) or self._is_elsewhere(target):
+            return int(self.slowly("copy", copy, source.fd, target.fd, expected=events))
+        with self._own(*events):
+            return copy(source.fd, target.fd)
 
     def _changing(self, who: Caller, fh: int, what: str) -> Handle:
         self._refuse_replayer(who, what)
@@ -335,6 +479,20 @@ class FileService:
             self._check_writable()
         with self._own(*self._about(handle.inode, Mask.ATTRIB)):
             return self._fs.ioctl(handle, who, command, data[:size].ljust(size, b"\0"))
+
+    def fsync(self, fh: int, *, data_only: bool) -> None:
+        """FSYNC, FSYNCDIR."""
+        if "fsync" in self.outcomes:  # the file may be closed by now
+            self.outcomes["fsync"].take()
+            return
+        handle = self.handle(fh)
+        if isinstance(handle, Handle):
+            sync = os.fdatasync if data_only else os.fsync
+            self._there("fsync", sync, handle, ())
+
+    def syncfs(self) -> None:
+        """SYNCFS: of the share's own file system."""
+        self.slowly("syncfs", host.syncfs, self._table.root_fd)
 
     def file_fd(self, fh: int) -> int:
         """The descriptor to fsync; -1 where there is nothing to sync."""
@@ -394,14 +552,27 @@ class FileService:
         if isinstance(handle, Handle):
             reading = handle.flags & os.O_ACCMODE == os.O_RDONLY
             closing = Mask.CLOSE_NOWRITE if reading else Mask.CLOSE_WRITE
+            events = self._about(handle.inode, closing)
             try:
                 self.locks.released(handle)
-                with self._own(*self._about(handle.inode, closing)):
-                    self._fs.release(handle)
+                if self._is_elsewhere(handle) or self._is_last_of_long(handle):
+                    gone = (handle.inode, b"", closing | Mask.DELETE_SELF)
+                    self.close_slowly(self._fs.let_go(handle), (*events, gone))
+                else:
+                    with self._own(*events):
+                        self._fs.release(handle)
             finally:
                 self._fs.release(handle)  # it closes once, whatever else fails
         elif isinstance(handle, HiddenHandle):
             self.hidden.release(handle)
+
+    @staticmethod
+    def _is_last_of_long(handle: Handle) -> bool:
+        """Whether to close it may free a long file."""
+        if handle.inode.nlink:
+            return False
+        status = os.fstat(handle.fd)
+        return not status.st_nlink and status.st_size > LONG
 
     # The server before, and the one after this
 
@@ -471,6 +642,10 @@ class FileService:
         return {fh: handle.fd for fh, handle in self._handles.items() if isinstance(handle, Handle)}
 
 
+def _close(fd: int, expected: Events) -> None:
+    os.close(fd)
+
+
 def _opened(handle: AnyHandle) -> Opened:
     if isinstance(handle, HiddenHandle):
         return Opened(fusekept.HIDDEN, 0, handle.nodeid)
@@ -498,13 +673,6 @@ def writing(uid: int, *, kill: bool) -> AbstractContextManager[None]:
     bits, as a change of a file's data by anybody without CAP_FSETID does.
     """
     return host.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()
-
-
-def truncating(who: Caller, flags: int, *, kill: bool) -> AbstractContextManager[None]:
-    """Opening with O_TRUNC changes the data, as truncate(2) does: FUSE_OPEN_KILL_SUIDGID, and any
-    user's, as libfuse and kernels before 5.11 do not say.
-    """
-    return host.killing_suid() if flags & os.O_TRUNC and (kill or who.uid) else nullcontext()
 
 
 _IOV_MAX = 1024

@@ -36,6 +36,7 @@ from .systemd import Manager, Store
 from .transports.polling import WINDOW
 from .transports.pump import Pump
 from .transports.snapshots import Snapshots
+from .transports.tasks import end_in_time
 from .transports.virtiofs import GuestDoor, from_fd, listen, store_name
 
 log = structlog.get_logger()
@@ -324,6 +325,7 @@ async def _serve(
         async with trio.open_nursery() as nursery:
 
             async def end() -> None:
+                end_in_time()
                 if store.holds:
                     with Guard("leaving guests to the next process"):
                         store.stopping()

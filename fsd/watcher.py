@@ -91,6 +91,9 @@ Expected = tuple[Inode | None, bytes | None, Mask]
 makes."""
 
 
+_Bits = dict[tuple[int, bytes | None], int]
+
+
 class HostWatcher:
     """One inotify instance. Owner of its descriptor."""
 
@@ -125,6 +128,7 @@ class HostWatcher:
         self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
         self.own_events = 0  # that the server itself has made
+        self._elsewhere: list[tuple[Origin, _Bits]] = []  # expected of calls in threads
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
         """A directory's own attributes have changed, which a kernel was given for long."""
@@ -351,7 +355,7 @@ class HostWatcher:
         if self._readable():
             now = time.monotonic()
             for raw in self._read():
-                self._push(raw, HOST, now)
+                self._push(raw, self._origin(raw) if self._elsewhere else HOST, now)
             self.on_arrival()
 
     # What was read and is not processed yet
@@ -491,11 +495,39 @@ class HostWatcher:
         """
         if self._is_attributing:
             raise RuntimeError("the events of a call are expected within another's")
-        bits: dict[tuple[int, bytes | None], int] = {}
+        bits = self._bits(expected)
+        return self._attributing(origin, bits) if bits else _UNWATCHED
+
+    def _bits(self, expected: Iterable[Expected]) -> _Bits:
+        bits: _Bits = {}
         for inode, name, mask in expected:
             if inode is not None and (wd := self._wd_of.get(inode)) is not None:
                 bits[wd, name] = bits.get((wd, name), 0) | int(mask)
-        return self._attributing(origin, bits) if bits else _UNWATCHED
+        return bits
+
+    def expect(self, origin: Origin, expected: Iterable[Expected]) -> Callable[[], None]:
+        """The same for a call that runs in a thread, until what is returned is called: others'
+        events that match it meanwhile are taken for its own.
+        """
+        bits = self._bits(expected)
+        if not bits:
+            return _nobody
+        self.drain()
+        entry = (origin, bits)
+        self._elsewhere.append(entry)
+
+        def end() -> None:
+            self.drain()
+            self._elsewhere[:] = [e for e in self._elsewhere if e is not entry]
+
+        return end
+
+    def _origin(self, raw: RawEvent) -> Origin:
+        """Whose an event is that no call of this thread has made."""
+        for origin, bits in self._elsewhere:
+            if _is_expected(raw, bits):
+                return origin
+        return HOST
 
     @contextmanager
     def _attributing(
@@ -510,17 +542,22 @@ class HostWatcher:
             if self._readable():
                 now = time.monotonic()
                 for raw in self._read():
-                    key: tuple[int, bytes | None] = (raw.wd, raw.name)
-                    left = bits.get(key, 0) or bits.get(key := (raw.wd, None), 0)
-                    seen = raw.mask & 0xFFF
-                    mine = left & seen
-                    if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
-                        bits[key] = left & (~seen | _REPEATED)
+                    mine = _is_expected(raw, bits)
                     if mine and origin is SERVER:  # nobody is told, and comparing waits for none
                         self.own_events += 1
                     else:
-                        self._push(raw, origin if mine else HOST, now)
+                        self._push(raw, origin if mine else self._origin(raw), now)
                 self.on_arrival()
+
+
+def _is_expected(raw: RawEvent, bits: _Bits) -> bool:
+    key: tuple[int, bytes | None] = (raw.wd, raw.name)
+    left = bits.get(key, 0) or bits.get(key := (raw.wd, None), 0)
+    seen = raw.mask & 0xFFF
+    mine = left & seen
+    if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
+        bits[key] = left & (~seen | _REPEATED)
+    return bool(mine)
 
 
 def _nobody() -> None:

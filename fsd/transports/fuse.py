@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import math
 import os
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import pyfuse3
@@ -27,6 +29,8 @@ from ..hidden import HiddenHandle
 from ..inodes import Inode
 from ..passthrough import Changes, Entry
 from ..service import Caller, IdleHandle, Service
+from ..servicefiles import Events
+from ..slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
 
 log = structlog.get_logger()
 _LISTING = 1024
@@ -37,6 +41,9 @@ _DOTS = (b".", b"..")
 LONG_POLL = 1.0
 """Seconds that a read of the channel waits. A killed agent stays in it until it is answered, so
 it is short; an agent with nothing to do waits in poll(2) instead, without end."""
+PATIENCE = 1.0
+"""Seconds to wait for a file system below the share that does not answer. Short, as the kernel lets
+all look-ups in one directory wait for the first: libfuse does not agree on PARALLEL_DIROPS."""
 DIRECTORY_TIMEOUT = 0.01
 """Seconds that a directory's attributes, as given to the replayer, are good for."""
 WATCHED_TIMEOUT = 3600.0
@@ -48,9 +55,16 @@ WALKS_LIMIT = 256
 
 def _guarded(handler: _F) -> _F:
     @functools.wraps(handler)
-    async def guarded(*args: Any) -> Any:
+    async def guarded(door: FuseDoor, *args: Any) -> Any:
+        outcomes: Outcomes = {}
         try:
-            return await handler(*args)
+            while True:
+                try:
+                    door._set_outcomes(outcomes)
+                    return await handler(door, *args)
+                except Later as later:
+                    door._set_outcomes({})
+                    outcomes[later.call.what] = await door._make(later.call)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except (pyfuse3.FUSEError, trio.Cancelled):
@@ -58,6 +72,11 @@ def _guarded(handler: _F) -> _F:
         except Exception:
             log.exception("request failed", request=handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            if outcomes:
+                door._set_outcomes({})
+                for outcome in outcomes.values():
+                    outcome.drop()
 
     return cast(_F, guarded)
 
@@ -145,6 +164,48 @@ class FuseDoor(pyfuse3.Operations):
         self._service = service
         self._channels: dict[int, Channel] = {}
         self._walked: dict[int, int] = {}  # by process: what the LOOKUP found that it made last
+        self._limiters: dict[int, trio.CapacityLimiter] = {}  # by the mount that is waited for
+        service.patience = PATIENCE
+        service.has_threads, service.close_slowly = True, self._close_slowly
+
+    def _set_outcomes(self, outcomes: Outcomes) -> None:
+        """What threads have done for the request that a handler begins with now."""
+        self._service.outcomes = outcomes
+
+    async def _make(self, call: SlowCall) -> Outcome:
+        """Make a call in a thread. Raises OSError EIO where it takes longer than its patience."""
+        outcome, watcher = Outcome(call), self._service.export.watcher
+        limiter = self._limiters.setdefault(call.mount, trio.CapacityLimiter(THREADS))
+        end = watcher.expect(self._service.guest, call.expected)
+        try:
+            with trio.fail_after(math.inf if call.patience is None else call.patience):
+                await trio.to_thread.run_sync(outcome, abandon_on_cancel=True, limiter=limiter)
+        except trio.TooSlowError:
+            outcome.drop()
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
+        except BaseException:
+            outcome.drop()
+            raise
+        finally:
+            end()
+        return outcome
+
+    def _close_slowly(self, fd: int, expected: Events) -> None:
+        """In a thread of its own, as nobody waits for it."""
+        token = trio.lowlevel.current_trio_token()
+        end = self._service.export.watcher.expect(self._service.guest, expected)
+
+        def close() -> None:
+            os.close(fd)
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(end)
+
+        Thread(target=close, daemon=True).start()
+
+    def _reach(self, nodeid: int, name: bytes | None = None, fh: int = 0) -> None:
+        """Wait for a file system below the share that may not answer."""
+        body = struct.pack("<Q", fh) if name is None else name
+        self._service.reach(nodeid, body, is_name=name is not None)
 
     @staticmethod
     def invalidate(inode: Inode) -> None:
@@ -156,6 +217,7 @@ class FuseDoor(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
+        self._reach(parent_inode, name)
         entry = self._service.lookup(_caller(ctx), parent_inode, name)
         self._walked[ctx.pid] = entry.inode.nodeid
         if len(self._walked) > WALKS_LIMIT:
@@ -170,6 +232,7 @@ class FuseDoor(pyfuse3.Operations):
     @_guarded
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         self._walked.pop(ctx.pid, None)
+        self._reach(inode)
         node, attr = self._service.getattr(_caller(ctx), inode)
         return self._lasting(node, self._own_ino(node, attr), ctx)
 
@@ -200,6 +263,7 @@ class FuseDoor(pyfuse3.Operations):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        self._reach(inode)
         changes = Changes(
             attr.st_mode if fields.update_mode else None,
             attr.st_uid if fields.update_uid else None,
@@ -212,6 +276,7 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        self._reach(inode)
         return self._service.readlink(inode)
 
     @_guarded
@@ -263,6 +328,7 @@ class FuseDoor(pyfuse3.Operations):
     @_guarded
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         self._walked.pop(ctx.pid, None)
+        self._reach(inode)
         fh = self._service.open(_caller(ctx), inode, flags)
         handle = self._service.handle(fh)
         bare = isinstance(handle, HiddenHandle | IdleHandle)  # no data of it may be cached
@@ -279,6 +345,7 @@ class FuseDoor(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        self._reach(parent_inode, name)
         entry, fh = self._service.create(_caller(ctx), parent_inode, name, mode, flags)
         return pyfuse3.FileInfo(fh=fh, keep_cache=False), _entry(entry)
 
@@ -324,13 +391,12 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
-        fd = self._service.file_fd(fh)
-        if fd >= 0:
-            await trio.to_thread.run_sync(os.fdatasync if datasync else os.fsync, fd)
+        self._service.fsync(fh, data_only=datasync)
 
     @_guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         self._walked.pop(ctx.pid, None)
+        self._reach(inode)
         return self._service.opendir(_caller(ctx), inode)
 
     @_guarded
@@ -354,7 +420,7 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self.fsync(fh, datasync)
+        self._service.fsync(fh, data_only=datasync)
 
     @_guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -376,10 +442,12 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        self._reach(inode)
         return self._service.getxattr(_caller(ctx), inode, name)
 
     @_guarded
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        self._reach(inode)
         return self._service.listxattr(inode)
 
     @_guarded
@@ -388,4 +456,5 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        self._reach(inode)
         return self._service.access(inode, mode)

@@ -8,6 +8,7 @@ from functools import partial
 import trio
 
 from ..guard import Guard
+from ..slowcalls import THREADS, Outcome
 
 
 class TrioLoop:
@@ -17,6 +18,7 @@ class TrioLoop:
         """Without one, nothing is called until there is."""
         self.nursery = nursery
         self.threads = 0  # that are at work
+        self._limiters: dict[int, trio.CapacityLimiter] = {}  # by what they wait for
         self._token = trio.lowlevel.current_trio_token()
 
     def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
@@ -39,7 +41,9 @@ class TrioLoop:
     def in_thread(
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
-        """Run ``work`` in a thread, then call ``then`` with what it raised."""
+        """Run ``work``, an Outcome, in a thread, then call ``then`` with what it raised; at once
+        with Cancelled where the nursery ends.
+        """
         assert self.nursery is not None
         self.nursery.start_soon(self._work, work, then)
         self.threads += 1
@@ -47,13 +51,19 @@ class TrioLoop:
     async def _work(
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
+        place = work.call.mount if isinstance(work, Outcome) else 0
+        limiter = self._limiters.setdefault(place, trio.CapacityLimiter(THREADS))
         error: BaseException | None = None
-        with trio.CancelScope(shield=True):
-            try:
-                await trio.to_thread.run_sync(work)
-            except Exception as caught:
-                error = caught
-        self.threads -= 1
+        try:
+            # Who goes waits for none: the thread ends when it can, and nobody hears of it.
+            await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+        except trio.Cancelled as cancelled:
+            _guarded(partial(then, cancelled))
+            raise
+        except Exception as caught:
+            error = caught
+        finally:
+            self.threads -= 1
         _guarded(partial(then, error))
 
 

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import errno
+import os
+import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import structlog
 import trio
 
 from ..guard import PAUSE, Guard
+from ..slowcalls import END, running
 
 log = structlog.get_logger()
 _REFUSED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
 """Of accept(2): no room now, or a peer that has gone already."""
 FULL_PAUSE = 0.5
 """Seconds until accept(2) is tried again: descriptors come back as guests close files."""
+
+
+def end_in_time(last: Callable[[], object] = lambda: None) -> None:
+    """From now on this process ends within END seconds, whatever it waits for: without cleaning up,
+    but for ``last``. By a thread, as this one may be what waits.
+    """
+
+    def end() -> None:
+        time.sleep(END)
+        hanging = ", ".join(running()) or "the server itself"
+        log.error("ended without waiting any longer", hangs=hanging, seconds=END)
+        with Guard("the end"):
+            last()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 async def forever(step: str, do: Callable[[], Awaitable[object]], **about: object) -> None:

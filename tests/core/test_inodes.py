@@ -103,7 +103,7 @@ def test_an_unlinked_file_is_not_found_by_its_name(world: World) -> None:
         world.export.fs.getattr(inode)
     assert error.value.errno in (errno.ESTALE, errno.ENOENT)
     with pytest.raises(OSError, match=r"Stale|No such"):
-        world.export.fs.setattr(inode, Changes(size=0), None)
+        world.export.fs.setattr(inode, Changes(size=0), None, lambda change, fd, _: change(fd))
     assert (world.source / "x").read_text() == "new"
 
 
