@@ -94,10 +94,11 @@ def supervise(inside: Callable[[int], int], on_ready: Callable[[], object]) -> i
         wait = min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
         came = signal.sigtimedwait({*ending, signal.SIGCHLD}, wait)
         if came is None:
+            # Not waited for: to close a file on a dead file system cannot be interrupted.
             log.error("ended the server, which hangs in a system call", seconds=_END)
             os.kill(child, signal.SIGKILL)
-            deadline = math.inf
-        elif came.si_signo in ending:
+            return 1
+        if came.si_signo in ending:
             ours.close()
             deadline = min(deadline, time.monotonic() + _END)
 

@@ -33,6 +33,8 @@ from .support import ALL, USER, Seen, World
 NUMBERS = (errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EIO)
 UNREACHED = {
     "host.syncfs": "in a thread of a door",
+    "os.fdatasync": "in a thread of a door",
+    "os.fsync": "in a thread of a door",
     "os.memfd_create": "what is kept for the next process",
     "os.dup2": "handing over to the next process",
     "os.access": "only where the kernel does not judge permissions",
