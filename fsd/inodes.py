@@ -637,7 +637,13 @@ class InodeTable:
         """Whether a descriptor is of the inode's object, on its mount."""
         device, ino, handle, mount = inode.identity
         if handle:
-            return host.handle_and_mount(fd) == (handle, mount) and os.fstat(fd).st_ino == ino
+            try:
+                is_it = host.handle_and_mount(fd) == (handle, mount)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:  # another, where there are no handles
+                    return False
+                raise
+            return is_it and os.fstat(fd).st_ino == ino
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != (device, ino):
             return False
