@@ -36,6 +36,7 @@ IOCTLS = (*fileflags.ARGUMENTS, *watcher.IOCTLS, 0x5401, 0x5421, 0x5450, 0x5451)
 """Requests of ioctl(2): what guests may ask for, the watcher's own; and TCGETS, FIONBIO, FIONCLEX,
 FIOCLEX, which are Python's for open, setblocking and set_inheritable."""
 _CLONE_THREAD = 0x10000
+_PR_SET_NAME = 15  # by trio's threads, of their own name
 _ALLOW, _KILL, _TRAP, _LOG, _ERRNO = (
     0x7FFF_0000, 0x8000_0000, 0x0003_0000, 0x7FFC_0000, 0x0005_0000,
 )  # fmt: skip
@@ -77,6 +78,7 @@ class Filter:
             self._rule(_ALLOW, name)
         for request in IOCTLS:  # of which the kernel sees 32 bits
             self._rule(_ALLOW, "ioctl", _Comparison(1, _MASKED_EQ, 0xFFFF_FFFF, request))
+        self._rule(_ALLOW, "prctl", _Comparison(0, _MASKED_EQ, 0xFFFF_FFFF, _PR_SET_NAME))
         # Threads, but no processes. What clone3 is asked for cannot be seen: glibc then uses clone.
         self._rule(_ALLOW, "clone", _Comparison(0, _MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
         if action != "refuse":

@@ -155,3 +155,17 @@ def test_an_ordinary_user(tmp_path: Path) -> None:
     assert (found["pid"], found["network"]) == (1, ["lo"])
     assert int(found["status"]["CapEff"], 16) & ~int(bits(NEEDED | {"DAC_READ_SEARCH"}), 16) == 0
     assert found["write"] == "done"
+
+
+def test_threads_under_the_strictest_filter() -> None:
+    """As for an fsync, or to close what a VMM must not have sent: the call that is refused ends the
+    process there.
+    """
+    program = (
+        "import trio; from fsd.seccomp import Filter; Filter('kill').install()\n"
+        "trio.run(trio.to_thread.run_sync, int); print('alive', flush=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n")
