@@ -40,7 +40,9 @@ DIRECTORIES_LIMIT = 16_384
 """Looked-up directories that are watched for one guest's sake: as many as a program goes through in
 KEEP. Beyond it, what happens before the mark arrives is not told."""
 GROUP = 512
-"""Marks of a scan that are applied as one, some 20 ms."""
+"""Marks of a scan that are applied as one."""
+GROUP_TIME = 0.05
+"""Seconds after which a group ends all the same: requests wait meanwhile."""
 
 
 @dataclass(slots=True)
@@ -184,11 +186,12 @@ class Arming:
                 key = inode.key if inode is not None else NodeKey(0, 0)
                 if key not in published:
                     updates.append((key, 0))
-        for start in range(0, len(updates), GROUP):
+        done = 0
+        while done < len(updates):
             export.route(GROUP)
             while export.is_behind:
                 yield Pause.LATER
-            self._apply(guest, updates[start : start + GROUP], failed)
+            done += self._apply(guest, updates[done : done + GROUP], failed)
             yield None
         for node in self._nodes.values():
             look_up = node.by.get(guest)
@@ -201,15 +204,22 @@ class Arming:
         guest: ReplayGuest,
         updates: list[tuple[NodeKey, int]],
         failed: list[tuple[NodeKey, Exception]],
-    ) -> None:
+    ) -> int:
+        """How many of them are done."""
         candidates = self._untold(guest)
+        end = time.monotonic() + GROUP_TIME
+        done = 0
         for key, bits in updates:
+            done += 1
             try:
                 self._export.update(guest, key, bits)
             except (OSError, ValueError) as error:
                 failed.append((key, error))
+            if time.monotonic() > end:
+                break
         for event in candidates:
             self._tell(guest, event)
+        return done
 
     def _untold(self, guest: ReplayGuest) -> list[Event]:
         """Kept events that the guest had not asked for so far, in order."""
