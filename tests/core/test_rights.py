@@ -240,7 +240,12 @@ def _truncating_create(guest: GuestKernel, node: int, kill: int) -> None:
 
 def _truncate(guest: GuestKernel, node: int, kill: int) -> None:
     valid = int(Fattr.SIZE) | (int(Fattr.KILL_SUIDGID) if kill else 0)
-    guest.ok(Opcode.SETATTR, node, fuse.SETATTR_IN.pack(valid, *(0,) * 12))
+    asked = guest.begin(Opcode.SETATTR, node, fuse.SETATTR_IN.pack(valid, *(0,) * 12))
+    guest.loop.run_threads()  # somebody might have a lease
+    guest.loop.turn()
+    reply = asked.reply()
+    assert reply is not None
+    assert not reply.error
 
 
 def _write(guest: GuestKernel, node: int, kill: int) -> None:
