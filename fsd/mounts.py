@@ -54,7 +54,7 @@ class Mounts:
         """The mounts below whose file systems may not answer, with what they are called."""
         self._asked: dict[int, float] = {}  # since when, mounts that have not answered yet
         self._own_mounts: set[int] = set()  # of the file system that this process serves
-        self._device_served = -1
+        self._device_served = b""
         self.changed_at = 0.0
         """time.monotonic() at which the tree was read last."""
         self.read()
@@ -102,7 +102,7 @@ class Mounts:
 
     def serves(self, device: int) -> None:
         """This process is the server of a file system: to look at it would wait for itself."""
-        self._device_served = device
+        self._device_served = b"%d:%d" % (os.major(device), os.minor(device))
         self.read()
 
     def path_of(self, mount: int) -> bytes:
@@ -135,8 +135,7 @@ class Mounts:
             if point.startswith(top) and point != top:
                 points[point[len(top) :]] = int(number)
                 kind = rest.partition(b" - ")[2].split(b" ", 1)[0]
-                major, _, minor = device.partition(b":")
-                if os.makedev(int(major), int(minor)) == self._device_served:
+                if device == self._device_served:
                     own.add(int(number))
                 if kind not in _LOCAL:
                     remote[int(number)] = f"{os.fsdecode(point)} ({os.fsdecode(kind)})"

@@ -162,9 +162,12 @@ class GuestKernel:
         return pending
 
     def ask(self, opcode: int, nodeid: int = 1, body: bytes = b"", **more: object) -> Reply:
-        """Send a request that is answered at once."""
+        """Send a request that is answered at once, or once threads have done their work."""
         pending = self.begin(opcode, nodeid, body, **more)  # type: ignore[arg-type]
         reply = pending.reply()
+        if reply is None:
+            self.loop.run_threads()
+            reply = pending.reply()
         assert reply is not None, f"{opcode} is not answered"
         return reply
 
