@@ -27,9 +27,9 @@ from fsd import host
 ROOTS = ("export", "service")
 PURE = {
     "os.fsencode", "os.fsdecode", "os.strerror", "os.major", "os.minor", "os.getpid", "os.geteuid",
-    "os.getegid", "os.uname", "os.sched_yield", "os.path", "os.umask", "os.getgroups",
-    "os.stat_result", "os.statvfs_result", "os.DirEntry", "os.fspath", "os.set_blocking",
-    "os.set_inheritable", "select.poll",
+    "os.makedev", "os.getegid", "os.uname", "os.sched_yield", "os.path", "os.umask",
+    "os.getgroups", "os.stat_result", "os.statvfs_result", "os.DirEntry", "os.fspath",
+    "os.set_blocking", "os.set_inheritable", "select.poll",
     "host.is_gone", "host.fd_path", "host.fdinfo_path", "host.mountinfo_path",
     "host.use_working_directory_as_process",
 }  # fmt: skip
