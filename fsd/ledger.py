@@ -222,6 +222,17 @@ class Ledger:
         self._pop()
         return task.attr or self.attributes(task.child)
 
+    def getattr(self, inode: Inode) -> StatLike:
+        """GETATTR. Raises OSError ESTALE for what the kernel keeps under the name of an order, so
+        that it asks for that name; not for the directories on the way there.
+        """
+        task = self._tasks[0] if self._tasks else None
+        if task is not None and task.order.op in (Op.TOUCH, Op.OPEN):
+            on_the_way = (step.inode for step in task.way)
+            if task.order.nodeid != inode.nodeid and inode not in on_the_way:
+                _check_looked_up(task)
+        return self.attributes(inode)
+
     def touch(self, inode: Inode, event: Mask) -> None:
         """READ, WRITE of an open file that make the event; no data is moved."""
         task = self._head(Op.TOUCH)

@@ -20,7 +20,8 @@ _FSCONFIG_SET_FLAG, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 6, 7
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
 _OPEN_TREE_CLONE = 1
 _AT_FDCWD = -100
-_AT_STATX_DONT_SYNC = 0x4000
+_AT_SYMLINK_NOFOLLOW, _AT_NO_AUTOMOUNT = 0x100, 0x800
+_AT_STATX_FORCE_SYNC, _AT_STATX_DONT_SYNC = 0x2000, 0x4000
 _STATX_TYPE = 1
 _UTIME_OMIT = (1 << 30) - 2
 
@@ -118,6 +119,15 @@ def is_file_or_directory(fd: int) -> bool:
             raise
         mode = os.fstat(fd).st_mode
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def ask_for(dir_fd: int, name: bytes) -> None:
+    """Have the kernel ask the server for what a name stands for, though it keeps that: statx(2),
+    which asks for the attributes (AT_STATX_FORCE_SYNC), and at ESTALE for the name (LOOKUP_REVAL of
+    fs/namei.c). Raises OSError.
+    """
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_FORCE_SYNC
+    check(_libc.statx(dir_fd, name, flags, _STATX_TYPE, ctypes.create_string_buffer(256)))
 
 
 def mount_id(fd: int) -> int:

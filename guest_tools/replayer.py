@@ -144,6 +144,10 @@ class Replayer:
         for _ in range(_RETRIES):
             try:
                 dir_fd = self._directory(order.nodeid, order.generation, order.path)
+                if number == errno.ESTALE and order.name:
+                    # The kernel keeps the name from before anybody watched. By a path it would ask
+                    # again by itself, but not by the descriptor of what was reached.
+                    kernel.ask_for(dir_fd, order.name)
                 self._actions[Op(order.op)](order, dir_fd)
                 number = 0
                 break

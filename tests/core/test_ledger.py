@@ -455,3 +455,29 @@ def test_what_it_opened_before_it_was_the_replayer_has_no_data_for_it(world: Wor
     assert snapshot(world.source) == before
     assert mount.guest.counts["refused"] == len(calls)
     assert mount.write(theirs, 0, b"user") == 4
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_what_the_replayers_kernel_has_kept_is_asked_for_anew(tree: World, opens: bool) -> None:
+    """Of a name kept from before the watch no look-up comes: ESTALE makes the kernel send one."""
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=int(Mask.MODIFY | Mask.CLOSE_WRITE))
+    node = mount.lookup(USER, 1, b"file").inode.nodeid
+    (tree.source / "file").write_text("changed")
+    order = next(o for o in tree.orders(mount) if o.op == (Op.OPEN if opens else Op.TOUCH))
+    while mount.guest.ledger.tasks[0].order is not order:
+        mount.guest.acknowledge(mount.guest.ledger.tasks[0].order.seq, errno.EIO)
+    mount.getattr(AGENT, 1)  # the directory that it is in
+    for what in ("getattr", "open" if opens else "utime"):
+        with pytest.raises(OSError, match="not looked up") as error:
+            if what == "getattr":
+                mount.getattr(AGENT, node)
+            elif what == "open":
+                mount.open(AGENT, node, os.O_RDONLY)
+            else:
+                mount.setattr(AGENT, node, Changes(mtime_ns=1), None)
+        assert error.value.errno == errno.ESTALE
+    mount.getattr(USER, node)
+    mount.lookup(AGENT, 1, b"file")
+    mount.getattr(AGENT, node)
+    replay_all(mount, [order])
