@@ -31,6 +31,7 @@ from .sandbox import NEEDED
 from .saving import Saver
 from .scheduling import spare_collections
 from .seccomp import Filter
+from .slowcalls import THREADS
 from .socketfile import SocketFile
 from .systemd import Manager, Store
 from .transports.polling import WINDOW
@@ -304,8 +305,6 @@ async def _serve(
     ready: Callable[[], object],
     lifeline: int | None,
 ) -> None:
-    threads = trio.to_thread.current_default_thread_limiter()
-    threads.total_tokens = max(1, options.threads)
     doors = [
         GuestDoor(
             name=name,
@@ -313,6 +312,7 @@ async def _serve(
             options=options.session,
             store=store,
             busy_poll=options.busy_poll,
+            threads=options.threads or THREADS,
         )
         for name, *_ in sources
     ]

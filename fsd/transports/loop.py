@@ -14,9 +14,12 @@ from ..slowcalls import THREADS, Outcome
 class TrioLoop:
     """The ``Loop`` of a fusesession, in a nursery: another one where the session outlives it."""
 
-    def __init__(self, nursery: trio.Nursery | None = None) -> None:
-        """Without one, nothing is called until there is."""
+    def __init__(self, nursery: trio.Nursery | None = None, threads: int = THREADS) -> None:
+        """Without a nursery, nothing is called until there is one. ``threads`` may wait for the
+        share's file system, and as many for each other one.
+        """
         self.nursery = nursery
+        self._most = threads
         self.threads = 0  # that are at work
         self._limiters: dict[int, trio.CapacityLimiter] = {}  # by what they wait for
         self._token = trio.lowlevel.current_trio_token()
@@ -52,7 +55,7 @@ class TrioLoop:
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
         place = work.call.mount if isinstance(work, Outcome) else 0
-        limiter = self._limiters.setdefault(place, trio.CapacityLimiter(THREADS))
+        limiter = self._limiters.setdefault(place, trio.CapacityLimiter(self._most))
         error: BaseException | None = None
         try:
             # Who goes waits for none: the thread ends when it can, and nobody hears of it.

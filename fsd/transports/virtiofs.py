@@ -30,6 +30,7 @@ from ..guard import Guard
 from ..guests import Guest
 from ..resuming import Resumption
 from ..service import Service
+from ..slowcalls import THREADS
 from ..systemd import Store
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
@@ -119,7 +120,7 @@ class ExportSession:
 
 class Door:
     """A socket, and the guest that comes in there. ``new_session`` makes what answers requests,
-    ``busy_poll`` is the window of BusyPolling, in seconds.
+    ``busy_poll`` is the window of BusyPolling, in seconds; ``threads`` may wait for disks.
     """
 
     def __init__(
@@ -131,8 +132,9 @@ class Door:
         request_queues: int = 1,
         store: Store | None = None,
         busy_poll: float = WINDOW,
+        threads: int = THREADS,
     ) -> None:
-        self.new_session = partial(new_session, loop := TrioLoop())
+        self.new_session = partial(new_session, loop := TrioLoop(threads=threads))
         self.loop = loop
         self.name = name
         self.tag = tag
@@ -236,6 +238,7 @@ class GuestDoor(Door):
         options: SessionOptions,
         store: Store | None = None,
         busy_poll: float = WINDOW,
+        threads: int = THREADS,
     ) -> None:
         self.kept: KeptSession | None = None
         if store is not None and store.holds:
@@ -243,7 +246,9 @@ class GuestDoor(Door):
             options = replace(options, kept=self.kept)
         self._options = options
         self._present: ExportSession | None = None
-        super().__init__(self._new_session, name=name, tag=tag, store=store, busy_poll=busy_poll)
+        super().__init__(
+            self._new_session, name=name, tag=tag, store=store, busy_poll=busy_poll, threads=threads
+        )
         if self.kept is not None and self.known is None:
             self.kept.clear()
             self.kept.taken()
