@@ -14,7 +14,7 @@ import stat
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -332,7 +332,7 @@ class Export:
         event. Raises OSError where it cannot be read.
         """
         fd = -1
-        with host.skipping_gone, self.table.directory(inode) as path_fd, self._own(inode):
+        with host.skipping_gone, self.table.directory(inode) as path_fd, self._own(inode, path_fd):
             fd = _open_quietly(host.fd_path(path_fd))
         if fd < 0:
             return
@@ -340,18 +340,21 @@ class Export:
             parts = listings.chunks(fd)
             while True:
                 names = None
-                with host.skipping_gone, self._own(inode):
+                with host.skipping_gone, self._own(inode, fd):
                     names = next(parts, None)
                 if names is None:
                     return
                 yield names
         finally:
-            with self._own(inode):
+            with self._own(inode, fd):
                 os.close(fd)
 
-    def _own(self, inode: Inode) -> AbstractContextManager[None]:
-        mask = Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE
-        return self.watcher.attributed(SERVER, (inode, b"", mask), (inode.parent, inode.name, mask))
+    def _own(self, inode: Inode, fd: int) -> AbstractContextManager[None]:
+        """By the name that it has now: the news of a rename may be still to come."""
+        name = inode.name
+        with suppress(OSError):
+            name = os.path.basename(host.shown_path(fd))
+        return self.watcher.looking(inode, name)
 
     def _set_care(self, inode: Inode) -> None:
         """A watched object's directory is watched too, so that its removal comes with a name."""
@@ -735,7 +738,7 @@ class Export:
         deadline = time.monotonic() + patience
         self._work_off(deadline, drain=True)
         root_fd = self.table.root_fd
-        with self._own(self.table.root):  # as the end of this process would close it
+        with self._own(self.table.root, root_fd):  # as the end of this process would close it
             path_fd = os.open(host.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
             os.dup2(path_fd, root_fd, inheritable=False)
             os.close(path_fd)

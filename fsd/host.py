@@ -136,6 +136,11 @@ _NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS)
 system without one for this object makes of it (do_sys_name_to_handle in fs/fhandle.c)."""
 
 
+def shown_path(fd: int) -> bytes:
+    """Where the kernel says that an open object is: readlink of /proc/self/fd, proc_pid_fd(5)."""
+    return os.fsencode(os.readlink(fd_path(fd)))
+
+
 def mount_id(fd: int) -> int:
     """The number of the mount that fd was opened on, also where there are no file handles."""
     try:

@@ -20,7 +20,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
@@ -164,6 +164,10 @@ class InodeTable:
         self.moves = 0  # of directories: paths made before are out of date
         self.on_moved: list[Callable[[Inode], None]] = []
         """Told of each object that has another place than it had."""
+        self.overheard: set[Inode] = set()
+        """Watched directories of which somebody hears that they are read."""
+        self.unheard: Callable[[], AbstractContextManager[None]] = nullcontext
+        """For a call that may have the kernel read directories: nobody is to hear of it."""
         self.by_handle = True
         try:
             handle = host.file_handle(self.root_fd)
@@ -259,8 +263,7 @@ class InodeTable:
         """The very object, wherever it is; None where it is gone."""
         with host.skipping_gone:
             if self.handle_opens(record.identity):
-                handle = record.identity[2]
-                fd = host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
+                fd = self._open_handle(record.identity[2])
                 try:
                     return self._at_path(fd)
                 finally:
@@ -653,20 +656,27 @@ class InodeTable:
         """A new O_PATH descriptor by file handle. Raises OSError, ESTALE where that cannot be.
 
         Of a directory by its path, where the handle is that of what is there, if it was not used a
-        moment ago: the kernel opens and reads the directories above one whose dentries it has
-        dropped, to find its names, and all who watch those see it (exportfs_get_name in
-        fs/exportfs/expfs.c).
+        moment ago or somebody would hear of it: the kernel opens and reads the directories above
+        one whose dentries it has dropped, to find its names, and all who watch those see it
+        (exportfs_get_name in fs/exportfs/expfs.c). Where it has moved there is no other way, and
+        that is kept from guests.
         """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        flags = os.O_PATH | os.O_NOFOLLOW
-        if inode.is_dir:
-            flags = os.O_PATH | os.O_DIRECTORY
-            now = time.monotonic()
-            is_warm, inode.warm_until = now < inode.warm_until, now + WARM
-            if not is_warm and (fd := self._open_by_path(inode)) >= 0:
-                return fd
-        return host.open_by_handle(self.root_fd, inode.identity[2], flags)
+        handle = inode.identity[2]
+        if not inode.is_dir:  # of which the kernel looks for no name
+            return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
+        now = time.monotonic()
+        is_warm, inode.warm_until = now < inode.warm_until, now + WARM
+        if not is_warm or self.overheard:
+            fd = self._open_by_path(inode)
+            return fd if fd >= 0 else self._open_handle(handle)
+        return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_DIRECTORY)
+
+    def _open_handle(self, handle: bytes) -> int:
+        """The same for what may be a directory, anywhere."""
+        with self.unheard():
+            return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
 
     def _open_by_path(self, directory: Inode) -> int:
         """-1 where it is not there, or nobody could look: its handle tells the two apart."""
@@ -725,7 +735,7 @@ class InodeTable:
             return os.dup(inode.fd if inode.fd >= 0 else inode.open_fds[-1])
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return host.open_by_handle(self.root_fd, inode.identity[2], os.O_PATH | os.O_NOFOLLOW)
+        return self._open_handle(inode.identity[2])
 
     def _open_where(self, fd: int, inode: Inode) -> int:
         """The object at the path that the kernel knows for a descriptor; -1 where that is another,
@@ -736,8 +746,8 @@ class InodeTable:
 
     def _path_of(self, fd: int) -> bytes | None:
         """The path below the root that the kernel knows for an open object."""
-        top = os.fsencode(os.readlink(host.fd_path(self.root_fd))).rstrip(b"/") + b"/"
-        path = os.fsencode(os.readlink(host.fd_path(fd)))
+        top = host.shown_path(self.root_fd).rstrip(b"/") + b"/"
+        path = host.shown_path(fd)
         return path[len(top) :] if path.startswith(top) else None
 
     def verify_place(self, inode: Inode) -> bool:

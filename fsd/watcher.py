@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import pyinotify
@@ -55,6 +56,8 @@ names stood for."""
 _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
 _REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
 """Events that one call may make several times: reading a directory, chown and chmod at once."""
+_LOOKS = int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
+"""Of a directory: somebody reads its names."""
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
 
 
@@ -92,6 +95,7 @@ makes."""
 
 
 _Bits = dict[tuple[int, bytes | None], int]
+_Matches = Callable[[RawEvent], bool]
 
 
 class HostWatcher:
@@ -124,11 +128,12 @@ class HostWatcher:
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
         self._number = 0
-        self._is_attributing = False
+        self._call: tuple[Origin, _Matches] | None = None  # of this thread, whose events these are
         self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
         self.own_events = 0  # that the server itself has made
         self._elsewhere: list[tuple[Origin, _Bits]] = []  # expected of calls in threads
+        table.unheard = self.unheard
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
         """A directory's own attributes have changed, which a kernel was given for long."""
@@ -202,9 +207,19 @@ class HostWatcher:
                 self.drain()
             self.last_activity = time.monotonic()
             self._since[inode] = self._number
-        self._mask_of[inode] = mask
+        self._note_mask(inode, mask)
         if inode.attr_given and not self.tells_changes(inode):
             self._withdraw(inode)
+
+    def _note_mask(self, inode: Inode, mask: Mask) -> None:
+        if mask:
+            self._mask_of[inode] = mask
+        else:
+            self._mask_of.pop(inode, None)
+        if inode.is_dir and mask & _LOOKS:
+            self._table.overheard.add(inode)
+        else:
+            self._table.overheard.discard(inode)
 
     def _add(self, path: str, mask: int) -> int:
         wd: int = self._manager.add_watch(path, mask, quiet=True)[path]
@@ -259,7 +274,7 @@ class HostWatcher:
             if wd in masks:
                 self._by_wd[wd] = inode
                 self._wd_of[inode] = wd
-                self._mask_of[inode] = masks[wd]
+                self._note_mask(inode, masks[wd])
                 self._table.pin(inode)
         self.drain()
         self._own_opening()
@@ -281,7 +296,7 @@ class HostWatcher:
                 self._sets_wd = False
 
     def _remove(self, inode: Inode) -> None:
-        del self._mask_of[inode]
+        self._note_mask(inode, _NOTHING)
         self._since.pop(inode, None)
         wd = self._wd_of.pop(inode)
         self._withdraw(inode)
@@ -311,7 +326,7 @@ class HostWatcher:
         inode = self._by_wd.pop(wd, None)
         if inode is not None:
             self._wd_of.pop(inode, None)
-            self._mask_of.pop(inode, None)
+            self._note_mask(inode, _NOTHING)
             self._withdraw(inode)
             self._since.pop(inode, None)
             self._table.unpin(inode)
@@ -350,13 +365,25 @@ class HostWatcher:
         """Read all that is queued as the host's. Raises RuntimeError within ``attributed``, whose
         events these would be.
         """
-        if self._is_attributing:
+        if self._call is not None:
             raise RuntimeError("the queue is read while a call's own events are expected")
-        if self._readable():
-            now = time.monotonic()
-            for raw in self._read():
-                self._push(raw, self._origin(raw) if self._elsewhere else HOST, now)
-            self.on_arrival()
+        self._take_in(None)
+
+    def _take_in(self, call: tuple[Origin, _Matches] | None) -> None:
+        """Read all that is queued as that call's events where they match, else as others'."""
+        if not self._readable():
+            return
+        now = time.monotonic()
+        for raw in self._read():
+            if call is not None and call[1](raw):
+                if call[0] is SERVER:  # nobody is told, and comparing waits for none
+                    self.own_events += 1
+                    continue
+                origin = call[0]
+            else:
+                origin = self._origin(raw) if self._elsewhere else HOST
+            self._push(raw, origin, now)
+        self.on_arrival()
 
     # What was read and is not processed yet
 
@@ -487,16 +514,33 @@ class HostWatcher:
         """Whether there is a watch on an object, or on the directory that it is in."""
         return inode in self._wd_of or inode.parent in self._wd_of
 
+    def looking(self, inode: Inode, name: bytes) -> AbstractContextManager[None]:
+        """Run a call of the server that reads a directory: that is no one's event, neither of its
+        own watch nor of that on the directory that it is in, wherever that is. Does not nest.
+        """
+        self._check_no_call()
+        if not self._table.overheard:
+            return _UNWATCHED
+        wd = self.wd_of(inode)
+
+        def matches(raw: RawEvent) -> bool:
+            return _is_look(raw) and (raw.name == name if raw.name else raw.wd == wd)
+
+        return self._during(SERVER, matches)
+
+    def _check_no_call(self) -> None:
+        if self._call is not None:
+            raise RuntimeError("the events of a call are expected within another's")
+
     def attributed(self, origin: Origin, *expected: Expected) -> AbstractContextManager[None]:
         """Run one of the server's own calls: its expected events get this origin, others HOST.
 
         Does not nest: the inner one would read the outer one's events as the host's. Raises
         RuntimeError.
         """
-        if self._is_attributing:
-            raise RuntimeError("the events of a call are expected within another's")
+        self._check_no_call()
         bits = self._bits(expected)
-        return self._attributing(origin, bits) if bits else _UNWATCHED
+        return self._during(origin, partial(_is_expected, bits)) if bits else _UNWATCHED
 
     def _bits(self, expected: Iterable[Expected]) -> _Bits:
         bits: _Bits = {}
@@ -525,32 +569,33 @@ class HostWatcher:
     def _origin(self, raw: RawEvent) -> Origin:
         """Whose an event is that no call of this thread has made."""
         for origin, bits in self._elsewhere:
-            if _is_expected(raw, bits):
+            if _is_expected(bits, raw):
                 return origin
         return HOST
 
+    def unheard(self) -> AbstractContextManager[None]:
+        """Run a call of the server for which the kernel may read directories anywhere: none of that
+        is anyone's event. May be within ``attributed``.
+        """
+        return self._during(SERVER, _is_look) if self._table.overheard else _UNWATCHED
+
     @contextmanager
-    def _attributing(
-        self, origin: Origin, bits: dict[tuple[int, bytes | None], int]
-    ) -> Iterator[None]:
-        self.drain()
-        self._is_attributing = True
+    def _during(self, origin: Origin, matches: _Matches) -> Iterator[None]:
+        outer, call = self._call, (origin, matches)
+        self._take_in(outer)
+        self._call = call
         try:
             yield
         finally:
-            self._is_attributing = False
-            if self._readable():
-                now = time.monotonic()
-                for raw in self._read():
-                    mine = _is_expected(raw, bits)
-                    if mine and origin is SERVER:  # nobody is told, and comparing waits for none
-                        self.own_events += 1
-                    else:
-                        self._push(raw, origin if mine else self._origin(raw), now)
-                self.on_arrival()
+            self._call = outer
+            self._take_in(call)
 
 
-def _is_expected(raw: RawEvent, bits: _Bits) -> bool:
+def _is_look(raw: RawEvent) -> bool:
+    return bool(raw.mask & Mask.ISDIR and raw.mask & _LOOKS)
+
+
+def _is_expected(bits: _Bits, raw: RawEvent) -> bool:
     key: tuple[int, bytes | None] = (raw.wd, raw.name)
     left = bits.get(key, 0) or bits.get(key := (raw.wd, None), 0)
     seen = raw.mask & 0xFFF

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from fsd import inodes
 from fsd.guests import Guest
 from fsd.host import RENAME_EXCHANGE
 from fsd.passthrough import Changes
@@ -261,26 +260,6 @@ def test_hand_marks_and_observers_have_no_echo(tree: World) -> None:
     mkdir(tree, own)
     assert plain(tree.take(observer)) == [(b"new", "create,isdir")]
     assert hand.counts["replayed"] == 1
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have the kernel drop its dentries")
-def test_a_directory_is_reached_without_a_trace_above_it(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By its handle alone the kernel would look for its names, in directories that are watched."""
-    monkeypatch.setattr(inodes, "WARM", 0.0)  # as if it was long ago
-    (world.source / "a/b/c").mkdir(parents=True)
-    (world.source / "a/b/c/file").touch()
-    mount = world.mount()
-    for path in ("", "a", "a/b", "a/b/c"):
-        directory = world.mark(mount.guest, path)
-    world.orders(mount)
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("2")
-    seen = world.export.watcher.events_in
-    world.export.fs.lookup(directory, b"file")
-    world.pump()
-    assert world.export.watcher.events_in == seen
 
 
 def test_the_events_of_a_call_are_not_expected_within_anothers(world: World) -> None:

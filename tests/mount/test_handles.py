@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.dentries import drop_dentries
 from tests.support.mounts import Mount, mounted
 
 from .posix_support import FileHandle, file_handle, open_by_handle
@@ -26,10 +27,6 @@ def mount(request: pytest.FixtureRequest, tmp_path: Path) -> Mounts:
     source.mkdir()
     mountpoint.mkdir()
     return lambda: mounted(source, mountpoint, *["--raw"] * (request.param == "raw"))
-
-
-def drop_caches() -> None:
-    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 @contextmanager
@@ -79,16 +76,16 @@ def test_handles_outlive_the_cache(mount: Mounts) -> None:
     with mount() as share:
         handles = make(share)
         for _ in range(2):
-            drop_caches()
+            drop_dentries(share.mountpoint)
             check(share, handles)
         (share.source / "gone").unlink()
         (share.source / "moved").rename(share.source / "a/here")
-        drop_caches()
+        drop_dentries(share.mountpoint)
         stale(share, handles["gone"][0])
         with opened(share, handles["moved"][0]) as fd:
             assert os.read(fd, 100) == b"moved"
         (share.source / "gone").write_text("another")  # often with the same inode number
-        drop_caches()
+        drop_dentries(share.mountpoint)
         stale(share, handles["gone"][0])
         assert (share.mountpoint / "gone").read_text() == "another"
         stale(share, handles["gone"][0])
