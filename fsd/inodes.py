@@ -20,7 +20,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
@@ -166,8 +166,6 @@ class InodeTable:
         """Told of each object that has another place than it had."""
         self.overheard: set[Inode] = set()
         """Watched directories of which somebody hears that they are read."""
-        self.unheard: Callable[[], AbstractContextManager[None]] = nullcontext
-        """For a call that may have the kernel read directories: nobody is to hear of it."""
         self.by_handle = True
         try:
             handle = host.file_handle(self.root_fd)
@@ -263,7 +261,8 @@ class InodeTable:
         """The very object, wherever it is; None where it is gone."""
         with host.skipping_gone:
             if self.handle_opens(record.identity):
-                fd = self._open_handle(record.identity[2])
+                handle = record.identity[2]
+                fd = host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
                 try:
                     return self._at_path(fd)
                 finally:
@@ -658,8 +657,7 @@ class InodeTable:
         Of a directory by its path, where the handle is that of what is there, if it was not used a
         moment ago or somebody would hear of it: the kernel opens and reads the directories above
         one whose dentries it has dropped, to find its names, and all who watch those see it
-        (exportfs_get_name in fs/exportfs/expfs.c). Where it has moved there is no other way, and
-        that is kept from guests.
+        (exportfs_get_name in fs/exportfs/expfs.c). Where it has moved there is no other way.
         """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -668,15 +666,9 @@ class InodeTable:
             return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
         now = time.monotonic()
         is_warm, inode.warm_until = now < inode.warm_until, now + WARM
-        if not is_warm or self.overheard:
-            fd = self._open_by_path(inode)
-            return fd if fd >= 0 else self._open_handle(handle)
+        if (self.overheard or not is_warm) and (fd := self._open_by_path(inode)) >= 0:
+            return fd
         return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_DIRECTORY)
-
-    def _open_handle(self, handle: bytes) -> int:
-        """The same for what may be a directory, anywhere."""
-        with self.unheard():
-            return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
 
     def _open_by_path(self, directory: Inode) -> int:
         """-1 where it is not there, or nobody could look: its handle tells the two apart."""
@@ -735,7 +727,7 @@ class InodeTable:
             return os.dup(inode.fd if inode.fd >= 0 else inode.open_fds[-1])
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return self._open_handle(inode.identity[2])
+        return host.open_by_handle(self.root_fd, inode.identity[2], os.O_PATH | os.O_NOFOLLOW)
 
     def _open_where(self, fd: int, inode: Inode) -> int:
         """The object at the path that the kernel knows for a descriptor; -1 where that is another,

@@ -128,12 +128,11 @@ class HostWatcher:
         self._arrivals: deque[Arrival] = deque()
         self._leaving: dict[tuple[int, bytes], int] = {}
         self._number = 0
-        self._call: tuple[Origin, _Matches] | None = None  # of this thread, whose events these are
+        self._is_attributing = False
         self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
         self.own_events = 0  # that the server itself has made
         self._elsewhere: list[tuple[Origin, _Bits]] = []  # expected of calls in threads
-        table.unheard = self.unheard
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
         """A directory's own attributes have changed, which a kernel was given for long."""
@@ -365,7 +364,7 @@ class HostWatcher:
         """Read all that is queued as the host's. Raises RuntimeError within ``attributed``, whose
         events these would be.
         """
-        if self._call is not None:
+        if self._is_attributing:
             raise RuntimeError("the queue is read while a call's own events are expected")
         self._take_in(None)
 
@@ -529,7 +528,7 @@ class HostWatcher:
         return self._during(SERVER, matches)
 
     def _check_no_call(self) -> None:
-        if self._call is not None:
+        if self._is_attributing:
             raise RuntimeError("the events of a call are expected within another's")
 
     def attributed(self, origin: Origin, *expected: Expected) -> AbstractContextManager[None]:
@@ -573,22 +572,15 @@ class HostWatcher:
                 return origin
         return HOST
 
-    def unheard(self) -> AbstractContextManager[None]:
-        """Run a call of the server for which the kernel may read directories anywhere: none of that
-        is anyone's event. May be within ``attributed``.
-        """
-        return self._during(SERVER, _is_look) if self._table.overheard else _UNWATCHED
-
     @contextmanager
     def _during(self, origin: Origin, matches: _Matches) -> Iterator[None]:
-        outer, call = self._call, (origin, matches)
-        self._take_in(outer)
-        self._call = call
+        self.drain()
+        self._is_attributing = True
         try:
             yield
         finally:
-            self._call = outer
-            self._take_in(call)
+            self._is_attributing = False
+            self._take_in((origin, matches))
 
 
 def _is_look(raw: RawEvent) -> bool:

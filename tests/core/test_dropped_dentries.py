@@ -16,7 +16,7 @@ from fsd.guests import Observer
 from fsd.inodes import Inode
 from tests.support.dentries import drop_dentries
 
-from .support import USER, World, plain
+from .support import World, plain
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount and drop dentries")
 PATHS = ("", "a", "a/b", "a/b/c", "d")
@@ -76,32 +76,6 @@ def _kinds(tree: World, observer: Observer) -> set[str]:
 
 
 MOVES = {"moved_from,isdir", "moved_to,isdir", "move_self", "move_self,isdir"}
-
-
-def test_a_directory_that_moved_is_reached_without_an_event_above_it(tree: World) -> None:
-    """Only its handle leads there, so the kernel does look for its names: for the server."""
-    observer, marked = _all_marked(tree)
-    directory = marked["a/b/c"]
-    (tree.source / "a/b/c").rename(tree.source / "d/moved")
-    drop_dentries(tree.source)
-    seen = tree.export.watcher.own_events
-    tree.export.fs.lookup(directory, b"file")
-    assert tree.export.watcher.own_events > seen, "the kernel did not look"
-    assert _kinds(tree, observer) <= MOVES
-
-
-def test_a_guests_own_call_in_a_directory_that_moved(tree: World) -> None:
-    """Its events are the guest's, and what the kernel does to get there is nobody's."""
-    mount = tree.mount()
-    observer, marked = _all_marked(tree)
-    directory = marked["a/b/c"]
-    tree.mark(mount.guest, "a/b/c")
-    (tree.source / "a/b/c").rename(tree.source / "d/moved")
-    drop_dentries(tree.source)
-    mount.mkdir(USER, directory.nodeid, b"new", 0o755)
-    kinds = _kinds(tree, observer)
-    assert kinds - MOVES == {"create,isdir"}
-    assert not [order for order in tree.orders(mount) if order.name == b"new"]
 
 
 def test_the_names_of_a_directory_that_moved_are_read_without_an_event(tree: World) -> None:
