@@ -5,6 +5,7 @@ pause is one for all of a guest's that wait, and so is the work.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from itertools import islice
 
@@ -106,20 +107,15 @@ class _Wait:
         self._is_woken = False
         if not self._waiting.waits(self._request):
             return False
-        failure: OSError | None = None
         try:
             self._attempt()
         except BlockingIOError:
             return False
         except OSError as error:
-            failure = error
-
-        def payload() -> bytes:
-            if failure is not None:
-                raise failure
-            return b""
-
-        self._waiting.finish(self._request, payload)
+            if self._waiting.end(self._request):
+                self._request.fail(error.errno or errno.EIO)
+        else:
+            self._waiting.finish(self._request, lambda: b"")
         return True
 
 

@@ -103,8 +103,8 @@ class Request:
     ) -> None:
         """``groups`` are the caller's where the request names none."""
         self._done: Callable[[int], None] | None = done
-        self.readable = readable
-        self.writable = writable
+        self.readable: Buffers = readable
+        self.writable: Buffers = writable
         self.unique = 0
         self.room = min(size_of(writable) - _HEADER, MAX_WRITE)
         """Bytes that a reply can have behind its header."""
@@ -166,6 +166,9 @@ class Request:
         done, self._done = self._done, None
         if done is None:
             return
+        # Whoever still holds the request, as an error's traceback may for long, holds no memory of
+        # the guest with it.
+        self.readable = self.writable = ()
         try:
             done(size)
         except OSError:  # the kernel does not want it any more

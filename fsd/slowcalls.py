@@ -112,6 +112,7 @@ class Outcome:
     def drop(self) -> None:
         """Nobody wants it: also where it is still being made."""
         self._is_unwanted = True
+        self._error = None  # its traceback leads back here, and to the request
         if not self._is_begun:
             self.call.work.close()
         while self._results:

@@ -241,7 +241,7 @@ class Device:
         """
         self._session = session
         self._is_resuming = True
-        failed: DeviceError | None = None
+        failed = ""
         for request in requests:
             if request.type == OWN_INFLIGHT:
                 assert isinstance(request.payload, Inflight)
@@ -250,9 +250,9 @@ class Device:
             try:
                 self.handle(request)
             except DeviceError as error:
-                failed = error
-        if failed is not None:
-            raise failed
+                failed = str(error)
+        if failed:
+            raise DeviceError(failed)
         self._is_resuming = False
         try:
             for index in range(len(self.rings)):

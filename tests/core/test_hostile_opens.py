@@ -5,6 +5,7 @@ Found by script/fuzz hostile.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import os
@@ -12,6 +13,7 @@ import weakref
 
 import pytest
 
+from fsd.slowcalls import LONG
 from protocol import fuse
 from protocol.fuse import Opcode
 
@@ -61,6 +63,38 @@ def test_memory_of_a_lock_that_was_waited_for(guest: GuestKernel) -> None:
         kept = weakref.ref(guest.session._waiting._entries[waiting.unique].stop.__self__)  # type: ignore[attr-defined]
         guest.session.close()
         assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["in a thread", "after a wait"])
+def test_memory_of_a_request_that_failed(how: str, guest: GuestKernel) -> None:
+    """As above: an error's traceback leads to the request, and must not lead to memory."""
+    node, fh = guest.create(b"failing")
+    gc.disable()
+    try:
+        if how == "in a thread":
+            body = fuse.FALLOCATE_IN.pack(fh, 0, LONG * 2, 0xFFFF)
+            pending = guest.begin(Opcode.FALLOCATE, node.nodeid, body)
+            kept = weakref.ref(guest.loop._threads[0][0])
+            guest.loop.run_threads()
+            error = errno.EOPNOTSUPP
+        else:
+            waited_for = guest.open(node.nodeid, os.O_RDWR)
+            lock = fuse.LK_IN.pack(waited_for, 1, 0, 10, fcntl.F_WRLCK, 1, 0)
+            guest.ok(Opcode.SETLK, node.nodeid, lock)
+            lock = fuse.LK_IN.pack(fh, 2, 0, 10, fcntl.F_WRLCK, 1, 0)
+            pending = guest.begin(Opcode.SETLKW, node.nodeid, lock)
+            entry = guest.session._waiting._entries[pending.unique]
+            kept = weakref.ref(entry.stop.__self__)  # type: ignore[attr-defined]
+            del entry
+            guest.ok(Opcode.RELEASE, node.nodeid, fuse.RELEASE_IN.pack(fh, 0, 0, 0))
+            guest.loop.turn()
+            guest.loop.expire()
+            error = errno.EBADF
+        assert pending.reply() == (error, b"")
+        assert kept() is None
+        pending.buffer.clear()  # BufferError: there is a view of it
     finally:
         gc.enable()
 
