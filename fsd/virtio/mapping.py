@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import itertools
 import mmap
 import os
 import signal
@@ -38,7 +39,8 @@ class _SigAction(ctypes.Structure):  # struct sigaction of the C library
     )
 
 
-_mapped: dict[int, tuple[int, Callable[[], None]]] = {}  # start -> length, whom to tell
+_mapped: dict[int, tuple[int, int, Callable[[], None]]] = {}  # start, length, whom to tell
+_numbers = itertools.count()
 _lock = Lock()
 
 
@@ -71,8 +73,10 @@ def map_memory(fd: int, size: int, on_lost: Callable[[], None]) -> memoryview:
     whole = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
     page = os.fstatvfs(fd).f_bsize  # of hugetlbfs: what it maps, in whole
-    _mapped[start] = (size + page - 1) // page * page, on_lost
-    weakref.finalize(whole, _mapped.pop, start)
+    # By a number: its place may be another's already when it is heard that it has gone.
+    number = next(_numbers)
+    _mapped[number] = start, (size + page - 1) // page * page, on_lost
+    weakref.finalize(whole, _mapped.pop, number)
     return memoryview(whole)
 
 
@@ -81,7 +85,7 @@ def _on_fault(number: int, info: int, _context: int) -> None:
     between two instructions of a known kind, a copy from or to a memoryview.
     """
     address = ctypes.c_void_p.from_address(info + _SI_ADDR).value or 0
-    for start, (length, on_lost) in list(_mapped.items()):
+    for start, length, on_lost in reversed(list(_mapped.values())):
         if start <= address < start + length:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
             protection = mmap.PROT_READ | mmap.PROT_WRITE

@@ -10,6 +10,8 @@ import os
 import resource
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -84,6 +86,29 @@ def test_memory_that_is_cut_short_is_zeros(touch: Callable[[memoryview], object]
         assert lost == [True, False]
     finally:
         os.close(fd)
+
+
+_SAME_PLACE = """
+import os, weakref
+from fsd.virtio.mapping import map_memory
+
+fd = os.memfd_create("ram")
+os.ftruncate(fd, 1 << 20)
+found, lost = [], []
+view = map_memory(fd, 1 << 20, lambda: lost.append("old"))
+next_one = weakref.ref(
+    view.obj, lambda _: found.append(map_memory(fd, 1 << 20, lambda: lost.append("new")))
+)
+del view
+os.ftruncate(fd, 0)
+assert found[0][0] == 0
+assert lost == ["new"], lost
+"""
+
+
+def test_memory_in_the_place_of_other_memory() -> None:
+    """Mapped between the end of that and the news of it, as when a thread holds the last view."""
+    subprocess.run([sys.executable, "-c", _SAME_PLACE], check=True, timeout=60)
 
 
 def test_system_calls_on_memory_that_was_cut_short_fail() -> None:
