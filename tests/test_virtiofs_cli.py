@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import click
@@ -393,22 +393,21 @@ def test_thread_pool_size(top: Path, threads: int) -> None:
         wait_until(lambda: os.path.ismount(top / "share"), 10, "bindfs is mounted")
         arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
         with server(*arguments, f"--thread-pool-size={threads}") as process:
-            driver = Driver(top / "s")
-            handles = [driver.create(b"f%d" % number) for number in range(files)]
-            os.kill(slow.pid, signal.SIGSTOP)
-            for handle in handles:
-                driver.send(Opcode.FSYNC, handle.nodeid, fuse.FSYNC_IN.pack(handle.fh, 0))
-            tasks = Path(f"/proc/{inside(process.pid)}/task")
+            with closing(Driver(top / "s")) as driver:
+                handles = [driver.create(b"f%d" % number) for number in range(files)]
+                os.kill(slow.pid, signal.SIGSTOP)
+                for handle in handles:
+                    driver.send(Opcode.FSYNC, handle.nodeid, fuse.FSYNC_IN.pack(handle.fh, 0))
+                tasks = Path(f"/proc/{inside(process.pid)}/task")
 
-            def waiting() -> int:
-                return sum("request_wait" in (t / "wchan").read_text() for t in tasks.iterdir())
+                def waiting() -> int:
+                    return sum("request_wait" in (t / "wchan").read_text() for t in tasks.iterdir())
 
-            wait_until(lambda: waiting() == threads, 10, f"{threads} threads that wait")
-            time.sleep(0.2)
-            assert waiting() == threads
-            os.kill(slow.pid, signal.SIGCONT)
-            assert [driver.receive() for _ in handles] == [0] * files
-            driver.close()
+                wait_until(lambda: waiting() == threads, 10, f"{threads} threads that wait")
+                time.sleep(0.2)
+                assert waiting() == threads
+                os.kill(slow.pid, signal.SIGCONT)
+                assert [driver.receive() for _ in handles] == [0] * files
             assert stopped(process) == 0
     finally:
         os.kill(slow.pid, signal.SIGCONT)

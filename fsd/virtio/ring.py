@@ -119,9 +119,9 @@ class Ring:
     def forget(self) -> None:
         """Nothing is under way: the machine was reset."""
         for writable in self.in_flight.values():
-            # The memory has another use by now: late answers go nowhere.
+            # The memory has another use by now: late answers go nowhere. No view is empty.
             size = min(sum(map(len, writable)), LONGEST_REPLY)
-            writable[:] = [memoryview(bytearray(size))]
+            writable[:] = [memoryview(bytearray(size))] * bool(size)
         self._clear()
 
     def close(self) -> None:
