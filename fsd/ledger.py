@@ -227,10 +227,9 @@ class Ledger:
         that it asks for that name; not for the directories on the way there.
         """
         task = self._tasks[0] if self._tasks else None
-        if task is not None and task.order.op in (Op.TOUCH, Op.OPEN):
-            on_the_way = (step.inode for step in task.way)
-            if task.order.nodeid != inode.nodeid and inode not in on_the_way:
-                _check_looked_up(task)
+        is_meant = task is not None and (inode is task.child or not inode.is_dir)
+        if task is not None and is_meant and task.order.op in (Op.TOUCH, Op.OPEN):
+            _check_looked_up(task)
         return self.attributes(inode)
 
     def touch(self, inode: Inode, event: Mask) -> None:
