@@ -579,6 +579,9 @@ def test_one_scan_of_all_processes_answers_for_all_files(
         return real(files)
 
     monkeypatch.setattr(openers, "scan", scan)
+    # However busy the machine is: what is tried here is not how long a scan may take.
+    monkeypatch.setattr(openers, "SCAN_TIME", 60)
+    monkeypatch.setattr(replayer, "OPENERS_WAIT", 60)
     for n in range(50):
         (world.source / f"f{n}").touch()
     mount = world.mount()
