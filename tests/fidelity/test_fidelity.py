@@ -42,7 +42,7 @@ LIMITS = frozenset(
         "fifo_io",  # a FIFO's own open is not replayed to a mark on the FIFO itself
     }
 )
-"""Steps with events that are known not to be exact (README, "What does not work")."""
+"""Steps with events that are known not to be exact (README, "What does not")."""
 pytestmark = pytest.mark.timeout(180)
 
 
