@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from .inodes import Identity
 
-FORGOTTEN_LIMIT = 131_072
-"""Objects that are remembered; some 50 MB at worst."""
+FORGOTTEN_LIMIT = 16_384
+"""Objects that are remembered; some 6 MB at worst. Small objects by the ten thousand leave the
+allocator's arenas in part used for good: with eight times as many, a server that guests had worked
+hard kept 50 MB (docs/decisions/fuzzing.md)."""
 
 
 class Forgotten(NamedTuple):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fsd import arming, chores, export, guests, hidden, openers, replayer, sessions
+from fsd import arming, chores, export, forgotten, guests, hidden, openers, replayer, sessions
 from fsd.chores import Chores, Job, Pause, begin, finish
-from fsd.forgotten import FORGOTTEN_LIMIT, Forgotten, ForgottenObjects
+from fsd.forgotten import Forgotten, ForgottenObjects
 from fsd.sessions import Session
 from fsd.watcher import _OVERFLOW
 from protocol import frames
@@ -522,18 +522,37 @@ def test_ways_to_directories_are_not_kept_for_good(
     assert len(mount.guest._ways) <= 50
 
 
-def test_forgetting_takes_the_same_time_however_many_were_forgotten() -> None:
+def test_forgetting_takes_the_same_time_however_many_were_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Seen from the structure: the oldest is taken from the head without a search."""
     objects = ForgottenObjects()
-    for n in range(FORGOTTEN_LIMIT):
+    limit = 131_072
+    monkeypatch.setattr(forgotten, "FORGOTTEN_LIMIT", limit)
+    for n in range(limit):
         objects.add(n, Forgotten((1, n, b"x", 1), 1, b"name"))
     for _ in range(2):
-        for n in range(FORGOTTEN_LIMIT):
+        for n in range(limit):
             objects.drop(n)
         begun = time.process_time()
-        for n in range(FORGOTTEN_LIMIT + 20_000):
+        for n in range(limit + 20_000):
             objects.add(n, Forgotten((1, n, b"x", 1), 1, b"name"))
         assert time.process_time() - begun < 10  # it took minutes
+
+
+@pytest.mark.parametrize(("late", "turns"), [(60.0, 1), (0.0, export.LATE_TURNS)])
+def test_events_that_are_late_have_a_longer_turn(
+    world: World, monkeypatch: pytest.MonkeyPatch, late: float, turns: int
+) -> None:
+    monkeypatch.setattr(export, "LATE", late)
+    monkeypatch.setattr(export, "TURN", SECONDS)
+    world.export.update(world.observer(), WHOLE, STRUCTURE)
+    for n in range(100):
+        (world.source / f"f{n}").touch()
+    world.export.watcher.drain()
+    before = world.export.watcher.backlog
+    world.export.route(10)
+    assert before - world.export.watcher.backlog == 10 * turns
 
 
 # Watches of the host
