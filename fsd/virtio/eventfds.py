@@ -2,17 +2,19 @@
 
 Whether a write waits is a flag (O_NONBLOCK) of the open file, which the VMM shares and may change
 at any moment; no flag of one write does it (RWF_NOWAIT: EOPNOTSUPP, as of Linux 6.18). So a thread
-looks on, which sleeps while nothing is written, and interrupts a write that does not end.
+looks on, which sleeps while nothing is written, and interrupts a write that does not end. Python
+then writes once more by the same number (PEP 475), where the thread has put a file that no write
+waits for.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import threading
 import time
-from contextlib import suppress
 
 from .. import host
 
@@ -21,10 +23,9 @@ TICK = 0.02
 """Seconds between two looks: a write that is the same in two of them waits."""
 _QUIET = 1.0
 """Seconds without a write after which nobody looks any more."""
-_libc = ctypes.CDLL(None)  # without errno: of a write it would cost a third more
-_EIGHT = ctypes.c_size_t(8)
-_ONE = ctypes.c_uint64(1)
-_ADDRESS = ctypes.c_void_p(ctypes.addressof(_ONE))
+_unwritable = select.epoll()
+"""A file that answers each write with EINVAL: there is one when no more can be had."""
+_ONE = (1).to_bytes(8, "little")
 _NUMBER = signal.SIGURG
 """Sent to a thread that waits; nobody else sends it, and no kernel without being asked."""
 
@@ -46,10 +47,10 @@ class Writer:
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
-        self._write = _libc.write
         self._count = 0
-        self._interrupted = 0  # which one was
-        self._is_writing = False
+        self._fd = -1  # that is written to
+        self._interrupted = 0  # which write was
+        self._interrupting = threading.Lock()
         self._is_watched = False
         self._wanted = threading.Semaphore(0)
         self._watcher: threading.Thread | None = None
@@ -67,11 +68,16 @@ class Writer:
         if not self._is_watched:
             self._watch()
         self._count += 1
-        self._is_writing = True
-        result = self._write(fd, _ADDRESS, _EIGHT)
-        self._is_writing = False
-        if result < 0 and self._interrupted == self._count:
-            raise StuckError("an eventfd of the VMM's is full, and a write to it waits")
+        self._fd = fd
+        try:
+            os.write(fd, _ONE)
+        except OSError:
+            pass
+        finally:
+            self._fd = -1
+        if self._interrupted == self._count:
+            with self._interrupting:  # until then the number is not to become another file's
+                raise StuckError("an eventfd of the VMM's is full, and a write to it waits")
 
     def _watch(self) -> None:
         self._is_watched = True
@@ -85,18 +91,25 @@ class Writer:
         while True:
             self._wanted.acquire()
             quiet, before = 0.0, self._count
-            while quiet < _QUIET or self._is_writing:
+            while quiet < _QUIET or self._fd >= 0:
                 time.sleep(TICK)
                 count = self._count
                 if count != before:
                     quiet = 0.0
-                elif self._is_writing:
-                    self._interrupted = count
-                    signal.pthread_kill(self._thread, _NUMBER)
+                elif self._fd >= 0:
+                    self._interrupt(count)
                 else:
                     quiet += TICK
                 before = count
             self._is_watched = False
+
+    def _interrupt(self, count: int) -> None:
+        with self._interrupting:
+            self._interrupted = count
+            fd = self._fd  # looked at after that: either this is seen there, or the end here
+            if fd >= 0 and self._count == count:
+                os.dup2(_unwritable.fileno(), fd, inheritable=False)
+                signal.pthread_kill(self._thread, _NUMBER)
 
 
 _here = threading.local()
@@ -110,8 +123,10 @@ class Reader:
 
     def drain(self, fd: int) -> None:
         """Read what is there, if it is still there. Raises OSError."""
-        with suppress(BlockingIOError):
+        try:
             os.preadv(fd, self._room, -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return
 
 
 class _SigAction(ctypes.Structure):
@@ -122,6 +137,7 @@ def _interruptible() -> None:
     """The signal ends a system call (no SA_RESTART), and does nothing else: its handler is abs(3),
     as code of Python's would run in the main thread only.
     """
-    action = _SigAction(handler=ctypes.cast(_libc.abs, ctypes.c_void_p).value)
-    if _libc.sigaction(_NUMBER, ctypes.byref(action), None):
+    libc = ctypes.CDLL(None)
+    action = _SigAction(handler=ctypes.cast(libc.abs, ctypes.c_void_p).value)
+    if libc.sigaction(_NUMBER, ctypes.byref(action), None):
         raise OSError("SIGURG cannot be handled")

@@ -307,13 +307,16 @@ def test_a_write_that_waits_is_interrupted() -> None:
         for _ in range(3):
             writer.signal(free)
             begun = time.monotonic()
+            stuck = os.dup(full)
             with pytest.raises(StuckError):
-                writer.signal(full)
+                writer.signal(stuck)
             assert time.monotonic() - begun < 5
+            assert not is_eventfd(stuck), "the file behind the number is another now"
+            os.close(stuck)
         assert os.eventfd_read(free) == 3
+        assert is_eventfd(full)
         os.set_blocking(full, False)
         writer.signal(full)  # it does not wait: nothing is wrong
-        assert is_eventfd(full)
     finally:
         os.close(full)
         os.close(free)
