@@ -21,8 +21,12 @@ from .attributes import StatLike, placeholder_attr
 from .inodes import ROOT_ID, Inode
 from .ledger import UnexpectedCall
 from .passthrough import Change, Changes, Entry, Handle
+from .removal import Removal
 from .servicefiles import AnyHandle, Caller, Events, FileService, IdleHandle, opening, writing
 from .slowcalls import LONG
+
+_UNLINKED = Mask.ATTRIB | Mask.DELETE_SELF
+_NEW, _NEW_TRUNC = Mask.CREATE | opening(0), Mask.CREATE | opening(os.O_TRUNC)
 
 __all__ = ["AnyHandle", "Caller", "IdleHandle", "Service"]
 
@@ -121,8 +125,8 @@ class Service(FileService):
         child = node.children.get(name)
         remove = self._fs.rmdir if is_dir else self._fs.unlink
         with (
-            self._keeping(child) as keep,
-            self._own((node, name, Mask.DELETE), (child, b"", Mask.ATTRIB | Mask.DELETE_SELF)),
+            Removal(self.close_slowly, child) as keep,
+            self._own((node, name, Mask.DELETE), (child, b"", _UNLINKED)),
         ):
             remove(node, name, who, keep)
 
@@ -142,7 +146,7 @@ class Service(FileService):
         lost = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
         replaced = new.children.get(name2)
         with (
-            self._keeping(replaced) as keep,
+            Removal(self.close_slowly, replaced) as keep,
             self._own(
                 (old, name, moved),
                 (new, name2, arrived),
@@ -169,7 +173,10 @@ class Service(FileService):
         node = self._names(nodeid, name)
         opened = opening(flags)
         child = node.children.get(name)
-        events: Events = ((node, name, Mask.CREATE | opened), (child, b"", opened))
+        events: Events = (
+            (node, name, _NEW_TRUNC if flags & os.O_TRUNC else _NEW),
+            (child, b"", opened),
+        )
         # An ordinary user acts without CAP_FSETID here anyway.
         kill = kill and not who.uid
         open_file = partial(self._open_file, events, kill)

@@ -11,7 +11,7 @@ import itertools
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from .hidden import HiddenFiles, HiddenHandle
 from .inodes import Inode
 from .ledger import UnexpectedCall
 from .locks import GuestLocks, Lock
-from .passthrough import Entry, Handle, Identity, Keep
+from .passthrough import Entry, Handle, Identity
 from .replayer import ReplayGuest
 from .slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from .watcher import Expected
@@ -153,25 +153,6 @@ class FileService:
         """The mount that a name leads to, if that is a mount point."""
         path = directory.path()
         return self._table.mounts.point(path + b"/" + name if path else name)
-
-    @contextmanager
-    def _keeping(self, child: Inode | None) -> Iterator[Keep]:
-        """Keep what a name stands for while that is removed, if it is long: its blocks are freed by
-        the last one that closes it, in a thread then.
-        """
-        fd = -1
-
-        def keep(dir_fd: int, name: bytes) -> None:
-            nonlocal fd
-            with suppress(OSError):
-                if os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size > LONG:
-                    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-
-        try:
-            yield keep
-        finally:
-            if fd >= 0:
-                self.close_slowly(fd, ((child, b"", Mask.DELETE_SELF),))
 
     def _open_file(
         self, events: Events, kill: bool, path_fd: int, flags: int, acting: Acting = nullcontext
