@@ -38,6 +38,12 @@ def is_eventfd(fd: int) -> bool:
         return False
 
 
+def _is_full(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return not poll.poll(0)
+
+
 class StuckError(Exception):
     """The VMM would have had the server wait."""
 
@@ -49,8 +55,9 @@ class Writer:
         self._thread = threading.get_ident()
         self._count = 0
         self._fd = -1  # that is written to
-        self._interrupted = 0  # which write was
-        self._interrupting = threading.Lock()
+        self._suspected = 0  # which write may wait
+        self._is_stuck = False  # it does
+        self._looking = threading.Lock()
         self._is_watched = False
         self._wanted = threading.Semaphore(0)
         self._watcher: threading.Thread | None = None
@@ -75,8 +82,10 @@ class Writer:
             pass
         finally:
             self._fd = -1
-        if self._interrupted == self._count:
-            with self._interrupting:  # until then the number is not to become another file's
+        if self._suspected == self._count:
+            with self._looking:  # until then the number is not to become another file's
+                is_stuck, self._is_stuck = self._is_stuck, False
+            if is_stuck:
                 raise StuckError("an eventfd of the VMM's is full, and a write to it waits")
 
     def _watch(self) -> None:
@@ -97,17 +106,21 @@ class Writer:
                 if count != before:
                     quiet = 0.0
                 elif self._fd >= 0:
-                    self._interrupt(count)
+                    self._look(count)
                 else:
                     quiet += TICK
                 before = count
             self._is_watched = False
 
-    def _interrupt(self, count: int) -> None:
-        with self._interrupting:
-            self._interrupted = count
+    def _look(self, count: int) -> None:
+        """The same write for long: it waits if the eventfd is full. Else its thread does, for a
+        processor.
+        """
+        with self._looking:
+            self._suspected = count
             fd = self._fd  # looked at after that: either this is seen there, or the end here
-            if fd >= 0 and self._count == count:
+            if fd >= 0 and self._count == count and _is_full(fd):
+                self._is_stuck = True
                 os.dup2(_unwritable.fileno(), fd, inheritable=False)
                 signal.pthread_kill(self._thread, _NUMBER)
 

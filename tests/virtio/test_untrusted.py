@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from fsd.virtio import eventfds
 from fsd.virtio.eventfds import Reader, StuckError, Writer, is_eventfd
 from fsd.virtio.mapping import is_memory, map_memory
 from fsd.virtio.memory import MAPPED_LIMIT, GuestMemory, GuestMemoryError, MappedRegion
@@ -319,6 +320,24 @@ def test_a_write_that_waits_is_interrupted() -> None:
         writer.signal(full)  # it does not wait: nothing is wrong
     finally:
         os.close(full)
+        os.close(free)
+
+
+def test_a_write_whose_thread_has_no_processor_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for no VMM: nothing is wrong with the eventfd."""
+    real = os.write
+
+    def write(fd: int, data: bytes) -> int:
+        time.sleep(10 * eventfds.TICK)
+        return real(fd, data)
+
+    writer, free = Writer(), os.eventfd(0)
+    monkeypatch.setattr(os, "write", write)
+    try:
+        for _ in range(3):
+            writer.signal(free)
+        assert os.eventfd_read(free) == 3
+    finally:
         os.close(free)
 
 
