@@ -2,14 +2,19 @@
 
 A saved nodeid is given back only to the very object that had it: by its file handle where the file
 system opens those, else by the path where it was, if handle and inode number are still the same.
-What cannot be found is gone: what its nodeid is asked for is ESTALE. Nothing saved is trusted.
+What cannot be found is gone: what its nodeid is asked for is ESTALE. Where a descriptor or memory
+is missing, nothing is known, and the restore fails with OSError. Nothing saved is trusted.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import time
 from collections import defaultdict, deque
+from collections.abc import Callable
+from functools import partial
 
 from protocol.frames import FSD_DIR
 from protocol.images import ImageError
@@ -19,6 +24,11 @@ from .checkpoint import GONE, SavedInode, SavedTable
 from .forgotten import Forgotten
 from .inodes import ROOT_ID, Inode, InodeTable
 
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
+"""Errors that say nothing of the object, and pass."""
+_PAUSES = (0.01, 0.1, 0.5)
+"""Seconds between looks then. After them the server does not start: what is saved stays for the
+next try."""
 _HANDLE_SIZES = range(4, 4 + 128 + 1)  # the type, MAX_HANDLE_SZ
 _KINDS = {
     stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
@@ -27,7 +37,8 @@ _KINDS = {
 
 
 class RestoredTable:
-    """The inodes of a saved table, in the table of a new export. Raises ImageError.
+    """The inodes of a saved table, in the table of a new export. Raises ImageError,
+    OSError where the host cannot be looked at.
 
     They have no references yet: who has some counts them, then calls ``release``.
     """
@@ -128,8 +139,10 @@ class RestoredTable:
 
     def _find_directory(self, inode: Inode) -> bool:
         try:
-            fd = self._table.open_by_handle(inode)
-        except OSError:
+            fd = _patiently(partial(self._table.open_by_handle, inode))
+        except OSError as error:
+            if error.errno in _PASSING:
+                raise
             return False
         try:
             status = os.fstat(fd)
@@ -147,10 +160,16 @@ class RestoredTable:
         parent = inode.parent
         if parent is None or (parent.fd < 0 and parent in self.gone):
             return False
-        try:
+
+        def look() -> int:
             with self._table.directory(parent) as parent_fd:
-                fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
-        except OSError:
+                return os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
+
+        try:
+            fd = _patiently(look)
+        except OSError as error:
+            if error.errno in _PASSING:
+                raise
             return False
         try:
             identity, status = self._table.identify(fd)
@@ -161,7 +180,7 @@ class RestoredTable:
             self._table.identify_as(inode, identity)
             if inode.is_dir and self._table.must_pin(identity):
                 inode.fd = os.dup(fd)
-        except (OSError, ValueError):
+        except ValueError:
             return False
         finally:
             os.close(fd)
@@ -172,6 +191,18 @@ class RestoredTable:
         before, or, where nobody knows that, has not changed since.
         """
         return (host.born_ns(fd, b"") or status.st_ctime_ns) < self._saved_ns
+
+
+def _patiently(look: Callable[[], int]) -> int:
+    """Look again for a while where a resource is missing. Raises OSError."""
+    for pause in _PAUSES:
+        try:
+            return look()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(pause)
+    return look()
 
 
 def _places(rows: dict[int, SavedInode]) -> dict[int, list[int]]:

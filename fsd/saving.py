@@ -71,7 +71,7 @@ def open_export(
             prepare(resumption)
             resumption.finish()
     except Exception as error:
-        if not isinstance(error, ImageError):
+        if not isinstance(error, (ImageError, OSError)):
             log.exception("restoring failed", image=str(state.path))
         export.close()
         complain(_refused(state, error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fsd import restoring
 from fsd.checkpoint import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
 from fsd.inodes import Inode
 from fsd.restoring import RestoredTable
@@ -235,3 +237,39 @@ def test_a_handle_of_another_object(old: World, make_world: Callable[[], World])
     with pytest.raises(OSError, match=r"Stale|No such"), new.table.opened(restored.get(f)):
         pass
     assert new.node("a/g") is restored.get(g)
+
+
+def test_what_nobody_can_look_at_is_not_gone(
+    old: World, restart: Restart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor is missing for a while: it is looked for again, and all is found."""
+    before = paths(old)
+    failing(monkeypatch, errno.EMFILE, times=2)
+    new, _ = restart(old)
+    assert paths(new) == before
+
+
+def test_a_restore_that_cannot_look_fails(
+    old: World, restart: Restart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restoring, "_PAUSES", (0.0,))
+    failing(monkeypatch, errno.ENFILE, times=1 << 20)
+    with pytest.raises(OSError, match=os.strerror(errno.ENFILE)):
+        restart(old)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: int, times: int) -> None:
+    """The first looks at objects in a restore fail."""
+    real = restoring._patiently
+    left = [times]
+
+    def patiently(look: Callable[[], int]) -> int:
+        def failing_look() -> int:
+            if left[0]:
+                left[0] -= 1
+                raise OSError(error, os.strerror(error))
+            return look()
+
+        return real(failing_look)
+
+    monkeypatch.setattr(restoring, "_patiently", patiently)
