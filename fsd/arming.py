@@ -176,7 +176,7 @@ class Arming:
         """Apply the marks, tell what happened since they were set; returns those that failed. A
         GROUP at a time, so that a scan of very many is not one.
         """
-        guest.scanned()
+        guest.scanned(hint)
         export = self._export
         updates = self._updates.pop(guest, [])
         failed: list[tuple[NodeKey, Exception]] = []

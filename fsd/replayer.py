@@ -138,7 +138,7 @@ class ReplayGuest(Guest):
         self._seq = itertools.count(1)
         self._hint = 0
         self._hinted: set[int] = set()  # processes for the next hints
-        self._scanning = False  # the agent has hints to follow; the next ones wait for its answer
+        self._scanning: dict[int, int] = {}  # processes that the agent looks at: since which hint
         self._outgoing: deque[frames.Message] = deque()  # ahead of hints and orders
         self._ways: dict[Inode, Way] = {}
         self._ways_as_of = 0  # the table's ``moves``
@@ -154,7 +154,7 @@ class ReplayGuest(Guest):
         self.events = EVENTS & hello.events
         self._opened.clear()
         self._outgoing.clear()
-        self._scanning = False
+        self._scanning.clear()
         self.counts["agent_connects"] += 1
 
     def disconnect(self) -> None:
@@ -175,15 +175,22 @@ class ReplayGuest(Guest):
                 self._hinted.clear()
                 pid = ALL_PROCESSES
             self._hinted.add(pid)
-            if not self._scanning:
+            if pid not in self._scanning:
                 self.wake()
         return self._hint + 1
 
-    def scanned(self) -> None:
-        """The agent has followed its hints."""
-        self._scanning = False
-        if self._hinted:
+    def scanned(self, hint: int) -> None:
+        """The agent has followed its hints up to that one."""
+        self._scanning = {pid: number for pid, number in self._scanning.items() if number > hint}
+        if self._gives_hints:
             self.wake()
+
+    @property
+    def _gives_hints(self) -> bool:
+        """Whether hints are to be given: not of those alone that the agent is looking at."""
+        if not self._hinted or len(self._scanning) >= HINTS_LIMIT:
+            return False
+        return not self._hinted <= self._scanning.keys()
 
     def send(self, message: frames.Message) -> None:
         """Queue a message that is no order."""
@@ -207,7 +214,7 @@ class ReplayGuest(Guest):
     def has_outgoing(self) -> bool:
         """Whether ``take`` would return something."""
         overflowed = self.missing and not self._held  # a read then tells that the rest is done
-        hints = self._hinted and not self._scanning
+        hints = self._gives_hints
         if self.is_paused:
             return bool(self._outgoing)
         return bool(self._outgoing or self._tasks or hints or overflowed)
@@ -221,10 +228,10 @@ class ReplayGuest(Guest):
         """The next messages for the agent, which has executed all it was given before."""
         self.asked()
         messages: list[frames.Message] = []
-        if self._hinted and not self._scanning:
-            self._scanning = True
+        if self._gives_hints:
             self._hint += 1
             messages += [frames.Hint(self._hint, pid) for pid in self._hinted]
+            self._scanning.update(dict.fromkeys(self._hinted, self._hint))
             self._hinted.clear()
         while self._outgoing and len(messages) < limit:
             messages.append(self._outgoing.popleft())

@@ -5,8 +5,11 @@ No file of the mount is touched: only /proc/PID/fd links and /proc/PID/fdinfo te
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from protocol.fdinfo import MarkInfo, parse_fdinfo
@@ -18,6 +21,9 @@ from .errors import GONE
 WHOLE = NodeKey(0, 0)
 _FAN_OPEN_EXEC = 0x1000
 _FAN_RENAME = 0x1000_0000
+_THREADS = 64
+"""Threads of a process among which one is looked for that has not ended."""
+_TGID = re.compile(rb"^Tgid:\t(\d+)$", re.M)
 _NOTIFY_FDS = ("anon_inode:inotify", "anon_inode:[fanotify]")
 
 
@@ -57,10 +63,11 @@ def pids() -> list[int]:
 def process_of(thread: int) -> int:
     """The process of a thread; the number itself where that is gone, or cannot be told."""
     try:
-        with open(f"/proc/{thread}/status", errors="surrogateescape") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("Tgid:"))
-    except (OSError, StopIteration):
+        with open(f"/proc/{thread}/status", "rb", buffering=0) as status:
+            found = _TGID.search(status.read(4096))
+    except OSError:
         return thread
+    return int(found[1]) if found is not None else thread
 
 
 def started(pid: int) -> int:
@@ -74,31 +81,48 @@ def started(pid: int) -> int:
         if error.errno in GONE:
             return 0
         raise
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+    has_ended = fields[0] in (b"Z", b"X") and int(fields[17]) < 2  # threads, this one among them
+    return 0 if has_ended else int(fields[19])
 
 
 def notify_texts(pid: int) -> Iterator[tuple[int, str | OSError]]:
     """The fdinfo of each inotify and fanotify descriptor that a process (or thread) has, or why it
-    cannot be read, which may be one of another kind then. None where the process has ended. Raises
-    OSError where its descriptors cannot be listed.
+    cannot be read, which may be one of another kind then. Raises OSError where its descriptors
+    cannot be listed: ProcessLookupError where it has ended.
     """
     try:
-        fds = os.listdir(f"/proc/{pid}/fd")
+        directory, fds = _descriptors(pid)
     except OSError as error:
         if error.errno in GONE:
-            return
+            raise ProcessLookupError(errno.ESRCH, "it has ended") from None
         raise
     for fd in fds:
         try:
-            if os.readlink(f"/proc/{pid}/fd/{fd}") not in _NOTIFY_FDS:
+            if os.readlink(f"{directory}/fd/{fd}") not in _NOTIFY_FDS:
                 continue
-            with open(f"/proc/{pid}/fdinfo/{fd}") as info:
+            with open(f"{directory}/fdinfo/{fd}") as info:
                 text = info.read()
         except OSError as error:
             if error.errno not in GONE:
                 yield int(fd), error
             continue
         yield int(fd), text
+
+
+def _descriptors(pid: int) -> tuple[str, list[str]]:
+    """Where a process's descriptors are, and their numbers. Its first thread may have ended, and
+    has none then: the others go on with them.
+    """
+    directory = f"/proc/{pid}"
+    fds = os.listdir(f"{directory}/fd")
+    if fds:
+        return directory, fds
+    for thread in os.listdir(f"{directory}/task")[:_THREADS]:
+        other = f"{directory}/task/{thread}"
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if fds := os.listdir(f"{other}/fd"):
+                return other, fds
+    return directory, []
 
 
 def marks_in(text: str, device: Device) -> Iterator[Mark]:

@@ -7,6 +7,7 @@ safety net. At rest it sleeps.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -20,29 +21,11 @@ from protocol.handles import NodeKey
 from .errors import PASSING
 from .markcalls import MarkCalls
 from .marks import Device, pids, process_of
+from .schedule import HOT_LIMIT, RETRY, Look, Schedule
 from .watchers import Watchers
 
-HOT = 3.0
-"""Seconds for which a hinted process is scanned again and again: as long as the server keeps its
-provisional watches."""
-_STEPS = (0.0, 0.0005, 0.002, 0.008, 0.03, 0.12, 0.5, 1.0, 2.5)
-"""Seconds after the last hint at which to scan: the mark comes just after the look-up, mostly."""
-_DUTY = 9.0
-"""A scan is followed by at least this many times its own duration of rest."""
-_SLOWEST = 0.1
-"""Seconds between scans of a process that goes on looking things up: the server's short history
-covers them."""
-FULL_EVERY = 30.0
-"""Seconds between full scans while something happens; at rest there are none, unless marks may be
-set that nothing tells of."""
-RECHECK = 2.0
-"""Seconds after which the known watchers are read again, while events flow to them."""
 _PATIENCE = 2.0
 """Seconds for the thread to end: it may be in a request that the server holds."""
-RETRY = 0.5
-"""Seconds after which what could not be looked at is looked at again."""
-_HINTED = 4096
-"""Processes looked at one by one, at most; beyond that, all are looked at."""
 _WRITE = 32 * 1024
 
 
@@ -70,33 +53,30 @@ class Scanner(threading.Thread):
         self._exits_limit = exits
         self._calls = calls
         self._blind = blind
-        self._called: set[int] = set()  # processes to be scanned as soon as may be
         self._ending = False
         self._lock = threading.Lock()  # for what comes from the other thread:
-        self._hinted: set[int] = set()  # threads
-        self._given = 0  # number of their hint
+        self._hinted: dict[int, set[int]] = {}  # threads, by the number of their hint
         self._is_new = False  # the server, which is to be told everything
+        self._is_active = False  # events flow
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._hot: dict[int, float] = {}  # process -> until when
-        self._hot_since = 0.0
+        is_traced = calls is not None
+        self._schedule = Schedule(time.monotonic(), is_traced=is_traced, blind=blind)
         self._answered = -1  # the last hint that was answered; -1 before the first scan
         self._watchers = Watchers(device)
         self._published: dict[NodeKey, int] = {}
+        self._is_unsent = True  # something that was found
         self._pidfds: dict[int, int] = {}  # descriptor -> process
-        self._hint = 0  # number of the last hint that was taken
-        self._last_hint = 0.0
-        self._active = False
-        self._next_full = 0.0  # when to look at all, if that is wanted then
-        self._behind = False  # it is wanted
-        self._exits_unseen = False  # of some processes with marks
 
     def hints(self, number: int, threads: Iterable[int]) -> None:
         """From the server: these threads have looked something up."""
         with self._lock:
-            self._given = number
+            hinted = self._hinted.setdefault(number, set())
             for thread in threads:
-                if len(self._hinted) <= _HINTED:
-                    self._hinted.add(thread)
+                if len(hinted) <= HOT_LIMIT:
+                    hinted.add(thread)
+            while len(self._hinted) > 1 and sum(map(len, self._hinted.values())) > HOT_LIMIT:
+                del self._hinted[next(iter(self._hinted))]
+                hinted.add(frames.ALL_PROCESSES)
         self._poke()
 
     @property
@@ -106,15 +86,14 @@ class Scanner(threading.Thread):
 
     def orders_came(self) -> None:
         """Events are flowing: see now and then whether anybody still wants them."""
-        if not self._active:
-            self._active = True
+        if not self._is_active:
+            self._is_active = True
             self._poke()
 
     def anew(self) -> None:
         """Another server, which was told nothing yet."""
         with self._lock:
             self._is_new = True
-            self._given = 0
             self._hinted.clear()
         self._poke()
 
@@ -143,104 +122,60 @@ class Scanner(threading.Thread):
             self._leave()
 
     def _run(self) -> None:
-        never = float("inf")
         poll = select.poll()
         poll.register(self._pipe[0], select.POLLIN)
-        calls_fd = self._calls.fileno() if self._calls is not None else -1
         with open("/proc/self/mountinfo", "rb") as mountinfo:
             poll.register(mountinfo.fileno(), select.POLLPRI | select.POLLERR)
-            step, not_before, next_recheck = len(_STEPS), 0.0, never
-            self._next_full = time.monotonic() + FULL_EVERY
             if self._answered < 0:  # the first scan could not be complete
-                self._look_at_all()
+                self._schedule.look_at_all(time.monotonic())
             self._watch_exits(poll)
             while not self._ending:
-                now = time.monotonic()
-                due = self._last_hint + _STEPS[step] if step < len(_STEPS) else never
-                due = 0.0 if self._called else due
-                full = self._next_full if self._wants_full or step < len(_STEPS) else never
-                recheck = next_recheck if self._active else never
-                wait = max(min(due, full, recheck), not_before) - now
-                if calls_fd >= 0:  # one call is enough to wake us
-                    poll.register(calls_fd, 0 if self._called else select.POLLIN)
-                ready = poll.poll(None if wait == never else max(0.0, wait * 1000))
-                has_exited = self._exited([fd for fd, _ in ready], poll)
-                if any(fd == self._pipe[0] for fd, _ in ready):
-                    os.read(self._pipe[0], 4096)
-                    is_new, is_hinted = self._take()
-                    if is_new:
-                        self._answered, not_before = -1, 0.0
-                        self._published.clear()
-                        self._look_at_all()
-                    if is_hinted:
-                        step = 0
-                    next_recheck = min(next_recheck, time.monotonic() + RECHECK)
-                if any(fd == mountinfo.fileno() for fd, _ in ready) and not self._still_mounted():
+                ready = self._wait(poll)
+                if mountinfo.fileno() in ready and not self._still_mounted():
                     self._leave()
                     os._exit(0)
-                if self._take_calls() or has_exited or len(self._hot) > _HINTED:
-                    self._look_at_all()
-                now = time.monotonic()
-                if now < not_before:
-                    continue
-                if now >= full or (self._behind and now >= self._next_full):
-                    self._behind = not self._scan_all()
-                    pause = RETRY if self._behind else FULL_EVERY
-                    self._next_full = time.monotonic() + pause
-                elif self._called or now >= min(due, recheck):
-                    while step < len(_STEPS) and now >= self._last_hint + _STEPS[step]:
-                        step += 1
-                    known = self._watchers.pids if now >= recheck else []
-                    if now >= recheck:
-                        next_recheck, self._active = never, False
-                    if not self.scan([*self._hot, *self._called, *known], full=False):
-                        self._look_at_all(RETRY)
-                else:
-                    continue
-                self._called.clear()
-                self._hot = {pid: until for pid, until in self._hot.items() if until > now}
-                end = time.monotonic()
-                rest = min(_SLOWEST, (end - self._hot_since) / 4) if self._hot else 0.0
-                not_before = end + max(_DUTY * (end - now), rest)
-                self._watch_exits(poll)
+                now = time.monotonic()  # what is read below was there by then
+                if self._take_calls() | self._exited(ready, poll):
+                    self._schedule.look_at_all(now)
+                if self._pipe[0] in ready:
+                    os.read(self._pipe[0], 4096)
+                    self._take_given(now)
+                look = self._schedule.take(now)
+                if look is not None:
+                    self._look(look)
+                    self._watch_exits(poll)
+                self._answer(now)
 
-    def _look_at_all(self, pause: float = 0.0) -> None:
-        """All processes, after ``pause`` seconds."""
-        self._behind = True
-        self._next_full = min(self._next_full, time.monotonic() + pause)
-
-    @property
-    def _wants_full(self) -> bool:
-        """Whether all processes are to be looked at now and then, or soon."""
-        return self._active or self._blind or self._behind or self._exits_unseen
+    def _wait(self, poll: select.poll) -> list[int]:
+        """Sleep until something is due or comes. Returns the descriptors that are ready."""
+        if self._calls is not None:  # one call is enough to wake us
+            poll.register(self._calls.fileno(), 0 if self._schedule.is_called else select.POLLIN)
+        wait = self._schedule.next() - time.monotonic()
+        ready = poll.poll(None if wait == math.inf else max(0.0, wait * 1000))
+        return [fd for fd, _ in ready]
 
     def _take_calls(self) -> bool:
-        """Note the processes whose marks have changed. Whether any may have."""
+        """Note the processes whose marks have changed. Whether any others may have."""
         if self._calls is None:
             return False
         threads, lost = self._calls.read()
-        self._called.update(map(process_of, threads))
+        self._schedule.call(map(process_of, threads))
         return lost
 
-    def _take(self) -> tuple[bool, bool]:
-        """Take over what the other thread gave: whether the server is new, whether there were
-        hints.
-        """
+    def _take_given(self, now: float) -> None:
+        """Take over what the other thread gave."""
         with self._lock:
             is_new, self._is_new = self._is_new, False
-            hinted, self._hinted = self._hinted, set()
-            self._hint = self._given
-        if hinted:
-            self._last_hint = time.monotonic()
-            if not self._hot:
-                self._hot_since = self._last_hint
-        if frames.ALL_PROCESSES in hinted:
-            hinted.remove(frames.ALL_PROCESSES)
-            hinted.update(pids())
-        for thread in hinted:
-            if len(self._hot) <= _HINTED:
-                self._hot[process_of(thread)] = self._last_hint + HOT
-        return is_new, bool(hinted)
+            given, self._hinted = self._hinted, {}
+        if is_new:
+            self._answered = -1
+            self._published.clear()
+            self._schedule.anew(now)
+        for number, threads in given.items():
+            self._schedule.hint(number, set(map(process_of, threads)), now)
+        if self._is_active:
+            self._is_active = False
+            self._schedule.events_flow(now)
 
     def _exited(self, ready: list[int], poll: select.poll) -> bool:
         exited = False
@@ -254,53 +189,73 @@ class Scanner(threading.Thread):
 
     def _watch_exits(self, poll: select.poll) -> None:
         watched = set(self._pidfds.values())
-        self._exits_unseen = False
+        self._schedule.exits_unseen = False
         for pid in self._watchers.pids:
             if pid in watched:
                 continue
             if len(self._pidfds) >= self._exits_limit:
-                self._exits_unseen = True
+                self._schedule.exits_unseen = True
                 return
             try:
                 fd = os.pidfd_open(pid)
             except ProcessLookupError:
-                self._look_at_all()
+                self._schedule.look_at_all(time.monotonic())
                 continue
             except OSError:  # no more descriptors, or a kernel before Linux 5.3
-                self._exits_unseen = True
+                self._schedule.exits_unseen = True
                 continue
             self._pidfds[fd] = pid
             poll.register(fd, select.POLLIN)
 
-    def _scan_all(self) -> bool:
+    def _look(self, look: Look) -> None:
+        began = time.monotonic()
         try:
-            return self.scan(pids(), full=True)
+            processes = pids() if look.full else [*look.pids]
+            if look.watchers:
+                processes += self._watchers.pids
+            complete = self.scan(processes, full=look.full)
         except OSError as error:
             if error.errno not in PASSING:
                 raise
-            return False
+            complete = False
+        gone = self._watchers.gone
+        self._schedule.done(look, gone, began, time.monotonic(), complete=complete)
 
     def scan(self, processes: list[int], *, full: bool) -> bool:
         """Read the marks of these processes and send what has changed. Returns False where not all
         could be read or sent, and it is worth another try.
         """
-        hint, is_first = self._hint, self._answered < 0
         complete = self._watchers.look(processes, full=full)
-        if is_first and not complete:
+        if self._answered < 0 and not complete:
             return False  # the server takes the first word for all of it
+        if self._watchers.is_changed or self._is_unsent or self._answered < 0:
+            return self._tell(max(self._answered, 0)) and complete
+        return complete
+
+    def _answer(self, now: float) -> None:
+        """Answer hints, where it is time."""
+        answered = self._schedule.answer(now)
+        if 0 <= self._answered < answered and not self._tell(answered):
+            self._schedule.look_at_all(now + RETRY)
+
+    def _tell(self, answered: int) -> bool:
+        """Send what has changed, and up to which hint it is known. Returns whether it was sent."""
         wanted = self._watchers.wanted()
         changed = {node: mask for node, mask in wanted.items() if self._published.get(node) != mask}
         changed.update((node, 0) for node in self._published if node not in wanted)
-        answered = hint if complete else self._answered
-        if changed or answered != self._answered:
-            try:
-                self._publish(changed, frames.ScanEnd(answered, int(is_first)))
-            except OSError as error:
-                if error.errno not in PASSING:
-                    raise
-                return False
-            self._published, self._answered = wanted, answered
-        return complete
+        is_first = self._answered < 0
+        if not changed and answered == self._answered:
+            self._is_unsent = False
+            return True
+        self._is_unsent = True
+        try:
+            self._publish(changed, frames.ScanEnd(answered, int(is_first)))
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            return False
+        self._published, self._answered, self._is_unsent = wanted, answered, False
+        return True
 
     def _publish(self, changed: dict[NodeKey, int], end: frames.ScanEnd) -> None:
         batch = bytearray()

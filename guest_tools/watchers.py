@@ -20,6 +20,8 @@ from .marks import Device, Mark, marks_in, notify_texts, started
 KEPT = 1 << 20
 """Marks kept apart by instance, some 200 MiB of them. What is beyond is kept together until the
 next full look."""
+ELSEWHERE = 4096
+"""Texts without a mark on the mount that need not be read closely again: 0.5 MB."""
 _CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
 
 
@@ -47,8 +49,13 @@ class Watchers:
         self._known: dict[bytes, _Marks] = {}  # by digest
         self._crowd: dict[NodeKey, int] = {}  # of instances beyond KEPT
         self._size = 0  # marks in _known
+        self._elsewhere: set[bytes] = set()  # digests of texts that list none on this mount
         self.knows_fanotify = False
         """Whether some mark is fanotify's."""
+        self.is_changed = False
+        """Whether the last look found anything else than the one before."""
+        self.gone: set[int] = set()
+        """Processes that had ended at the last look."""
 
     @property
     def pids(self) -> list[int]:
@@ -72,11 +79,14 @@ class Watchers:
             self._processes, self._crowd = {}, {}
         own = os.getpid()
         complete = True
+        self.is_changed = full
+        self.gone = set()
         for pid in dict.fromkeys(pids):
             if pid == own:
                 continue
             now, is_complete = self._read(pid, before.get(pid))
             complete &= is_complete
+            self.is_changed |= now != before.get(pid)
             if now is not None:
                 self._processes[pid] = now
             else:
@@ -84,6 +94,8 @@ class Watchers:
         if not complete and full:
             for node, mask in crowd.items():
                 self._crowd[node] = self._crowd.get(node, 0) | mask
+        if not self.is_changed:
+            return complete
         held = (marks for process in self._processes.values() for marks in process.marks.values())
         self._known = {marks.digest: marks for marks in held}
         self._size = sum(len(marks.masks) for marks in self._known.values())
@@ -106,6 +118,9 @@ class Watchers:
                     found = self._marks(text)
                     if found.masks or found.is_fanotify:
                         marks[fd] = found
+        except ProcessLookupError:
+            self.gone.add(pid)
+            return None, True
         except OSError as error:
             errors.append(error)
             kept = had
@@ -129,19 +144,26 @@ class Watchers:
         known = self._known.get(digest)
         if known is not None:
             return known
+        if digest in self._elsewhere:
+            return _Marks(digest, {}, is_fanotify=False)
         masks: dict[NodeKey, int] = {}
         is_fanotify = False
         for mark in marks_in(text, self._device):
             masks[mark.node] = masks.get(mark.node, 0) | _needed(mark)
             is_fanotify |= mark.wd < 0
         if self._size + len(masks) > KEPT:
+            self.is_changed = True
             for node, mask in masks.items():
                 self._crowd[node] = self._crowd.get(node, 0) | mask
-            masks = {}
+            return _Marks(digest, {}, is_fanotify)
         known = _Marks(digest, masks, is_fanotify)
         if masks:
             self._known[digest] = known
             self._size += len(masks)
+        elif not is_fanotify:
+            if len(self._elsewhere) >= ELSEWHERE:
+                self._elsewhere.clear()
+            self._elsewhere.add(digest)
         return known
 
 

@@ -280,7 +280,7 @@ from guest_tools import scanner
 from guest_tools.cli import main
 real = scanner.Scanner._watch_exits
 def die(self, poll):
-    if self._hint:
+    if self._schedule.hot:
         raise RuntimeError("as a bug would")
     real(self, poll)
 scanner.Scanner._watch_exits = die

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from guest_tools import marks, scanner, watchers
+from guest_tools import marks, scanner, schedule, watchers
 from guest_tools.errors import PASSING
 from guest_tools.markcalls import MarkCalls
 from guest_tools.marks import device_of, pids
@@ -229,7 +229,7 @@ def deaths(monkeypatch: pytest.MonkeyPatch) -> list[threading.ExceptHookArgs]:
     """Threads that died: the agent ends then, see test_agent."""
     found: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", found.append)
-    monkeypatch.setattr(scanner, "RETRY", 0.01)
+    monkeypatch.setattr(schedule, "RETRY", 0.01)
     return found
 
 
@@ -327,14 +327,14 @@ def test_the_first_word_is_not_a_part(
 def test_exits_beyond_the_bound_are_seen_by_the_timer(
     share: Mount, monkeypatch: pytest.MonkeyPatch, deaths: list[threading.ExceptHookArgs]
 ) -> None:
-    monkeypatch.setattr(scanner, "FULL_EVERY", 0.2)
+    monkeypatch.setattr(schedule, "FULL_EVERY", 0.2)
     server = Server()
     with scanning(share, server, exits=3) as running:
         with watching(share.mountpoint / "one", children=30) as process:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
             running.hints(1, map(int, (str(process.pid), *children.split())))
             wait_until(lambda: len(running._watchers.pids) == 31, 10, "all that share it")
-            wait_until(lambda: running._exits_unseen, 10, "too many")
+            wait_until(lambda: running._schedule.exits_unseen, 10, "too many")
             assert server.knows() == nodes(share, "one")
             assert len(running._pidfds) == 3
             assert process.stdin is not None
@@ -364,7 +364,7 @@ def test_hints_without_end(share: Mount, deaths: list[threading.ExceptHookArgs])
             running.hints(number, range(1 << 31, (1 << 31) + 4000 * number))
         wait_until(lambda: server.knows() == nodes(share, "two"), 20, "the mark")
         wait_until(lambda: server.ends[-1].hint == 19, 20, "the answer")
-        assert len(running._hot) < 10_000
+        assert running._schedule.hot <= schedule.HOT_LIMIT
     assert not deaths
 
 

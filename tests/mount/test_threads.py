@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from guest_tools.scanner import RECHECK
+from guest_tools.schedule import RECHECK
 from tests.support.mounts import mounted, wait_until
 
 PROGRAM = """
