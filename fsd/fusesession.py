@@ -61,6 +61,8 @@ _ONCE = frozenset({
 FORGETS_LIMIT = 1 << 22
 """Bytes of BATCH_FORGET that are still to be done, of one guest over virtiofs; Linux sends none
 there. By /dev/fuse they come from this machine's kernel, and are done at once."""
+_NAME_AT: dict[int, int] = {Opcode.LOOKUP: 0, Opcode.CREATE: fuse.CREATE_IN.size}
+"""Requests that open what is there by a name, and where in their body that is."""
 _DOTS = (b".\0", b"..\0")
 """What LOOKUP asks for of a node that a file handle names (fs/fuse/inode.c, fuse_get_dentry)."""
 
@@ -231,8 +233,9 @@ class FuseSession:
         elif opcode not in _WITHOUT_NODE:
             self.nodes.check(request.nodeid)
         if self._mounts.remote:
-            is_name = opcode == Opcode.LOOKUP
-            self._service.reach(request.nodeid, request.body, is_name=is_name)
+            is_name = opcode in _NAME_AT
+            body = request.body[_NAME_AT.get(opcode, 0) :]
+            self._service.reach(request.nodeid, body, is_name=is_name)
         payload = handler(request)
         if payload is not None:
             request.reply(payload)

@@ -61,8 +61,10 @@ def test_others_are_served_and_the_server_ends(tmp_path: Path, sandbox: str) -> 
                 file = other.create(b"file")
                 below.send_signal(signal.SIGSTOP)
                 fsync = fuse.FSYNC_IN.pack
-                for _ in range(9):
+                create = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o100600, 0, 0)
+                for _ in range(6):
                     one.send(Opcode.LOOKUP, 1, b"sub\0")
+                    one.send(Opcode.CREATE, 1, create + b"sub\0")
                     one.send(Opcode.GETATTR, x, fuse.GETATTR_IN.pack(0, 0))
                     one.send(Opcode.READ, x, fuse.READ_IN.pack(opened, 0, 100, 0, 0, 0))
                 one.send(Opcode.FSYNC, x, fsync(opened, 0))
