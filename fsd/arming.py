@@ -10,22 +10,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING
 
 from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
+from protocol.masks import EVENTS, Mask
 
 from .chores import Job, Pause, finish
 from .events import Event
 from .guests import FIRST, MARKS_LIMIT, Guest
 from .inodes import Inode
+from .passthrough import Entry
 from .replayer import ReplayGuest
+from .seen import Seen, look, missing, own_events
+from .watcher import HOST
 
 if TYPE_CHECKING:
     from .export import Export
 
+_MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DELETE_SELF)
+_NOTHING = Mask(0)
 KEEP = 3.0
 """Seconds that a looked-up directory stays watched: the agent has scanned many times by then."""
 HISTORY_LIMIT = 4096
@@ -39,6 +47,11 @@ followed either."""
 DIRECTORIES_LIMIT = 16_384
 """Looked-up directories that are watched for one guest's sake: as many as a program goes through in
 KEEP. Beyond it, what happens before the mark arrives is not told."""
+SEEN_LIMIT = 16_384
+"""Files that one guest has looked up in KEEP whose attributes are remembered, some 10 MB. Of others
+it is not told what is done by a name elsewhere before the mark arrives."""
+OWN_LIMIT = 64
+"""A file's own events that are kept until its mark applies, some milliseconds."""
 GROUP = 512
 """Marks of a scan that are applied as one."""
 GROUP_TIME = 0.05
@@ -51,6 +64,7 @@ class _LookUp:
 
     hint: int = 0  # of the latest
     since: float | None = None  # time.monotonic() of the first that no scan has disproved
+    seen: dict[Inode, Seen] = field(default_factory=dict)  # its files
 
 
 @dataclass(slots=True)
@@ -61,6 +75,14 @@ class _Provisional:
     muted: bool = False
 
 
+@dataclass(slots=True)
+class _Marked:
+    """A file whose mark is about to apply."""
+
+    by: dict[Guest, Mask] = field(default_factory=dict)
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=OWN_LIMIT))
+
+
 class Arming:
     """Provisional watches and scans of one export."""
 
@@ -69,6 +91,8 @@ class Arming:
         self._nodes: dict[Inode, _Provisional] = {}
         self._kept = 0  # events in all histories
         self._counts: dict[Guest, int] = {}  # directories that each guest has looked up
+        self._seen: Counter[Guest] = Counter()  # files
+        self._marked: dict[Inode, _Marked] = {}
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self.deadline = math.inf
 
@@ -76,8 +100,15 @@ class Arming:
         node = self._nodes.get(inode)
         return node is not None and not node.muted
 
-    def looked_up(self, guest: ReplayGuest, directory: Inode, pid: int) -> None:
-        """Process ``pid`` of the guest may be about to watch a directory or something in it."""
+    def coming(self, inode: Inode) -> Mask:
+        """What marks that are about to apply ask for."""
+        marked = self._marked.get(inode) if self._marked else None
+        return reduce(or_, marked.by.values(), _NOTHING) if marked is not None else _NOTHING
+
+    def looked_up(
+        self, guest: ReplayGuest, directory: Inode, pid: int, file: Entry | None = None
+    ) -> None:
+        """Process ``pid`` of the guest may be about to watch a directory, or a file in it."""
         hint = guest.hint(pid)
         node = self._nodes.get(directory)
         known = node is not None and guest in node.by
@@ -98,6 +129,9 @@ class Arming:
         if look_up.since is None:
             self._export.watcher.drain()  # what is queued happened before
             look_up.since = time.monotonic()
+        if file is not None and file.inode not in look_up.seen and self._seen[guest] < SEEN_LIMIT:
+            look_up.seen[file.inode] = Seen.of(file.attr)
+            self._seen[guest] += 1
 
     def expire(self, now: float) -> None:
         """Drop watches that nobody came for."""
@@ -107,13 +141,16 @@ class Arming:
         for inode in old:
             node = self._nodes.pop(inode)
             self._kept -= len(node.history)
-            for guest in node.by:
+            for guest, look_up in node.by.items():
                 self._count_down(guest)
+                self._seen[guest] -= len(look_up.seen)
             self._export.set_watch(inode)
         self.deadline = min((node.expires for node in self._nodes.values()), default=math.inf)
 
     def remember(self, event: Event) -> None:
-        """Keep an event of a looked-up directory."""
+        """Keep an event of a looked-up directory, or of a file whose mark is about to apply."""
+        if not event.name and not event.implied and event.node in self._marked:
+            self._marked[event.node].events.append(event)
         for inode in {event.node, event.node2}:
             node = self._nodes.get(inode) if inode is not None else None
             if node is None or inode is None:
@@ -148,10 +185,14 @@ class Arming:
                 self._disprove(node, guest)
                 del node.by[guest]
         self._counts.pop(guest, None)
+        del self._seen[guest]
 
     def _disprove(self, node: _Provisional, guest: Guest) -> None:
         """The guest has no mark there that was set by the look-ups so far."""
-        node.by[guest].since = None
+        look_up = node.by[guest]
+        look_up.since = None
+        self._seen[guest] -= len(look_up.seen)
+        look_up.seen.clear()
         if all(look_up.since is None for look_up in node.by.values()):
             self._kept -= len(node.history)
             node.history.clear()
@@ -188,10 +229,14 @@ class Arming:
                     updates.append((key, 0))
         done = 0
         while done < len(updates):
-            export.route(GROUP)
-            while export.is_behind:
-                yield Pause.LATER
-            done += self._apply(guest, updates[done : done + GROUP], failed)
+            group = updates[done : done + GROUP]
+            files = self._watch_files(guest, group)
+            try:
+                yield from self._routing()
+                done += self._apply(guest, group, files, failed)
+            finally:
+                for inode in files:
+                    self._let_go(guest, inode)
             yield None
         for node in self._nodes.values():
             look_up = node.by.get(guest)
@@ -199,39 +244,88 @@ class Arming:
                 self._disprove(node, guest)
         return failed
 
+    def _routing(self) -> Job[None]:
+        """All that has happened so far."""
+        self._export.watcher.drain()
+        while self._export.is_behind:
+            self._export.route(GROUP)
+            if self._export.is_behind:
+                yield Pause.LATER
+
+    def _watch_files(
+        self, guest: ReplayGuest, updates: list[tuple[NodeKey, int]]
+    ) -> dict[Inode, Seen | None]:
+        """Watch files before their marks apply, so that of each event it is known whether it was
+        before that; returns how they are then.
+        """
+        export = self._export
+        files: dict[Inode, Seen | None] = {}
+        end = time.monotonic() + GROUP_TIME
+        for key, bits in updates:
+            inode = export.table.known(key.nodeid)
+            if inode is None or inode.is_dir or not bits or export.interest.of(guest, inode):
+                continue
+            self._marked.setdefault(inode, _Marked()).by[guest] = Mask(bits) & EVENTS
+            export.set_watch(inode)
+            files[inode] = look(export.table, inode)
+            if time.monotonic() > end:
+                break
+        return files
+
+    def _let_go(self, guest: ReplayGuest, inode: Inode) -> None:
+        """Its mark applies, or does not."""
+        marked = self._marked[inode]
+        del marked.by[guest]
+        if not marked.by:
+            del self._marked[inode]
+            self._export.set_watch(inode)
+
     def _apply(
         self,
         guest: ReplayGuest,
         updates: list[tuple[NodeKey, int]],
+        files: dict[Inode, Seen | None],
         failed: list[tuple[NodeKey, Exception]],
     ) -> int:
         """How many of them are done."""
-        candidates = self._untold(guest)
+        export = self._export
+        events, seen = self._since_look_ups(guest)
+        own = [event for inode in files for event in self._marked[inode].events]
+        events = sorted((*events, *own), key=lambda event: event.stamp)
+        untold = [event for event in events if not self._is_told(guest, event)]
         end = time.monotonic() + GROUP_TIME
         done = 0
         for key, bits in updates:
             done += 1
             try:
-                self._export.update(guest, key, bits)
+                export.update(guest, key, bits)
             except (OSError, ValueError) as error:
                 failed.append((key, error))
             if time.monotonic() > end:
                 break
-        for event in candidates:
+        for event in untold:
             self._tell(guest, event)
+        for inode, now in files.items():
+            mask = missing(seen.get(inode), now, own_events(inode, events, guest))
+            wanted = int(export.interest.of(guest, inode))
+            for bit in (_MODIFY, _ATTRIB, _DELETE_SELF):
+                if mask & bit and (wanted & bit or (wanted and bit == _DELETE_SELF)):
+                    guest.offer(Event(inode, bit, b"", 0, HOST, time.monotonic(), inode), FIRST)
         return done
 
-    def _untold(self, guest: ReplayGuest) -> list[Event]:
-        """Kept events that the guest had not asked for so far, in order."""
+    def _since_look_ups(self, guest: ReplayGuest) -> tuple[dict[Event, None], dict[Inode, Seen]]:
+        """What has happened where the guest has looked; and files as it saw them."""
         events: dict[Event, None] = {}
+        seen: dict[Inode, Seen] = {}
         for node in self._nodes.values():
             look_up = node.by.get(guest)
             if look_up is None or look_up.since is None:
                 continue
+            seen.update(look_up.seen)
             for event in node.history:
-                if event.stamp > look_up.since and not self._is_told(guest, event):
+                if event.stamp > look_up.since:
                     events[event] = None
-        return sorted(events, key=lambda event: event.stamp)
+        return events, seen
 
     def _is_told(self, guest: ReplayGuest, event: Event) -> bool:
         export = self._export

@@ -21,6 +21,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
@@ -181,7 +182,7 @@ class Resolver:
             first.stamp, child, before=before, node2=node2, name2=name2,
         )  # fmt: skip
         exchanged = 0
-        if replaced is not None and own.lost is None:
+        if own.lost is None:
             exchanged, replaced = self._exchanged(event, first, replaced, own.end)
         if not exchanged:
             replaced = self._lost(first, replaced, own)
@@ -228,17 +229,19 @@ class Resolver:
             event.nlink = 1
 
     def _exchanged(
-        self, event: Event, first: Arrival, replaced: Inode, start: int
-    ) -> tuple[int, Inode]:
+        self, event: Event, first: Arrival, replaced: Inode | None, start: int
+    ) -> tuple[int, Inode | None]:
         """Cookie of the second pair, back, that RENAME_EXCHANGE queues (0 for a plain rename), and
         what came back.
         """
         child, node, node2 = event.child, event.node, event.node2
         assert child is not None
         assert node2 is not None
+        if replaced is None and listing(node2).complete:
+            return 0, None
         # No plain rename puts a file in a directory's place, or what is watched without an ATTRIB.
-        must = child.is_dir != replaced.is_dir or self._own_events.expected(
-            replaced, _ATTRIB, first
+        must = replaced is not None and (
+            child.is_dir != replaced.is_dir or self._own_events.expected(replaced, _ATTRIB, first)
         )
         while True:
             changes = self._own_events.changes(start, 3, node, node2)
@@ -250,8 +253,10 @@ class Resolver:
             return 0, replaced
         if not back.mask & _MOVED_FROM or back.cookie != there.cookie:
             return 0, replaced
-        if replaced.is_placeholder:
+        if replaced is None or replaced.is_placeholder:
             replaced = self._came_back(event) or replaced
+        if replaced is None:
+            return 0, None
         own = self._own_events.first_move(end + 1, stop, child, replaced)
         if not self._is_exchange(child, replaced, own and own.inode, beside=end == start + 1):
             return 0, replaced
@@ -261,13 +266,19 @@ class Resolver:
         return back.cookie, replaced
 
     def _came_back(self, event: Event) -> Inode | None:
-        """What is at a rename's old place now, if it is what the listing had at the new one."""
+        """What is at a rename's old place now, if it is what the listing had at the new one; where
+        that was not read, if it is another than what was renamed, and has come with the next pair.
+        """
         assert event.node2 is not None
-        known = listing(event.node2).names[event.name2]
+        known = listing(event.node2).names.get(event.name2)
         try:
             inode = self._fs.peek(event.node, event.name).inode
         except OSError:
             return None
+        if known is None:
+            self._watcher.drain()
+            is_last = self._watcher.leaving(self._watcher.wd_of(event.node), event.name) == 1
+            return inode if is_last and inode is not event.child else None
         return inode if (inode.identity[1], inode.kind) == (known.ino, known.kind) else None
 
     def _is_exchange(
@@ -307,9 +318,10 @@ class Resolver:
         """What a MOVED_TO node/name overwrites; asked before a look at the newcomer, which takes
         the place of what was known there.
         """
-        before = listing(node).names.get(name)
-        if before is None:
-            return None
+        names = listing(node)
+        before = names.names.get(name)
+        if before is None:  # of names that were not read, a guest may have looked it up
+            return None if names.complete else node.children.get(name)
         known = self._known_child(node, name, before)
         return known or self._table.placeholder(before.kind, node, name)
 
@@ -324,7 +336,7 @@ class Resolver:
             event.replaced = replaced
             self._remember_unlinked(node, name, replaced)
             if own.lost is None:  # else it says so itself, and to look would delay its end
-                event.nlink = self._links_before(replaced)
+                event.nlink = self._links_before(node, replaced)
         if event.node2 is None:
             event.before = before
         names[name] = of_inode(event.child)
@@ -419,7 +431,7 @@ class Resolver:
                 return self._gone(node, name, mask)
             event.nlink = 2
         else:
-            event.nlink = self._links_before(known)
+            event.nlink = self._links_before(node, known)
         return known
 
     def _ghost(self, event: Event) -> Inode | None:
@@ -485,7 +497,7 @@ class Resolver:
         """The object behind a name now, unless a waiting event says that it is another by now."""
         name, mask, wd = arrival.raw.name, arrival.raw.mask, arrival.raw.wd
         self._watcher.drain()
-        if not self._watcher.is_leaving(wd, name):
+        if not self._watcher.leaving(wd, name):
             try:
                 inode = self._fs.peek(node, name).inode
             except OSError:  # gone by now, or nobody could look: the event is about the name
@@ -493,13 +505,22 @@ class Resolver:
             else:
                 self._watcher.drain()
                 is_dir = bool(mask & _ISDIR)
-                if inode.is_dir == is_dir and not self._watcher.is_leaving(wd, name):
+                if inode.is_dir == is_dir and not self._watcher.leaving(wd, name):
                     return inode
         return self._gone(node, name, mask)
 
-    def _links_before(self, child: Inode) -> int:
-        """Link count of a removed object just before the removal."""
-        return self._links(child) + 1 if child.nlink > 1 and not child.is_dir else 1
+    def _links_before(self, node: Inode, child: Inode) -> int:
+        """Link count of what was removed from a directory just before the removal. Of what is open
+        still, and may be marked by the time it is closed, one that stays: its end comes later.
+        """
+        may_be_marked = not listing(node).complete  # somebody has just looked there
+        if child.is_dir or (child.nlink < 2 and not may_be_marked):
+            return 1
+        links = self._links(child)
+        if not links and may_be_marked:
+            with suppress(OSError), self._table.opened(child):
+                links = 1
+        return links + 1
 
     def _links(self, inode: Inode) -> int:
         """Link count now: 0 where the object is gone, one less than before where nobody looks."""

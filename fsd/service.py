@@ -52,7 +52,7 @@ class Service(FileService):
             finally:
                 self._table.release(node)
         entry = self._fs.lookup(self._table.get(nodeid), name)
-        self._looked_up(who, entry.inode)
+        self._looked_up(who, entry.inode, entry)
         return entry
 
     def _hidden_lookup(self, who: Caller, nodeid: int, name: bytes) -> Entry:

@@ -207,11 +207,12 @@ class FileService:
             return ()
         return (inode.parent, inode.name, mask), (inode, b"", mask)
 
-    def _looked_up(self, who: Caller, inode: Inode) -> None:
+    def _looked_up(self, who: Caller, inode: Inode, entry: Entry | None = None) -> None:
         if self.guest.pid and who.pid:
             directory = inode if inode.is_dir else inode.parent
             if directory is not None and not directory.is_placeholder:
-                self.export.arming.looked_up(self.guest, directory, who.pid)
+                file = None if inode.is_dir else entry
+                self.export.arming.looked_up(self.guest, directory, who.pid, file)
 
     # Handles
 

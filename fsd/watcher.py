@@ -473,9 +473,9 @@ class HostWatcher:
             else:
                 del self._leaving[key]
 
-    def is_leaving(self, wd: int, name: bytes) -> bool:
-        """Whether an event not processed yet removes or replaces the name."""
-        return (wd, name) in self._leaving
+    def leaving(self, wd: int, name: bytes) -> int:
+        """How many events not processed yet remove or replace the name."""
+        return self._leaving.get((wd, name), 0)
 
     def peek(self, count: int) -> list[Arrival]:
         """The next events, not removed."""

@@ -4,13 +4,15 @@ and the mark's arrival here is told; what happened before, or is told anyway, is
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 
+from fsd.host import RENAME_EXCHANGE, renameat2
 from fsd.service import Service
 from protocol import frames
-from protocol.frames import Op
+from protocol.frames import ALIAS, Op
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 
@@ -178,6 +180,58 @@ def test_a_mark_on_a_file(world: World, mount: Service) -> None:
         file.write("y")
     scanned(world, mount, number, (key, int(Mask.MODIFY)))
     assert [op for op, _ in replays(world, mount)] == [Op.TOUCH]
+
+
+def test_a_file_exchanged_with_one_that_nobody_looked_up(world: World, mount: Service) -> None:
+    (world.source / "d/other").write_text("other")
+    key = look_up(world, mount, "d/file")
+    number = hint(mount)
+    one, other = (os.fsencode(world.source / "d" / name) for name in ("file", "other"))
+    renameat2(-1, one, -1, other, RENAME_EXCHANGE)
+    scanned(world, mount, number, (key, int(Mask.MOVE_SELF)))
+    (order,) = world.orders(mount)
+    assert (order.op, order.name, order.name2) == (Op.RENAME, b"file", b"other")
+    assert order.arg == RENAME_EXCHANGE
+    entry = mount.guest.ledger.lookup(order.nodeid2, b"other")
+    assert entry is not None
+    assert entry.inode.identity[1] == (world.source / "d/file").stat().st_ino
+
+
+@pytest.mark.parametrize("closed", ["before the mark arrives", "after it"])
+def test_a_file_replaced_while_it_is_open_ends_when_it_is_closed(
+    world: World, mount: Service, closed: str
+) -> None:
+    (world.source / "d/new").write_text("new")
+    key = look_up(world, mount, "d/file")
+    number = hint(mount)
+    with open(world.source / "d/file"):
+        (world.source / "d/new").rename(world.source / "d/file")
+        world.pump()
+        if closed == "after it":
+            scanned(world, mount, number, (key, int(Mask.ATTRIB)))
+    if closed != "after it":
+        scanned(world, mount, number, (key, int(Mask.ATTRIB)))
+    renamed, ended = world.orders(mount)
+    assert (renamed.op, renamed.name2) == (Op.RENAME, b"file")
+    task = mount.guest.ledger.tasks[0]
+    assert task.target is world.table.find(key)
+    assert task.nlink == 2  # of its replay follows an ATTRIB, and no end
+    assert (ended.op, ended.nodeid, ended.name) == (Op.REMOVE, ALIAS, b"%d" % key.nodeid)
+
+
+def test_what_is_remembered_of_files_is_bounded(
+    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsd.arming.SEEN_LIMIT", 10)
+    arming = world.export.arming
+    for i in range(20):
+        (world.source / f"d/{i}").touch()
+        look_up(world, mount, f"d/{i}")
+    (node,) = [n for i, n in arming._nodes.items() if i.path() == b"d"]
+    assert len(node.by[mount.guest].seen) == 10
+    scanned(world, mount, hint(mount))
+    look_up(world, mount, "d/15")
+    assert len(node.by[mount.guest].seen) == 1
 
 
 def test_the_provisional_watch_ends(
