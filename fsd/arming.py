@@ -289,9 +289,9 @@ class Arming:
     ) -> int:
         """How many of them are done."""
         export = self._export
-        events, seen = self._since_look_ups(guest)
+        kept, seen = self._since_look_ups(guest)
         own = [event for inode in files for event in self._marked[inode].events]
-        events = sorted((*events, *own), key=lambda event: event.stamp)
+        events = sorted((*kept, *own), key=lambda event: event.stamp)
         untold = [event for event in events if not self._is_told(guest, event)]
         end = time.monotonic() + GROUP_TIME
         done = 0
