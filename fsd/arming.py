@@ -20,6 +20,7 @@ from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
+from . import windows
 from .chores import Job, Pause, finish
 from .events import Event
 from .guests import FIRST, MARKS_LIMIT, Guest
@@ -34,11 +35,9 @@ if TYPE_CHECKING:
 
 _MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DELETE_SELF)
 _NOTHING = Mask(0)
-KEEP = 3.0
-"""Seconds that a looked-up directory stays watched: the agent has scanned many times by then."""
 HISTORY_LIMIT = 4096
 """Events kept for one directory. A storm beyond it, where nobody has a mark yet, is not followed
-for the rest of KEEP: it would take the time of those who do watch."""
+for the rest of ``windows.KEEP``: it would take the time of those who do watch."""
 
 
 HISTORIES_LIMIT = 65_536
@@ -69,7 +68,7 @@ class _LookUp:
 
 @dataclass(slots=True)
 class _Provisional:
-    expires: float = field(default_factory=lambda: time.monotonic() + KEEP)
+    expires: float = field(default_factory=lambda: time.monotonic() + windows.KEEP)
     by: dict[Guest, _LookUp] = field(default_factory=dict)
     history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
     muted: bool = False
@@ -125,7 +124,7 @@ class Arming:
         look_up.hint = hint
         if node.muted:
             return
-        node.expires = time.monotonic() + KEEP
+        node.expires = time.monotonic() + windows.KEEP
         if look_up.since is None:
             self._export.watcher.drain()  # what is queued happened before
             look_up.since = time.monotonic()

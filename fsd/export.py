@@ -24,7 +24,7 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from . import host, listings
+from . import host, listings, windows
 from .arming import Arming
 from .chores import TURN, Chores, Job, Pause, begin, finish
 from .descriptors import share
@@ -49,11 +49,6 @@ _OWN = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 _CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
 _UNMOUNT = int(Mask.UNMOUNT)
-PLAN_AHEAD = 1024
-"""Events that a replaying guest may hold to see what follows, while more are coming."""
-SETTLE = 0.00003
-"""Seconds given to a program that has just opened a file, to close it: one OPEN may stand for
-several, which is seen only from their CLOSEs."""
 _SETTLING = 2 * listings.CLOCK_LAG_NS / 1e9
 """Seconds without a change after which file times tell later changes from earlier ones."""
 COMPARE_EVERY = 2.0
@@ -556,11 +551,11 @@ class Export:
         if not guests:
             return
         if not self.watcher.backlog and any(guest.is_opening for guest in guests):
-            time.sleep(SETTLE)
+            time.sleep(windows.SETTLE)
             self.watcher.drain()
         waiting = self.watcher.backlog and self._resolver.waiting_until is None
         for guest in guests:
-            if guest.held >= (PLAN_AHEAD if waiting else 1):
+            if guest.held >= (windows.PLAN_AHEAD if waiting else 1):
                 self._due("planning for a guest", guest.plan)
 
     def _lone_files(self) -> Iterator[File]:

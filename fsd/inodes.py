@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
 
-from . import host
+from . import host, windows
 from .forgotten import Forgotten, ForgottenObjects
 from .mounts import Mounts
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from .listings import Listing
 
 ROOT_ID = 1
-WARM = 1.0
-"""Seconds after its use that a directory's dentries are taken to be in the kernel's cache."""
 _MOVES = 3
 """Tries to find an object that the host may move all the while."""
 PATH_LEVELS = 256
@@ -665,7 +663,7 @@ class InodeTable:
         if not inode.is_dir:  # of which the kernel looks for no name
             return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
         now = time.monotonic()
-        is_warm, inode.warm_until = now < inode.warm_until, now + WARM
+        is_warm, inode.warm_until = now < inode.warm_until, now + windows.WARM
         if (self.overheard or not is_warm) and (fd := self._open_by_path(inode)) >= 0:
             return fd
         return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_DIRECTORY)
@@ -694,7 +692,7 @@ class InodeTable:
 
     def _open_visible(self, directory: Inode) -> int:
         """A new O_PATH descriptor of a directory that no other mount masks. Raises OSError."""
-        since = directory.warm_until - WARM  # it was used last, and no mount has masked it since
+        since = directory.warm_until - windows.WARM  # its last use: no mount has masked it since
         if self.handle_opens(directory.identity) and since > self.mounts.changed_at:
             return self.open_by_handle(directory)
         path = directory.short_path(WALKED_LEVELS)
@@ -703,7 +701,7 @@ class InodeTable:
         fd = self._open_at(path, directory)
         if fd < 0:
             fd = self._open_moved(directory)
-        directory.warm_until = time.monotonic() + WARM
+        directory.warm_until = time.monotonic() + windows.WARM
         return fd
 
     def _open_moved(self, inode: Inode) -> int:

@@ -13,18 +13,13 @@ from typing import NamedTuple
 from protocol.inotify import RawEvent
 from protocol.masks import STRUCTURE, Mask
 
+from . import windows
 from .inodes import Inode, InodeTable, is_below
 from .watcher import Arrival, HostWatcher
 
 _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_SELF)
 _MOVED_FROM, _STRUCTURE = int(Mask.MOVED_FROM), int(STRUCTURE)
 _NONE = RawEvent(-1, 0, 0, b"")
-OWN_WAIT = 0.0002
-"""Seconds that an object's own event, which the kernel queues right after the one with the name, is
-waited for: the queue may have been read between the two."""
-TWIN_WINDOW = 8
-"""Events behind one with a name among which the others of the same system call stand: other
-processes' come between."""
 
 
 class Own(NamedTuple):
@@ -86,11 +81,11 @@ class OwnEvents:
         look; reads what has come.
         """
         before = self._watcher.backlog
-        if before >= TWIN_WINDOW:
+        if before >= windows.TWIN_WINDOW:
             return False
         os.sched_yield()
         self._watcher.drain()
-        return self._watcher.backlog > before or time.monotonic() < arrival.stamp + OWN_WAIT
+        return self._watcher.backlog > before or time.monotonic() < arrival.stamp + windows.OWN_WAIT
 
     def expected(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
         """Whether the events ``bits`` of an inode are in the queue beside ``arrival``."""
@@ -153,10 +148,10 @@ class OwnEvents:
         wds = {self._watcher.wd_of(node) for node in nodes}
         found = [
             (start + index, arrival.raw)
-            for index, arrival in enumerate(self.ahead(start + TWIN_WINDOW)[start:])
+            for index, arrival in enumerate(self.ahead(start + windows.TWIN_WINDOW)[start:])
             if arrival.raw.name and arrival.raw.mask & _STRUCTURE and arrival.raw.wd in wds
         ]
-        return (found + count * [(start + TWIN_WINDOW, _NONE)])[:count]
+        return (found + count * [(start + windows.TWIN_WINDOW, _NONE)])[:count]
 
     def first_move(self, start: int, stop: int, *inodes: Inode) -> Own | None:
         """The first MOVE_SELF of one of these among the arrivals ahead, ``start`` to ``stop``."""

@@ -19,6 +19,7 @@ from protocol import frames
 from protocol.frames import ALIAS, ALL_PROCESSES, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
+from . import windows
 from .events import RENAME, Event
 from .guard import Guard
 from .guests import Guest
@@ -29,17 +30,6 @@ from .openers import File, Openers
 from .passthrough import PassthroughFS
 from .watcher import HostWatcher
 
-CLOSE_WAIT = 0.002
-"""Seconds that an OPEN waits for its CLOSE, which tells how, and how many times, the file was
-opened (the kernel merges consecutive OPENs); most programs close within microseconds."""
-OPEN_WAIT = 0.05
-"""Seconds that an OPEN may wait for a read or write that tells one from the other."""
-OPENERS_WAIT = 1.0
-"""Seconds that an OPEN may wait for what /proc says of it: a scan of 40,000 descriptors."""
-OPENERS_POLL = 0.005
-"""Seconds from one look at that to the next."""
-OPEN_AHEAD = 8192
-"""Events among which an OPEN's CLOSE is looked for in a storm: some 0.3 s of it."""
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; what is behind them waits as events, which are smaller."""
 PATHS_LIMIT = 60_000
@@ -206,7 +196,7 @@ class ReplayGuest(Guest):
     def is_opening(self) -> bool:
         """Whether an OPEN has just come: what closes the file may be on its way."""
         return any(
-            held.event.kind & _OPEN and time.monotonic() - held.arrived < CLOSE_WAIT
+            held.event.kind & _OPEN and time.monotonic() - held.arrived < windows.CLOSE_WAIT
             for held in itertools.islice(self._held, 8)
         )
 
@@ -381,35 +371,35 @@ class ReplayGuest(Guest):
         if opens:
             return opens[:OPENS_LIMIT]
         now = time.monotonic()
-        self.waiting_until = arrived + CLOSE_WAIT
+        self.waiting_until = arrived + windows.CLOSE_WAIT
         if now < self.waiting_until:
             return None
         if inode.is_dir:
             return [False]
         self._watcher.drain()  # time has passed here, but was the queue looked at since?
-        if self._watcher.backlog and len(self._held) < OPEN_AHEAD:
+        if self._watcher.backlog and len(self._held) < windows.OPEN_AHEAD:
             return None
         for later, *_ in itertools.islice(self._held, 1, None):
             if later.child is inode and later.kind & (_MODIFY | _ACCESS):
                 return [bool(later.kind & _MODIFY)]
-        self.waiting_until = arrived + OPEN_WAIT
+        self.waiting_until = arrived + windows.OPEN_WAIT
         if now < self.waiting_until:
             return None
         if inode.is_placeholder:
             return [False]
         is_known, writing = self._openers.look(_file(inode), arrived)
-        if not is_known and now < arrived + OPENERS_WAIT:
-            self.waiting_until = now + OPENERS_POLL
+        if not is_known and now < arrived + windows.OPENERS_WAIT:
+            self.waiting_until = now + windows.OPENERS_POLL
             return None
         # Open no more: its CLOSE is on the way, unless it is only mapped.
-        self.waiting_until = arrived + 2 * OPEN_WAIT
+        self.waiting_until = arrived + 2 * windows.OPEN_WAIT
         if writing is None and now < self.waiting_until:
             return None
         return [bool(writing)]
 
     def lone_files(self) -> Iterator[File]:
         """Files with an OPEN that waits, among those that are looked at next."""
-        for held in itertools.islice(self._held, OPEN_AHEAD):
+        for held in itertools.islice(self._held, windows.OPEN_AHEAD):
             child = held.event.child
             if child is None or child.is_dir or child.is_placeholder:
                 continue
@@ -426,7 +416,7 @@ class ReplayGuest(Guest):
         found: list[bool] = []
         later = 0  # opens after this one, not closed yet
         ours, alone = True, True  # this one is open; none came after it
-        for writing in itertools.islice(self._open_close[inode], 1, OPEN_AHEAD):
+        for writing in itertools.islice(self._open_close[inode], 1, windows.OPEN_AHEAD):
             if not (ours or alone):
                 break
             if writing is None:

@@ -26,11 +26,11 @@ from contextlib import suppress
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
-from . import host
+from . import host, windows
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import Known, Listing, of_inode
-from .ownevents import TWIN_WINDOW, Moved, OwnEvents, Rename
+from .ownevents import Moved, OwnEvents, Rename
 from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
 
@@ -45,11 +45,6 @@ _IGNORED = int(Mask.IGNORED)
 _TOUCHES = int(EVENTS & ~STRUCTURE & ~SELF)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
 
-RENAME_WAIT = 0.005
-"""Seconds that a MOVED_FROM waits for its other half: the kernel queues both in one system call,
-microseconds apart, unless the renaming process is preempted between them."""
-RENAME_WINDOW = 128
-"""Events behind a MOVED_FROM after which its other half is no longer expected."""
 UNLINKED_LIMIT = 1024
 """Lost names that are remembered: a file that is still open goes on having events under its."""
 
@@ -149,12 +144,12 @@ class Resolver:
     def _other_half(self, arrival: Arrival) -> Arrival | None:
         self.waiting_until = None
         cookie = arrival.raw.cookie
-        other = self._watcher.take_moved_to(cookie, RENAME_WINDOW)
+        other = self._watcher.take_moved_to(cookie, windows.RENAME_WINDOW)
         if other is None:
             self._watcher.drain()
-            other = self._watcher.take_moved_to(cookie, RENAME_WINDOW)
-        deadline = arrival.stamp + RENAME_WAIT
-        waiting = self._watcher.backlog < RENAME_WINDOW and time.monotonic() < deadline
+            other = self._watcher.take_moved_to(cookie, windows.RENAME_WINDOW)
+        deadline = arrival.stamp + windows.RENAME_WAIT
+        waiting = self._watcher.backlog < windows.RENAME_WINDOW and time.monotonic() < deadline
         if other is None and waiting:
             self.waiting_until = deadline
         return other
@@ -262,7 +257,7 @@ class Resolver:
             return 0, replaced
         if own is not None and own.inode is replaced:
             self._implied[own.number] = event
-        self._watcher.drop_rename(back.cookie, RENAME_WINDOW)
+        self._watcher.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie, replaced
 
     def _came_back(self, event: Event) -> Inode | None:
@@ -304,14 +299,14 @@ class Resolver:
         (end, back), (stop, _) = self._own_events.changes(start, 2, event.node)
         if not back.mask & _MOVED_FROM or back.name != event.name:
             return 0
-        if self._watcher.has_moved_to(back.cookie, RENAME_WINDOW):
+        if self._watcher.has_moved_to(back.cookie, windows.RENAME_WINDOW):
             return 0  # it went on at once, to where it is seen
         own = self._own_events.first_move(end + 1, stop, replaced)
         if own is not None:
             self._implied[own.number] = event
         elif event.child.is_dir == replaced.is_dir and not (end == start and self._links(replaced)):
             return 0
-        self._watcher.drop_rename(back.cookie, RENAME_WINDOW)
+        self._watcher.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie
 
     def _overwritten(self, node: Inode, name: bytes) -> Inode | None:
@@ -464,7 +459,7 @@ class Resolver:
         if not int(self._watcher.mask_of(child)) & bits:
             return child
         while True:
-            for ahead in self._own_events.ahead(TWIN_WINDOW):
+            for ahead in self._own_events.ahead(windows.TWIN_WINDOW):
                 if ahead.raw.wd == wd and ahead.raw.mask == event.mask:
                     self._implied[ahead.number] = event
                     event.twin = True

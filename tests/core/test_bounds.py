@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from fsd import arming, chores, export, forgotten, guests, hidden, openers, replayer, sessions
+from fsd import (
+    arming,
+    chores,
+    export,
+    forgotten,
+    guests,
+    hidden,
+    openers,
+    replayer,
+    sessions,
+    windows,
+)
 from fsd.chores import Chores, Job, Pause, begin, finish
 from fsd.forgotten import Forgotten, ForgottenObjects
 from fsd.sessions import Session
@@ -506,7 +517,7 @@ def test_histories_of_looked_up_directories_share_a_bound(
             (world.source / f"d{n}/f{k}").touch()
     world.pump()
     assert world.export.arming._kept <= 60
-    world.export.arming.expire(time.monotonic() + 2 * arming.KEEP)
+    world.export.arming.expire(time.monotonic() + 2 * windows.KEEP)
     assert world.export.arming._kept == 0
 
 
@@ -600,7 +611,7 @@ def test_one_scan_of_all_processes_answers_for_all_files(
     monkeypatch.setattr(openers, "scan", scan)
     # However busy the machine is: what is tried here is not how long a scan may take.
     monkeypatch.setattr(openers, "SCAN_TIME", 60)
-    monkeypatch.setattr(replayer, "OPENERS_WAIT", 60)
+    monkeypatch.setattr(windows, "OPENERS_WAIT", 60)
     for n in range(50):
         (world.source / f"f{n}").touch()
     mount = world.mount()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd import inodes
+from fsd import windows
 from fsd.guests import Observer
 from fsd.inodes import Inode
 from tests.support.dentries import drop_dentries
@@ -52,7 +52,7 @@ def test_a_directory_is_reached_without_a_trace_above_it(
     tree: World, monkeypatch: pytest.MonkeyPatch, warm: float
 ) -> None:
     """By its handle alone the kernel would look for its names, in directories that are watched."""
-    monkeypatch.setattr(inodes, "WARM", warm)
+    monkeypatch.setattr(windows, "WARM", warm)
     mount = tree.mount()
     directories = [tree.mark(mount.guest, path) for path in PATHS]
     tree.orders(mount)

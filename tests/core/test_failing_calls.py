@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from fsd import export as export_module
-from fsd import resolver
+from fsd import windows
 from fsd.guests import Observer
 from fsd.locks import Lock
 from fsd.passthrough import Changes
@@ -220,7 +220,7 @@ class Scenario:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused is tried again at once."""
     monkeypatch.setattr(export_module, "COMPARE_EVERY", 0.0)
-    monkeypatch.setattr(resolver, "RENAME_WAIT", 0.0)
+    monkeypatch.setattr(windows, "RENAME_WAIT", 0.0)
 
 
 def lasting(call: Call, number: int) -> int:

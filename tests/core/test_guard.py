@@ -15,7 +15,7 @@ import pytest
 import structlog
 import trio
 
-from fsd import openers, replayer
+from fsd import openers, windows
 from fsd.saving import Saver
 from fsd.statefile import StateFile
 from fsd.transports import tasks
@@ -123,8 +123,8 @@ async def test_reading_events(name: str, world: World, monkeypatch: pytest.Monke
 
 def test_how_a_file_was_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The OPEN is told, as one for reading, and what comes behind it too."""
-    monkeypatch.setattr(replayer, "OPEN_WAIT", 0.0)
-    monkeypatch.setattr(replayer, "CLOSE_WAIT", 0.0)
+    monkeypatch.setattr(windows, "OPEN_WAIT", 0.0)
+    monkeypatch.setattr(windows, "CLOSE_WAIT", 0.0)
     monkeypatch.setattr(openers, "scan", failing(bool, 9))
     (world.source / "f").touch()
     service = world.mount()

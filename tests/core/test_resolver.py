@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd import replayer
+from fsd import windows
 from fsd.host import RENAME_EXCHANGE, renameat2
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.masks import Mask
@@ -47,13 +47,13 @@ def test_an_open_that_just_ended_waits_for_its_close(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/proc shows nobody who has it open, and that it is not for reading."""
-    monkeypatch.setattr(replayer, "OPEN_WAIT", 0.3)  # a busy machine comes late
+    monkeypatch.setattr(windows, "OPEN_WAIT", 0.3)  # a busy machine comes late
     (world.source / "file").touch()
     mount = world.mount()
     world.mark(mount.guest)
     fd = os.open(world.source / "file", os.O_WRONLY)
     world.pump()
-    time.sleep(replayer.OPEN_WAIT)
+    time.sleep(windows.OPEN_WAIT)
     os.close(fd)
     mount.guest.plan()
     opened, closed = world.orders(mount)
@@ -65,7 +65,7 @@ def test_an_open_does_not_wait_in_vain_for_what_is_queued(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A busy server comes to it long after it has read it, and all that followed is unread."""
-    monkeypatch.setattr(replayer, "OPEN_WAIT", 0.001)
+    monkeypatch.setattr(windows, "OPEN_WAIT", 0.001)
     (world.source / "file").touch()
     mount = world.mount()
     world.mark(mount.guest)
@@ -73,7 +73,7 @@ def test_an_open_does_not_wait_in_vain_for_what_is_queued(
     world.pump()
     os.write(fd, b"written")
     os.close(fd)
-    time.sleep(replayer.CLOSE_WAIT)
+    time.sleep(windows.CLOSE_WAIT)
     mount.guest.plan()
     opened, modified, closed = world.orders(mount)
     assert (opened.op, opened.arg) == (Op.OPEN, True)
