@@ -27,6 +27,7 @@ from .host import RENAME_EXCHANGE
 from .inodes import Inode
 from .ledger import Ledger, Step, Task, Way
 from .openers import File, Openers
+from .openings import Evidence, Need, Wait, closes_of, judge
 from .passthrough import PassthroughFS
 from .watcher import HostWatcher
 
@@ -34,8 +35,6 @@ TASKS_LIMIT = 512
 """Orders made ahead of the agent; what is behind them waits as events, which are smaller."""
 PATHS_LIMIT = 60_000
 """Bytes of an order's paths, to fit a frame; deeper than that, events are counted as failed."""
-OPENS_LIMIT = 16
-"""Opens that one merged OPEN can stand for."""
 PLAN_TIME = 0.005
 """Seconds of planning in one go."""
 HINTS_LIMIT = 4096
@@ -367,35 +366,28 @@ class ReplayGuest(Guest):
         """For the OPEN at the head: an item for each open that it stands for, True = for writing.
         None while that is not known, and worth waiting for until ``waiting_until``.
         """
-        opens = self._closed_later(inode)
-        if opens:
-            return opens[:OPENS_LIMIT]
-        now = time.monotonic()
-        self.waiting_until = arrived + windows.CLOSE_WAIT
-        if now < self.waiting_until:
+        before = {kind: len(self._opened.get((inode, kind), ())) for kind in (False, True)}
+        later = itertools.islice(self._open_close[inode], 1, windows.OPEN_AHEAD)
+        closes = closes_of(later, before)
+        known = Evidence(arrived, closes, inode.is_dir, inode.is_placeholder)
+        while isinstance(verdict := judge(known, time.monotonic()), Need):
+            if verdict is Need.PROC:
+                known = known._replace(proc=self._openers.look(_file(inode), arrived))
+                continue
+            self._watcher.drain()  # time has passed here, but was the queue looked at since?
+            unread = self._watcher.backlog > 0 and len(self._held) < windows.OPEN_AHEAD
+            known = known._replace(unread=unread, written=None if unread else self._written(inode))
+        if isinstance(verdict, Wait):
+            self.waiting_until = verdict.until
             return None
-        if inode.is_dir:
-            return [False]
-        self._watcher.drain()  # time has passed here, but was the queue looked at since?
-        if self._watcher.backlog and len(self._held) < windows.OPEN_AHEAD:
-            return None
+        return verdict.writing
+
+    def _written(self, inode: Inode) -> bool | None:
+        """Whether the next that happens to the file at the head is a MODIFY, not an ACCESS."""
         for later, *_ in itertools.islice(self._held, 1, None):
             if later.child is inode and later.kind & (_MODIFY | _ACCESS):
-                return [bool(later.kind & _MODIFY)]
-        self.waiting_until = arrived + windows.OPEN_WAIT
-        if now < self.waiting_until:
-            return None
-        if inode.is_placeholder:
-            return [False]
-        is_known, writing = self._openers.look(_file(inode), arrived)
-        if not is_known and now < arrived + windows.OPENERS_WAIT:
-            self.waiting_until = now + windows.OPENERS_POLL
-            return None
-        # Open no more: its CLOSE is on the way, unless it is only mapped.
-        self.waiting_until = arrived + 2 * windows.OPEN_WAIT
-        if writing is None and now < self.waiting_until:
-            return None
-        return [bool(writing)]
+                return bool(later.kind & _MODIFY)
+        return None
 
     def lone_files(self) -> Iterator[File]:
         """Files with an OPEN that waits, among those that are looked at next."""
@@ -405,32 +397,6 @@ class ReplayGuest(Guest):
                 continue
             if held.event.kind & _OPEN:
                 yield _file(child)
-
-    def _closed_later(self, inode: Inode) -> list[bool]:
-        """The CLOSEs among the held events that belong to the OPEN at the head of them.
-
-        The last opened is taken to be the first closed. Closes beyond what is known to be open
-        belong to the OPEN before them: the kernel merged several.
-        """
-        before = {kind: len(self._opened.get((inode, kind), ())) for kind in (False, True)}
-        found: list[bool] = []
-        later = 0  # opens after this one, not closed yet
-        ours, alone = True, True  # this one is open; none came after it
-        for writing in itertools.islice(self._open_close[inode], 1, windows.OPEN_AHEAD):
-            if not (ours or alone):
-                break
-            if writing is None:
-                later, alone = later + 1, False
-            elif later:
-                later -= 1
-            elif ours:
-                ours = False
-                found.append(writing)
-            elif before[writing]:
-                before[writing] -= 1
-            elif alone:
-                found.append(writing)
-        return found
 
     def _orders(self, held: _Held, opens: list[bool]) -> Iterator[Task]:
         event = held.event

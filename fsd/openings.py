@@ -1,0 +1,112 @@
+"""How was it opened? What an OPEN that waits is taken for, by what has come after it. Pure: the
+caller looks at the clock, the queue and /proc.
+
+The host's OPEN says neither how, nor how many times: inotify merges those that follow one another
+(docs/decisions/open-look-ahead.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from . import windows
+
+OPENS_LIMIT = 16
+"""Opens that one merged OPEN can stand for."""
+
+
+class Need(Enum):
+    """What is to be looked at before there is a verdict."""
+
+    QUEUE = 1
+    """Is more queued, and what has come? ``unread`` and ``written``."""
+    PROC = 2
+    """Who has the file open? ``proc``."""
+
+
+class Opens(NamedTuple):
+    """An item for each open that the OPEN stands for: whether it is for writing."""
+
+    writing: list[bool]
+
+
+class Wait(NamedTuple):
+    """Nothing is known before more has come, or that time.monotonic()."""
+
+    until: float
+
+
+class Evidence(NamedTuple):
+    """What is known of an OPEN at the head of the events that wait."""
+
+    arrived: float  # time.monotonic()
+    closes: list[bool]  # ``closes_of`` those behind it
+    is_dir: bool = False
+    is_gone: bool = False  # nobody can look at the file
+    unread: bool | None = None  # more is queued, and may be its CLOSE; None: nobody has looked
+    written: bool | None = None  # what came first behind it: a MODIFY (True), or an ACCESS
+    proc: tuple[bool, bool | None] | None = None
+    """(Whether /proc has been read since, whether it is open for writing there; None: it is not
+    open); None: nobody has asked."""
+
+
+def judge(known: Evidence, now: float) -> Opens | Wait | Need:
+    """The best evidence that there is, or what to do for better."""
+    if known.closes:
+        return Opens(known.closes[:OPENS_LIMIT])
+    closing = known.arrived + windows.CLOSE_WAIT
+    if now < closing:
+        return Wait(closing)
+    if known.is_dir:
+        return Opens([False])
+    if known.unread is None:
+        return Need.QUEUE
+    if known.unread:
+        return Wait(closing)
+    if known.written is not None:
+        return Opens([known.written])
+    used = known.arrived + windows.OPEN_WAIT
+    if now < used:
+        return Wait(used)
+    if known.is_gone:
+        return Opens([False])
+    if known.proc is None:
+        return Need.PROC
+    is_read, writing = known.proc
+    if not is_read and now < known.arrived + windows.OPENERS_WAIT:
+        return Wait(now + windows.OPENERS_POLL)
+    # Open no more: its CLOSE is on the way, unless it is only mapped.
+    ended = known.arrived + 2 * windows.OPEN_WAIT
+    if writing is None and now < ended:
+        return Wait(ended)
+    return Opens([bool(writing)])
+
+
+def closes_of(later: Iterable[bool | None], before: Mapping[bool, int]) -> list[bool]:
+    """Which CLOSEs behind an OPEN are its own (True: for writing). ``later``: the OPENs (None) and
+    CLOSEs of that file behind it; ``before``: how often it was open already, for writing or not.
+
+    The last opened is taken to be the first closed. Closes beyond what is known to be open belong
+    to the OPEN before them: the kernel merged several.
+    """
+    left = dict(before)
+    found: list[bool] = []
+    others = 0  # opens after this one, not closed yet
+    ours, alone = True, True  # this one is open; none came after it
+    for writing in later:
+        if not (ours or alone):
+            break
+        if writing is None:
+            others, alone = others + 1, False
+        elif others:
+            others -= 1
+        elif ours:
+            ours = False
+            found.append(writing)
+        elif left.get(writing, 0):
+            left[writing] -= 1
+        elif alone:
+            found.append(writing)
+    return found
