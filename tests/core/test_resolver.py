@@ -65,12 +65,12 @@ def test_an_open_does_not_wait_in_vain_for_what_is_queued(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A busy server comes to it long after it has read it, and all that followed is unread."""
-    monkeypatch.setattr(windows, "OPEN_WAIT", 0.001)
     (world.source / "file").touch()
     mount = world.mount()
     world.mark(mount.guest)
     fd = os.open(world.source / "file", os.O_WRONLY)
     world.pump()
+    monkeypatch.setattr(windows, "OPEN_WAIT", 0.001)
     os.write(fd, b"written")
     os.close(fd)
     time.sleep(windows.CLOSE_WAIT)
