@@ -11,6 +11,7 @@ from functools import partial
 from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
+from .appends import Bypass
 from .channel import READY, Channel
 from .fusekept import KeptSession
 from .fusemessage import Request
@@ -18,7 +19,7 @@ from .fusenodes import Caching, Nodes
 from .fusewaiting import Loop, Waiting
 from .hidden import HiddenHandle
 from .inodes import Inode
-from .passthrough import Entry
+from .passthrough import Entry, Handle
 from .service import IdleHandle, Service
 
 LONG_POLL = 10.0
@@ -61,6 +62,7 @@ class Files:
         self._channels: dict[int, Channel] = {}
         self._waiting = waiting
         keep = _KEEP_CACHE if caching.keep_data else 0
+        self.bypass = Bypass()
         self._file_flags = _DIRECT_IO if caching.direct_io else keep
         self._directory_flags = _KEEP_CACHE | _CACHE_DIR if caching.keep_listings else 0
         self.handlers: dict[int, Callable[[Request], bytes | None]] = {
@@ -89,6 +91,8 @@ class Files:
     def resume(self, kept: KeptSession, inodes: Mapping[int, Inode]) -> None:
         """Take over what was open in another process."""
         self._handles.update(self._service.resume(kept, inodes))
+        for handle in self._service.files():  # in the order of opening
+            self.bypass.opened(handle)
 
     def closing(self) -> Iterator[Callable[[], None]]:
         """Steps that close everything."""
@@ -97,6 +101,7 @@ class Files:
     def _close(self, fh: int) -> None:
         self._handles.discard(fh)
         self._channels.pop(fh, None)
+        self.bypass.closed(fh)
         self._service.release(fh)
 
     def _opened(self, request: Request, fh: int, flags: int) -> bytes:
@@ -115,10 +120,14 @@ class Files:
             return self._opened(request, fh, _DIRECT_IO)
         if flags & self._direct_io:
             self._bypass_cache(fh)
-        flags = self._file_flags
-        if flags == _KEEP_CACHE and self._nodes.is_watched(handle.inode):
-            flags = 0
-        return self._opened(request, fh, flags)
+        reply_flags = self._data_flags(handle)
+        if reply_flags == _KEEP_CACHE and self._nodes.is_watched(handle.inode):
+            reply_flags = 0
+        return self._opened(request, fh, reply_flags)
+
+    def _data_flags(self, handle: Handle) -> int:
+        """What the guest's kernel may keep of a file that it opens."""
+        return _DIRECT_IO if self.bypass.opened(handle) else self._file_flags
 
     def _bypass_cache(self, fh: int) -> None:
         """O_DIRECT for an open file. Raises OSError EINVAL where its file system knows none."""
@@ -160,7 +169,8 @@ class Files:
 
         request.on_lost = undo
         reply = self._nodes.entry(request.who, entry, request.nodeid)
-        return reply + self._opened(request, fh, self._file_flags)
+        handle = self._service.file(fh)
+        return reply + self._opened(request, fh, self._data_flags(handle))
 
     def _read(self, request: Request) -> bytes | None:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
@@ -176,7 +186,8 @@ class Files:
         return None
 
     def _write(self, request: Request) -> bytes | None:
-        fh, offset, size, flags, *_ = fuse.WRITE_IN.unpack(request.body)
+        write = fuse.WRITE_IN.unpack(request.body)
+        fh, offset, size, flags, *_ = write
         views = request.data_in(size)
         channel = self._channels.get(fh)
         if channel is not None:
@@ -185,7 +196,9 @@ class Files:
             self._write_channel(request, channel, b"".join(views))
             return None
         kill = bool(flags & fuse.WRITE_KILL_SUIDGID)
-        written = self._service.write_from(request.who, fh, views, offset, kill=kill)
+        written = self._service.write_from(
+            request.who, fh, views, offset, kill=kill, append=write.appends
+        )
         return fuse.WRITE_OUT.pack(written)
 
     def _flush(self, request: Request) -> bytes:

@@ -267,6 +267,8 @@ class FuseSession:
                 return bool(int.from_bytes(request.body[4:8], "little"))
             if request.opcode == Opcode.FALLOCATE:  # FALLOC_FL_COLLAPSE_RANGE, _INSERT_RANGE
                 return bool(fuse.FALLOCATE_IN.unpack(request.body).mode & 0x28)
+            if request.opcode == Opcode.WRITE:
+                return fuse.WRITE_IN.unpack(request.body).appends
         except fuse.DecodeError:
             pass
         return False
@@ -349,6 +351,7 @@ class FuseSession:
         self._groups = None if self._options.is_local and not supp_group else ()
         self._names.long_setxattr = bool(flags & Init.SETXATTR_EXT)
         self._service.acls = bool(flags & Init.POSIX_ACL)
+        self._files.bypass.mixes = bool(flags & Init.DIRECT_IO_ALLOW_MMAP)
 
     def _wanted(self) -> Init:
         options = self._options

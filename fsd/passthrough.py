@@ -57,6 +57,7 @@ class Handle:
     opener: int = 0  # pid of who opened it, 0 where that is not known
     position: int = 0  # of a directory: where the descriptor is; -1 = not known
     uid: int = 0  # who opened it
+    appends: bool = False  # of a file: what the descriptor does now (fsd.appends)
 
 
 class Changes(NamedTuple):
@@ -96,12 +97,12 @@ def _check_regular(kind: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-# O_APPEND: the guest's kernel sends offsets. O_DIRECT: the caller may not mean ours. O_PATH and
-# O_TMPFILE open something else than the file; no kernel sends them, a hostile one does.
+# O_DIRECT: the caller may not mean ours. O_PATH and O_TMPFILE open something else than the file; no
+# kernel sends them, a hostile one does.
 _O_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
 _DROPPED_FLAGS = (
-    os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_APPEND | os.O_DIRECT | os.O_NOFOLLOW
-    | os.O_PATH | _O_TMPFILE | os.O_ASYNC
+    os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_DIRECT | os.O_NOFOLLOW | os.O_PATH | _O_TMPFILE
+    | os.O_ASYNC
 )  # fmt: skip
 
 
@@ -490,7 +491,7 @@ class PassthroughFS:
     def _handle(self, inode: Inode, fd: int, flags: int) -> Handle:
         inode.open_fds.append(fd)
         self.table.pin(inode)
-        return Handle(inode, fd, flags)
+        return Handle(inode, fd, flags, appends=bool(flags & os.O_APPEND))
 
     def open(self, inode: Inode, flags: int, open_file: OpenFile) -> Handle:
         """OPEN of a regular file."""
@@ -514,6 +515,7 @@ class PassthroughFS:
             inode, _ = self.table.intern_nameless(fd, self.table.root)
         handle = self._handle(inode, fd, flags)
         handle.position = -1
+        handle.appends = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND)
         return handle
 
     def opendir(self, inode: Inode) -> Handle:

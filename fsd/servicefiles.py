@@ -21,7 +21,7 @@ import structlog
 from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
-from . import fileflags, fusekept, host
+from . import appends, fileflags, fusekept, host
 from .directories import DirEntry
 from .export import Export
 from .fusekept import KeptSession, Opened
@@ -36,7 +36,9 @@ from .watcher import Expected
 
 log = structlog.get_logger()
 Caller = Identity
-_REOPENING = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOCK
+_REOPENING = (
+    os.O_ACCMODE | os.O_APPEND | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOCK
+)  # fmt: skip
 """Flags with which a file is opened once more."""
 COPY_LIMIT = 1 << 24
 """Bytes of one COPY_FILE_RANGE: callers ask again."""
@@ -344,13 +346,14 @@ class FileService:
         with self._own(*self._about(handle.inode, Mask.ACCESS)):
             return os.pread(handle.fd, size, offset)
 
-    def write(self, fh: int, offset: int, data: bytes) -> int:
-        """WRITE."""
+    def write(self, fh: int, offset: int, data: bytes, *, append: bool = False) -> int:
+        """WRITE; to the end of the file, to ``append``."""
         handle = self.handle(fh)
         if isinstance(handle, IdleHandle):
             self._replay_data(handle, Mask.MODIFY)
             return len(data)
         handle = self._with_data(handle)
+        appends.follow(handle, append)
         # The door does not say who writes, and the kernel has cleared suid bits itself.
         with self._own(*self._about(handle.inode, _WRITTEN)), writing(handle.uid, kill=False):
             return os.pwrite(handle.fd, data, offset)
@@ -387,15 +390,25 @@ class FileService:
         return bool(mounts.remote) and handle.inode.identity[3] in mounts.remote
 
     def write_from(
-        self, who: Caller, fh: int, views: list[memoryview], offset: int, *, kill: bool
+        self,
+        who: Caller,
+        fh: int,
+        views: list[memoryview],
+        offset: int,
+        *,
+        kill: bool,
+        append: bool = False,
     ) -> int:
-        """WRITE from buffers; ``kill`` suid and sgid bits. Returns the number of bytes."""
+        """WRITE from buffers, to the end of the file to ``append``; ``kill`` suid and sgid bits.
+        Returns the number of bytes.
+        """
         handle = self.handle(fh)
         if isinstance(handle, IdleHandle):
             self._replay_data(handle, Mask.MODIFY)
             return sum(map(len, views))
         self._refuse_replayer(who, "write")
         handle = self._with_data(handle)
+        appends.follow(handle, append)
         events = self._about(handle.inode, _WRITTEN)
 
         def write(fd: int) -> int:
@@ -434,6 +447,7 @@ class FileService:
     ) -> int:
         """COPY_FILE_RANGE, COPY_LIMIT bytes at most; returns how many."""
         source, target = self.file(fh), self._changing(who, fh_out, "copy_file_range")
+        appends.follow(target, False)  # the guest's does not, else its kernel had refused
         events = (*self._about(source.inode, Mask.ACCESS), *self._about(target.inode, _WRITTEN))
         size = min(size, COPY_LIMIT)
 
@@ -621,7 +635,11 @@ class FileService:
 
     def descriptors(self) -> dict[int, int]:
         """Of all open files, by handle."""
-        return {fh: handle.fd for fh, handle in self._handles.items() if isinstance(handle, Handle)}
+        return {handle.fh: handle.fd for handle in self.files()}
+
+    def files(self) -> Iterator[Handle]:
+        """All open files and directories."""
+        return (handle for handle in self._handles.values() if isinstance(handle, Handle))
 
 
 def _close(fd: int, expected: Events) -> None:

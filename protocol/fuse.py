@@ -8,6 +8,7 @@ byte order shows in INIT's opcode and is refused.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterable
 from enum import IntEnum, IntFlag
@@ -344,6 +345,11 @@ class WriteIn(NamedTuple):
     write_flags: int
     lock_owner: int
     flags: int
+
+    @property
+    def appends(self) -> bool:
+        """Whether the descriptor does. Pages that are written back have a place of their own."""
+        return bool(self.flags & os.O_APPEND) and not self.write_flags & WRITE_CACHE
 
 
 class FsyncIn(NamedTuple):

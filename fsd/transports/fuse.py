@@ -11,6 +11,7 @@ import errno
 import functools
 import math
 import os
+import stat
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -23,12 +24,13 @@ import trio
 
 from protocol.frames import FSD_DIR
 
+from ..appends import Bypass, Ends
 from ..attributes import StatLike
 from ..channel import READY, Channel
 from ..hidden import HiddenHandle
 from ..inodes import Inode
-from ..passthrough import Changes, Entry
-from ..service import Caller, IdleHandle, Service
+from ..passthrough import Changes, Entry, Handle
+from ..service import Caller, Service
 from ..servicefiles import Events
 from ..slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
 
@@ -122,10 +124,6 @@ def _attributes(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _entry(entry: Entry) -> pyfuse3.EntryAttributes:
-    return _attributes(entry.inode, entry.attr)
-
-
 def _name_alone(ino: int) -> pyfuse3.EntryAttributes:
     """What READDIRPLUS gives for a name that cannot be looked at: no type, which the kernel refuses
     (fuse_direntplus_link in fs/fuse/readdir.c) after it has passed the name on. It forgets the
@@ -165,6 +163,7 @@ class FuseDoor(pyfuse3.Operations):
         self._channels: dict[int, Channel] = {}
         self._walked: dict[int, int] = {}  # by process: what the LOOKUP found that it made last
         self._limiters: dict[int, trio.CapacityLimiter] = {}  # by the mount that is waited for
+        self._ends, self._bypass = Ends(), Bypass()
         service.patience = PATIENCE
         service.has_threads, service.close_slowly = True, self._close_slowly
 
@@ -222,7 +221,7 @@ class FuseDoor(pyfuse3.Operations):
         self._walked[ctx.pid] = entry.inode.nodeid
         if len(self._walked) > WALKS_LIMIT:
             del self._walked[next(iter(self._walked))]
-        return self._lasting(entry.inode, _entry(entry), ctx)
+        return self._lasting(entry.inode, self._entry(entry), ctx)
 
     @_guarded
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -247,10 +246,17 @@ class FuseDoor(pyfuse3.Operations):
             entry.attr_timeout = WATCHED_TIMEOUT if inode.attr_given else DIRECTORY_TIMEOUT
         return entry
 
-    @staticmethod
-    def _own_ino(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
+    def _entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
+        return self._attributes(entry.inode, entry.attr)
+
+    def _attributes(self, inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
+        if inode.kind == stat.S_IFREG:
+            self._ends.told(inode.nodeid, attr.st_size)
+        return _attributes(inode, attr)
+
+    def _own_ino(self, inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
         """GETATTR's reply carries no nodeid."""
-        entry = _attributes(inode, attr)
+        entry = self._attributes(inode, attr)
         entry.st_ino = inode.number
         return entry
 
@@ -283,25 +289,25 @@ class FuseDoor(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _entry(self._service.mknod(_caller(ctx), parent_inode, name, mode, rdev))
+        return self._entry(self._service.mknod(_caller(ctx), parent_inode, name, mode, rdev))
 
     @_guarded
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _entry(self._service.mkdir(_caller(ctx), parent_inode, name, mode))
+        return self._entry(self._service.mkdir(_caller(ctx), parent_inode, name, mode))
 
     @_guarded
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _entry(self._service.symlink(_caller(ctx), parent_inode, name, target))
+        return self._entry(self._service.symlink(_caller(ctx), parent_inode, name, target))
 
     @_guarded
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _entry(self._service.link(_caller(ctx), inode, new_parent_inode, new_name))
+        return self._entry(self._service.link(_caller(ctx), inode, new_parent_inode, new_name))
 
     @_guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -330,8 +336,10 @@ class FuseDoor(pyfuse3.Operations):
         self._walked.pop(ctx.pid, None)
         self._reach(inode)
         fh = self._service.open(_caller(ctx), inode, flags)
+        if flags & os.O_TRUNC:
+            self._ends.told(inode, 0)
         handle = self._service.handle(fh)
-        bare = isinstance(handle, HiddenHandle | IdleHandle)  # no data of it may be cached
+        bare = not isinstance(handle, Handle) or self._bypass.opened(handle)
         if isinstance(handle, HiddenHandle) and handle.session is not None:
             self._channels[fh] = Channel(handle.session)
         return pyfuse3.FileInfo(fh=fh, direct_io=bare, keep_cache=False, nonseekable=False)
@@ -347,7 +355,8 @@ class FuseDoor(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         self._reach(parent_inode, name)
         entry, fh = self._service.create(_caller(ctx), parent_inode, name, mode, flags)
-        return pyfuse3.FileInfo(fh=fh, keep_cache=False), _entry(entry)
+        direct_io = self._bypass.opened(self._service.file(fh))
+        return pyfuse3.FileInfo(fh=fh, direct_io=direct_io, keep_cache=False), self._entry(entry)
 
     @_guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -363,13 +372,23 @@ class FuseDoor(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         channel = self._channels.get(fh)
         if channel is None:
-            return self._service.write(fh, off, buf)
+            return self._write(fh, off, buf)
         channel.write(buf)
         if channel.is_full:
             taken = trio.Event()
             channel.when_taken(taken.set)
             await taken.wait()
         return len(buf)
+
+    def _write(self, fh: int, offset: int, data: bytes) -> int:
+        handle = self._service.handle(fh)
+        if not isinstance(handle, Handle):
+            return self._service.write(fh, offset, data)
+        append = bool(handle.flags & os.O_APPEND)
+        append = append and self._ends.is_append(handle, offset, len(data))
+        size = self._service.write(fh, offset, data, append=append)
+        self._ends.written(handle.inode.nodeid, offset, size)
+        return size
 
     @_guarded
     async def poll(
@@ -387,6 +406,7 @@ class FuseDoor(pyfuse3.Operations):
     @_guarded
     async def release(self, fh: int) -> None:
         self._channels.pop(fh, None)
+        self._bypass.closed(fh)
         self._service.release(fh)
 
     @_guarded
@@ -406,7 +426,7 @@ class FuseDoor(pyfuse3.Operations):
             _, entries = self._service.names(fh, position, _LISTING)
             for name, ino, _type, position in entries:
                 entry = self._service.entry(fh, name)
-                attr = _name_alone(ino) if entry is None else _entry(entry)
+                attr = _name_alone(ino) if entry is None else self._entry(entry)
                 if not pyfuse3.readdir_reply(token, name, attr, position):
                     return
                 if entry is not None and name not in _DOTS:  # no reference of these

@@ -10,6 +10,7 @@ POSIX: dict[str, str] = {
     "size_seek_hole": "pyfuse3 has no handler for FUSE_LSEEK: the kernel takes all for data",
     "ioctl_get_flags": "pyfuse3 has no handler for FUSE_IOCTL",
     "acl_default_replaces_the_umask": "pyfuse3 cannot ask the kernel for FUSE_DONT_MASK",
+    "append_from_now_on": "pyfuse3 passes no descriptor's flags on at WRITE, only at OPEN",
     "host_lock_is_seen": "pyfuse3 has no handler for locks: they are the guest kernel's own",
 }
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.mount import (
+    posix_appends,
     posix_data,
     posix_dirs,
     posix_host,
@@ -23,6 +24,7 @@ MODULES = (
     posix_names,
     posix_dirs,
     posix_data,
+    posix_appends,
     posix_meta,
     posix_owners,
     posix_processes,

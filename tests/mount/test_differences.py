@@ -129,6 +129,29 @@ def mapping(path: Path) -> Iterator[mmap.mmap]:
 
 
 @root_only
+def test_an_append_whose_descriptor_does_not_say_so(share: Mount) -> None:
+    """RWF_APPEND of pwritev2(2)."""
+    write(share.source / "log", b"one ")
+    with opened(share.mountpoint / "log", os.O_WRONLY) as fd:
+        with opened(share.source / "log", os.O_WRONLY | os.O_APPEND) as host:
+            os.write(host, b"the host's")
+        os.pwritev(fd, [b"two"], 0, os.RWF_APPEND)
+    assert (share.source / "log").read_bytes() == b"one two host's"
+
+
+@root_only
+def test_the_position_after_an_append_is_the_guests_own(share: Mount) -> None:
+    with opened(share.mountpoint / "log", os.O_RDWR | os.O_APPEND | os.O_CREAT) as fd:
+        os.write(fd, b"one ")
+        with opened(share.source / "log", os.O_WRONLY | os.O_APPEND) as host:
+            os.write(host, b"the host's ")
+        os.write(fd, b"two")
+        assert (share.source / "log").read_bytes() == b"one the host's two"
+        assert os.lseek(fd, 0, os.SEEK_CUR) == len(b"one two")
+        assert os.lseek(fd, 0, os.SEEK_END) == len(b"one the host's two")
+
+
+@root_only
 def test_a_mapping_is_each_sides_own(share: Mount) -> None:
     write(share.source / "f", bytes(4096))
     with mapping(share.mountpoint / "f") as guest, mapping(share.source / "f") as host:

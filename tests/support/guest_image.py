@@ -42,7 +42,8 @@ LEFT_OUT = re.compile(  # of the packages: large, and no test wants it
 )
 SUITE = ("tests/__init__.py", "tests/mount/__init__.py", "tests/mount/posix_*.py",
          "tests/fidelity/__init__.py", "tests/fidelity/watcher.py", "tests/support/__init__.py",
-         "tests/support/open_files.py", "tests/support/busy_files.py")  # fmt: skip
+         "tests/support/open_files.py", "tests/support/busy_files.py",
+         "tests/support/appending.py")  # fmt: skip
 """Of this checkout, in the guest's /suite: programs for tests; standard library only."""
 INIT = """#!/bin/busybox sh
 export PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8

@@ -1,0 +1,105 @@
+"""Appends: a write by an O_APPEND descriptor goes to the end that the host's file has by then.
+
+Apart because a guest's kernel sends an offset, the end that it remembers, and host programs append
+too; and because each door says in its own way which writes are appends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import Counter, OrderedDict
+
+from .passthrough import Handle
+
+ENDS_LIMIT = 4096
+"""Files whose ends are remembered, the last ones used: some 200 bytes each."""
+_ENDS = 16
+"""Ends of one file: answers about it that its kernel may not have taken yet."""
+_UNKNOWN = (-1,)
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def follow(handle: Handle, appends: bool) -> None:
+    """Have a descriptor append, or not, as the guest's does by now: fcntl(2) may have changed that.
+    Raises OSError EPERM for a file that the host lets grow only, and that is written elsewhere.
+    """
+    if handle.appends != appends:
+        flags = fcntl.fcntl(handle.fd, fcntl.F_GETFL) & ~os.O_APPEND
+        fcntl.fcntl(handle.fd, fcntl.F_SETFL, flags | os.O_APPEND if appends else flags)
+        handle.appends = appends
+
+
+class Bypass:
+    """Which open files go past their kernel's page cache: those that append, for the kernel sends
+    what lies across the end of a page as two WRITEs from there, and others could write between.
+
+    Linux before 6.6 leaves old pages in the cache then, and maps no such file shared. There, all
+    open descriptors of a file are of one kind, and those that may be mapped keep the cache.
+    """
+
+    def __init__(self) -> None:
+        self.mixes = False
+        """Whether the kernel is newer, and has agreed on DIRECT_IO_ALLOW_MMAP."""
+        self._files: dict[int, tuple[int, bool]] = {}
+        self._counts: Counter[tuple[int, bool]] = Counter()
+
+    def opened(self, handle: Handle) -> bool:
+        """Whether a file that is opened now does."""
+        appends = bool(handle.flags & os.O_APPEND)
+        if self.mixes:
+            return appends
+        node = handle.inode.nodeid
+        appends = appends and handle.flags & os.O_ACCMODE == os.O_WRONLY
+        bypasses = bool(self._counts[node, True]) or (appends and not self._counts[node, False])
+        self._files[handle.fh] = node, bypasses
+        self._counts[node, bypasses] += 1
+        return bypasses
+
+    def closed(self, fh: int) -> None:
+        """A file is closed."""
+        file = self._files.pop(fh, None)
+        if file is not None:
+            self._counts[file] -= 1
+            if not self._counts[file]:
+                del self._counts[file]
+
+
+class Ends:
+    """Where a kernel takes files to end, for a door whose WRITE lacks the descriptor's flags: an
+    append comes with that offset, and what it writes back of a mapped file lies before it.
+    """
+
+    def __init__(self) -> None:
+        # By nodeid: where the last WRITE ended, or -1, and sizes that were told since.
+        self._ends: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+
+    def told(self, nodeid: int, size: int) -> None:
+        """The kernel gets to know a file's size. It leaves an answer out that a WRITE has
+        overtaken, so those before it count, too.
+        """
+        written, *told = self._ends.get(nodeid, _UNKNOWN)
+        if not told or told[-1] != size:
+            self._set(nodeid, (written, *told[1 - _ENDS :], size))
+
+    def is_append(self, handle: Handle, offset: int, size: int) -> bool:
+        """Whether a WRITE is an append, by a descriptor that was opened for appending."""
+        ends = self._ends.get(handle.inode.nodeid, _UNKNOWN)
+        is_known = ends != _UNKNOWN
+        may_be_mapped = handle.flags & os.O_ACCMODE == os.O_RDWR
+        may_be_page = not is_known or not size % _PAGE or offset + size in ends
+        if may_be_mapped and may_be_page and not offset % _PAGE:
+            return is_known and offset in (ends[0], ends[-1])
+        return offset in ends or not is_known
+
+    def written(self, nodeid: int, offset: int, size: int) -> None:
+        """The kernel gets to know that a WRITE has been done: the file ends there, or later."""
+        end, ends = offset + size, self._ends.get(nodeid, _UNKNOWN)
+        later = tuple(one for one in ends if one > end)
+        self._set(nodeid, (end if offset in ends or not later else -1, *later))
+        self._ends.move_to_end(nodeid)
+
+    def _set(self, nodeid: int, ends: tuple[int, ...]) -> None:
+        self._ends[nodeid] = ends
+        if len(self._ends) > ENDS_LIMIT:
+            self._ends.popitem(last=False)
