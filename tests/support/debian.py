@@ -28,7 +28,7 @@ def source_files(package: str, names: Iterable[str]) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as scratch:
-        archive = _download(package, Path(scratch))
+        archive = source_archive(package, Path(scratch))
         with tarfile.open(archive) as tar:
             members = tar.getmembers()
             for name in missing:
@@ -92,18 +92,24 @@ def closure(suite: str, packages: Iterable[str]) -> Path:
     return folder
 
 
-def _signed() -> str:
-    return f"[signed-by={KEYS}] " if KEYS.exists() else ""
-
-
-def _download(package: str, folder: Path) -> Path:
-    """The upstream archive of a source package."""
-    lines = (f"deb-src {_signed()}{line}\n" for line in _debian())
+def source_archive(package: str, folder: Path, suite: str | None = None) -> Path:
+    """The upstream archive of a source package, of this machine's suites or of another one."""
+    sources = _debian() if suite is None else [f"{_debian()[0].partition(' ')[0]} {suite} main"]
+    lines = (f"deb-src {_signed()}{line}\n" for line in sources)
     (folder / "source.list").write_text("".join(lines))
     _apt("update", cwd=folder)
-    _apt("source", "--download-only", package, cwd=folder)
-    (archive,) = folder.glob(f"{package}_*.orig.tar.*[!c]")  # not the signature, .asc
-    return archive
+    archive = f"{package}_*.orig.tar.*[!c]"  # not the signature, .asc
+    try:
+        _apt("source", "--download-only", "--tar-only", package, cwd=folder)
+    except AssertionError:  # a mirror may lack another part, that nobody needs
+        if not list(folder.glob(archive)):
+            raise
+    (found,) = folder.glob(archive)
+    return found
+
+
+def _signed() -> str:
+    return f"[signed-by={KEYS}] " if KEYS.exists() else ""
 
 
 def _apt(*arguments: str, cwd: Path) -> None:

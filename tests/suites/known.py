@@ -1,0 +1,21 @@
+"""What the suites may fail, one test a line with its reason."""
+
+# On a bind mount, too.
+NATIVELY: dict[str, dict[str, str]] = {
+    "inotify-tools": {
+        "fsnotifywait-subtree 3: event logged": "it mounts a file system on the mount and changes "
+        "what is in it: the library has that changed in the source, which is another place",
+    },
+}
+
+# On fsd alone; each is a row of README's table.
+ON_FSD: dict[str, dict[str, str]] = {
+    "watchdog": {
+        "tests/test_emitter.py::test_closed": "a file that was open before its mark gets an OPEN "
+        "just before its CLOSE",
+    },
+    "entr": {
+        "80 ensure watches operate on a running executable": "a program that runs in the guest is "
+        "written by the host; the guest's kernel lets nobody open it for writing (ETXTBSY)",
+    },
+}
