@@ -148,7 +148,7 @@ class Arming:
 
     def remember(self, event: Event) -> None:
         """Keep an event of a looked-up directory, or of a file whose mark is about to apply."""
-        if not event.name and not event.implied and event.node in self._marked:
+        if not event.name and event.part_of is None and event.node in self._marked:
             self._marked[event.node].events.append(event)
         for inode in {event.node, event.node2}:
             node = self._nodes.get(inode) if inode is not None else None

@@ -34,8 +34,7 @@ class Event:
     node2: Inode | None = None  # of a rename: the new directory
     name2: bytes = b""
     replaced: Inode | None = None  # what a MOVED_TO overwrote
-    implied: bool = False  # a guest's kernel makes it by itself, as part of what is replayed
-    implied_by: Event | None = None  # as part of this one, told before; else of the next DELETE
+    part_of: Event | None = None  # the event with the name that the same system call has made
     twin: bool = False  # the same event of the child itself goes with it
     exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 

@@ -630,7 +630,17 @@ class Export:
                 continue
             self.counts["forwarded"] += 1
             guest.count("forwarded", event.mask)
+            if self._follows(guest, event):
+                guest.count("coalesced", event.mask)
+                continue
             guest.offer(event, halves)
+
+    def _follows(self, guest: Guest, event: Event) -> bool:
+        """Whether a guest's kernel makes the event by itself, from what it is told by name."""
+        named = event.part_of
+        if named is None or not isinstance(guest, ReplayGuest):
+            return False
+        return bool(self.wanted_halves(guest, named))
 
     def _candidates(self, event: Event) -> list[Guest]:
         """Guests with a mark on anything that the event touches (a rename touches four)."""
@@ -694,7 +704,7 @@ class Export:
                 mask = int(Mask.MOVE_SELF) if event.kind == RENAME else event.mask
                 if event.kind & (_OWN | _MOVED_FROM) and self.interest.aggregate(event.child):
                     own = Event(event.child, mask, b"", 0, HOST, event.stamp, event.child)
-                    own.implied, own.implied_by = True, event
+                    own.part_of = event
                     self._route(own)
 
     def _check_watches(self) -> None:

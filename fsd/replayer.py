@@ -54,8 +54,6 @@ _ATTRIB = int(Mask.ATTRIB)
 _DELETE_SELF, _MOVE_SELF = int(Mask.DELETE_SELF), int(Mask.MOVE_SELF)
 _TOUCH = _MODIFY | _ACCESS | _ATTRIB
 _OWN = _TOUCH | _OPEN | _CLOSE | _DELETE_SELF | _MOVE_SELF
-_RECENT = 64
-"""Events queued last, among which the one stands that implies an object's own event."""
 
 
 class ReplayGuest(Guest):
@@ -71,7 +69,6 @@ class ReplayGuest(Guest):
         "_opened",
         "_openers",
         "_outgoing",
-        "_recent",
         "_scanning",
         "_seq",
         "_table",
@@ -123,7 +120,6 @@ class ReplayGuest(Guest):
         self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
         self._opened: dict[tuple[Inode, bool], list[_Open]] = {}
-        self._recent: deque[Event] = deque(maxlen=_RECENT)  # that imply others
         self._seq = itertools.count(1)
         self._hint = 0
         self._hinted: set[int] = set()  # processes for the next hints
@@ -243,7 +239,6 @@ class ReplayGuest(Guest):
         self._held.clear()
         self._open_close.clear()
         self._opened.clear()
-        self._recent.clear()
         self._ways.clear()
         self._way_steps = 0
         self.waiting_until = None
@@ -283,11 +278,9 @@ class ReplayGuest(Guest):
         """Queue an event to be planned, in order."""
         kind, child, replaced = event.kind, event.child, event.replaced
         if not event.name:
-            if self._follows(event):
+            if not kind & _OWN:
                 return
             child = event.node
-        elif event.twin or kind & RENAME:
-            self._recent.append(event)
         assert child is not None
         if replaced is not None:
             replaced = self._table.revive(replaced)
@@ -307,17 +300,6 @@ class ReplayGuest(Guest):
         cost += STEP_COST * len(way2)
         self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost))
         self._charge(cost)
-
-    def _follows(self, event: Event) -> bool:
-        """Whether an object's own event comes by itself from the replay of a named one."""
-        if not event.kind & _OWN:
-            return True
-        if event.implied_by is not None:
-            follows = any(event.implied_by is named for named in self._recent)
-        else:
-            follows = event.implied
-        self.count("coalesced", event.mask, follows)
-        return follows
 
     # Planning
 

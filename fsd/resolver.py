@@ -58,10 +58,9 @@ class Resolver:
         self._watcher = watcher
         self._own_events = OwnEvents(fs.table, watcher)
         self.waiting_until: float | None = None
-        # Arrivals that come by themselves with the replay of another, by their number: of the
-        # Event before them, or (None) of the DELETE behind them.
-        self._implied: dict[int, Event | None] = {}
-        self._ended: dict[int, tuple[Inode, bool]] = {}  # by DELETE: what it was, whether it died
+        # Own events that stand further on, by their number: the one with the name.
+        self._parts: dict[int, Event] = {}
+        self._removals: dict[int, Event] = {}  # of DELETEs that stand further on
         self._lost_link: Inode | None = None  # the last arrival was its ATTRIB
         self._unlinked: dict[tuple[Inode, bytes], Inode] = {}  # oldest first
 
@@ -95,12 +94,11 @@ class Resolver:
         """An event of the watched object itself."""
         raw = arrival.raw
         event = Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
-        if arrival.number in self._implied:
-            event.implied_by = self._implied.pop(arrival.number)
-            event.implied = True
+        if arrival.number in self._parts:
+            event.part_of = self._parts.pop(arrival.number)
         elif raw.mask & (_ATTRIB | _DELETE_SELF | _IGNORED):
-            event.implied = self._is_unlinked_next(node, arrival)
-        if node.is_dir and not event.implied and self._is_elsewhere(node, arrival):
+            event.part_of = self._removal(node, arrival)
+        if node.is_dir and event.part_of is None and self._is_elsewhere(node, arrival):
             self._table.lose(node)
         self._lost_link = node if raw.mask & _ATTRIB else None
         if raw.mask & _IGNORED:
@@ -117,11 +115,11 @@ class Resolver:
             return False  # where a mount begins, the directory above hears nothing
         return self._watcher.reports(parent, bits, arrival.number)
 
-    def _is_unlinked_next(self, node: Inode, arrival: Arrival) -> bool:
-        """Whether an ATTRIB or a death belongs to the unlink or rmdir whose DELETE stands next."""
+    def _removal(self, node: Inode, arrival: Arrival) -> Event | None:
+        """The unlink or rmdir, whose DELETE stands next, that an ATTRIB or a death belongs to."""
         died = not arrival.raw.mask & _ATTRIB
         if died != node.is_dir and int(self._watcher.mask_of(node)) & _ATTRIB:
-            return False  # a chmod; or the last link of a file went before, while it was open
+            return None  # a chmod; or the last link of a file went before, while it was open
         numbers = []
         for ahead in self._own_events.ahead(3):
             raw = ahead.raw
@@ -132,14 +130,16 @@ class Resolver:
             parent = self._watcher.inode_of(raw.wd)
             is_dir = bool(raw.mask & _ISDIR)
             if not raw.name or not raw.mask & _DELETE or parent is None or is_dir != node.is_dir:
-                return False
+                return None
             known = self._known_child(parent, raw.name, listing(parent).names.get(raw.name))
             if known is not node and not (died and (known is None or known.is_placeholder)):
-                return False
-            self._implied.update(dict.fromkeys(numbers))
-            self._ended[ahead.number] = (node, died)
-            return True
-        return False
+                return None
+            removal = Event(parent, raw.mask, raw.name, raw.cookie, ahead.origin, ahead.stamp, node)
+            removal.nlink = 1 if died else 2
+            self._parts.update(dict.fromkeys(numbers, removal))
+            self._removals[ahead.number] = removal
+            return removal
+        return None
 
     def _other_half(self, arrival: Arrival) -> Arrival | None:
         self.waiting_until = None
@@ -211,16 +211,16 @@ class Resolver:
     def _imply(self, event: Event, own: Moved) -> None:
         """The own events of a rename come with its replay; so does the end of what it replaced."""
         if own.moved is not None:
-            self._implied[own.moved.number] = event
+            self._parts[own.moved.number] = event
         if own.lost is None:
             return
-        self._implied[own.lost.number] = event
+        self._parts[own.lost.number] = event
         wd = self._watcher.wd_of(own.lost.inode)
         event.nlink = 2
         for ahead in self._own_events.ahead(own.end + 2)[own.end :]:
             if ahead.raw.wd != wd or not ahead.raw.mask & (_DELETE_SELF | _IGNORED):
                 break
-            self._implied[ahead.number] = event
+            self._parts[ahead.number] = event
             event.nlink = 1
 
     def _exchanged(
@@ -256,7 +256,7 @@ class Resolver:
         if not self._is_exchange(child, replaced, own and own.inode, beside=end == start + 1):
             return 0, replaced
         if own is not None and own.inode is replaced:
-            self._implied[own.number] = event
+            self._parts[own.number] = event
         self._watcher.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie, replaced
 
@@ -303,7 +303,7 @@ class Resolver:
             return 0  # it went on at once, to where it is seen
         own = self._own_events.first_move(end + 1, stop, replaced)
         if own is not None:
-            self._implied[own.number] = event
+            self._parts[own.number] = event
         elif event.child.is_dir == replaced.is_dir and not (end == start and self._links(replaced)):
             return 0
         self._watcher.drop_rename(back.cookie, windows.RENAME_WINDOW)
@@ -340,12 +340,14 @@ class Resolver:
     def _named(self, node: Inode, arrival: Arrival) -> Event:
         raw = arrival.raw
         name, mask = raw.name, raw.mask
-        event = Event(node, mask, name, raw.cookie, arrival.origin, arrival.stamp)
+        event = self._removals.pop(arrival.number, None) or Event(
+            node, mask, name, raw.cookie, arrival.origin, arrival.stamp
+        )
         names = listing(node).names
         before = event.before = names.get(name)
         if mask & _DELETE:
             names.pop(name, None)
-            event.child = removed = self._deleted(event, arrival, before)
+            removed = event.child = event.child or self._deleted(event, arrival, before)
             self._table.displace(node, name, removed)
             if (removed.parent, removed.name) == (node, name):
                 removed.parent = None  # other links may be left, at names that nobody looked up
@@ -414,10 +416,6 @@ class Resolver:
     def _deleted(self, event: Event, arrival: Arrival, before: Known | None) -> Inode:
         """What a DELETE removed."""
         node, name, mask = event.node, event.name, event.mask
-        if arrival.number in self._ended:
-            child, died = self._ended.pop(arrival.number)
-            event.nlink = 1 if died else 2
-            return child
         known = self._known_child(node, name, before)
         if known is None or known.is_dir != bool(mask & _ISDIR):
             return self._gone(node, name, mask)
@@ -445,7 +443,7 @@ class Resolver:
                 here = inode.name == event.name and inode.parent in (event.node, None)
                 if inode.is_dir or not here or (known is not None and known.inode is inode):
                     return None
-            self._implied[ahead.number] = event
+            self._parts[ahead.number] = event
             event.twin = True
             return inode
         return None
@@ -461,7 +459,7 @@ class Resolver:
         while True:
             for ahead in self._own_events.ahead(windows.TWIN_WINDOW):
                 if ahead.raw.wd == wd and ahead.raw.mask == event.mask:
-                    self._implied[ahead.number] = event
+                    self._parts[ahead.number] = event
                     event.twin = True
                     return child
             if not self._own_events.look_again(arrival):
