@@ -8,6 +8,7 @@ known how the file was opened.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import stat
 import time
@@ -37,6 +38,8 @@ PATHS_LIMIT = 60_000
 """Bytes of an order's paths, to fit a frame; deeper than that, events are counted as failed."""
 PLAN_TIME = 0.005
 """Seconds of planning in one go."""
+ONLY_READ_LIMIT = 4096
+"""Programs that run in the guest while the host writes to them, whose CLOSE_WRITE is counted."""
 HINTS_LIMIT = 4096
 """Processes named to an agent that has not read: beyond it, it is to read the marks of all."""
 WAYS_LIMIT = 8192
@@ -65,6 +68,7 @@ class ReplayGuest(Guest):
         "_held",
         "_hint",
         "_hinted",
+        "_only_read",
         "_open_close",
         "_opened",
         "_openers",
@@ -120,6 +124,7 @@ class ReplayGuest(Guest):
         self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
         self._opened: dict[tuple[Inode, bool], list[_Open]] = {}
+        self._only_read: set[int] = set()  # OPENs for writing that the agent has open for reading
         self._seq = itertools.count(1)
         self._hint = 0
         self._hinted: set[int] = set()  # processes for the next hints
@@ -138,6 +143,7 @@ class ReplayGuest(Guest):
         self.on_agent(pid)
         self.events = EVENTS & hello.events
         self._opened.clear()
+        self._only_read.clear()
         self._outgoing.clear()
         self._scanning.clear()
         self.counts["agent_connects"] += 1
@@ -250,9 +256,11 @@ class ReplayGuest(Guest):
         events = dict.fromkeys(event for event in waiting if event is not None)
         return [*events, *(held.event for held in self._held)]
 
-    def acknowledge(self, seq: int, errno: int) -> Event | None:
+    def acknowledge(self, seq: int, number: int) -> Event | None:
         """The agent reports an order; returns the event that could not be replayed, if so."""
-        task = self.ledger.failed(seq) if errno else None
+        task = self.ledger.failed(seq) if number else None
+        if task is None and number == errno.ETXTBSY and len(self._only_read) < ONLY_READ_LIMIT:
+            self._only_read.add(seq)
         self._settle()
         if task is None or task.event is None:
             return None
@@ -263,7 +271,12 @@ class ReplayGuest(Guest):
 
     def _settle(self) -> None:
         for task in self.ledger.done:
-            if task.event is not None:
+            if task.event is None:
+                continue
+            if task.order.op == Op.CLOSE and task.order.arg in self._only_read:
+                self._only_read.remove(task.order.arg)
+                self.count("failed", task.event.mask)
+            else:
                 self.delivered(task.event.mask, task.done - task.event.stamp)
         self.ledger.done.clear()
 

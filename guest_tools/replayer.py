@@ -148,8 +148,7 @@ class Replayer:
                     # The kernel keeps the name from before anybody watched. By a path it would ask
                     # again by itself, but not by the descriptor of what was reached.
                     kernel.ask_for(dir_fd, order.name)
-                self._actions[Op(order.op)](order, dir_fd)
-                number = 0
+                number = self._actions[Op(order.op)](order, dir_fd) or 0
                 break
             except OSError as error:
                 number = error.errno or errno.EIO
@@ -250,7 +249,8 @@ class Replayer:
         with _reached(dir_fd, order.name) as file:
             kernel.touch(file, atime=both or atime, mtime=both or mtime)
 
-    def _open(self, order: Order, dir_fd: int) -> None:
+    def _open(self, order: Order, dir_fd: int) -> int:
+        """Returns ETXTBSY for what is open for reading instead, as programs here run it."""
         room = self._opened_limit - len(self._files)
         if room <= (-_CLOSED_SOON if order.seq in self._closed_soon else 0):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -258,13 +258,21 @@ class Replayer:
         flags |= os.O_WRONLY if order.arg else os.O_RDONLY
         if stat.S_ISDIR(order.mode):
             flags |= os.O_DIRECTORY
+        number = 0
         with _reached(dir_fd, order.name) as file:
-            fd = open_reached(file, flags)
+            try:
+                fd = open_reached(file, flags)
+            except OSError as error:
+                if error.errno != errno.ETXTBSY:
+                    raise
+                number = errno.ETXTBSY
+                fd = open_reached(file, flags & ~os.O_WRONLY)
         self._close(order.seq)  # of which an honest server has none
         name = _Name(order.nodeid, order.name, bool(order.arg))
         self._files[order.seq] = _File(fd, name)
         if self._view is not self._private and not stat.S_ISDIR(order.mode):
             self._opened_visibly[name] = fd
+        return number
 
     def _close(self, seq: int) -> None:
         file = self._files.pop(seq, None)

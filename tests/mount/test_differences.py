@@ -22,6 +22,7 @@ from guest_tools import notify
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe
 from tests.clients.watchers import kernel_marks
+from tests.mount.observing import the_mount
 from tests.mount.posix_support import fails, opened, write
 from tests.protocol import kernel
 from tests.support.mounts import Mount, mounted, wait_until
@@ -230,6 +231,44 @@ def test_a_fanotify_group_by_handle_is_for_the_mount_alone(share: Mount, tmp_pat
 
 
 # -- events ----------------------------------------------------------------------------------------
+
+
+def failed(share: Mount) -> dict[str, int]:
+    kinds = the_mount(share.mountpoint)["by_kind"]
+    return {kind: what.get("failed", 0) for kind, what in kinds.items()}
+
+
+@root_only
+def test_a_program_that_runs_in_the_guest_has_no_close_write(share: Mount) -> None:
+    """What can be told is; the rest is counted."""
+    write(share.source / "program", Path("/bin/sleep").read_bytes(), 0o755)
+    guest, host = share.mountpoint / "program", share.source / "program"
+    inotify = notify.inotify_init(os.O_NONBLOCK | os.O_CLOEXEC)
+    mask = int(Mask.OPEN | Mask.MODIFY | Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE | Mask.CREATE)
+    with subprocess.Popen([guest, "60"]) as running:
+        try:
+            notify.add_watch(inotify, str(share.mountpoint), mask)
+            share.wait_armed(share.mountpoint, pid=os.getpid())
+            for _ in range(2):
+                with opened(host, os.O_WRONLY | os.O_APPEND) as fd:
+                    os.write(fd, b"more")
+            write(share.source / "last")
+            told: list[str] = []
+            while told[-1:] != ["IN_CREATE last"]:
+                assert select.select([inotify], [], [], 20)[0], told
+                for event in parse_events(os.read(inotify, 4096)):
+                    told.append(f"{describe(event.mask)} {os.fsdecode(event.name)}")
+                    if "CREATE" in told[-1]:
+                        break
+            once = [f"{kind} program" for kind in ("IN_OPEN", "IN_MODIFY", "IN_CLOSE_NOWRITE")]
+            assert told == [*once, *once, "IN_CREATE last"]
+            wait_until(
+                lambda: failed(share).get("close_write") == 2, 20, "two CLOSE_WRITEs that failed"
+            )
+            assert failed(share)["open"] == 0
+        finally:
+            running.kill()
+            os.close(inotify)
 
 
 @root_only
