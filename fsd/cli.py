@@ -76,6 +76,11 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
     help="Host watches to use at most (default: 3/4 of the host's limit).",
 )
 @click.option(
+    "--overflow-after-loss",
+    is_flag=True,
+    help="Tell observers (fsd-guest watch) IN_Q_OVERFLOW even where a comparison makes up for it.",
+)
+@click.option(
     "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
 )
 @click.option(
@@ -98,6 +103,7 @@ def mount(
     socket_path: str | None,
     max_queued_events: int | None,
     max_watches: int | None,
+    overflow_after_loss: bool,
     allow_other: bool | None,
     raw: bool,
     restore: bool | None,
@@ -114,6 +120,7 @@ def mount(
         allow_other=allow_other,
         max_queued_events=max_queued_events,
         watch_limit=max_watches,
+        overflow_after_loss=overflow_after_loss,
         raw=raw,
         restore=restore,
         state_dir=os.path.abspath(state_dir) if state_dir else None,

@@ -68,6 +68,7 @@ class Export:
     """One shared directory. Raises OSError where ``source`` cannot be opened.
 
     ``read_only``: to its guests; what the host changes is announced all the same.
+    ``overflow_after_loss``: observers get IN_Q_OVERFLOW for losses that are made up for, too.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Export:
         outbox_limit: int = OUTBOX_LIMIT,
         watch_limit: int | None = None,
         max_queued_events: int | None = None,
+        overflow_after_loss: bool = False,
     ) -> None:
         self.source = source
         self.read_only = read_only
@@ -110,6 +112,7 @@ class Export:
         """Told of each name that comes: its directory, it, and what it stands for."""
         self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, where that may be
         self._outbox_limit = outbox_limit
+        self._overflow_after_loss = overflow_after_loss
         self._give_up_at = math.inf  # on those who wait
         self._compare_at = math.inf
         self._openers = Openers(self._lone_files)
@@ -140,7 +143,8 @@ class Export:
 
     def add_observer(self, name: str) -> Observer:
         """A guest that reads events."""
-        guest = Observer(name, limit=self._outbox_limit)
+        hears = self._overflow_after_loss
+        guest = Observer(name, limit=self._outbox_limit, hears_losses=hears)
         self.guests.append(guest)
         return guest
 
@@ -581,6 +585,8 @@ class Export:
         self.kinds["in", event.kind] += 1
         if event.mask & _OVERFLOW:
             self.counts["overflows"] += 1
+            for guest in self.guests:
+                guest.events_lost()
             yield from self._resyncing(self.watcher.inodes())
             return
         if event.mask & _UNMOUNT:  # of what lies on another mount than the share

@@ -106,6 +106,9 @@ class Guest(Origin):
         account.used += self._used
         self.via, self.account = via, account
 
+    def events_lost(self) -> None:
+        """The host's events were lost; a comparison has told, or will tell, the difference."""
+
     def leave(self) -> None:
         """The guest has gone: drop all that waits for it."""
         self.has_left = True
@@ -218,12 +221,16 @@ def _nothing() -> None:
 
 
 class Observer(Guest):
-    """A guest that gets events as they are: tools, tests, simulated guests."""
+    """A guest that gets events as they are: tools, tests, simulated guests.
 
-    __slots__ = ("_before", "_handed", "_outbox", "token", "told")
+    ``hears_losses``: it gets IN_Q_OVERFLOW also for a loss that a comparison makes up for.
+    """
 
-    def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT) -> None:
+    __slots__ = ("_before", "_handed", "_outbox", "hears_losses", "token", "told")
+
+    def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT, hears_losses: bool = False) -> None:
         super().__init__(name, limit=limit)
+        self.hears_losses = hears_losses
         self.token = b""  # by which it comes back to another server; b"" where it does not
         self.told = 0  # events that were handed out, and have left
         self._handed: list[frames.Event] = []  # those handed out last: they may be on the way
@@ -278,9 +285,17 @@ class Observer(Guest):
     def caught_up(self) -> tuple[dict[tuple[Inode, bytes], Missed], int]:
         """As any guest; as from an inotify queue that was full, it hears that events were lost."""
         missed, since = super().caught_up()
-        if since:
+        if since or self.hears_losses:
             self._queue(_LOST, time.monotonic())
         return missed, since
+
+    def events_lost(self) -> None:
+        """Where it hears losses, one IN_Q_OVERFLOW for those that follow one another."""
+        if not self.hears_losses or self.missing:
+            return  # in the latter case it hears when it has caught up
+        if not self._outbox or self._outbox[-1][0] is not _LOST:
+            self._queue(_LOST, time.monotonic())
+            self.wake()
 
     def take(self, limit: int) -> list[frames.Message]:
         """The next messages to send."""
@@ -312,7 +327,9 @@ class Observer(Guest):
         known = min(max(count - self.told, 0), self._before)
         for _ in range(known):
             self._next()
-        if count > self.told + known:  # the server that told it was killed before it saved that
+        # What happened meanwhile is told by comparing; and where the server was killed before it
+        # saved what it had told, nobody knows what that was.
+        if self.hears_losses or count > self.told + known:
             self._queue(_LOST, time.monotonic())
             self._outbox.rotate(1)
         self._before = 0

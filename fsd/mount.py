@@ -56,6 +56,7 @@ class Options:
     allow_other: bool | None = None
     max_queued_events: int | None = None
     watch_limit: int | None = None
+    overflow_after_loss: bool = False
     raw: bool = False
     restore: bool | None = None
     """None: where there is an image."""
@@ -189,6 +190,7 @@ class Mounted:
                 options.source,
                 watch_limit=options.watch_limit,
                 max_queued_events=options.max_queued_events,
+                overflow_after_loss=options.overflow_after_loss,
             )
 
         try:

@@ -70,6 +70,7 @@ class Options:
     threads: int = 0
     busy_poll: float = WINDOW
     watch_limit: int | None = None
+    overflow_after_loss: bool = False
     kept: Mapping[str, int] = field(default_factory=dict)
     """Descriptors that an earlier process has left with the service manager."""
 
@@ -228,7 +229,12 @@ def _inside(
     directory = enter(options)
 
     def make() -> Export:
-        export = Export(directory, read_only=options.read_only, watch_limit=watch_limit)
+        export = Export(
+            directory,
+            read_only=options.read_only,
+            watch_limit=watch_limit,
+            overflow_after_loss=options.overflow_after_loss,
+        )
         export.source = options.source
         export.descriptors = share(len(sources))
         if options.file_handles == "mandatory" and not export.table.by_handle:

@@ -178,6 +178,11 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.IntRange(1),
     help="Host watches to use at most. [default: 3/4 of the host's limit]",
 )
+@click.option(
+    "--overflow-after-loss",
+    is_flag=True,
+    help="Tell observers (fsd-guest watch) IN_Q_OVERFLOW even where a comparison makes up for it.",
+)
 @click.option("--log-level", type=click.Choice([*LEVELS]), default="info", show_default=True)
 @click.option("--syslog", is_flag=True, help="Log to syslog instead of stderr.")
 @click.option("--allow-mmap", is_flag=True, hidden=True)
@@ -295,6 +300,7 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
         threads=given["thread_pool_size"],
         busy_poll=given["busy_poll"] / 1e6,
         watch_limit=given["max_watches"],
+        overflow_after_loss=given["overflow_after_loss"],
         kept=inherited.kept,
     )
 

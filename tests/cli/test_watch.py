@@ -49,6 +49,30 @@ def test_watch(share_no_agent: Mount) -> None:
     assert status_of(share.mountpoint)["host_watches"] == 0
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "twin"])
+def test_watch_hears_of_a_loss_where_that_is_asked(tmp_path: Path, asked: bool) -> None:
+    source, mountpoint = tmp_path / "source", tmp_path / "mount"
+    source.mkdir()
+    mountpoint.mkdir()
+    options = ["--no-agent", "--max-queued-events", "16", *["--overflow-after-loss"] * asked]
+    with (
+        mounted(source, mountpoint, *options) as share,
+        background(GUEST, "watch", "--mask", "create", share.mountpoint) as watcher,
+    ):
+        established(watcher)
+        share.process.send_signal(signal.SIGSTOP)
+        try:
+            for i in range(40):  # more than the host's queue holds
+                (share.source / f"f{i}").touch()
+        finally:
+            share.process.send_signal(signal.SIGCONT)
+        lines: list[str] = []
+        while len([line for line in lines if " CREATE " in line]) < 40:
+            lines.append(line_of(watcher))
+        assert status_of(share.mountpoint)["counts"]["overflows"] >= 1
+        assert any("Q_OVERFLOW" in line for line in lines) == asked
+
+
 def test_watch_recursive_json(share_no_agent: Mount) -> None:
     share = share_no_agent
     (share.source / "a/b").mkdir(parents=True)

@@ -22,9 +22,19 @@ def make_world(tmp_path: Path) -> Iterator[Worlds]:
     worlds: list[World] = []
 
     def make(
-        *, outbox_limit: int | None = None, watch_limit: int | None = None, queue: int | None = None
+        *,
+        outbox_limit: int | None = None,
+        watch_limit: int | None = None,
+        queue: int | None = None,
+        overflow_after_loss: bool = False,
     ) -> World:
-        world = World(source, outbox_limit=outbox_limit, watch_limit=watch_limit, queue=queue)
+        world = World(
+            source,
+            outbox_limit=outbox_limit,
+            watch_limit=watch_limit,
+            queue=queue,
+            overflow_after_loss=overflow_after_loss,
+        )
         worlds.append(world)
         return world
 

@@ -48,6 +48,7 @@ class World:
         watch_limit: int | None = None,
         queue: int | None = None,
         read_only: bool = False,
+        overflow_after_loss: bool = False,
     ) -> None:
         self.source = source
         self.export = Export(
@@ -56,6 +57,7 @@ class World:
             outbox_limit=OUTBOX_LIMIT if outbox_limit is None else outbox_limit,
             watch_limit=watch_limit,
             max_queued_events=queue,
+            overflow_after_loss=overflow_after_loss,
         )
         self.table = self.export.table
         self.root = self.table.root

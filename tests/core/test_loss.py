@@ -268,6 +268,46 @@ def test_a_full_outbox_is_caught_up_with_the_difference(make_world: Worlds) -> N
     assert {path for path, present in picture(told).items() if present} == {b"new", b"to"}
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "twin"])
+def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
+    make_world: Worlds, asked: bool
+) -> None:
+    world = make_world(queue=16, outbox_limit=40, overflow_after_loss=asked)
+    guest = world.observer()
+    world.mark(guest, mask=STRUCTURE)
+
+    def told() -> list[tuple[int, bytes]]:
+        world.pump()
+        events: list[tuple[int, bytes]] = []
+        while True:
+            for message in guest.take(1000):
+                assert isinstance(message, frames.Event)
+                events.append((message.mask, message.name))
+            if not guest.missing:
+                return events
+            world.export.catch_up(guest)
+
+    overflow, lost = int(Mask.Q_OVERFLOW), [(int(Mask.Q_OVERFLOW), b"")]
+    (world.source / "before").touch()
+    assert told() == [(int(Mask.CREATE), b"before")]  # nothing was lost, and none is told
+    storm(world.source, 30)  # more than the host's queue holds
+    (world.source / "new").touch()
+    events = told()
+    assert world.export.counts["overflows"] == 1
+    assert [event for event in events if event[0] & overflow] == lost * asked
+    assert events[-1] == (int(Mask.CREATE), b"new")  # after it: who rescans then misses nothing
+    for i in range(60):  # more than the guest's outbox holds
+        (world.source / f"f{i}").touch()
+        if i % 8 == 7:
+            world.pump()
+    events = told()
+    assert guest.counts["overflows"] >= 1
+    found = [event for event in events if event[0] & overflow]
+    assert found == lost * len(found)
+    assert bool(found) == asked
+    assert {name for mask, name in events if name} == {b"f%d" % i for i in range(60)}
+
+
 def test_what_came_and_went_while_missing_is_not_told(make_world: Worlds) -> None:
     world = make_world(outbox_limit=2)
     guest = world.observer()

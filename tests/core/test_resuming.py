@@ -176,6 +176,27 @@ def test_each_event_once(received: int, world: World, restart: Callable[..., Wor
     assert plain(new.take(back(new, received))) == [(c.encode(), "create") for c in rest]
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "twin"])
+def test_an_absent_server_is_an_overflow_where_that_is_asked(
+    make_world: Worlds, asked: bool
+) -> None:
+    world = make_world()
+    kept(world, "", mask=STRUCTURE)
+    (world.source / "a").touch()
+    world.pump()
+    saved = checkpoint.take(world.export)
+    world.close()
+    (world.source / "b").touch()
+    new = make_world(overflow_after_loss=asked)
+    Resumption(new.export, saved).finish()
+    guest = back(new)
+    new.pump()
+    told = [message for message in guest.take(100) if isinstance(message, frames.Event)]
+    lost = [(Mask.Q_OVERFLOW, b"")] if asked else []  # first: who rescans then misses nothing
+    created = [(Mask.CREATE, name) for name in (b"a", b"b")]
+    assert [(event.mask, event.name) for event in told] == lost + created
+
+
 def test_whole_file_system(world: World, restart: Callable[..., World]) -> None:
     (world.source / "a/b").mkdir(parents=True)
     guest = kept(world)
