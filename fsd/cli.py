@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -11,11 +12,11 @@ from typing import Any
 
 import click
 
-from . import systemd
+from . import deadmount, systemd
 from .daemon import Daemon
 from .logs import log_to_stderr
-from .mount import Mounted, Options, StartError, check, reductions
-from .status import mounts, render
+from .mount import Mounted, Options, StartError, check, mend, reductions
+from .status import render
 from .virtiofsd_cli import virtiofs
 
 _POSITIVE = click.IntRange(1, 2**31 - 1)  # what the kernel takes
@@ -127,6 +128,8 @@ def mount(
     )
     behind = Daemon() if daemon else None
     try:
+        for line in mend(options):
+            _complain(line)
         check(options)
         if behind is not None:
             behind.detach()
@@ -199,7 +202,8 @@ def checkpoint(mountpoint: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the state of one mount, or of all."""
-    paths = [os.path.abspath(mountpoint)] if mountpoint else mounts()
+    here = [mount.path for mount in deadmount.mounts() if mount.type == deadmount.TYPE]
+    paths = [os.path.abspath(mountpoint)] if mountpoint else here
     states: dict[str, dict[str, Any]] = {}
     for path in paths:
         try:
@@ -207,6 +211,8 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         except OSError as error:
             known = isinstance(error, FileNotFoundError | NotADirectoryError)
             reason = "no mount of fsd (or of another user)" if known else error.strerror
+            if error.errno == errno.ENOTCONN:
+                reason = "its server has died; fsd mount makes the mount anew"
             if mountpoint:
                 raise click.ClickException(f"{path}: {reason}") from None
     if as_json:

@@ -20,7 +20,7 @@ import trio
 
 from protocol.frames import FSD_NAME
 
-from . import host
+from . import deadmount, host
 from .export import Export
 from .fusesession import SessionOptions
 from .guard import Guard
@@ -61,6 +61,22 @@ class Options:
     restore: bool | None = None
     """None: where there is an image."""
     state_dir: str | None = None
+
+
+def mend(options: Options) -> list[str]:
+    """Take away what dead servers have left at the mountpoint, and say so. Raises StartError where
+    that is somebody else's.
+    """
+    mountpoint = options.mountpoint
+    try:
+        if deadmount.take_away(mountpoint):
+            return [f"mountpoint {mountpoint}: its server had died; unmounted it"]
+    except (OSError, subprocess.TimeoutExpired):
+        raise StartError(
+            f"mountpoint {mountpoint} is not connected: the server of the mount there has died; "
+            f"unmount it first (fusermount3 -u {mountpoint}, or umount as root)"
+        ) from None
+    return []
 
 
 def check(options: Options) -> None:
@@ -268,14 +284,7 @@ class Mounted:
 
     def _take_away(self) -> None:
         """Leave no dead mount behind."""
-        subprocess.run(
-            ["umount", "-l", self._options.mountpoint]
-            if os.geteuid() == 0
-            else ["fusermount3", "-u", "-z", self._options.mountpoint],
-            stderr=subprocess.DEVNULL,
-            timeout=0.3,
-            check=False,
-        )
+        deadmount.unmount(self._options.mountpoint, timeout=0.3)
 
     async def _stop_agent(self) -> None:
         if self._agent is not None:

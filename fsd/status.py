@@ -10,21 +10,6 @@ from rich.table import Table
 
 from protocol import masks
 
-
-def mounts() -> list[str]:
-    """Where fsd is mounted, as this process sees it."""
-    paths = []
-    with open("/proc/self/mountinfo", "rb") as mountinfo:
-        for line in mountinfo:
-            fields, _, rest = line.partition(b" - ")
-            if rest.split(b" ", 1)[0] == b"fuse.fsd":
-                path = fields.split(b" ")[4]
-                paths.append(
-                    path.decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape")
-                )
-    return paths
-
-
 _ROWS = (
     ("agent", "agent"), ("marks", "marks"), ("queued", "depth"), ("forwarded", "forwarded"),
     ("own echo", "echo"), ("coalesced", "coalesced"), ("replayed", "replayed"),
