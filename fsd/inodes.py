@@ -29,6 +29,7 @@ from protocol.handles import NodeKey
 from . import host, windows
 from .forgotten import Forgotten, ForgottenObjects
 from .mounts import Mounts
+from .othernames import OtherNames
 
 if TYPE_CHECKING:
     from .listings import Listing
@@ -188,6 +189,7 @@ class InodeTable:
         self._by_node = {ROOT_ID: self.root}
         self._by_identity = {identity: self.root}
         self.forgotten = ForgottenObjects()
+        self._other_names = OtherNames()
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -334,6 +336,8 @@ class InodeTable:
         # A hard link keeps its other names; a directory or a single link has just this one.
         if old is not None and moved and (inode.nlink < 2 or inode.is_dir):
             self.displace(old, inode.name, inode)
+        elif old is not None and moved and old.children.get(inode.name) is inode:
+            self._other_names.add(inode, old, inode.name)
         if inode.is_dir and moved:
             self.moves += 1
         other = parent.children.get(name)
@@ -502,6 +506,9 @@ class InodeTable:
             if self._by_node.get(inode.nodeid) is not inode:
                 return
             self._drop(inode)
+            for parent, name in self._other_names.drop(inode):
+                self.displace(parent, name, inode)
+                self.release(parent)
             inode = inode.parent
 
     def _drop(self, inode: Inode) -> None:
@@ -578,14 +585,15 @@ class InodeTable:
                 return os.dup(fd)
         self._check_answers(inode)
         unseen: OSError | None = None
-        if inode.parent is not None and not inode.is_placeholder:
+        for parent, name in self._names(inode):
             try:
-                with self.directory(inode.parent) as parent_fd:
-                    fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
+                with self.directory(parent) as parent_fd:
+                    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
             except OSError as error:
                 unseen = None if host.is_gone(error) else error
             else:
                 if self._is_or_close(fd, inode):
+                    self.place(inode, parent, name)
                     return fd
         if inode.open_fds:
             return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
@@ -609,19 +617,26 @@ class InodeTable:
         """Attributes of a file by the name it was last known by; None if that is not it now, or
         nobody could look.
         """
-        if inode.parent is None or inode.is_placeholder:
-            return None
         device, ino, handle, mount = inode.identity
-        try:
-            with self.directory(inode.parent) as parent_fd:
-                if handle and host.handle_and_mount(parent_fd, inode.name) != (handle, mount):
-                    return None
-                status = os.stat(inode.name, dir_fd=parent_fd, follow_symlinks=False)
-        except OSError:
-            return None
         if not handle and self.mounts.below:
             return None  # of the same number, on which mount?
-        return status if (status.st_dev, status.st_ino) == (device, ino) else None
+        for parent, name in self._names(inode):
+            with suppress(OSError), self.directory(parent) as parent_fd:
+                if handle and host.handle_and_mount(parent_fd, name) != (handle, mount):
+                    continue
+                status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
+                if (status.st_dev, status.st_ino) == (device, ino):
+                    return status
+        return None
+
+    def _names(self, inode: Inode) -> Iterator[tuple[Inode, bytes]]:
+        """The name that a file was last known by; where there are no handles, then its others."""
+        if inode.is_placeholder:
+            return
+        if inode.parent is not None:
+            yield inode.parent, inode.name
+        if not self.handle_opens(inode.identity):
+            yield from self._other_names.of(inode)
 
     def _is_or_close(self, fd: int, inode: Inode) -> bool:
         """Whether a descriptor is the object's; else it is closed. Raises OSError."""

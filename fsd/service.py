@@ -217,7 +217,7 @@ class Service(FileService):
         if inode.is_dir:
             self._looked_up(who, inode)
         try:
-            return inode, self._fs.getattr_by_path(inode)
+            return inode, self._wherever(inode, partial(self._fs.getattr_by_path, inode))
         except FileNotFoundError:  # a removed directory that somebody works in
             return inode, placeholder_attr(inode, nlink=0)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -35,11 +35,14 @@ from .slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from .watcher import Expected
 
 log = structlog.get_logger()
+_T = TypeVar("_T")
 Caller = Identity
 _REOPENING = (
     os.O_ACCMODE | os.O_APPEND | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOCK
 )  # fmt: skip
 """Flags with which a file is opened once more."""
+_EVENTS = 256
+"""Events of the host that are looked at for a file that is not where it was."""
 COPY_LIMIT = 1 << 24
 """Bytes of one COPY_FILE_RANGE: callers ask again."""
 REPLAYED_LIMIT = 1 << 16
@@ -216,6 +219,20 @@ class FileService:
                 file = None if inode.is_dir else entry
                 self.export.arming.looked_up(self.guest, directory, who.pid, file)
 
+    def _wherever(self, inode: Inode, do: Callable[[], _T]) -> _T:
+        """Do something with an object; with a file that is not where it was, and has no handle that
+        can be opened, once more when it is known what the host has done. Raises OSError.
+        """
+        try:
+            return do()
+        except OSError as error:
+            is_lost = error.errno in (errno.ESTALE, errno.ENOENT) and not inode.is_dir
+            if not is_lost or self._table.handle_opens(inode.identity):
+                raise
+        self.export.watcher.drain()
+        self.export.route(_EVENTS)
+        return do()
+
     # Handles
 
     def has_room(self) -> bool:
@@ -275,11 +292,14 @@ class FileService:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         inode = self._table.get(nodeid)
-        events = self._about(inode, opening(flags))
         kill = bool(flags & os.O_TRUNC) and (kill or who.uid != 0)
-        with self._own(*events):
-            open_file = partial(self._open_file, events, kill)
-            return self._new(self._fs.open(inode, flags, open_file), who)
+
+        def opened() -> Handle:
+            events = self._about(inode, opening(flags))
+            with self._own(*events):
+                return self._fs.open(inode, flags, partial(self._open_file, events, kill))
+
+        return self._new(self._wherever(inode, opened), who)
 
     def _replay_open(self, who: Caller, nodeid: int) -> int:
         if len(self._replayed) >= REPLAYED_LIMIT:

@@ -162,3 +162,33 @@ def test_names_that_cannot_be_looked_at_are_listed(tmp_path: Path) -> None:
         assert "Permission denied" in looked.stderr
         (share.source / "d").chmod(0o755)
         assert f" {UID} " in run([*user, "ls", "-ln", f"{share.mountpoint}/d"]).stdout
+
+
+HELD = """
+import os, sys
+source, mountpoint = sys.argv[1:]
+def held(name):
+    return os.open(os.path.join(mountpoint, name), os.O_PATH)
+def read(fd):
+    with open(f"/proc/self/fd/{fd}") as file:
+        return file.read()
+os.chdir(source)
+open("a", "w").write("data")
+os.link("a", "b")
+fd, _ = held("a"), held("b")
+os.unlink("b")
+assert (os.fstat(fd).st_nlink, os.fstat(fd).st_size) == (1, 4), os.fstat(fd)
+assert read(fd) == "data"
+os.rename("a", "c")
+assert (os.fstat(fd).st_nlink, os.fstat(fd).st_size) == (1, 4), os.fstat(fd)
+assert read(fd) == "data"
+print("done")
+"""
+"""What the host does with names does not end what a program of the mount holds."""
+
+
+def test_names_that_go_under_a_held_file(tmp_path: Path) -> None:
+    with users_mount(tmp_path) as (share, _):
+        user = inside(share.process.pid, *as_user())
+        done = run([*user, "python3", "-c", HELD, str(share.source), str(share.mountpoint)])
+        assert (done.stdout, done.stderr) == ("done\n", "")
