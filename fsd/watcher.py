@@ -29,6 +29,7 @@ from protocol.masks import SELF, STRUCTURE, Mask
 
 from . import host
 from .inodes import Inode, InodeTable
+from .queuednames import QueuedNames
 from .queuelimit import limited_to
 from .sharedwatches import SharedWatches
 
@@ -45,9 +46,8 @@ BACKLOG_LIMIT = 524_288
 """Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
 _NOTHING = Mask(0)
 _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
-_LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 _ARRIVING = int(Mask.CREATE | Mask.MOVED_TO)
-_STRUCTURE = _LEAVING & ~int(Mask.MOVED_TO) | _ARRIVING
+_STRUCTURE = int(STRUCTURE)
 DIRECTORY = STRUCTURE | Mask.ATTRIB
 """What a directory is always watched for: its names, and all that changes its attributes."""
 MARKED = SELF | Mask.ATTRIB
@@ -126,7 +126,7 @@ class HostWatcher:
         self._sets_wd = True  # the kernel knows SETNEXTWD, as far as is known
         self._is_handed_over = False
         self._arrivals: deque[Arrival] = deque()
-        self._leaving: dict[tuple[int, bytes], int] = {}
+        self._names = QueuedNames()
         self._number = 0
         self._is_attributing = False
         self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
@@ -396,17 +396,17 @@ class HostWatcher:
             if self._arrivals[-1].raw is not _OVERFLOW:
                 self._arrivals.append(Arrival(_OVERFLOW, HOST, stamp, self._number))
             return
-        self._arrivals.append(Arrival(raw, origin, stamp, self._number))
+        arrival = Arrival(raw, origin, stamp, self._number)
+        self._arrivals.append(arrival)
         self._number += 1
         self.last_activity = stamp
         if raw.mask & _CHANGING:
             self._note_change(raw)
-        self._pushed(raw)
+        self._count(arrival, 1)
 
-    def _pushed(self, raw: RawEvent) -> None:
-        if raw.mask & _LEAVING:
-            key = (raw.wd, raw.name)
-            self._leaving[key] = self._leaving.get(key, 0) + 1
+    def _count(self, arrival: Arrival, step: int) -> None:
+        origin = arrival.origin
+        self._names.count(arrival.raw, None if origin is HOST else origin, step)
 
     def _note_change(self, raw: RawEvent) -> None:
         """A directory's attributes have changed, or those of one in it."""
@@ -424,7 +424,7 @@ class HostWatcher:
     def pop(self) -> Arrival:
         """The next event in queue order."""
         arrival = self._arrivals.popleft()
-        self._popped(arrival.raw)
+        self._count(arrival, -1)
         return arrival
 
     def has_any(self, wds: Set[int]) -> bool:
@@ -441,9 +441,9 @@ class HostWatcher:
 
     def _keep(self, arrivals: Iterable[Arrival]) -> None:
         self._arrivals = deque(arrivals)
-        self._leaving.clear()
+        self._names.clear()
         for arrival in self._arrivals:
-            self._pushed(arrival.raw)
+            self._count(arrival, 1)
 
     def drop_told(self, wd: int, names: Container[bytes]) -> None:
         """Drop the first event of each name that waits, if it came and is in ``names`` already, or
@@ -462,20 +462,30 @@ class HostWatcher:
     def push_back(self, arrival: Arrival) -> None:
         """Undo a pop."""
         self._arrivals.appendleft(arrival)
-        self._pushed(arrival.raw)
-
-    def _popped(self, raw: RawEvent) -> None:
-        if raw.mask & _LEAVING:
-            key = (raw.wd, raw.name)
-            left = self._leaving[key] - 1
-            if left:
-                self._leaving[key] = left
-            else:
-                del self._leaving[key]
+        self._count(arrival, 1)
 
     def leaving(self, wd: int, name: bytes) -> int:
         """How many events not processed yet remove or replace the name."""
-        return self._leaving.get((wd, name), 0)
+        return self._names.leaving(wd, name)
+
+    def is_changing(self, directory: Inode, name: bytes, besides: Origin) -> bool:
+        """Whether an event of another than that guest, not processed yet, makes, removes or moves
+        the name. Reads what is queued.
+        """
+        wd = self._wd_of.get(directory)
+        if wd is None:
+            return False
+        self.drain()
+        return self._names.is_changing(wd, name, besides)
+
+    @property
+    def next_number(self) -> int:
+        """Of the event that is read next."""
+        return self._number
+
+    def is_past(self, number: int) -> bool:
+        """Whether all events before that one are processed."""
+        return not self._arrivals or self._arrivals[0].number >= number
 
     def peek(self, count: int) -> list[Arrival]:
         """The next events, not removed."""
@@ -506,7 +516,7 @@ class HostWatcher:
     def _take(self, index: int) -> Arrival:
         arrival = self._arrivals[index]
         del self._arrivals[index]
-        self._popped(arrival.raw)
+        self._count(arrival, -1)
         return arrival
 
     def hears(self, inode: Inode) -> bool:
