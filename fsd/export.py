@@ -467,6 +467,9 @@ class Export:
             self.chores.add(self, self._looking_again())
         if self.chores:
             self.counts["faults"] += self.chores.run()
+        for guest in self.guests:
+            if isinstance(guest, ReplayGuest):
+                guest.history.check()
 
     def _due(self, what: str, do: Callable[[], None]) -> None:
         """Work that is due: where it fails, the rest is done, and it is tried again later."""
@@ -632,8 +635,10 @@ class Export:
             if not halves:
                 continue
             if guest is event.origin:
-                guest.count("echo", event.mask)
-                continue
+                if not isinstance(guest, ReplayGuest) or not guest.history.is_awaited(event):
+                    guest.count("echo", event.mask)
+                    continue
+                guest.count("repeated", event.mask)
             self.counts["forwarded"] += 1
             guest.count("forwarded", event.mask)
             if self._follows(guest, event):

@@ -198,8 +198,7 @@ class Nodes:
         inode, attr = entry
         seconds = nanoseconds = attr_seconds = attr_nanoseconds = 0
         if self._service.is_replayer(who):
-            if stat.S_ISDIR(attr.st_mode):
-                attr_nanoseconds = REPLAYER_TIMEOUT_NS
+            attr_nanoseconds = self._replayer_timeout(inode, attr)
         elif self._cached and not (self._is_watched(parent) or self._is_watched(inode.nodeid)):
             seconds, nanoseconds = self._entry_timeout
             attr_seconds, attr_nanoseconds = self._attr_timeout
@@ -221,8 +220,12 @@ class Nodes:
     def _attr_valid(self, who: Caller, inode: Inode, attr: StatLike) -> tuple[int, int]:
         """How long attributes hold that come without a name: seconds, nanoseconds."""
         if self._service.is_replayer(who):
-            return 0, REPLAYER_TIMEOUT_NS if stat.S_ISDIR(attr.st_mode) else 0
+            return 0, self._replayer_timeout(inode, attr)
         return self._attr_timeout if self._cached and not self.is_watched(inode) else (0, 0)
+
+    def _replayer_timeout(self, inode: Inode, attr: StatLike) -> int:
+        sought = self._service.guest.history.is_sought
+        return REPLAYER_TIMEOUT_NS if stat.S_ISDIR(attr.st_mode) and not sought(inode) else 0
 
     def is_watched(self, inode: Inode) -> bool:
         """Whether the guest watches an object, or the directory that it is in."""

@@ -29,6 +29,7 @@ from .fusemessage import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
 from .fusenames import Names
 from .fusenodes import NODES_LIMIT, Caching, Nodes
 from .fusewaiting import Loop, Waiting
+from .history import PATIENCE, Undelivered, Wait
 from .inodes import Inode
 from .leaving import give_back
 from .service import Service
@@ -107,6 +108,8 @@ class FuseSession:
         self._kept = self._options.kept
         service.keep(self._kept)
         service.has_threads, service.close_slowly = True, self._close_slowly
+        notify = self._options.notify
+        service.guest.history.serve(None if notify is None else partial(_take_back, notify))
         self._loop = loop
         self._mounts = service.export.table.mounts
         self._closing: list[int] | None = None  # descriptors, while all are closed
@@ -120,7 +123,6 @@ class FuseSession:
         )
         self._names = Names(service, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
-        notify = self._options.notify
         direct_io = self._options.direct_io
         self._files = Files(
             service, self.nodes, loop, self._waiting, caching, notify=notify, direct_io=direct_io
@@ -157,6 +159,8 @@ class FuseSession:
             self._serve(request)
         except Later as later:
             self._serve_later(request, later.call)
+        except Undelivered as undelivered:
+            self._serve_after(request, undelivered.wait)
         except OSError as error:
             request.fail(error.errno or errno.EIO)
         except fuse.DecodeError as error:
@@ -206,6 +210,40 @@ class FuseSession:
         cancel = _nothing if call.patience is None else self._loop.later(call.patience, fail)
         self._waiting.add(request, cancel, interruptible=False)
         self._loop.in_thread(outcome, done)
+
+    def _serve_after(self, request: Request, wait: Wait) -> None:
+        """The request is served again once the changes before it are delivered, or that takes too
+        long, or who asks does not want to wait any more.
+        """
+        try:
+            self._waiting.check(request)
+        except OSError as error:
+            request.fail(error.errno or errno.EIO)
+            return
+        cancel = _nothing
+
+        def look(seconds: float) -> None:
+            nonlocal cancel
+            if seconds:
+                cancel = self._loop.later(seconds, lambda: look(wait.left()))
+            else:
+                again()
+
+        def stop() -> None:
+            cancel()
+            wait.end()
+
+        def again() -> None:
+            if self._waiting.end(request):
+                self._try(request)
+
+        def give_up() -> None:
+            wait.cut()
+            again()
+
+        wait.begin(lambda: self._loop.soon(again))
+        self._waiting.add(request, stop, instead=give_up)
+        look(PATIENCE)
 
     def _close_slowly(self, fd: int, expected: Events) -> None:
         """To close a descriptor may take long: a thread does. All at the end, one does."""
@@ -396,6 +434,13 @@ class FuseSession:
     def _interrupt(self, request: Request) -> None:
         self._waiting.interrupt(fuse.INTERRUPT_IN.unpack(request.body))
         request.drop()
+
+
+def _take_back(notify: Callable[[bytes], None], inode: Inode) -> None:
+    """FUSE_NOTIFY_INVAL_INODE of the attributes alone, which waits for no lock."""
+    message = fuse.NOTIFY_INVAL_INODE_OUT.pack(inode.nodeid, -1, 0)
+    size = fuse.OUT_HEADER.size + len(message)
+    notify(fuse.OUT_HEADER.pack(size, fuse.NOTIFY_INVAL_INODE, 0) + message)
 
 
 def _nothing() -> None:

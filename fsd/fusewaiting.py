@@ -34,6 +34,7 @@ class _Entry(NamedTuple):
     request: Request
     stop: Callable[[], None]
     interruptible: bool
+    instead: Callable[[], None] | None  # of EINTR
 
 
 class Waiting:
@@ -50,16 +51,27 @@ class Waiting:
             raise OSError(errno.EINVAL, f"request {request.unique} waits already")
 
     def add(
-        self, request: Request, stop: Callable[[], None], *, interruptible: bool = True
+        self,
+        request: Request,
+        stop: Callable[[], None],
+        *,
+        interruptible: bool = True,
+        instead: Callable[[], None] | None = None,
     ) -> None:
-        """The request waits, after ``check``; ``stop`` ends what would have it answered."""
-        self._entries[request.unique] = _Entry(request, stop, interruptible)
+        """The request waits, after ``check``; ``stop`` ends what would have it answered.
+        ``instead`` of EINTR, that is called on an INTERRUPT.
+        """
+        self._entries[request.unique] = _Entry(request, stop, interruptible, instead)
 
     def interrupt(self, unique: int) -> None:
         """INTERRUPT, of a request that may be answered already."""
         entry = self._entries.get(unique)
-        if entry is not None and entry.interruptible:
+        if entry is None or not entry.interruptible:
+            return
+        if entry.instead is None:
             self._end(entry)
+        else:
+            entry.instead()
 
     def suspend(self) -> None:
         """Answer none: all are asked again elsewhere."""

@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ class Task:
     way: Way = ()  # look-ups on the way to where the order acts
     pinned: tuple[Inode, ...] = ()
     attr: StatLike | None = None  # of the child, once it was asked for
+    position: int = 0  # of the event, among all that were queued
     done: float = 0.0  # time.monotonic() at which it was executed
 
 
@@ -69,6 +70,10 @@ def _check_looked_up(task: Task) -> None:
         raise OSError(errno.ESTALE, "not looked up")
 
 
+def _nobody(_task: Task) -> None:
+    """Nobody waits for an order."""
+
+
 class Ledger:
     """Orders handed to the agent and not yet done, oldest first."""
 
@@ -78,6 +83,9 @@ class Ledger:
         self._tasks: deque[Task] = deque()
         self._begun = False
         self.done: list[Task] = []  # taken over by the guest's counters
+        self.on_done: Callable[[Task], None] = _nobody
+        """Told of each order once the agent's call has returned, which its next one shows."""
+        self._returning: Task | None = None
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -97,11 +105,13 @@ class Ledger:
         """The agent asks for more: all it had is executed."""
         while self._tasks:
             self._pop()
+        self._returned()
 
     def failed(self, seq: int) -> Task | None:
         """The agent could not execute order ``seq``; those before it are done."""
         while self._tasks and self._tasks[0].order.seq < seq:
             self._pop()
+        self._returned()
         if self._tasks and self._tasks[0].order.seq == seq:
             task = self._tasks.popleft()
             self._release(task)
@@ -115,6 +125,7 @@ class Ledger:
 
     def abandon(self) -> list[Task]:
         """The agent is gone: orders that it had not executed."""
+        self._returned()
         rest = list(self._tasks)
         self._tasks.clear()
         return rest
@@ -124,6 +135,14 @@ class Ledger:
         task.done = time.monotonic()
         self.done.append(task)
         self._release(task)
+        self._returned()
+        self._returning = task
+
+    def _returned(self) -> None:
+        """The agent asks for something: the call before has returned."""
+        task, self._returning = self._returning, None
+        if task is not None:
+            self.on_done(task)
 
     def _release(self, task: Task) -> None:
         for inode in task.pinned:
@@ -132,6 +151,7 @@ class Ledger:
     def _head(self, *ops: Op) -> Task | None:
         """The order being executed. A CLOSE needs no answer, so what comes after it has begun."""
         self._begun = True
+        self._returned()
         while self._tasks and self._tasks[0].order.op == Op.CLOSE:
             self._pop()
         if self._tasks and (not ops or self._tasks[0].order.op in ops):

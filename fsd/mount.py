@@ -240,6 +240,7 @@ class Mounted:
                 reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or error
                 raise StartError(f"mounting on {mountpoint} failed: {reason}") from None
         service.export.watcher.on_changed = FuseDoor.invalidate
+        service.guest.history.serve(FuseDoor.invalidate)
         return Door(pyfuse3.main, pyfuse3.terminate, pyfuse3.close)
 
     def _mount_raw(self, service: Service) -> Door:

@@ -24,6 +24,7 @@ from . import windows
 from .events import RENAME, Event
 from .guard import Guard
 from .guests import Guest
+from .history import History
 from .host import RENAME_EXCHANGE
 from .inodes import Inode
 from .ledger import Ledger, Step, Task, Way
@@ -44,7 +45,7 @@ HINTS_LIMIT = 4096
 """Processes named to an agent that has not read: beyond it, it is to read the marks of all."""
 WAYS_LIMIT = 8192
 """Look-ups in the ways that are kept, 1 MB: those to some 2,000 directories."""
-HELD_COST = 1000
+HELD_COST = 1200
 """Bytes of an event that waits for an agent, and of what it keeps alive, beside its names."""
 STEP_COST = 100
 """Bytes of one look-up on the way to where an event happened."""
@@ -82,6 +83,7 @@ class ReplayGuest(Guest):
         "_ways",
         "_ways_as_of",
         "began",
+        "history",
         "is_local",
         "is_paused",
         "keeps_names",
@@ -112,6 +114,8 @@ class ReplayGuest(Guest):
         self._table = fs.table
         self._watcher = watcher
         self.ledger = Ledger(fs)
+        self.history = History(self, watcher)
+        self.ledger.on_done = self._done
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
         self.on_agent: Callable[[int], None] = _nobody
         """Told the agent's number whenever that changes."""
@@ -157,6 +161,7 @@ class ReplayGuest(Guest):
     def let_go(self) -> None:
         """There is no agent any more."""
         self.pid = 0
+        self.history.check()
         self.on_agent(0)
 
     def hint(self, pid: int) -> int:
@@ -245,6 +250,7 @@ class ReplayGuest(Guest):
         self._held.clear()
         self._open_close.clear()
         self._opened.clear()
+        self.history.clear()
         self._ways.clear()
         self._way_steps = 0
         self.waiting_until = None
@@ -264,10 +270,15 @@ class ReplayGuest(Guest):
         self._settle()
         if task is None or task.event is None:
             return None
+        self._done(task)
         if task.order.op == Op.OPEN:
             self._not_opened(task.event, task.order)
         self.count("failed", task.event.mask)
         return task.event
+
+    def _done(self, task: Task) -> None:
+        if task.event is not None:
+            self.history.delivered(task.event, task.position)
 
     def _settle(self) -> None:
         for task in self.ledger.done:
@@ -311,7 +322,8 @@ class ReplayGuest(Guest):
         if not self._held or self._held[-1].way is not way:  # else it shares that of the last one
             cost += STEP_COST * len(way)
         cost += STEP_COST * len(way2)
-        self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost))
+        position = self.history.queued(event)
+        self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost, position))
         self._charge(cost)
 
     # Planning
@@ -354,6 +366,7 @@ class ReplayGuest(Guest):
             self._tasks.append(task)
             return
         self.counts["failed"] += 1
+        self._done(task)
         for inode in task.pinned:
             self._table.unpin(inode)
 
@@ -510,7 +523,8 @@ class ReplayGuest(Guest):
         )  # fmt: skip
         counted = None if op == Op.OPEN and event.kind & _CLOSE else event
         way = held.way + held.way2
-        return Task(order, child, counted, target, event.nlink, way, pinned)
+        position = held.position
+        return Task(order, child, counted, target, event.nlink, way, pinned, position=position)
 
     def _way(self, node: Inode) -> Way:
         """The look-ups from the root to a directory, as they are now; kept until one moves."""
@@ -547,6 +561,7 @@ class _Held(NamedTuple):
     way2: Way
     pinned: tuple[Inode, ...]
     cost: int
+    position: int
 
 
 def _file(inode: Inode) -> File:

@@ -51,7 +51,10 @@ class Service(FileService):
                 return self._fs.lookup(node, name)
             finally:
                 self._table.release(node)
-        entry = self._fs.lookup(self._table.get(nodeid), name)
+        directory, history = self._table.get(nodeid), self.guest.history
+        history.begins_lookup(who, directory)
+        entry = self._fs.lookup(directory, name)
+        history.looked_up(who, directory, name, entry.inode)
         self._looked_up(who, entry.inode, entry)
         return entry
 
@@ -72,7 +75,8 @@ class Service(FileService):
         """MKNOD."""
         if self.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFMT(mode))
-        node = self._names(nodeid, name)
+        # bind(2) asks only once (net/unix/af_unix.c).
+        node = (self._names if stat.S_ISSOCK(mode) else partial(self._to_change, who))(nodeid, name)
         with self._own((node, name, Mask.CREATE)):
             return self._fs.mknod(node, name, mode, rdev, who)
 
@@ -80,7 +84,7 @@ class Service(FileService):
         """MKDIR."""
         if self.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFDIR)
-        node = self._names(nodeid, name)
+        node = self._to_change(who, nodeid, name)
         with self._own((node, name, Mask.CREATE)):
             return self._fs.mkdir(node, name, mode, who)
 
@@ -88,7 +92,7 @@ class Service(FileService):
         """SYMLINK."""
         if self.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFLNK)
-        node = self._names(nodeid, name)
+        node = self._to_change(who, nodeid, name)
         with self._own((node, name, Mask.CREATE)):
             return self._fs.symlink(node, name, target, who)
 
@@ -102,8 +106,13 @@ class Service(FileService):
         """LINK."""
         self._refuse_replayer(who, "link")
         inode, node = self._table.get(nodeid), self._names(new_parent, name)
+        again = self.guest.history.changes(who, (node, name))
         about = (node, name, Mask.CREATE), (inode, b"", Mask.ATTRIB)
-        with self._own(*about), writing(who.uid, kill=False):
+        with (
+            self._own(*about),
+            writing(who.uid, kill=False),
+            self.guest.history.coming(who, again),
+        ):
             return self._fs.link(inode, node, name)
 
     def unlink(self, who: Caller, nodeid: int, name: bytes) -> None:
@@ -121,7 +130,7 @@ class Service(FileService):
             except UnexpectedCall as error:
                 raise self._refused(error) from None
             return
-        node = self._names(nodeid, name)
+        node = self._to_change(who, nodeid, name)
         child = node.children.get(name)
         remove = self._fs.rmdir if is_dir else self._fs.unlink
         with (
@@ -141,6 +150,7 @@ class Service(FileService):
                 raise self._refused(error) from None
             return
         old, new = self._names(nodeid, name), self._names(nodeid2, name2)
+        self.guest.history.changes(who, (old, name), (new, name2))
         moved = Mask.MOVED_FROM | (Mask.MOVED_TO if flags & host.RENAME_EXCHANGE else Mask(0))
         arrived = Mask.MOVED_TO | (Mask.MOVED_FROM if flags & host.RENAME_EXCHANGE else Mask(0))
         lost = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
@@ -157,6 +167,12 @@ class Service(FileService):
         ):
             self._fs.rename(old, name, new, name2, flags, who, keep)
 
+    def _to_change(self, who: Caller, nodeid: int, name: bytes) -> Inode:
+        """The directory in which a user changes a name. Raises OSError ESTALE: not now."""
+        node = self._names(nodeid, name)
+        self.guest.history.changes(who, (node, name))
+        return node
+
     def _names(self, nodeid: int, name: bytes) -> Inode:
         """A directory in which names may change: not the hidden one, nor its name."""
         if nodeid >= FSD_DIR or (nodeid == ROOT_ID and name == FSD_NAME):
@@ -171,6 +187,7 @@ class Service(FileService):
         self.check_room()
         self._refuse_replayer(who, "create")
         node = self._names(nodeid, name)
+        again = self.guest.history.changes(who, (node, name))
         opened = opening(flags)
         child = node.children.get(name)
         events: Events = (
@@ -180,7 +197,8 @@ class Service(FileService):
         # An ordinary user acts without CAP_FSETID here anyway.
         kill = kill and not who.uid
         open_file = partial(self._open_file, events, kill)
-        with self._own(*events), host.killing_suid() if kill else nullcontext():
+        suid = host.killing_suid() if kill else nullcontext()
+        with self._own(*events), suid, self.guest.history.coming(who, again):
             entry, handle = self._fs.create(node, name, mode, flags, who, open_file)
         return entry, self._new(handle, who)
 
@@ -212,6 +230,7 @@ class Service(FileService):
         inode = self._table.get(nodeid)
         if self.is_replayer(who):
             return inode, self.guest.ledger.getattr(inode)
+        self.guest.history.asks(who, nodeid)
         if inode.is_placeholder:
             return inode, self.guest.ledger.attributes(inode)
         if inode.is_dir:
@@ -220,6 +239,8 @@ class Service(FileService):
             return inode, self._wherever(inode, partial(self._fs.getattr_by_path, inode))
         except FileNotFoundError:  # a removed directory that somebody works in
             return inode, placeholder_attr(inode, nlink=0)
+        except OSError as error:
+            raise self.guest.history.in_words(who, error) from None
 
     def born_ns(self, who: Caller, nodeid: int) -> int:
         """STATX: time of creation; 0 where that is not known."""

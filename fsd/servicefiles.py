@@ -292,6 +292,7 @@ class FileService:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._check_writable()
         inode = self._table.get(nodeid)
+        again = self.guest.history.opens(who, inode)
         kill = bool(flags & os.O_TRUNC) and (kill or who.uid != 0)
 
         def opened() -> Handle:
@@ -299,7 +300,8 @@ class FileService:
             with self._own(*events):
                 return self._fs.open(inode, flags, partial(self._open_file, events, kill))
 
-        return self._new(self._wherever(inode, opened), who)
+        with self.guest.history.coming(who, again):
+            return self._new(self._wherever(inode, opened), who)
 
     def _replay_open(self, who: Caller, nodeid: int) -> int:
         if len(self._replayed) >= REPLAYED_LIMIT:
@@ -320,6 +322,7 @@ class FileService:
             self.hidden.check(who)
             return self._new(self.hidden.open(nodeid, who, os.O_RDONLY), who)
         inode = self._table.get(nodeid)
+        self.guest.history.opens(who, inode)
         self._looked_up(who, inode)
         with self._own(*self._about(inode, Mask.OPEN)):
             return self._new(self._opened_directory(inode), who)

@@ -131,6 +131,9 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
         "overflows": counts["overflows"],
         "resyncs": counts["resyncs"],
         "refused": counts["refused"],
+        "waited": counts["waited"],
+        "waits_cut": counts["waits_cut"],
+        "repeated": counts["repeated"],
         "by_kind": _by_kind(guest.kinds),
         "latency_ms": {
             "p50": _milliseconds(percentile(guest.latencies, 0.5)),

@@ -14,7 +14,8 @@ _ROWS = (
     ("agent", "agent"), ("marks", "marks"), ("queued", "depth"), ("forwarded", "forwarded"),
     ("own echo", "echo"), ("coalesced", "coalesced"), ("replayed", "replayed"),
     ("failed", "failed"), ("refused", "refused"), ("missed", "missed"),
-    ("overflows", "overflows"), ("resyncs", "resyncs"),
+    ("overflows", "overflows"), ("resyncs", "resyncs"), ("requests waited", "waited"),
+    ("waits cut short", "waits_cut"), ("told again", "repeated"),
 )  # fmt: skip
 _BESIDE = 4
 """Guests shown side by side: their columns fit an ordinary terminal."""

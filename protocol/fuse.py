@@ -174,6 +174,7 @@ POLL_SCHEDULE_NOTIFY = 1 << 0
 MAX_NR_SECCTX = 31
 EXT_GROUPS = 32
 NOTIFY_POLL = 1
+NOTIFY_INVAL_INODE = 2
 
 
 class Wire(Generic[_T]):
@@ -501,6 +502,8 @@ LSEEK_OUT = Wire("fuse_lseek_out", "Q", _first)
 COPY_FILE_RANGE_OUT = Wire("fuse_copy_file_range_out", "Q", _first)
 DIRENT = Wire("fuse_dirent", "QQII", _fields)
 """ino, off, namelen, type; the name follows, then zeros up to a multiple of 8."""
+NOTIFY_INVAL_INODE_OUT = Wire("fuse_notify_inval_inode_out", "Qqq", _fields)
+"""ino, off, len; the attributes alone where off is negative."""
 NOTIFY_POLL_OUT = Wire("fuse_notify_poll_wakeup_out", "Q", _first)
 EXT_HEADER = Wire("fuse_ext_header", "II", _fields)
 """size with this header, type; fuse_secctx_header where type is at most MAX_NR_SECCTX."""

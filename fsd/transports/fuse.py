@@ -28,6 +28,8 @@ from ..appends import Bypass, Ends
 from ..attributes import StatLike
 from ..channel import READY, Channel
 from ..hidden import HiddenHandle
+from ..history import PATIENCE as ORDERS_PATIENCE
+from ..history import Undelivered, Wait
 from ..inodes import Inode
 from ..passthrough import Changes, Entry, Handle
 from ..service import Caller, Service
@@ -67,6 +69,9 @@ def _guarded(handler: _F) -> _F:
                 except Later as later:
                     door._set_outcomes({})
                     outcomes[later.call.what] = await door._make(later.call)
+                except Undelivered as undelivered:
+                    door._set_outcomes({})
+                    await _over(undelivered.wait)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except (pyfuse3.FUSEError, trio.Cancelled):
@@ -134,6 +139,21 @@ def _name_alone(ino: int) -> pyfuse3.EntryAttributes:
     entry.st_mode = 0
     entry.entry_timeout = entry.attr_timeout = 0
     return entry
+
+
+async def _over(wait: Wait) -> None:
+    """Return once the changes before a request are delivered, or that takes too long."""
+    event = trio.Event()
+    wait.begin(event.set)
+    seconds = ORDERS_PATIENCE
+    try:
+        while seconds:
+            with trio.move_on_after(seconds):
+                await event.wait()
+                return
+            seconds = wait.left()
+    finally:
+        wait.end()
 
 
 async def _read(channel: Channel, size: int) -> bytes:
@@ -242,6 +262,8 @@ class FuseDoor(pyfuse3.Operations):
         step (docs/decisions/timeouts.md).
         """
         if inode.is_dir and self._service.is_replayer(_caller(ctx)):
+            if self._service.guest.history.is_sought(inode):
+                return entry
             inode.attr_given = self._service.export.watcher.tells_changes(inode)
             entry.attr_timeout = WATCHED_TIMEOUT if inode.attr_given else DIRECTORY_TIMEOUT
         return entry

@@ -47,6 +47,7 @@ NAMES = {  # where the layout's own tuple does not say them
     "LSEEK_OUT": "offset",
     "COPY_FILE_RANGE_OUT": "bytes_copied",
     "DIRENT": "ino off namelen type",
+    "NOTIFY_INVAL_INODE_OUT": "ino off len",
     "NOTIFY_POLL_OUT": "kh",
     "EXT_HEADER": "size type",
     "SUPP_GROUPS": "nr_groups",

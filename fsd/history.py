@@ -1,0 +1,378 @@
+"""A guest's own requests and the host's changes that it is still to see: one history.
+
+A guest's kernel makes its own events at once, and the host's when the agent re-enacts them. So that
+both come in the order in which they happened, a request about a name with changes that are not
+delivered waits for these (docs/decisions/one-history.md):
+
+    look-up     answered at once, as the kernel holds the directory's lock: the next request of that
+                thread about what was found waits; where that opens a file, the kernel is then to
+                look the name up once more (ESTALE), as the replay has made the name anew
+    mutation    the kernel holds the lock that the replay needs: ESTALE makes it let go and begin
+                anew, and the first request of that walk waits
+
+What went through all the same is told a second time, after the changes before it (``is_awaited``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from protocol.masks import STRUCTURE, Mask
+
+from .events import Event
+from .inodes import Inode
+from .passthrough import Identity
+from .watcher import HostWatcher
+
+if TYPE_CHECKING:
+    from .replayer import ReplayGuest
+
+PATIENCE = 0.25
+"""Seconds that a request waits while nothing is delivered, nor made ready for the agent."""
+LONGEST = 3.0
+"""Seconds that it waits in all: for some 10,000 orders before it. Where what is delivered now is
+later than that, no request waits: it would in vain."""
+PARKED_LIMIT = 24
+"""Requests of one guest that may wait. Well below what a door serves at a time (99 by pyfuse3, 128
+in the shortest virtqueue that is usual), as the agent's own are to go on."""
+WALKS_LIMIT = 256
+"""Threads of one guest that are remembered, some 300 bytes each: those in the middle of a call."""
+RETRIED = 1.0
+"""Seconds within which a call that was sent back comes again, also where others hold the directory;
+after that it is another one, and may be sent back."""
+_STRUCTURE = int(STRUCTURE)
+_COUNTED = _STRUCTURE | int(Mask.MODIFY | Mask.ATTRIB)
+
+Place = tuple[Inode, bytes]
+"""A directory, and a name in it."""
+
+
+class Undelivered(Exception):
+    """The request is to be served again, once ``wait`` is over."""
+
+    def __init__(self, wait: Wait) -> None:
+        super().__init__("changes before it are to be delivered")
+        self.wait = wait
+
+
+@dataclass(slots=True, eq=False)
+class _Walk:
+    """What is known of the call that a thread of the guest is in."""
+
+    places: tuple[Place, ...]
+    nodeid: int = 0  # that it has found at a place with changes under way; 0: it was sent back
+    number: int = 0  # of the next event of the host's as it began, while one before is not routed
+    last: int = 0  # position of the last event that it waits for
+    is_over: bool = False  # it waits no more
+    is_cut: bool = False  # as that took too long
+    until: float = field(default_factory=lambda: time.monotonic() + LONGEST + RETRIED)
+
+    def finish(self) -> None:
+        """It goes on now."""
+        self.is_over = True
+        self.until = time.monotonic() + RETRIED
+
+
+class Wait:
+    """Of one request, which holds no lock of the guest's kernel."""
+
+    def __init__(self, history: History, walk: _Walk) -> None:
+        self._history = history
+        self.walk = walk
+        self._end = time.monotonic() + LONGEST
+        self._seen = history.work
+        self.wake: Callable[[], None] = _nobody
+
+    def begin(self, wake: Callable[[], None]) -> None:
+        """``wake`` is called once it is over, in the middle of other work."""
+        self.wake = wake
+        self._history.waits[self] = None
+
+    def left(self) -> float:
+        """After PATIENCE seconds: how many more there are to wait; 0 where it is over."""
+        history = self._history
+        if not history.is_awaiting(self.walk):
+            return 0.0
+        left = self._end - time.monotonic()
+        if left > 0 and history.work != self._seen:
+            self._seen = history.work
+            return min(left, PATIENCE)
+        history.stalled_at = history.progress
+        self.cut()
+        return 0.0
+
+    def cut(self) -> None:
+        """It is over, though something is still to be delivered."""
+        self.walk.is_over = self.walk.is_cut = True
+        self._history.count_cut()
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        self._history.waits.pop(self, None)
+
+
+class History:
+    """Names of one guest with changes that are not delivered, and who waits for them."""
+
+    def __init__(self, guest: ReplayGuest, watcher: HostWatcher) -> None:
+        self._guest = guest
+        self._watcher = watcher
+        self._is_served = False
+        self._take_back: Callable[[Inode], None] | None = None
+        # Position of the last event that is not delivered: by which the name comes, goes or moves;
+        # and of others
+        self._moves: dict[Place, int] = {}
+        self._touches: dict[Place, int] = {}
+        self._queued = self._delivered = 0  # events, which are delivered in order
+        self._lag = 0.0  # seconds from the last one delivered to when it happened
+        self._walks: dict[int, _Walk] = {}  # by thread, the oldest first
+        self.waits: dict[Wait, None] = {}
+        self.progress = 0  # orders delivered
+        self.stalled_at = -1  # progress at which somebody has waited in vain: nobody else does
+
+    def serve(self, take_back: Callable[[Inode], None] | None) -> None:
+        """The door serves a request again that raised Undelivered. ``take_back`` has the guest's
+        kernel ask for an inode's attributes anew; without it, the replayer's are to run out.
+        """
+        self._is_served, self._take_back = True, take_back
+
+    @property
+    def work(self) -> int:
+        """What is done for the guest, by the agent or before it: it grows."""
+        return self.progress + self._queued
+
+    # Orders
+
+    def queued(self, event: Event) -> int:
+        """An event waits for the agent. Returns its position."""
+        if self._delivered == self._queued:
+            self._lag = 0.0
+        self._queued += 1
+        if event.name and event.kind & _COUNTED:
+            lasts = self._lasts(event)
+            for place in _places(event):
+                lasts[place] = self._queued
+        return self._queued
+
+    def delivered(self, event: Event, position: int) -> None:
+        """It was re-enacted, or given up, and so were those before it."""
+        self._delivered, self._lag = position, time.monotonic() - event.stamp
+        lasts = self._lasts(event)
+        for place in _places(event):
+            if lasts.get(place, position + 1) <= position:
+                del lasts[place]
+        self.progress += 1
+        self.check()
+
+    def _lasts(self, event: Event) -> dict[Place, int]:
+        return self._moves if event.kind & _STRUCTURE else self._touches
+
+    def is_awaited(self, event: Event) -> bool:
+        """Whether a change of this guest's own has overtaken others of the same name, and so is to
+        be told once more after them.
+        """
+        if not event.name or not event.kind & _STRUCTURE:
+            return False
+        return any(p in self._moves or p in self._touches for p in _places(event))
+
+    def clear(self) -> None:
+        """The guest has gone."""
+        self._moves.clear()
+        self._touches.clear()
+        self._delivered = self._queued
+        self._walks.clear()
+        self.check()
+
+    # Requests of the guest's programs
+
+    def begins_lookup(self, who: Identity, directory: Inode) -> None:
+        """Before a LOOKUP. Raises Undelivered."""
+        walk = self._walk(who)
+        if walk is None:
+            return
+        if walk.nodeid:
+            del self._walks[who.pid]
+        elif any(directory is place[0] for place in walk.places):
+            walk.finish()  # its kernel may hold the lock by now
+        else:
+            self._await(walk)
+
+    def looked_up(self, who: Identity, directory: Inode, name: bytes, found: Inode) -> None:
+        """After it."""
+        place = directory, name
+        if self._walk(who) is None and self._may_wait(who, place):
+            self._remember(who, self._begun(_Walk((place,), found.nodeid)))
+
+    def asks(self, who: Identity, nodeid: int) -> None:
+        """Before GETATTR. Raises Undelivered."""
+        walk = self._walk(who)
+        if walk is not None and walk.nodeid in (0, nodeid):
+            self._await(walk)
+
+    @contextmanager
+    def coming(self, who: Identity, again: bool) -> Iterator[None]:
+        """Serve a call that comes for the first time, or ``again``."""
+        try:
+            yield
+        except OSError as error:
+            raise self.in_words(who, error, again=again) from None
+
+    def in_words(self, who: Identity, error: OSError, *, again: bool = False) -> OSError:
+        """How a call fails: on ESTALE the guest's kernel begins it anew, once. After that, it is
+        something that programs know.
+        """
+        if error.errno == errno.ESTALE and (self._has_come_again(who) or again):
+            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return error
+
+    def _has_come_again(self, who: Identity) -> bool:
+        """Whether it has; else it is remembered that it will."""
+        walk = self._walk(who)
+        if walk is not None and not walk.nodeid:
+            return True
+        if self._is_served and self._guest.pid and who.pid:
+            self._remember(who, _retried())
+        return False
+
+    def opens(self, who: Identity, inode: Inode) -> bool:
+        """Before OPEN and OPENDIR. Returns whether it has come again: an ESTALE would be passed on
+        to the program. Raises Undelivered, OSError ESTALE.
+        """
+        walk = self._walk(who)
+        if walk is None:
+            return False
+        if walk.nodeid == inode.nodeid:
+            self._await(walk)
+            if not walk.is_cut and not inode.is_dir:  # the kernel moves a directory's own name
+                self._send_back(who, _retried())
+        del self._walks[who.pid]
+        return not walk.nodeid
+
+    def changes(self, who: Identity, *places: Place) -> bool:
+        """Before a mutation of names. Returns whether it has come again. Raises OSError ESTALE: it
+        is to.
+        """
+        walk = self._walk(who)
+        if walk is not None:
+            del self._walks[who.pid]
+            if not walk.nodeid:
+                return True
+        if self._may_wait(who, *places):
+            if self._take_back is not None:
+                for directory, _ in places:
+                    self._take_back(directory)
+            self._send_back(who, self._begun(_Walk(places)))
+        return False
+
+    def is_sought(self, directory: Inode) -> bool:
+        """Whether a thread that was sent back is to ask for the directory's attributes, before its
+        kernel takes the lock: these must not hold longer.
+        """
+        return any(
+            not walk.nodeid and not walk.is_over and any(directory is p[0] for p in walk.places)
+            for walk in self._walks.values()
+        )
+
+    def _send_back(self, who: Identity, walk: _Walk) -> None:
+        self._remember(who, walk)
+        self._guest.counts["sent_back"] += 1
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _remember(self, who: Identity, walk: _Walk) -> None:
+        self._walks.pop(who.pid, None)
+        self._walks[who.pid] = walk
+        if len(self._walks) > WALKS_LIMIT:
+            del self._walks[next(iter(self._walks))]
+
+    def _walk(self, who: Identity) -> _Walk | None:
+        if not self._walks:
+            return None
+        walk = self._walks.get(who.pid)
+        if walk is not None and time.monotonic() > walk.until:
+            del self._walks[who.pid]
+            return None
+        return walk
+
+    # Waiting
+
+    def _may_wait(self, who: Identity, *places: Place) -> bool:
+        """Whether changes of these names are to be delivered, and are worth waiting for."""
+        guest = self._guest
+        if not self._is_served or not guest.pid or not who.pid or guest.is_paused:
+            return False
+        if not any(map(self._is_changing, places)):
+            return False
+        is_stuck = self.progress == self.stalled_at or self._lag > LONGEST
+        if is_stuck or len(self.waits) >= PARKED_LIMIT:
+            self.count_cut()
+            return False
+        return True
+
+    def _await(self, walk: _Walk) -> None:
+        """Raises Undelivered where there is something to wait for."""
+        if walk.is_over:
+            return
+        if self.is_awaiting(walk):
+            if len(self.waits) < PARKED_LIMIT:
+                self._guest.counts["waited"] += 1
+                raise Undelivered(Wait(self, walk))
+            walk.is_cut = True
+            self.count_cut()
+        walk.finish()
+
+    def is_awaiting(self, walk: _Walk) -> bool:
+        """Whether changes before a call are to be delivered, and are going to be."""
+        if walk.is_over or not self._guest.pid or self._guest.is_paused:
+            return False
+        if walk.number:
+            if not self._watcher.is_past(walk.number):
+                return True
+            walk.number, walk.last = 0, self._last(walk.places)
+        return self._delivered < walk.last
+
+    def _begun(self, walk: _Walk) -> _Walk:
+        """It waits for what has happened up to now."""
+        watcher = self._watcher
+        walk.last = self._last(walk.places)
+        if any(watcher.is_changing(*place, self._guest) for place in walk.places):
+            walk.number = watcher.next_number
+        return walk
+
+    def _last(self, places: tuple[Place, ...]) -> int:
+        return max((self._moves.get(place, 0) for place in places), default=0)
+
+    def _is_changing(self, place: Place) -> bool:
+        """Whether the name comes, goes or stands for another in what is not delivered."""
+        return place in self._moves or self._watcher.is_changing(*place, self._guest)
+
+    def check(self) -> None:
+        """Let those go on whose wait is over."""
+        for wait in [wait for wait in self.waits if not self.is_awaiting(wait.walk)]:
+            wait.end()
+            wait.wake()
+
+    def count_cut(self) -> None:
+        """Somebody has waited in vain."""
+        self._guest.counts["waits_cut"] += 1
+
+
+def _places(event: Event) -> tuple[Place, ...]:
+    place = event.node, event.name
+    return (place,) if event.node2 is None else (place, (event.node2, event.name2))
+
+
+def _retried() -> _Walk:
+    """Of a call that has been sent back, with nothing left to wait for."""
+    walk = _Walk(())
+    walk.finish()
+    return walk
+
+
+def _nobody() -> None:
+    """It does not wait yet."""
