@@ -4,6 +4,9 @@ Before the guest's kernel can hold a mark, its path was looked up through us. So
 a directory that was just looked up, keeps what happens there for a moment, and has the agent read
 the marks of the process that asked. When the mark arrives, what happened since the first look-up
 that no scan has disproved is told: the one by which the mark was set is not older (DESIGN 4.6).
+
+While it is in doubt whether something is to be told, what comes after it waits, so that all is told
+in order. Where the mount is this machine's own, the doubt mostly ends at once (``newmarks``).
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
@@ -23,10 +27,13 @@ from protocol.masks import EVENTS, Mask
 from . import windows
 from .chores import Job, Pause, finish
 from .events import Event
-from .guests import FIRST, MARKS_LIMIT, Guest
+from .guests import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
 from .inodes import Inode
+from .ledger import Ways
+from .newmarks import NewMarks
 from .passthrough import Entry
 from .replayer import ReplayGuest
+from .resync import Changes
 from .seen import Seen, look, missing, own_events
 from .watcher import HOST
 
@@ -35,14 +42,11 @@ if TYPE_CHECKING:
 
 _MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DELETE_SELF)
 _NOTHING = Mask(0)
-HISTORY_LIMIT = 4096
-"""Events kept for one directory. A storm beyond it, where nobody has a mark yet, is not followed
-for the rest of ``windows.KEEP``: it would take the time of those who do watch."""
-
-
+HISTORY_LIMIT = 32_768
+"""Events kept for one directory, twice what the kernel keeps for a watcher that does not read. What
+happens beyond it is told as a difference."""
 HISTORIES_LIMIT = 65_536
-"""Events kept for all of them together, some 60 MB. What happens beyond it is not
-followed either."""
+"""Events kept for all of them together, some 60 MB."""
 DIRECTORIES_LIMIT = 16_384
 """Looked-up directories that are watched for one guest's sake: as many as a program goes through in
 KEEP. Beyond it, what happens before the mark arrives is not told."""
@@ -57,29 +61,88 @@ GROUP_TIME = 0.05
 """Seconds after which a group ends all the same: requests wait meanwhile."""
 
 
-@dataclass(slots=True)
+HOLD_LIMIT = 4096
+"""Events that wait for one guest's scan, at most: some 50 ms of a storm."""
+THREADS_LIMIT = 16
+"""Threads of which the server sees by itself what they watch; more are left to the agent."""
+QUEUE_LOOK = 256
+"""Events of the host's queue among which those of one directory are looked for."""
+MISSED_LIMIT = 4096
+"""Names kept of what does not fit into the history of a directory."""
+HINTS_LIMIT = 8
+"""Hints without an answer that are told apart in one directory."""
+
+
+class _Kept(NamedTuple):
+    """An event that may be told later, by its number in the order of all, and how its places were
+    reached then.
+    """
+
+    number: int
+    event: Event
+    ways: Ways
+
+
+@dataclass(slots=True, eq=False)
 class _LookUp:
     """One guest's look-ups of a directory."""
 
-    hint: int = 0  # of the latest
-    since: float | None = None  # time.monotonic() of the first that no scan has disproved
-    seen: dict[Inode, Seen] = field(default_factory=dict)  # its files
+    open: deque[tuple[int, float]] = field(default_factory=deque)
+    """Of each hint that no scan has answered: its number, and time.monotonic() of the first look-up
+    that it is for."""
+    threads: set[int] = field(default_factory=set)
+    """Who they are of; THREADS_LIMIT and one more stand for any number."""
+    is_doubtful: bool = False
+    """Something has happened since that is to be told if the guest has a new mark."""
+    has_new: bool = False
+    """The server has seen a new mark since the last scan, or cannot see whether there is one."""
+
+    seen: dict[Inode, Seen] = field(default_factory=dict)
+    """Its files."""
+
+    @property
+    def since(self) -> float:
+        """From when on what has happened may be told."""
+        return self.open[0][1] if self.open else math.inf
 
 
 @dataclass(slots=True)
 class _Provisional:
+    inode: Inode
     expires: float = field(default_factory=lambda: time.monotonic() + windows.KEEP)
-    by: dict[Guest, _LookUp] = field(default_factory=dict)
-    history: deque[Event] = field(default_factory=lambda: deque(maxlen=HISTORY_LIMIT))
-    muted: bool = False
+    by: dict[ReplayGuest, _LookUp] = field(default_factory=dict)
+    history: deque[_Kept] = field(default_factory=deque)
+    missed: Changes = field(default_factory=dict)
+    """By name, what was too much to keep."""
+    lost_ns: int = 0
+    """time.time_ns() since which not even names are kept; 0 = they are."""
+
+    @property
+    def muted(self) -> bool:
+        """Whether nothing more is kept."""
+        return bool(self.lost_ns)
 
 
 @dataclass(slots=True)
 class _Marked:
     """A file whose mark is about to apply."""
 
-    by: dict[Guest, Mask] = field(default_factory=dict)
-    events: deque[Event] = field(default_factory=lambda: deque(maxlen=OWN_LIMIT))
+    by: dict[ReplayGuest, Mask] = field(default_factory=dict)
+    events: deque[_Kept] = field(default_factory=lambda: deque(maxlen=OWN_LIMIT))
+
+
+class _Holding:
+    """Events that wait for one guest, behind those that are in doubt."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.events: deque[tuple[_Kept, int]] = deque()
+        self.is_over = False  # it took too long
+
+    def take(self, last: int) -> Iterator[tuple[_Kept, int]]:
+        """Those up to that number wait no longer."""
+        while self.events and self.events[0][0].number <= last:
+            yield self.events.popleft()
 
 
 class Arming:
@@ -93,7 +156,11 @@ class Arming:
         self._seen: Counter[Guest] = Counter()  # files
         self._marked: dict[Inode, _Marked] = {}
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
-        self.deadline = math.inf
+        self._new_marks = NewMarks()
+        self._number = 0  # of the last event
+        self._doubts: dict[ReplayGuest, dict[_LookUp, _Provisional]] = {}
+        self._holding: dict[ReplayGuest, _Holding] = {}
+        self._expiry = math.inf  # of the first provisional watch
 
     def __contains__(self, inode: Inode) -> bool:
         node = self._nodes.get(inode)
@@ -104,37 +171,107 @@ class Arming:
         marked = self._marked.get(inode) if self._marked else None
         return reduce(or_, marked.by.values(), _NOTHING) if marked is not None else _NOTHING
 
+    @property
+    def deadline(self) -> float:
+        """time.monotonic() at which ``expire`` has something to do; inf at rest."""
+        due = self._expiry
+        for guest, holding in self._holding.items():
+            if holding.events:
+                due = min(due, holding.until)
+                if any(not look_up.has_new for look_up in self._doubts.get(guest, ())):
+                    due = min(due, self._new_marks.rest)
+        return due
+
     def looked_up(
-        self, guest: ReplayGuest, directory: Inode, pid: int, file: Entry | None = None
+        self, guest: ReplayGuest, directory: Inode, thread: int, file: Entry | None = None
     ) -> None:
-        """Process ``pid`` of the guest may be about to watch a directory, or a file in it."""
-        hint = guest.hint(pid)
+        """A thread of the guest may be about to watch a directory, or a file in it."""
+        hint = guest.hint(thread)
         node = self._nodes.get(directory)
         known = node is not None and guest in node.by
         if not known and self._counts.get(guest, 0) >= DIRECTORIES_LIMIT:
             return
         if node is None:
-            node = self._nodes[directory] = _Provisional()
+            node = self._nodes[directory] = _Provisional(directory)
             self._export.set_watch(directory)
-            self.deadline = min(self.deadline, node.expires)
+            self._expiry = min(self._expiry, node.expires)
             self._export.watcher.on_arrival()
         if not known:
             self._counts[guest] = self._counts.get(guest, 0) + 1
-        look_up = node.by.setdefault(guest, _LookUp())
-        look_up.hint = hint
+        look_up = node.by.setdefault(guest, _LookUp(has_new=not guest.device))
         if node.muted:
             return
         node.expires = time.monotonic() + windows.KEEP
-        if look_up.since is None:
-            self._export.watcher.drain()  # what is queued happened before
-            look_up.since = time.monotonic()
+        self._export.watcher.drain()  # what is queued happened before
+        if look_up.open and (look_up.is_doubtful or self._is_queued(directory)):
+            self._look(guest, node, look_up, self._new_marks.rest_of_requests)
+        if not look_up.open or (hint > look_up.open[-1][0] and len(look_up.open) < HINTS_LIMIT):
+            look_up.open.append((hint, time.monotonic()))
+        if len(look_up.threads) <= THREADS_LIMIT:
+            look_up.threads.add(thread)
         if file is not None and file.inode not in look_up.seen and self._seen[guest] < SEEN_LIMIT:
             look_up.seen[file.inode] = Seen.of(file.attr)
             self._seen[guest] += 1
 
+    def _is_queued(self, directory: Inode) -> bool:
+        """Whether something may have happened there that is not routed yet."""
+        watcher = self._export.watcher
+        if not watcher.backlog:
+            return False
+        return watcher.backlog > QUEUE_LOOK or watcher.has_any({watcher.wd_of(directory)})
+
+    def _look(self, guest: ReplayGuest, node: _Provisional, look_up: _LookUp, rest: float) -> None:
+        """Where the guest can be seen to have no new mark there, what was before is not to be told.
+        Not before ``rest``.
+        """
+        if look_up.has_new or time.monotonic() < rest:
+            return
+        look_up.has_new = len(look_up.threads) > THREADS_LIMIT or self._new_marks.may_be(
+            look_up.threads, guest.device, partial(self._knows, guest, node.inode, look_up)
+        )
+        if not look_up.has_new:
+            look_up.open = deque([(look_up.open[-1][0], time.monotonic())])
+            self._forget_seen(guest, look_up)
+            self._trim(node)
+            self._doubt_no_more(guest, look_up)
+
+    def _forget_seen(self, guest: ReplayGuest, look_up: _LookUp) -> None:
+        self._seen[guest] -= len(look_up.seen)
+        look_up.seen.clear()
+
+    def _knows(
+        self, guest: ReplayGuest, directory: Inode, look_up: _LookUp, key: NodeKey, bits: int
+    ) -> bool:
+        """Whether a mark is elsewhere, or told of already."""
+        try:
+            inode = self._export.table.find(key)
+        except OSError:
+            return False
+        if directory not in (inode, inode.parent) and inode not in look_up.seen:
+            return True
+        return not bits & int(EVENTS) & ~int(self._export.interest.of(guest, inode))
+
+    def _doubt_no_more(self, guest: ReplayGuest, look_up: _LookUp) -> None:
+        look_up.is_doubtful = False
+        doubts = self._doubts.get(guest)
+        if doubts is None:
+            return
+        doubts.pop(look_up, None)
+        if not doubts:
+            del self._doubts[guest]
+            holding = self._holding.pop(guest, None)
+            if holding is not None:
+                self._let_go(guest, holding)
+
     def expire(self, now: float) -> None:
-        """Drop watches that nobody came for."""
-        if now < self.deadline:
+        """Drop watches that nobody came for, and let nothing wait for too long."""
+        for guest, holding in list(self._holding.items()):
+            if now >= self._new_marks.rest:
+                for look_up, node in list(self._doubts.get(guest, {}).items()):
+                    self._look(guest, node, look_up, self._new_marks.rest)
+            if now >= holding.until and holding.events:
+                self._give_up(guest, holding)
+        if now < self._expiry:
             return
         old = [inode for inode, node in self._nodes.items() if node.expires <= now]
         for inode in old:
@@ -142,26 +279,73 @@ class Arming:
             self._kept -= len(node.history)
             for guest, look_up in node.by.items():
                 self._count_down(guest)
-                self._seen[guest] -= len(look_up.seen)
+                self._forget_seen(guest, look_up)
+                self._doubt_no_more(guest, look_up)
             self._export.set_watch(inode)
-        self.deadline = min((node.expires for node in self._nodes.values()), default=math.inf)
+        self._expiry = min((node.expires for node in self._nodes.values()), default=math.inf)
 
     def remember(self, event: Event) -> None:
         """Keep an event of a looked-up directory, or of a file whose mark is about to apply."""
+        self._number += 1
         if not event.name and event.part_of is None and event.node in self._marked:
-            self._marked[event.node].events.append(event)
+            marked = self._marked[event.node]
+            ways = next(iter(marked.by)).ways(event)
+            marked.events.append(_Kept(self._number, event, ways))
         for inode in {event.node, event.node2}:
             node = self._nodes.get(inode) if inode is not None else None
             if node is None or inode is None:
                 continue
-            is_longer = len(node.history) < HISTORY_LIMIT
-            node.history.append(event)
-            self._kept += is_longer
-            is_full = len(node.history) == HISTORY_LIMIT or self._kept >= HISTORIES_LIMIT
-            if is_full and not node.muted:
-                node.muted = True
-                self._export.counts["muted"] += 1
-                self._export.set_watch(inode)
+            self._ask(node, event)
+            may_be_told = any(event.stamp > look_up.since for look_up in node.by.values())
+            if may_be_told and not node.muted:
+                self._keep(inode, node, event)
+
+    def _keep(self, inode: Inode, node: _Provisional, event: Event) -> None:
+        if len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
+            guest = next(iter(node.by))
+            node.history.append(_Kept(self._number, event, guest.ways(event)))
+            self._kept += 1
+            return
+        for place, missed in missed_by(event):
+            before = node.missed.get(place)
+            node.missed[place] = missed if before is None else before.followed_by(missed)
+        if len(node.missed) > MISSED_LIMIT:
+            node.missed = {p: m for p, m in node.missed.items() if not is_void(*p, m)}
+        if len(node.missed) > MISSED_LIMIT // 2:
+            node.missed.clear()
+            node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
+            self._export.counts["muted"] += 1
+            self._export.set_watch(inode)
+
+    def _ask(self, node: _Provisional, event: Event) -> None:
+        """Doubt for which guests the event is, and look where that can be seen."""
+        for guest, look_up in node.by.items():
+            if event.stamp <= look_up.since or self._is_told(guest, event):
+                continue
+            look_up.is_doubtful = True
+            self._doubts.setdefault(guest, {})[look_up] = node
+            self._look(guest, node, look_up, self._new_marks.rest)
+
+    def holds(self, guest: Guest, event: Event, halves: int) -> bool:
+        """Whether an event for the guest, the last that was remembered, waits for a scan."""
+        if not isinstance(guest, ReplayGuest) or guest not in self._doubts:
+            return False
+        holding = self._holding.get(guest)
+        if holding is None:
+            holding = self._holding[guest] = _Holding(time.monotonic() + windows.HOLD)
+            self._export.watcher.on_arrival()  # there is a deadline
+        if len(holding.events) >= HOLD_LIMIT:
+            self._give_up(guest, holding)
+        if holding.is_over:
+            return False
+        event.settle()
+        holding.events.append((_Kept(self._number, event, guest.ways(event)), halves))
+        return True
+
+    def _give_up(self, guest: ReplayGuest, holding: _Holding) -> None:
+        """Nothing waits until the doubt has ended."""
+        holding.is_over = True
+        self._let_go(guest, holding)
 
     # Scans
 
@@ -180,21 +364,35 @@ class Arming:
         """The guest has gone."""
         self.scan_abort(guest)
         for node in self._nodes.values():
-            if guest in node.by:
-                self._disprove(node, guest)
-                del node.by[guest]
+            if isinstance(guest, ReplayGuest) and node.by.pop(guest, None) is not None:
+                self._trim(node)
         self._counts.pop(guest, None)
         del self._seen[guest]
+        if isinstance(guest, ReplayGuest):
+            self._doubts.pop(guest, None)
+            self._holding.pop(guest, None)
 
-    def _disprove(self, node: _Provisional, guest: Guest) -> None:
-        """The guest has no mark there that was set by the look-ups so far."""
+    def _disprove(self, node: _Provisional, guest: ReplayGuest, hint: int) -> None:
+        """The guest has no mark there that was set by the look-ups up to that hint."""
         look_up = node.by[guest]
-        look_up.since = None
-        self._seen[guest] -= len(look_up.seen)
-        look_up.seen.clear()
-        if all(look_up.since is None for look_up in node.by.values()):
-            self._kept -= len(node.history)
-            node.history.clear()
+        look_up.has_new = not guest.device
+        while look_up.open and look_up.open[0][0] <= hint:
+            look_up.open.popleft()
+        if not look_up.open:
+            look_up.threads.clear()
+            self._forget_seen(guest, look_up)
+        self._trim(node)
+        if not any(kept.event.stamp > look_up.since for kept in reversed(node.history)):
+            self._doubt_no_more(guest, look_up)
+
+    def _trim(self, node: _Provisional) -> None:
+        """Forget what nobody is told any more."""
+        since = min((look_up.since for look_up in node.by.values()), default=math.inf)
+        while node.history and node.history[0].event.stamp <= since:
+            node.history.popleft()
+            self._kept -= 1
+        if not node.history:
+            node.missed.clear()
 
     def _count_down(self, guest: Guest) -> None:
         count = self._counts[guest] - 1
@@ -226,29 +424,34 @@ class Arming:
                 key = inode.key if inode is not None else NodeKey(0, 0)
                 if key not in published:
                     updates.append((key, 0))
+        told: dict[int, tuple[_Kept, int]] = {}
         done = 0
-        while done < len(updates):
-            group = updates[done : done + GROUP]
-            files = self._watch_files(guest, group)
-            try:
-                yield from self._routing()
-                done += self._apply(guest, group, files, failed)
-            finally:
-                for inode in files:
-                    self._let_go(guest, inode)
-            yield None
+        try:
+            while done < len(updates):
+                group = updates[done : done + GROUP]
+                files = self._watch_files(guest, group)
+                try:
+                    yield from self._routing()
+                    done += self._apply(guest, group, files, failed, told)
+                finally:
+                    for inode in files:
+                        self._unwatch_file(guest, inode)
+                yield None
+        finally:
+            self._tell(guest, told)
+            self._tell_missed(guest, updates[:done])
         for node in self._nodes.values():
-            look_up = node.by.get(guest)
-            if look_up is not None and look_up.hint <= hint:
-                self._disprove(node, guest)
+            if guest in node.by:
+                self._disprove(node, guest, hint)
         return failed
 
     def _routing(self) -> Job[None]:
         """All that has happened so far."""
         self._export.watcher.drain()
-        while self._export.is_behind:
+        now = time.monotonic()
+        while not self._export.has_routed(now):
             self._export.route(GROUP)
-            if self._export.is_behind:
+            if not self._export.has_routed(now):
                 yield Pause.LATER
 
     def _watch_files(
@@ -271,7 +474,7 @@ class Arming:
                 break
         return files
 
-    def _let_go(self, guest: ReplayGuest, inode: Inode) -> None:
+    def _unwatch_file(self, guest: ReplayGuest, inode: Inode) -> None:
         """Its mark applies, or does not."""
         marked = self._marked[inode]
         del marked.by[guest]
@@ -285,13 +488,13 @@ class Arming:
         updates: list[tuple[NodeKey, int]],
         files: dict[Inode, Seen | None],
         failed: list[tuple[NodeKey, Exception]],
+        told: dict[int, tuple[_Kept, int]],
     ) -> int:
-        """How many of them are done."""
+        """How many of them are done. Adds what is to be told now, by number."""
         export = self._export
-        kept, seen = self._since_look_ups(guest)
-        own = [event for inode in files for event in self._marked[inode].events]
-        events = sorted((*kept, *own), key=lambda event: event.stamp)
-        untold = [event for event in events if not self._is_told(guest, event)]
+        found, seen = self._since_look_ups(guest)
+        found |= {kept.number: kept for inode in files for kept in self._marked[inode].events}
+        untold = [kept for kept in found.values() if not self._is_told(guest, kept.event)]
         end = time.monotonic() + GROUP_TIME
         done = 0
         for key, bits in updates:
@@ -302,29 +505,40 @@ class Arming:
                 failed.append((key, error))
             if time.monotonic() > end:
                 break
-        for event in untold:
-            self._tell(guest, event)
+        for kept in untold:
+            if (wanted := self._wanted(guest, kept)) is not None:
+                told[kept.number] = wanted
+        events = [found[number].event for number in sorted(found)]
         for inode, now in files.items():
             mask = missing(seen.get(inode), now, own_events(inode, events, guest))
-            wanted = int(export.interest.of(guest, inode))
+            interest = int(export.interest.of(guest, inode))
             for bit in (_MODIFY, _ATTRIB, _DELETE_SELF):
-                if mask & bit and (wanted & bit or (wanted and bit == _DELETE_SELF)):
-                    guest.offer(Event(inode, bit, b"", 0, HOST, time.monotonic(), inode), FIRST)
+                if mask & bit and (interest & bit or (interest and bit == _DELETE_SELF)):
+                    event = Event(inode, bit, b"", 0, HOST, time.monotonic(), inode)
+                    self._number += 1
+                    told[self._number] = _Kept(self._number, event, guest.ways(event)), FIRST
         return done
 
-    def _since_look_ups(self, guest: ReplayGuest) -> tuple[dict[Event, None], dict[Inode, Seen]]:
+    def _tell_missed(self, guest: Guest, updates: list[tuple[NodeKey, int]]) -> None:
+        """What was too much to keep is told as a difference."""
+        marked = {key for key, bits in updates if bits}
+        for inode, node in self._nodes.items():
+            if (node.missed or node.lost_ns) and inode.key in marked:
+                guest.has_missed(node.missed, node.lost_ns)
+
+    def _since_look_ups(self, guest: ReplayGuest) -> tuple[dict[int, _Kept], dict[Inode, Seen]]:
         """What has happened where the guest has looked; and files as it saw them."""
-        events: dict[Event, None] = {}
+        found: dict[int, _Kept] = {}
         seen: dict[Inode, Seen] = {}
         for node in self._nodes.values():
             look_up = node.by.get(guest)
-            if look_up is None or look_up.since is None:
+            if look_up is None or not look_up.open:
                 continue
             seen.update(look_up.seen)
-            for event in node.history:
-                if event.stamp > look_up.since:
-                    events[event] = None
-        return events, seen
+            for kept in node.history:
+                if kept.event.stamp > look_up.since:
+                    found[kept.number] = kept
+        return found, seen
 
     def _is_told(self, guest: ReplayGuest, event: Event) -> bool:
         export = self._export
@@ -334,12 +548,31 @@ class Arming:
             int(export.interest.of(guest, event.child)) & event.kind
         )
 
-    def _tell(self, guest: ReplayGuest, event: Event) -> None:
+    def _wanted(self, guest: ReplayGuest, kept: _Kept) -> tuple[_Kept, int] | None:
+        """What of an event the guest has asked for by now."""
+        event = kept.event
         halves = self._export.wanted_halves(guest, event)
         if halves:
-            guest.offer(event, halves)
-        elif event.child is not None and event.name:
+            return kept, halves
+        if event.child is not None and event.name:
             mask = int(self._export.interest.of(guest, event.child))
             if mask & event.kind:  # the mark is on the file itself
                 own = Event(event.child, event.mask, b"", 0, event.origin, event.stamp, event.child)
-                guest.offer(own, FIRST)
+                return kept._replace(event=own), FIRST
+        return None
+
+    def _tell(self, guest: ReplayGuest, told: dict[int, tuple[_Kept, int]]) -> None:
+        """Tell these, each behind what waits and is older."""
+        if not told:
+            return
+        last = max(told)
+        holding = self._holding.get(guest)
+        if holding is not None:
+            told |= {kept.number: (kept, halves) for kept, halves in holding.take(last)}
+        for _, (kept, halves) in sorted(told.items()):
+            guest.offer(kept.event, halves, kept.ways)
+
+    def _let_go(self, guest: ReplayGuest, holding: _Holding) -> None:
+        """Tell what waits."""
+        for kept, halves in holding.take(self._number):
+            guest.offer(kept.event, halves, kept.ways)

@@ -516,6 +516,11 @@ class Export:
         """Whether something that has happened is not routed yet."""
         return bool(self._steps or self.watcher.backlog)
 
+    def has_routed(self, stamp: float) -> bool:
+        """Whether everything is routed that was read from the host up to then."""
+        waiting = self.watcher.peek(1)
+        return not self._steps and (not waiting or waiting[0].stamp > stamp)
+
     @property
     def is_busy(self) -> bool:
         """Whether there is work for the next turn."""
@@ -644,7 +649,8 @@ class Export:
             if self._follows(guest, event):
                 guest.count("coalesced", event.mask)
                 continue
-            guest.offer(event, halves)
+            if not self.arming.holds(guest, event, halves):
+                guest.offer(event, halves)
 
     def _follows(self, guest: Guest, event: Event) -> bool:
         """Whether a guest's kernel makes the event by itself, from what it is told by name."""

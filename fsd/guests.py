@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,6 +21,9 @@ from .events import Event
 from .inodes import Inode
 from .listings import Missed, of_inode
 from .watcher import Origin
+
+if TYPE_CHECKING:
+    from .ledger import Ways
 
 log = structlog.get_logger()
 OUTBOX_LIMIT = 262_144
@@ -44,6 +48,7 @@ MARKS_LIMIT = 524_288
 """Marks of one guest: as high as editors advise to set max_user_watches; some 0.5 GB without host
 watches, whose number has a limit of its own (fsd.watches)."""
 
+_LEAVES = int(Mask.DELETE | Mask.MOVED_FROM)
 _numbers = itertools.count(1)
 _LOST = frames.Event(0, 0, int(Mask.Q_OVERFLOW), 0, b"")
 FIRST, SECOND = 1, 2
@@ -125,27 +130,43 @@ class Guest(Origin):
         """Events queued and not yet delivered."""
         raise NotImplementedError
 
-    def enqueue(self, event: Event, halves: int) -> None:
-        """Queue an event that the guest is interested in."""
+    def enqueue(self, event: Event, halves: int, ways: Ways | None = None) -> None:
+        """Queue an event that the guest is interested in. ``ways``: how its places were reached,
+        where it is not the present that counts.
+        """
         raise NotImplementedError
 
-    def offer(self, event: Event, halves: int = FIRST) -> None:
-        """Queue an event, or note it as missed. Of a rename, ``halves`` are asked for. Nobody
-        changes it any more.
+    def offer(self, event: Event, halves: int = FIRST, ways: Ways | None = None) -> None:
+        """Queue an event (see ``enqueue``), or note it as missed. Of a rename, ``halves`` are asked
+        for. Nobody changes it any more.
         """
         if self.has_left:
             return
         event.settle()
         if self.missing or self.depth >= self.limit or self.account.is_full:
-            if not self.missing:
-                self.missing = True
-                ago = time.monotonic() - event.stamp + QUEUED
-                self._missing_since = time.time_ns() - int(ago * 1e9)
-                self.counts["overflows"] += 1
+            self._begin_missing(event.stamp)
             self.note_missed(event)
             return
-        self.enqueue(event, halves)
+        self.enqueue(event, halves, ways)
         self.max_depth = max(self.max_depth, self.depth)
+        self.wake()
+
+    def _begin_missing(self, stamp: float) -> None:
+        if not self.missing:
+            self.missing = True
+            ago = time.monotonic() - stamp + QUEUED
+            self._missing_since = time.time_ns() - int(ago * 1e9)
+            self.counts["overflows"] += 1
+
+    def has_missed(self, missed: dict[tuple[Inode, bytes], Missed], lost_since: int) -> None:
+        """These are told as a difference, once the outbox is empty; and all that has changed since
+        ``lost_since`` (time.time_ns(); 0 = no more than these).
+        """
+        self._begin_missing(time.monotonic())
+        for (node, name), one in missed.items():
+            self.miss(node, name, one)
+        if lost_since and not self.lost_since:
+            self.lost_since = lost_since
         self.wake()
 
     def note_missed(self, event: Event) -> None:
@@ -153,12 +174,8 @@ class Guest(Origin):
         self.counts["missed"] += 1
         if self.lost_since:
             return
-        places = [(event.node, event.name, event.before)]
-        if event.node2 is not None:
-            replaced = of_inode(event.replaced) if event.replaced is not None else None
-            places.append((event.node2, event.name2, replaced))
-        for node, name, before in places:
-            self.miss(node, name, Missed(before, event.mask))
+        for (node, name), missed in missed_by(event):
+            self.miss(node, name, missed)
         if len(self.missed) >= self._prune_at or self.account.is_overdrawn:
             self._prune()
 
@@ -169,12 +186,12 @@ class Guest(Origin):
             self.missed[node, name] = missed
             self._charge(MISSED_COST + len(name))
         else:
-            self.missed[node, name] = Missed(old.before, old.mask | missed.mask)
+            self.missed[node, name] = old.followed_by(missed)
 
     def _prune(self) -> None:
         """Drop names that came and went meanwhile; where too many are left, all of them."""
         kept = {
-            place: missed for place, missed in self.missed.items() if not _is_void(*place, missed)
+            place: missed for place, missed in self.missed.items() if not is_void(*place, missed)
         }
         self._forget_missed(kept)
         self._prune_at = max(PRUNE_AT, 2 * len(kept))
@@ -209,7 +226,18 @@ class Guest(Origin):
         self.latencies.append(latency)
 
 
-def _is_void(node: Inode, name: bytes, missed: Missed) -> bool:
+def missed_by(event: Event) -> Iterator[tuple[tuple[Inode, bytes], Missed]]:
+    """What somebody has missed who was not told of the event, by place."""
+    before = event.before
+    if before is None and event.kind & _LEAVES and event.name and event.child is not None:
+        before = of_inode(event.child)  # of a directory whose names were not known
+    yield (event.node, event.name), Missed(before, event.mask)
+    if event.node2 is not None:
+        replaced = of_inode(event.replaced) if event.replaced is not None else None
+        yield (event.node2, event.name2), Missed(replaced, event.mask)
+
+
+def is_void(node: Inode, name: bytes, missed: Missed) -> bool:
     """Whether the name was not there before, and is not now."""
     if missed.before is not None or not name:
         return False
@@ -242,7 +270,7 @@ class Observer(Guest):
         """Events queued."""
         return len(self._outbox)
 
-    def enqueue(self, event: Event, halves: int) -> None:
+    def enqueue(self, event: Event, halves: int, ways: Ways | None = None) -> None:
         """Queue the event's frames: a rename has two, an exchange four."""
         isdir = event.mask & int(Mask.ISDIR)
         replaced = event.replaced
@@ -351,7 +379,7 @@ class HandMarks(Guest):
         """Nothing is queued."""
         return 0
 
-    def enqueue(self, event: Event, halves: int) -> None:
+    def enqueue(self, event: Event, halves: int, ways: Ways | None = None) -> None:
         """Count it."""
         self.delivered(event.mask, time.monotonic() - event.stamp)
 

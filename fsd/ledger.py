@@ -36,6 +36,8 @@ class Step(NamedTuple):
 
 
 Way = tuple[Step, ...]
+Ways = tuple[Way, Way]
+"""To both places of a rename; else the second is empty."""
 
 
 @dataclass(slots=True, eq=False)

@@ -90,6 +90,10 @@ class Missed(NamedTuple):
     before: Known | None
     mask: int
 
+    def followed_by(self, later: Missed) -> Missed:
+        """Both of the same name: what was known before the first counts."""
+        return Missed(self.before, self.mask | later.mask)
+
 
 def changed_since(status: os.stat_result, seen_ns: int) -> tuple[bool, bool]:
     """Whether (content, anything) changed after that time. ctime cannot be set by anyone."""

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from .export import Export
 from .fusesession import SessionOptions
 from .guard import Guard
 from .mount_agent import AgentError, AgentProcess
+from .replayer import ReplayGuest
 from .saving import Saver, open_export
 from .scheduling import shorten_turns, spare_collections
 from .service import Service
@@ -168,8 +170,8 @@ class Mounted:
             cleanup.callback(export.close)
             saver = Saver(export, self._state)
             export.checkpoint = saver.save
-            self._serves = export.table.mounts.serves
             guest = export.add_replayer(options.mountpoint, is_local=True)
+            self._serves = partial(_serves, export, guest)
             service = Service(export, guest)
             cleanup.callback(service.close)
             if options.agent:
@@ -313,6 +315,12 @@ class Mounted:
                 raise StartError(str(error)) from None
         if starting.cancelled_caught:
             raise StartError(f"{mountpoint} is not usable after {READY_TIMEOUT:.0f} s")
+
+
+def _serves(export: Export, guest: ReplayGuest, device: int) -> None:
+    """The mount is there, with that st_dev."""
+    export.table.mounts.serves(device)
+    guest.device = device
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from .guests import Guest
 from .history import History
 from .host import RENAME_EXCHANGE
 from .inodes import Inode
-from .ledger import Ledger, Step, Task, Way
+from .ledger import Ledger, Step, Task, Way, Ways
 from .openers import File, Openers
 from .openings import Evidence, Need, Wait, closes_of, judge
 from .passthrough import PassthroughFS
@@ -83,6 +83,7 @@ class ReplayGuest(Guest):
         "_ways",
         "_ways_as_of",
         "began",
+        "device",
         "history",
         "is_local",
         "is_paused",
@@ -108,6 +109,7 @@ class ReplayGuest(Guest):
         super().__init__(name, limit=limit)
         self._openers = openers
         self.is_local = is_local  # its users are this machine's, and no other's
+        self.device = 0  # st_dev of the mount, where it is this machine's
         self.began = time.time()
         self.nodes_held: Callable[[], int] = _none_known
         """How many nodes its kernel holds."""
@@ -298,7 +300,7 @@ class ReplayGuest(Guest):
         """Events and orders queued."""
         return len(self._held) + len(self._tasks) + len(self.ledger)
 
-    def enqueue(self, event: Event, halves: int) -> None:
+    def enqueue(self, event: Event, halves: int, ways: Ways | None = None) -> None:
         """Queue an event to be planned, in order."""
         kind, child, replaced = event.kind, event.child, event.replaced
         if not event.name:
@@ -313,11 +315,10 @@ class ReplayGuest(Guest):
         if kind & (_OPEN | _CLOSE):
             what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
             self._open_close.setdefault(child, deque()).append(what)
-        way2 = self._way(event.node2) if event.node2 is not None else ()
+        way, way2 = ways or self.ways(event)
         pinned = tuple(i for i in (child, replaced, event.node, event.node2) if i is not None)
         for inode in pinned:
             self._table.pin(inode)
-        way = self._way(event.node)
         cost = HELD_COST + len(event.name) + len(event.name2)
         if not self._held or self._held[-1].way is not way:  # else it shares that of the last one
             cost += STEP_COST * len(way)
@@ -325,6 +326,10 @@ class ReplayGuest(Guest):
         position = self.history.queued(event)
         self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost, position))
         self._charge(cost)
+
+    def ways(self, event: Event) -> Ways:
+        """How the places of an event are reached now."""
+        return self._way(event.node), self._way(event.node2) if event.node2 is not None else ()
 
     # Planning
 

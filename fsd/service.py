@@ -233,8 +233,7 @@ class Service(FileService):
         self.guest.history.asks(who, nodeid)
         if inode.is_placeholder:
             return inode, self.guest.ledger.attributes(inode)
-        if inode.is_dir:
-            self._looked_up(who, inode)
+        self._looked_up(who, inode)  # a mark may be set by a descriptor, without a look-up
         try:
             return inode, self._wherever(inode, partial(self._fs.getattr_by_path, inode))
         except FileNotFoundError:  # a removed directory that somebody works in

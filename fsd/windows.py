@@ -38,5 +38,7 @@ PLAN_AHEAD = 1024
 
 KEEP = 3.0
 """That a directory stays watched that a guest has looked up, for the mark that may come."""
+HOLD = 0.25
+"""That events wait behind those of a directory that may have a new mark, for the agent's answer."""
 WARM = 1.0
 """That the kernel is taken to keep the dentries of a directory that was just used."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from protocol.frames import ALIAS, FSD_DIR, STAGING, Message, Op, Order
+from protocol.frames import ALIAS, FSD_DIR, ROOT, STAGING, Message, Op, Order
 from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
 from protocol.masks import Mask
 
@@ -164,11 +164,13 @@ class Replayer:
     def _directory(self, nodeid: int, generation: int, path: bytes) -> int:
         if nodeid > FSD_DIR:
             return self._view.hidden(nodeid)
-        if not path:
+        if nodeid == ROOT:
             return self._view.root_fd
         fd = self._directories.get((nodeid, generation))
         if fd is None:
             fd = self._by_handle(nodeid, generation)
+            if fd < 0 and not path:
+                raise OSError(errno.ESTALE, "no way leads to the directory")
             if fd < 0:
                 # The server answers each step as of the event.
                 fd = reach(self._view.root_fd, path, directory=True)

@@ -16,6 +16,8 @@ VERSION = 1
 MAX_FRAME = 64 * 1024
 """Longest frame accepted: two paths of PATH_MAX, two names and room. Statistics come in parts."""
 
+ROOT = 1
+"""The root of the mount, FUSE_ROOT_ID."""
 # Nodes that exist only in the mount. Above 2**63, where no host inode number is used.
 FSD_DIR = 1 << 63 | 1  # .fsd itself
 CONTROL = 1 << 63 | 2  # .fsd/control, the replayer's channel

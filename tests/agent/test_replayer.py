@@ -15,7 +15,7 @@ import pytest
 
 from guest_tools import beneath, kernel
 from guest_tools.replayer import Replayer
-from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
+from protocol.frames import ALIAS, CONTROL, FSD_DIR, ROOT, STAGING, Op, Order
 from protocol.masks import Mask
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts, which only root can")
@@ -29,7 +29,9 @@ def order(op: int, name: bytes, path: bytes, mode: int = FILE, arg: int = 0, **m
     ``new`` there.
     """
     name2 = b"new" if op == Op.RENAME else b""
-    fields = {"seq": 1, "nodeid": 99, "generation": 0, "nodeid2": 99, "generation2": 0, **more}
+    nodeid = 99 if path else ROOT
+    fields = {"seq": 1, "nodeid": nodeid, "generation": 0, "nodeid2": nodeid, "generation2": 0}
+    fields |= more
     return Order(op=op, mode=mode, arg=arg, name=name, name2=name2, path=path, path2=path, **fields)
 
 
@@ -138,6 +140,22 @@ def test_names_that_no_honest_server_gives(
     for hidden in (STAGING, ALIAS):
         there = (one._replace(nodeid=hidden, nodeid2=hidden) for one in acts(name, b""))
         hurts_nobody(replayer, share, outside, there)
+
+
+def test_what_no_way_leads_to_is_not_the_root(
+    places: tuple[Path, Path], replayer: Replayer
+) -> None:
+    """A directory that is gone has no path: what was in it is not looked for in the root."""
+    share, outside = places
+    for name in ("file", "dir"):
+        (share / name).mkdir() if name == "dir" else (share / name).touch()
+        lost = (one._replace(nodeid=99, nodeid2=99) for one in acts(name.encode(), b""))
+        hurts_nobody(replayer, share, outside, lost)
+        assert (share / name).exists()
+    assert replayer.execute(order(Op.REMOVE, b"file", b"", nodeid=99)) == errno.ESTALE
+    to_nowhere = order(Op.RENAME, b"file", b"")._replace(nodeid2=99)
+    assert replayer.execute(to_nowhere) == errno.ESTALE
+    assert sorted(os.listdir(share)) == [".fsd", "d", "dir", "file"]
 
 
 def test_numbers_that_no_honest_server_gives(places: tuple[Path, Path], replayer: Replayer) -> None:

@@ -31,7 +31,7 @@ PURE = {
     "os.getgroups", "os.stat_result", "os.statvfs_result", "os.DirEntry", "os.fspath",
     "os.set_blocking", "os.set_inheritable", "select.poll",
     "host.is_gone", "host.fd_path", "host.fdinfo_path", "host.mountinfo_path",
-    "host.use_working_directory_as_process",
+    "host.use_working_directory_as_process", "host.sees_processes",
 }  # fmt: skip
 """Names in the table's sources that make no system call, or one that cannot fail."""
 LEFT_OUT = {

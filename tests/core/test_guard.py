@@ -92,7 +92,7 @@ async def test_the_end_of_a_watch(world: World, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(world.export, "set_watch", failing(world.export.set_watch))
     for node in world.export.arming._nodes.values():
         node.expires = 0.0
-    world.export.arming.deadline = 0.0
+    world.export.arming._expiry = 0.0
     with structlog.testing.capture_logs() as logs:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Pump(world.export).run)

@@ -1,0 +1,93 @@
+"""Whether programs of this machine hold marks that the agent has not told of yet.
+
+Where a mount is this machine's own, the server can look by itself at the very moment that decides:
+when something happens in a directory that was just looked up, or it is looked up again since. What
+is read is /proc/PID/fdinfo, which asks no file system. Apart from the agent, which finds out what
+the marks are, and from ``arming``, which decides what is to be told.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+
+from protocol.fdinfo import MarkInfo, parse_fdinfo
+from protocol.handles import NodeKey, decode_fh
+
+from . import host
+
+SHARE = 4.0
+"""A look is followed by at least this many times its own duration without one, where something
+happens; by a quarter of that, where it would decide a request of the guest."""
+SLOW = 0.005
+"""Seconds of a look after which its threads are left to the agent for SLOW_SHARE times as long:
+they have very many marks."""
+SLOW_SHARE = 99.0
+DESCRIPTORS_LIMIT = 256
+"""Descriptors of a process that are looked at; one with more is left to the agent."""
+_NOTIFY = ("anon_inode:inotify", "anon_inode:[fanotify]")
+
+
+class NewMarks:
+    """What can be seen in /proc."""
+
+    def __init__(self) -> None:
+        self.rest = 0.0
+        """time.monotonic() from which on ``may_be`` is to be asked again."""
+        self.rest_of_requests = 0.0
+        """The same for a request."""
+        self._slow: dict[int, float] = {}  # threads: until when they are left to the agent
+
+    def may_be(
+        self, threads: Iterable[int], device: int, is_known: Callable[[NodeKey, int], bool]
+    ) -> bool:
+        """Whether one of the threads' processes may hold a mark on the mount with that st_dev which
+        ``is_known`` denies. False is certain, as of now.
+        """
+        began, worked = time.monotonic(), time.thread_time()
+        if not host.sees_processes():
+            return True
+        sdev = os.major(device) << 20 | os.minor(device)
+        try:
+            return any(
+                self._slow.get(thread, 0.0) > began or _has_new(thread, sdev, is_known)
+                for thread in threads
+            )
+        except (OSError, ValueError):  # it cannot be looked at, or has ended
+            return True
+        finally:
+            took = time.thread_time() - worked  # not what others have done meanwhile
+            now = time.monotonic()
+            self.rest = now + SHARE * took
+            self.rest_of_requests = now + SHARE / 4 * took
+            if took > SLOW:
+                self._slow = {pid: end for pid, end in self._slow.items() if end > now}
+                self._slow.update(dict.fromkeys(threads, now + SLOW_SHARE * took))
+
+
+def _has_new(thread: int, sdev: int, is_known: Callable[[NodeKey, int], bool]) -> bool:
+    seen = 0
+    with os.scandir(f"/proc/{thread}/fd") as entries:
+        for entry in entries:
+            seen += 1
+            if seen > DESCRIPTORS_LIMIT:
+                return True
+            try:
+                if os.readlink(entry.path) not in _NOTIFY:
+                    continue
+                with open(f"/proc/{thread}/fdinfo/{entry.name}") as info:
+                    text = info.read()
+            except FileNotFoundError:  # closed meanwhile
+                continue
+            if any(_is_new(mark, sdev, is_known) for mark in parse_fdinfo(text)):
+                return True
+    return not seen  # its first thread may have ended
+
+
+def _is_new(mark: MarkInfo, sdev: int, is_known: Callable[[NodeKey, int], bool]) -> bool:
+    if mark.family != "inotify":
+        return mark.sdev in (0, sdev)  # of a mount, or with bits of its own: the agent's
+    if mark.sdev != sdev:
+        return False
+    return not is_known(decode_fh(mark.handle_type, mark.handle), mark.mask)

@@ -1,0 +1,302 @@
+"""Around a new mark everything is as natively: the same steps in a directory of this machine and
+through a mount give the same events, whatever was looked at, or happened, just before.
+
+Each case is given the watched directory and the one in which the host makes its changes, which is
+the same one natively.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fsd.windows import KEEP
+from protocol.inotify import parse_events
+from protocol.masks import Mask, names
+from tests.support.mounts import Mount, mounted
+
+Case = Callable[[Path, Path], list[str]]
+NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
+ALL = 0xFFF
+_libc = ctypes.CDLL(None, use_errno=True)
+QUIET = 0.4
+"""Seconds without an event after which no more are expected."""
+BUSY = """
+import os, sys, time
+print("looking", flush=True)
+while True:
+    os.stat(sys.argv[1])
+    time.sleep(0.02)
+"""
+
+
+class Watch:
+    """An inotify instance of this process."""
+
+    def __init__(self) -> None:
+        self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._labels: dict[int, str] = {}
+
+    def add(self, path: Path | str, mask: int, label: str = "") -> None:
+        """Set a mark."""
+        wd = _libc.inotify_add_watch(self._fd, os.fsencode(path), ctypes.c_uint32(mask))
+        if wd < 0:
+            raise OSError(ctypes.get_errno(), "inotify_add_watch", str(path))
+        self._labels[wd] = label
+
+    def read(self, until: str = "", quiet: float = QUIET) -> list[str]:
+        """Events until one of that text has come, or until none comes for a while."""
+        events: list[str] = []
+        while True:
+            wait = 20.0 if until and until not in events else quiet
+            if (until and until in events) or not select.select([self._fd], [], [], wait)[0]:
+                return events
+            for raw in parse_events(os.read(self._fd, 1 << 20)):
+                label = self._labels.get(raw.wd, "")
+                kinds = "|".join(names(raw.mask)).upper() or hex(raw.mask)
+                events.append(f"{label} {kinds} {os.fsdecode(raw.name)}".strip())
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
+@contextmanager
+def watch() -> Iterator[Watch]:
+    instance = Watch()
+    try:
+        yield instance
+    finally:
+        instance.close()
+
+
+@pytest.fixture(scope="module", params=["", "--raw"], ids=["libfuse", "raw"])
+def share(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mount]:
+    top = tmp_path_factory.mktemp("marks")
+    source, mountpoint = top / "source", top / "mount"
+    source.mkdir()
+    mountpoint.mkdir()
+    with mounted(source, mountpoint, *filter(None, [request.param])) as mount:
+        yield mount
+
+
+def compare(case: Case, share: Mount, tmp_path: Path) -> list[str]:
+    """Both give the same events, which are returned."""
+    name = f"{case.__name__}{time.monotonic_ns()}"
+    native = tmp_path / name
+    native.mkdir()
+    expected = case(native, native)
+    (share.source / name).mkdir()
+    assert case(share.mountpoint / name, share.source / name) == expected
+    return expected
+
+
+# What was before
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.005, 0.02, 0.05, 0.1, 0.2])
+def test_what_was_before_the_mark_is_not_told(share: Mount, tmp_path: Path, delay: float) -> None:
+    """The process has looked at the directory before, and it was changed since."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        os.listdir(watched)
+        time.sleep(0.3)
+        os.stat(watched)
+        (changed / "old").touch()
+        time.sleep(delay)
+        with watch() as marks:
+            marks.add(watched, NAMES)
+            early = marks.read()
+            (changed / "new").touch()
+            return early + marks.read(until="CREATE new")
+
+    assert compare(case, share, tmp_path) == ["CREATE new"]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.5])
+def test_nor_where_another_process_is_always_looking(
+    share: Mount, tmp_path: Path, delay: float
+) -> None:
+    def case(watched: Path, changed: Path) -> list[str]:
+        with subprocess.Popen(
+            [sys.executable, "-c", BUSY, watched], stdout=subprocess.PIPE
+        ) as busy:
+            assert busy.stdout is not None
+            assert busy.stdout.readline() == b"looking\n"
+            try:
+                time.sleep(0.3)
+                (changed / "old").touch()
+                time.sleep(delay)
+                with watch() as marks:
+                    marks.add(watched, NAMES)
+                    early = marks.read()
+                    (changed / "new").touch()
+                    return early + marks.read(until="CREATE new")
+            finally:
+                busy.kill()
+
+    assert compare(case, share, tmp_path) == ["CREATE new"]
+
+
+def test_nor_of_a_file(share: Mount, tmp_path: Path) -> None:
+    """As a program's that reads what it has been told of, and watches it from then on."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        events = []
+        for number in range(5):
+            os.stat(watched)
+            (changed / f"file{number}").write_text("text")
+            assert (watched / f"file{number}").read_text() == "text"
+            with watch() as marks:
+                marks.add(watched / f"file{number}", Mask.MODIFY | Mask.CLOSE_WRITE)
+                events += marks.read()
+        return events
+
+    assert compare(case, share, tmp_path) == []
+
+
+def test_what_comes_right_after_the_mark_is_told(share: Mount, tmp_path: Path) -> None:
+    """The twin, after look-ups that were in vain."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        events = []
+        for number in range(10):
+            (changed / str(number)).mkdir()
+            os.listdir(watched / str(number))
+            (changed / f"{number}/old").touch()
+            time.sleep(0.003 * number)
+            with watch() as marks:
+                marks.add(watched / str(number), NAMES)
+                (changed / f"{number}/new").touch()
+                events += marks.read(until="CREATE new")
+        return events
+
+    assert compare(case, share, tmp_path) == ["CREATE new"] * 10
+
+
+# Order
+
+
+def test_a_directory_that_is_marked_when_it_is_heard_of(share: Mount, tmp_path: Path) -> None:
+    """As recursive watchers do: what happens in it comes before what happens elsewhere later."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        events = []
+        for number in range(5):
+            (changed / f"finished{number}").touch()
+        time.sleep(0.3)
+        with watch() as marks:
+            marks.add(watched, NAMES, "top")
+            time.sleep(0.3)
+            for number in range(5):
+                sub = f"sub{number}"
+                (changed / sub).mkdir()
+                events += marks.read(until=f"top CREATE|ISDIR {sub}")
+                marks.add(watched / sub, NAMES, sub)
+                (changed / sub / "a").touch()
+                (changed / sub / "a").rename(changed / sub / "b")
+                (changed / sub / "b").unlink()
+                (changed / f"finished{number}").unlink()
+                events += marks.read(until=f"top DELETE finished{number}")
+        return events
+
+    assert len(compare(case, share, tmp_path)) == 5 * 6
+
+
+# Cut off
+
+
+def test_a_storm_right_after_the_mark(share: Mount, tmp_path: Path) -> None:
+    def case(watched: Path, changed: Path) -> list[str]:
+        os.listdir(watched)
+        with watch() as marks:
+            marks.add(watched, Mask.DELETE)
+            for number in range(6000):
+                path = changed / str(number)
+                path.write_text("1")
+                path.unlink()
+            return marks.read(until="DELETE 5999")
+
+    assert len(compare(case, share, tmp_path)) == 6000
+
+
+def test_a_directory_that_is_emptied_and_removed_right_after_its_mark(
+    share: Mount, tmp_path: Path
+) -> None:
+    def case(watched: Path, changed: Path) -> list[str]:
+        events = []
+        for number in range(8):
+            (changed / "d").mkdir()
+            (changed / "d/x").touch()
+            (changed / "d/y").touch()
+            time.sleep(0.05)
+            with watch() as marks:
+                marks.add(watched / "d", ALL & ~(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE))
+                (changed / "d/x").unlink()
+                (changed / "d/y").rename(changed / "y")
+                time.sleep(0.002 * number)
+                (changed / "d").rmdir()
+                events += marks.read(until="IGNORED")
+        return events
+
+    assert len(compare(case, share, tmp_path)) == 8 * 4
+
+
+# Never found
+
+
+@pytest.mark.parametrize("what", ["directory", "file", "file by path"])
+def test_a_mark_set_by_a_descriptor_that_was_open_long_before(
+    share: Mount, tmp_path: Path, what: str
+) -> None:
+    """There is no look-up by which the server could learn of it."""
+    flags = os.O_PATH if "path" in what else os.O_RDONLY
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        (changed / "d").mkdir()
+        (changed / "d/file").write_text("text")
+        fd = os.open(watched / ("d" if what == "directory" else "d/file"), flags)
+        try:
+            with open(changed / "d/file", "a") as file, watch() as marks:
+                time.sleep(KEEP + 0.5)
+                marks.add(f"/proc/self/fd/{fd}", Mask.CREATE | Mask.MODIFY)
+                time.sleep(0.2)
+                if what == "directory":
+                    (changed / "d/new").touch()
+                else:
+                    file.write("more")
+                    file.flush()
+                return marks.read(until="CREATE new" if what == "directory" else "MODIFY")
+        finally:
+            os.close(fd)
+
+    assert len(compare(case, share, tmp_path)) == 1
+
+
+@pytest.mark.parametrize("life", [0.01, 0.03, 0.1])
+def test_directories_that_do_not_live_long(share: Mount, tmp_path: Path, life: float) -> None:
+    """Each is made under the same name, marked, changed and removed."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        with watch() as marks:
+            for number in range(15):
+                (changed / "d").mkdir()
+                marks.add(watched / "d", int(NAMES | Mask.DELETE_SELF), f"{number}")
+                (changed / "d/x").touch()
+                time.sleep(life)
+                (changed / "d/x").unlink()
+                (changed / "d").rmdir()
+            return sorted(marks.read(until="14 IGNORED"))
+
+    assert len(compare(case, share, tmp_path)) == 15 * 4
