@@ -138,6 +138,7 @@ class Export:
         """A mount with an agent: another machine's, or (``is_local``) one of this machine."""
         limit, openers = self._outbox_limit, self._openers
         guest = ReplayGuest(name, self.fs, self.watcher, openers, limit=limit, is_local=is_local)
+        guest.asks = partial(self.interest.of, guest)
         self.guests.append(guest)
         return guest
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from protocol import frames
-from protocol.frames import ALIAS, ALL_PROCESSES, STAGING, Op
+from protocol.frames import ALIAS, ALL_PROCESSES, FSD_DIR, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
 from . import windows
@@ -82,6 +82,7 @@ class ReplayGuest(Guest):
         "_way_steps",
         "_ways",
         "_ways_as_of",
+        "asks",
         "began",
         "device",
         "history",
@@ -123,6 +124,8 @@ class ReplayGuest(Guest):
         """Told the agent's number whenever that changes."""
         self.on_mark: Callable[[int, int], None] = _nobody_marks
         """Told of each change of interest: nodeid (0 = all), mask."""
+        self.asks: Callable[[Inode | None], Mask] = _asks_nothing
+        """What the guest's marks on an inode, or on all, ask for."""
         self.is_paused = False  # no orders are given, those that were are still answered
         self.keeps_names = False  # its kernel may look a name up without asking us
         self._held: deque[_Held] = deque()
@@ -256,7 +259,7 @@ class ReplayGuest(Guest):
         self._ways.clear()
         self._way_steps = 0
         self.waiting_until = None
-        self.on_agent, self.on_mark = _nobody, _nobody_marks
+        self.on_agent, self.on_mark, self.asks = _nobody, _nobody_marks, _asks_nothing
 
     def undelivered(self) -> list[Event]:
         """Events that are not replayed yet, in order."""
@@ -315,8 +318,13 @@ class ReplayGuest(Guest):
         if kind & (_OPEN | _CLOSE):
             what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
             self._open_close.setdefault(child, deque()).append(what)
+        # What was kept has its ways as of then, and may be called something else by now.
+        called = self._called(event) if ways is None else None
         way, way2 = ways or self.ways(event)
-        pinned = tuple(i for i in (child, replaced, event.node, event.node2) if i is not None)
+        if called is not None:
+            way = self._way(called.parent)
+        places = (child, replaced, event.node, event.node2, called and called.parent)
+        pinned = tuple(i for i in places if i is not None)
         for inode in pinned:
             self._table.pin(inode)
         cost = HELD_COST + len(event.name) + len(event.name2)
@@ -324,7 +332,7 @@ class ReplayGuest(Guest):
             cost += STEP_COST * len(way)
         cost += STEP_COST * len(way2)
         position = self.history.queued(event)
-        self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost, position))
+        self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost, position, called))
         self._charge(cost)
 
     def ways(self, event: Event) -> Ways:
@@ -496,6 +504,17 @@ class ReplayGuest(Guest):
             del self._opened[key]
         return self._task(held, Op.CLOSE, child, arg=seq)
 
+    def _called(self, event: Event) -> _Called | None:
+        """The name of a file that is known only by its mark, where it has one and no other, and
+        nobody hears of its directory: an ATTRIB upon a new link is the file's own alone.
+        """
+        node, parent = event.node, event.node.parent
+        if event.name or node.kind != stat.S_IFREG or node.is_placeholder or node.nlink != 1:
+            return None
+        if parent is None or parent.nodeid >= FSD_DIR or parent.children.get(node.name) is not node:
+            return None
+        return None if self.asks(parent) or self.asks(None) else _Called(parent, node.name)
+
     def _places(self, key: tuple[Inode, bool]) -> list[tuple[Inode, bytes]]:
         return [(file.node, file.name) for file in self._opened.get(key, ())]
 
@@ -511,6 +530,8 @@ class ReplayGuest(Guest):
     ) -> Task:
         event = held.event
         nodeid, generation, name = at or _place(event)
+        if held.called is not None and op in (Op.TOUCH, Op.OPEN):
+            nodeid, generation, name = held.called.place
         lost = held.way and held.way[-1].parent == STAGING
         if at is None and not event.name and event.node.is_dir and lost:
             # Not where the guest's kernel has it, whose parent's watchers would see this.
@@ -557,6 +578,18 @@ class _Open(NamedTuple):
     name: bytes
 
 
+class _Called(NamedTuple):
+    """By which name the event of a file's own mark is replayed: groups of fanotify get it told."""
+
+    parent: Inode
+    name: bytes
+
+    @property
+    def place(self) -> _Place:
+        """Where an order acts."""
+        return self.parent.nodeid, self.parent.generation, self.name
+
+
 class _Held(NamedTuple):
     """An event to be planned, with time.monotonic() of its arrival and the ways to its places."""
 
@@ -567,6 +600,7 @@ class _Held(NamedTuple):
     pinned: tuple[Inode, ...]
     cost: int
     position: int
+    called: _Called | None
 
 
 def _file(inode: Inode) -> File:
@@ -590,6 +624,11 @@ def _nobody(pid: int) -> None:
 def _none_known() -> int:
     """Nobody counts the nodes that the mount's kernel holds."""
     return 0
+
+
+def _asks_nothing(inode: Inode | None) -> Mask:
+    """No interest is known yet."""
+    return Mask(0)
 
 
 def _nobody_marks(nodeid: int, mask: int) -> None:

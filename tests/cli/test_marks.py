@@ -164,6 +164,26 @@ def test_a_mount_mark_on_a_bind_mount_hears_nothing(share: Mount, tmp_path: Path
         subprocess.run(["umount", "-l", tmp_path / "bound"], check=True)
 
 
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_mark_on_a_file_is_told_its_name(share: Mount, links: int) -> None:
+    """To groups of fanotify that report names. Of several, nobody knows which one was used."""
+    (share.source / "dir").mkdir()
+    (share.source / "dir/file").touch()
+    if links == 2:
+        os.link(share.source / "dir/file", share.source / "link")
+    # It looks for the directory's name on the file system that it is in.
+    command = f"cd {share.mountpoint} && exec fsnotifywait --fanotify -mq -e attrib dir/file"
+    with background("sh", "-c", command) as watcher:
+        share.wait_armed(share.mountpoint / "dir/file", timeout=45)
+        os.chmod(share.source / "dir/file", 0o600)
+        said = line_of(watcher)
+        if links == 1:
+            assert said == f"{share.mountpoint}/dir/ ATTRIB file"
+        else:
+            number = os.stat(share.source / "dir/file").st_ino
+            assert said == f"{share.mountpoint}/.fsd/alias/ ATTRIB {number} (deleted)"
+
+
 @pytest.mark.parametrize("name", ["control", "session"])
 def test_a_channel_opened_for_reading_is_an_empty_file(share: Mount, name: str) -> None:
     path = share.mountpoint / ".fsd" / name
