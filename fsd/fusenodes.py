@@ -198,7 +198,8 @@ class Nodes:
         inode, attr = entry
         seconds = nanoseconds = attr_seconds = attr_nanoseconds = 0
         if self._service.is_replayer(who):
-            attr_nanoseconds = self._replayer_timeout(inode, attr)
+            if parent < FSD_DIR:  # else users may look at it next
+                attr_nanoseconds = self._replayer_timeout(inode, attr)
         elif self._cached and not (self._is_watched(parent) or self._is_watched(inode.nodeid)):
             seconds, nanoseconds = self._entry_timeout
             attr_seconds, attr_nanoseconds = self._attr_timeout

@@ -53,7 +53,18 @@ class Task:
     pinned: tuple[Inode, ...] = ()
     attr: StatLike | None = None  # of the child, once it was asked for
     position: int = 0  # of the event, among all that were queued
+    away: bool | None = None  # whether the kernel has moved the directory's name out of the way
+    kept: int = 0  # how often its name was not taken from it
     done: float = 0.0  # time.monotonic() at which it was executed
+
+
+MOVING = 0.1
+"""Seconds from the answer to a look-up until the kernel has surely done what follows from it."""
+FOUND_LIMIT = 64
+"""Look-ups of directories by users that are remembered for that."""
+KEPT_LIMIT = 2
+"""Times that a CREATE begins anew, as users look the directory up again and again: one less than
+the agent's tries."""
 
 
 class UnexpectedCall(OSError):
@@ -84,6 +95,7 @@ class Ledger:
         self._table = fs.table
         self._tasks: deque[Task] = deque()
         self._begun = False
+        self._found: deque[tuple[int, bytes, float]] = deque(maxlen=FOUND_LIMIT)
         self.done: list[Task] = []  # taken over by the guest's counters
         self.on_done: Callable[[Task], None] = _nobody
         """Told of each order once the agent's call has returned, which its next one shows."""
@@ -178,15 +190,38 @@ class Ledger:
             if task.target is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return self._entry(task.target, task.nlink)
+        if order.op == Op.CREATE and (order.nodeid2, order.name2) == (nodeid, name):
+            task.away = task.away is not None or not self._found_lately(task.order)
+            return self._entry(task.child, None)
         if (order.nodeid, order.name) != (nodeid, name):
             return self._step(task, nodeid, name)
         if order.op == Op.CREATE:
+            if task.away is False and task.kept < KEPT_LIMIT:
+                task.kept += 1
+                return self._entry(task.child, None)
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         if order.op == Op.REMOVE and nodeid == ALIAS:
             return self._death(task)
         entry = self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
         task.attr = entry.attr
         return entry
+
+    def found(self, nodeid: int, name: bytes) -> None:
+        """A user has found a directory under a name. Where its CREATE is being re-enacted, the
+        kernel has moved it back, and it may be in use by now: "not there" would detach what is
+        mounted on it.
+        """
+        self._found.append((nodeid, name, time.monotonic()))
+        if self._tasks:
+            task = self._tasks[0]
+            if task.away and (task.order.nodeid, task.order.name) == (nodeid, name):
+                task.away = False
+
+    def _found_lately(self, order: frames.Order) -> bool:
+        """Whether a user's kernel may just be about to move it there."""
+        since = time.monotonic() - MOVING
+        place = order.nodeid, order.name
+        return any(found[:2] == place and found[2] > since for found in self._found)
 
     def _death(self, task: Task) -> Entry:
         """The end of an object without a name: there is no link to it, and then it is not there."""

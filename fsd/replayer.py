@@ -59,6 +59,9 @@ _DELETE_SELF, _MOVE_SELF = int(Mask.DELETE_SELF), int(Mask.MOVE_SELF)
 _TOUCH = _MODIFY | _ACCESS | _ATTRIB
 _OWN = _TOUCH | _OPEN | _CLOSE | _DELETE_SELF | _MOVE_SELF
 
+_Place = tuple[int, int, bytes]
+_NOWHERE: _Place = (0, 0, b"")
+
 
 class ReplayGuest(Guest):
     """A guest with an agent: a mount of this machine (``is_local``), or another machine. Its outbox
@@ -439,7 +442,8 @@ class ReplayGuest(Guest):
             turned = held._replace(way=(), way2=held.way)
             yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event), arg=flags)
         elif kind & _CREATE:
-            yield self._task(held, Op.CREATE, child)
+            away = _out_of_sight(child, b"") if child.is_dir else _NOWHERE
+            yield self._task(held, Op.CREATE, child, to=away)
         elif kind & (_DELETE | _DELETE_SELF):
             yield self._task(held, Op.REMOVE, child)
         elif kind & _MOVE_SELF:
@@ -525,7 +529,7 @@ class ReplayGuest(Guest):
         child: Inode,
         *,
         at: _Place | None = None,
-        to: _Place = (0, 0, b""),
+        to: _Place = _NOWHERE,
         arg: int = 0,
     ) -> Task:
         event = held.event
@@ -611,7 +615,6 @@ def _path(way: Way) -> bytes:
     return b"/".join(step.name for step in way)
 
 
-_Place = tuple[int, int, bytes]
 _STAGED: _Place = (STAGING, 0, b"x")
 """The one name for files in the staging directory: each move out replaces the one before. A
 directory keeps a name of its own, by which what happens in it can still be told."""

@@ -55,6 +55,8 @@ class Service(FileService):
         history.begins_lookup(who, directory)
         entry = self._fs.lookup(directory, name)
         history.looked_up(who, directory, name, entry.inode)
+        if entry.inode.is_dir:
+            self.guest.ledger.found(nodeid, name)
         self._looked_up(who, entry.inode, entry)
         return entry
 

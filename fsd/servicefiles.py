@@ -355,9 +355,12 @@ class FileService:
             mounts = self._table.mounts
             if mounts.remote and self._point(handle.inode, name) in mounts.remote:
                 return None  # a listing waits for no other file system
-            return self._fs.peek_at(handle.fd, handle.inode, name)
+            entry = self._fs.peek_at(handle.fd, handle.inode, name)
         except OSError:
             return None
+        if entry.inode.is_dir:
+            self.guest.ledger.found(handle.inode.nodeid, name)
+        return entry
 
     def read(self, fh: int, offset: int, size: int) -> bytes:
         """READ."""

@@ -204,10 +204,15 @@ class Replayer:
             os.close(fd)
         self._directories.clear()
 
-    @staticmethod
-    def _create(order: Order, dir_fd: int) -> None:
+    def _create(self, order: Order, dir_fd: int) -> None:
         kind = stat.S_IFMT(order.mode)
         if kind == stat.S_IFDIR:
+            if order.name2:
+                # The kernel may know it already, and somebody may work in it or have mounted
+                # something there. To find it elsewhere moves it away (d_splice_alias), and so does
+                # the reply to mkdir; to find nothing under its name would detach all that.
+                with suppress(OSError):
+                    os.close(reach(self._view.hidden(order.nodeid2), order.name2))
             os.mkdir(order.name, dir_fd=dir_fd)
         elif kind == stat.S_IFLNK:
             os.symlink(b"?", order.name, dir_fd=dir_fd)
@@ -300,10 +305,10 @@ def _check(order: Order) -> None:
         raise OSError(errno.EINVAL, "no such order")
     if order.name or order.op not in _NAMELESS:
         check_name(order.name)
-    if order.op == Op.RENAME:
+    if order.op == Op.RENAME or order.name2:
         check_name(order.name2)
-        if order.arg not in (0, _RENAME_EXCHANGE):
-            raise OSError(errno.EINVAL, "no such rename")
+    if order.op == Op.RENAME and order.arg not in (0, _RENAME_EXCHANGE):
+        raise OSError(errno.EINVAL, "no such rename")
 
 
 @contextmanager

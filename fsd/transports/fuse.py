@@ -241,6 +241,8 @@ class FuseDoor(pyfuse3.Operations):
         self._walked[ctx.pid] = entry.inode.nodeid
         if len(self._walked) > WALKS_LIMIT:
             del self._walked[next(iter(self._walked))]
+        if parent_inode >= FSD_DIR:  # a directory that is moved there: users may look at it next
+            return self._entry(entry)
         return self._lasting(entry.inode, self._entry(entry), ctx)
 
     @_guarded

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 
 from fsd.history import LONGEST, PARKED_LIMIT, PATIENCE
+from fsd.ledger import KEPT_LIMIT
 from fsd.service import Service
 from protocol import frames, fuse
-from protocol.frames import Op
+from protocol.frames import STAGING, Op
 from protocol.fuse import Opcode
 
 from .fuse_guest import GuestKernel, Pending
@@ -345,3 +346,57 @@ def test_so_many_may_wait(watched: Watched) -> None:
     assert watched.counts["waits_cut"] == 1
     watched.deliver()
     assert [error(wait) for wait in waits] == [0] * PARKED_LIMIT
+
+
+# -- directories in use ----------------------------------------------------------------------------
+
+
+def new_directory(watched: Watched) -> tuple[frames.Order, bytes]:
+    """The order for a new directory that the agent has, and what the kernel is to look up first."""
+    (watched.world.source / "d").mkdir()
+    watched.world.pump()
+    (order,) = watched.world.orders(watched.service)
+    nodeid = watched.world.node("d").nodeid
+    assert (order.op, order.nodeid2, order.name2) == (Op.CREATE, STAGING, b"%d" % nodeid)
+    return order, order.name2 + b"\0"
+
+
+def look(watched: Watched, parent: int, name: bytes) -> int | None:
+    return error(watched.ask(Opcode.LOOKUP, parent, name, pid=AGENT_PID))
+
+
+def test_a_new_directory_is_moved_out_of_the_way(watched: Watched) -> None:
+    _, away = new_directory(watched)
+    watched.guest.session.nodes.restore({STAGING: 1}, {})
+    assert look(watched, STAGING, away) == 0
+    assert look(watched, 1, b"d\0") == errno.ENOENT
+    made = watched.ask(Opcode.MKDIR, 1, fuse.MKDIR_IN.pack(0o755, 0) + b"d\0", pid=AGENT_PID)
+    assert error(made) == 0
+
+
+def test_a_new_directory_that_a_user_has_moved_back(watched: Watched) -> None:
+    """It may be in use: the agent is to begin anew, and in the end it is told."""
+    _, away = new_directory(watched)
+    watched.guest.session.nodes.restore({STAGING: 1}, {})
+    assert look(watched, STAGING, away) == 0
+    watched.find(b"d")
+    assert look(watched, 1, b"d\0") == 0
+    assert look(watched, STAGING, away) == 0
+    assert look(watched, 1, b"d\0") == errno.ENOENT
+    for _ in range(KEPT_LIMIT - 1):
+        watched.find(b"d")
+        assert look(watched, 1, b"d\0") == 0
+    watched.find(b"d")
+    assert look(watched, 1, b"d\0") == errno.ENOENT
+
+
+def test_a_new_directory_that_a_user_is_about_to_move_back(watched: Watched) -> None:
+    (watched.world.source / "d").mkdir()
+    watched.find(b"d")
+    watched.world.pump()
+    (order,) = watched.world.orders(watched.service)
+    watched.guest.session.nodes.restore({STAGING: 1}, {})
+    assert look(watched, STAGING, order.name2 + b"\0") == 0
+    assert look(watched, 1, b"d\0") == 0
+    assert look(watched, STAGING, order.name2 + b"\0") == 0
+    assert look(watched, 1, b"d\0") == errno.ENOENT

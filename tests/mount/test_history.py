@@ -4,6 +4,7 @@ use keeps its name, and of a name that both have changed the last event agrees w
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -120,17 +121,24 @@ def test_a_working_directory_that_the_host_has_just_made(share: Mount) -> None:
 
 @root_only
 def test_what_is_mounted_on_a_directory_that_the_host_has_just_made(share: Mount) -> None:
+    """mount(2) asks for nothing after the look-up."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    points = [share.mountpoint / f"d/{i}" for i in range(30)]
     with watching(share) as watch:
-        for i in range(5):
-            (share.source / f"d/{i}").mkdir()
-            point = share.mountpoint / f"d/{i}"
-            subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
-        watch.settled()
-        points = [share.mountpoint / f"d/{i}" for i in range(5)]
-        held = [os.path.ismount(point) for point in points]
         for point in points:
-            subprocess.run(["umount", point], check=False)
-    assert all(held)
+            (share.source / "d" / point.name).mkdir()
+            assert not libc.mount(b"none", bytes(point), b"tmpfs", 0, None)
+        told = [event.name for event in watch.settled()]
+        held = [point for point in points if point in map(Path, mounts())]
+        for point in held:
+            assert not libc.umount2(bytes(point), 0)
+    assert held == points
+    assert told == [point.name for point in points]
+
+
+def mounts() -> list[str]:
+    """Where something is mounted."""
+    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
 
 
 def test_an_open_file_that_the_host_has_just_made_or_renamed(share: Mount) -> None:
