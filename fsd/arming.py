@@ -134,7 +134,8 @@ class _Marked:
 class _Holding:
     """Events that wait for one guest, behind those that are in doubt."""
 
-    def __init__(self, until: float) -> None:
+    def __init__(self, guest: ReplayGuest, until: float) -> None:
+        self._history = guest.history
         self.until = until
         self.events: deque[tuple[_Kept, int]] = deque()
         self.is_over = False  # it took too long
@@ -142,7 +143,9 @@ class _Holding:
     def take(self, last: int) -> Iterator[tuple[_Kept, int]]:
         """Those up to that number wait no longer."""
         while self.events and self.events[0][0].number <= last:
-            yield self.events.popleft()
+            kept, halves = self.events.popleft()
+            self._history.let_go(kept.event)
+            yield kept, halves
 
 
 class Arming:
@@ -332,7 +335,7 @@ class Arming:
             return False
         holding = self._holding.get(guest)
         if holding is None:
-            holding = self._holding[guest] = _Holding(time.monotonic() + windows.HOLD)
+            holding = self._holding[guest] = _Holding(guest, time.monotonic() + windows.HOLD)
             self._export.watcher.on_arrival()  # there is a deadline
         if len(holding.events) >= HOLD_LIMIT:
             self._give_up(guest, holding)
@@ -340,6 +343,7 @@ class Arming:
             return False
         event.settle()
         holding.events.append((_Kept(self._number, event, guest.ways(event)), halves))
+        guest.history.hold(event)
         return True
 
     def _give_up(self, guest: ReplayGuest, holding: _Holding) -> None:

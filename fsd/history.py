@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class History:
         # and of others
         self._moves: dict[Place, int] = {}
         self._touches: dict[Place, int] = {}
+        self._kept: Counter[Place] = Counter()  # the same of events that are not queued yet
         self._queued = self._delivered = 0  # events, which are delivered in order
         self._lag = 0.0  # seconds from the last one delivered to when it happened
         self._walks: dict[int, _Walk] = {}  # by thread, the oldest first
@@ -148,6 +150,19 @@ class History:
         return self.progress + self._queued
 
     # Orders
+
+    def hold(self, event: Event) -> None:
+        """An event is to be queued later (fsd.arming)."""
+        if event.name and event.kind & _STRUCTURE:
+            self._kept.update(_places(event))
+
+    def let_go(self, event: Event) -> None:
+        """It is queued next."""
+        if event.name and event.kind & _STRUCTURE:
+            for place in _places(event):
+                self._kept[place] -= 1
+                if self._kept[place] <= 0:
+                    del self._kept[place]
 
     def queued(self, event: Event) -> int:
         """An event waits for the agent. Returns its position."""
@@ -179,12 +194,14 @@ class History:
         """
         if not event.name or not event.kind & _STRUCTURE:
             return False
-        return any(p in self._moves or p in self._touches for p in _places(event))
+        places = _places(event)
+        return any(p in self._moves or p in self._touches or p in self._kept for p in places)
 
     def clear(self) -> None:
         """The guest has gone."""
         self._moves.clear()
         self._touches.clear()
+        self._kept.clear()
         self._delivered = self._queued
         self._walks.clear()
         self.check()
@@ -333,6 +350,8 @@ class History:
         if walk.number:
             if not self._watcher.is_past(walk.number):
                 return True
+            if any(place in self._kept for place in walk.places):
+                return True
             walk.number, walk.last = 0, self._last(walk.places)
         return self._delivered < walk.last
 
@@ -340,7 +359,8 @@ class History:
         """It waits for what has happened up to now."""
         watcher = self._watcher
         walk.last = self._last(walk.places)
-        if any(watcher.is_changing(*place, self._guest) for place in walk.places):
+        guest, kept = self._guest, self._kept
+        if any(p in kept or watcher.is_changing(*p, guest) for p in walk.places):
             walk.number = watcher.next_number
         return walk
 
@@ -349,7 +369,9 @@ class History:
 
     def _is_changing(self, place: Place) -> bool:
         """Whether the name comes, goes or stands for another in what is not delivered."""
-        return place in self._moves or self._watcher.is_changing(*place, self._guest)
+        if place in self._moves or place in self._kept:
+            return True
+        return self._watcher.is_changing(*place, self._guest)
 
     def check(self) -> None:
         """Let those go on whose wait is over."""

@@ -42,11 +42,21 @@ class Watched:
 
     def deliver(self) -> list[frames.Order]:
         """All that has happened: the agent takes its orders, executes them, and asks for more."""
-        self.world.pump()
-        orders = self.world.orders(self.service)
+        orders = self.orders()
         self.world.orders(self.service)
         self.guest.loop.turn()
         return orders
+
+    def orders(self) -> list[frames.Order]:
+        """The agent takes its orders, also those that wait for its look at new marks."""
+        deadline = time.monotonic() + 10
+        orders = []
+        while True:
+            self.world.pump()
+            orders += self.world.orders(self.service)
+            if not self.world.export.arming._holding:
+                return orders
+            assert time.monotonic() < deadline, "events are held"
 
     def ask(self, opcode: int, nodeid: int = 1, body: bytes = b"", pid: int = 7) -> Pending:
         self.guest.pid = pid
@@ -137,8 +147,7 @@ def test_others_do_not_wait(watched: Watched) -> None:
 
 def test_the_replayer_does_not_wait(watched: Watched) -> None:
     watched.touch("x")
-    watched.world.pump()
-    (order,) = watched.world.orders(watched.service)
+    (order,) = watched.orders()
     assert order.op == Op.CREATE
     assert error(watched.ask(Opcode.LOOKUP, 1, b"x\0", pid=AGENT_PID)) == errno.ENOENT
     assert error(watched.ask(Opcode.GETATTR, 1, GETATTR, pid=AGENT_PID)) == 0
@@ -148,8 +157,7 @@ def test_the_host_goes_on_with_the_same_name(watched: Watched) -> None:
     """Who waits does so for what happened before, not for what is still to come."""
     watched.touch("x")
     stat = watched.ask(Opcode.GETATTR, watched.find(b"x"), GETATTR)
-    watched.world.pump()
-    orders = watched.world.orders(watched.service)
+    orders = watched.orders()
     (watched.world.source / "x").unlink()
     watched.touch("x")
     watched.world.pump()
@@ -273,8 +281,7 @@ def test_an_agent_that_is_slow(watched: Watched, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(time, "monotonic", lambda: now)
     watched.touch(*(f"a{i}" for i in range(60)))
     stat = waiting(watched)
-    watched.world.pump()
-    watched.world.orders(watched.service)
+    watched.orders()
     ledger = watched.service.guest.ledger
     for waited in range(1, 20):
         now += PATIENCE
@@ -354,8 +361,7 @@ def test_so_many_may_wait(watched: Watched) -> None:
 def new_directory(watched: Watched) -> tuple[frames.Order, bytes]:
     """The order for a new directory that the agent has, and what the kernel is to look up first."""
     (watched.world.source / "d").mkdir()
-    watched.world.pump()
-    (order,) = watched.world.orders(watched.service)
+    (order,) = watched.orders()
     nodeid = watched.world.node("d").nodeid
     assert (order.op, order.nodeid2, order.name2) == (Op.CREATE, STAGING, b"%d" % nodeid)
     return order, order.name2 + b"\0"
@@ -393,8 +399,7 @@ def test_a_new_directory_that_a_user_has_moved_back(watched: Watched) -> None:
 def test_a_new_directory_that_a_user_is_about_to_move_back(watched: Watched) -> None:
     (watched.world.source / "d").mkdir()
     watched.find(b"d")
-    watched.world.pump()
-    (order,) = watched.world.orders(watched.service)
+    (order,) = watched.orders()
     watched.guest.session.nodes.restore({STAGING: 1}, {})
     assert look(watched, STAGING, order.name2 + b"\0") == 0
     assert look(watched, 1, b"d\0") == 0
