@@ -36,6 +36,7 @@ class Event:
     replaced: Inode | None = None  # what a MOVED_TO overwrote
     part_of: Event | None = None  # the event with the name that the same system call has made
     twin: bool = False  # the same event of the child itself goes with it
+    unlinked: bool = False  # the child, a file, had lost this name by then
     exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 
     @property

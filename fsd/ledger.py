@@ -87,6 +87,11 @@ def _nobody(_task: Task) -> None:
     """Nobody waits for an order."""
 
 
+def _is_apart(task: Task) -> bool:
+    """Whether it is a TOUCH of a file that has lost its name, by a descriptor made for it."""
+    return task.order.op == Op.TOUCH and bool(task.order.generation2)
+
+
 class Ledger:
     """Orders handed to the agent and not yet done, oldest first."""
 
@@ -202,6 +207,8 @@ class Ledger:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         if order.op == Op.REMOVE and nodeid == ALIAS:
             return self._death(task)
+        if _is_apart(task) and task.attr is not None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         entry = self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
         task.attr = entry.attr
         return entry
@@ -298,12 +305,14 @@ class Ledger:
 
     def open(self, nodeid: int) -> Inode:
         """OPEN, OPENDIR: the caller answers with a handle that does nothing."""
-        task = self._head(Op.OPEN)
+        task = self._head(Op.OPEN, Op.TOUCH)
         if task is not None:
             _check_looked_up(task)
-        if task is None or task.child.nodeid != nodeid:
+        is_meant = task is not None and (task.order.op == Op.OPEN or _is_apart(task))
+        if task is None or not is_meant or task.child.nodeid != nodeid:
             raise UnexpectedCall(f"open of node {nodeid}")
-        self._pop()
+        if task.order.op == Op.OPEN:
+            self._pop()
         return task.child
 
     def attributes(self, inode: Inode, nlink: int | None = None) -> StatLike:

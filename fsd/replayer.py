@@ -451,11 +451,28 @@ class ReplayGuest(Guest):
                 held, Op.RENAME, child, at=_out_of_sight(child, b""), to=_out_of_sight(child, b"+")
             )
         elif kind & _TOUCH:
-            yield self._task(held, Op.TOUCH, child, arg=kind & _TOUCH)
+            yield self._touch(held, child)
         elif kind & _OPEN:
             yield from (self._open(held, child, writing) for writing in opens)
         elif kind & _CLOSE:
             yield from self._close(held, child, bool(kind & _CLOSE_WRITE))
+
+    def _touch(self, held: _Held, child: Inode) -> Task:
+        bits = held.event.kind & _TOUCH
+        through = (0, 0, b"")
+        if bits in (_MODIFY, _ACCESS) and held.event.unlinked:
+            # Through a descriptor that lost the name, too: IN_EXCL_UNLINK goes by that.
+            place = (held.event.node, held.event.name)
+            files = self._opened.get((child, bits == _MODIFY), ())
+            seq = next((file.seq for file in files if (file.node, file.name) == place), 0)
+            apart = not seq and self._is_apart(held.event, child)
+            through = (seq, int(apart), b"")
+        return self._task(held, Op.TOUCH, child, to=through, arg=bits)
+
+    def _is_apart(self, event: Event, child: Inode) -> bool:
+        """Whether the file may be opened for an event, as nobody hears of that, nor of the name."""
+        marks = self.asks(event.node) | self.asks(child) | self.asks(None)
+        return not marks & (_OPEN | _CLOSE) and event.name not in event.node.children
 
     def _open(self, held: _Held, child: Inode, writing: bool) -> Task:
         # To open a real FIFO or device would make the agent its peer: a file stands in for it.

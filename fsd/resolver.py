@@ -87,7 +87,9 @@ class Resolver:
             if other is not None:
                 yield from self._renamed(node, arrival, other)
                 return
-        yield self._named(node, arrival)
+        event = self._named(node, arrival)
+        event.unlinked = _is_unlinked(event)
+        yield event
         self._lost_link = None
 
     def _own(self, node: Inode, arrival: Arrival) -> Iterator[Event]:
@@ -522,6 +524,14 @@ class Resolver:
                 return os.fstat(fd).st_nlink
         except OSError as error:
             return 0 if host.is_gone(error) else max(inode.nlink - 1, 1)
+
+
+def _is_unlinked(event: Event) -> bool:
+    """Whether an event's file is no more what its last name stands for."""
+    child = event.child
+    if child is None or child.is_dir or child.is_placeholder:
+        return False
+    return child.parent is None or child.parent.children.get(child.name, child) is not child
 
 
 def listing(node: Inode) -> Listing:

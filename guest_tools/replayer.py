@@ -243,18 +243,39 @@ class Replayer:
         kernel.renameat2(dir_fd, order.name, dir_fd2, order.name2, order.arg)
 
     def _touch(self, order: Order, dir_fd: int) -> None:
+        opened = self._files.get(order.nodeid2)
         fd = self._opened_visibly.get(_Name(order.nodeid, order.name, order.arg == Mask.MODIFY))
+        if opened is not None:
+            fd = opened.fd
         if fd is not None and order.arg in (Mask.ACCESS, Mask.MODIFY):
             with suppress(OSError):  # of another file by now
-                if order.arg == Mask.MODIFY:
-                    os.pwrite(fd, b"\0", 0)
-                else:
-                    os.pread(fd, 1, 0)
+                _move_a_byte(fd, order.arg)
                 return
+        if order.generation2 and order.arg in (Mask.ACCESS, Mask.MODIFY):
+            self._touch_apart(order, dir_fd)
+            return
         both = bool(order.arg & Mask.ATTRIB)
         atime, mtime = bool(order.arg & Mask.ACCESS), bool(order.arg & Mask.MODIFY)
         with _reached(dir_fd, order.name) as file:
             kernel.touch(file, atime=both or atime, mtime=both or mtime)
+
+    @staticmethod
+    def _touch_apart(order: Order, dir_fd: int) -> None:
+        """By a descriptor whose name is gone: looked up once more, it is not there."""
+        with _reached(dir_fd, order.name) as file:
+            with suppress(FileNotFoundError):
+                os.close(reach(dir_fd, order.name))
+            modifies = order.arg == Mask.MODIFY
+            mode = os.O_WRONLY if modifies else os.O_RDONLY
+            try:
+                fd = open_reached(file, mode | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError:  # programs here run it: all are told then
+                kernel.touch(file, atime=not modifies, mtime=modifies)
+                return
+        try:
+            _move_a_byte(fd, order.arg)
+        finally:
+            os.close(fd)
 
     def _open(self, order: Order, dir_fd: int) -> int:
         """Returns ETXTBSY for what is open for reading instead, as programs here run it."""
@@ -297,6 +318,13 @@ class Replayer:
         self._files.clear()
         self.batch_done()
         self._private.close()
+
+
+def _move_a_byte(fd: int, event: int) -> None:
+    if event == Mask.MODIFY:
+        os.pwrite(fd, b"\0", 0)
+    else:
+        os.pread(fd, 1, 0)
 
 
 def _check(order: Order) -> None:

@@ -160,7 +160,8 @@ class Order(NamedTuple):
     """One system call for the agent to make on the mount.
 
     CREATE name in node (mode: file type); REMOVE it (mode tells rmdir from unlink);
-    RENAME to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB);
+    RENAME to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB;
+    nodeid2: through what that OPEN opened; generation2 1: the name is gone, open it apart);
     OPEN (arg 1: for writing); CLOSE what order ``arg`` opened. An empty name means the
     directory itself. The paths lead to node and node2 from the root, as of the event.
     """
