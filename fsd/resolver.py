@@ -27,10 +27,10 @@ from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
 from . import host, windows
+from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import Known, Listing, of_inode
-from .ownevents import Moved, OwnEvents, Rename
 from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
 
@@ -56,7 +56,7 @@ class Resolver:
         self._fs = fs
         self._table = fs.table
         self._watcher = watcher
-        self._own_events = OwnEvents(fs.table, watcher)
+        self._calls = Calls(watcher, fs.table.outside)
         self.waiting_until: float | None = None
         # Own events that stand further on, by their number: the one with the name.
         self._parts: dict[int, Event] = {}
@@ -70,6 +70,10 @@ class Resolver:
         """
         arrival = self._watcher.pop()
         raw = arrival.raw
+        if len(self._parts) + len(self._removals) > self._watcher.backlog + 1:  # some were dropped
+            for found in (self._parts, self._removals):
+                for number in [number for number in found if number < arrival.number]:
+                    del found[number]
         if raw.mask & _OVERFLOW:
             yield Event(self._table.root, _OVERFLOW, b"", 0, arrival.origin, arrival.stamp)
             return
@@ -117,31 +121,48 @@ class Resolver:
             return False  # where a mount begins, the directory above hears nothing
         return self._watcher.reports(parent, bits, arrival.number)
 
+    def _ahead(self, count: int = AHEAD) -> Ahead:
+        """The next arrivals, as far as they have come, that are not known to be parts of calls."""
+        if self._watcher.backlog < count:
+            self._watcher.drain()
+        if not self._parts:
+            return self._watcher.peek(count)
+        ahead = self._watcher.peek(count + len(self._parts))
+        return [arrival for arrival in ahead if arrival.number not in self._parts]
+
+    def _look_again(self, arrival: Arrival) -> bool:
+        """Whether there may be more of the system call that queued ``arrival`` than at the last
+        look; reads what has come.
+        """
+        before = self._watcher.backlog
+        if before >= windows.TWIN_WINDOW:
+            return False
+        os.sched_yield()
+        self._watcher.drain()
+        return self._watcher.backlog > before or time.monotonic() < arrival.stamp + windows.OWN_WAIT
+
+    def _expected(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
+        """Whether the events ``bits`` of an inode are in the queue beside ``arrival``."""
+        return self._watcher.reports(inode, bits, arrival.number)
+
     def _removal(self, node: Inode, arrival: Arrival) -> Event | None:
         """The unlink or rmdir, whose DELETE stands next, that an ATTRIB or a death belongs to."""
-        died = not arrival.raw.mask & _ATTRIB
-        if died != node.is_dir and int(self._watcher.mask_of(node)) & _ATTRIB:
-            return None  # a chmod; or the last link of a file went before, while it was open
-        numbers = []
-        for ahead in self._own_events.ahead(3):
-            raw = ahead.raw
-            if raw.wd == arrival.raw.wd and raw.mask & (_DELETE_SELF | _IGNORED):
-                died = True
-                numbers.append(ahead.number)
-                continue
-            parent = self._watcher.inode_of(raw.wd)
-            is_dir = bool(raw.mask & _ISDIR)
-            if not raw.name or not raw.mask & _DELETE or parent is None or is_dir != node.is_dir:
-                return None
-            known = self._known_child(parent, raw.name, listing(parent).names.get(raw.name))
-            if known is not node and not (died and (known is None or known.is_placeholder)):
-                return None
-            removal = Event(parent, raw.mask, raw.name, raw.cookie, ahead.origin, ahead.stamp, node)
-            removal.nlink = 1 if died else 2
-            self._parts.update(dict.fromkeys(numbers, removal))
-            self._removals[ahead.number] = removal
-            return removal
-        return None
+        removal = self._calls.removal(node, arrival, self._ahead(), self._child_of)
+        if removal is None:
+            return None
+        raw, origin, stamp, number = removal.delete
+        event = Event(removal.parent, raw.mask, raw.name, raw.cookie, origin, stamp, node)
+        event.nlink = 1 if removal.died else 2
+        self._parts.update(dict.fromkeys(removal.numbers, event))
+        self._removals[number] = event
+        return event
+
+    def _of_rename(self, rename: Rename) -> Moved:
+        """The own events of a rename."""
+        while True:
+            own = self._calls.renamed(rename, self._ahead())
+            if own.is_all or not self._look_again(rename.arrival):
+                return own
 
     def _other_half(self, arrival: Arrival) -> Arrival | None:
         self.waiting_until = None
@@ -169,7 +190,8 @@ class Resolver:
         replaced = self._overwritten(node2, name2)
         before = listing(node).names.pop(name, None)
         child = self._known_child(node, name, before)
-        own = self._own_events.of_rename(Rename(first, node, node2, child, replaced))
+        is_sure = listing(node2).complete
+        own = self._of_rename(Rename(first, node, node2, child, replaced, is_sure))
         child = self._proved(first, node, child, own)
         if child is None or child.is_dir != bool(first.raw.mask & _ISDIR):
             looked = self._look(node2, second)
@@ -198,7 +220,7 @@ class Resolver:
         """What was renamed, where its own MOVE_SELF says so or would have to."""
         if own.moved is not None:
             return own.moved.inode
-        if child is not None and self._own_events.expected(child, _MOVE_SELF, arrival):
+        if child is not None and self._expected(child, _MOVE_SELF, arrival):
             return self._gone(node, arrival.raw.name, arrival.raw.mask)
         return child
 
@@ -206,7 +228,7 @@ class Resolver:
         """What was overwritten, where its own ATTRIB says so or would have to."""
         if own.lost is not None:
             return own.lost.inode
-        if replaced is not None and self._own_events.expected(replaced, _ATTRIB, arrival):
+        if replaced is not None and self._expected(replaced, _ATTRIB, arrival):
             return None
         return replaced
 
@@ -217,13 +239,8 @@ class Resolver:
         if own.lost is None:
             return
         self._parts[own.lost.number] = event
-        wd = self._watcher.wd_of(own.lost.inode)
-        event.nlink = 2
-        for ahead in self._own_events.ahead(own.end + 2)[own.end :]:
-            if ahead.raw.wd != wd or not ahead.raw.mask & (_DELETE_SELF | _IGNORED):
-                break
-            self._parts[ahead.number] = event
-            event.nlink = 1
+        self._parts.update(dict.fromkeys(own.ended, event))
+        event.nlink = 1 if own.ended else 2
 
     def _exchanged(
         self, event: Event, first: Arrival, replaced: Inode | None, start: int
@@ -238,24 +255,20 @@ class Resolver:
             return 0, None
         # No plain rename puts a file in a directory's place, or what is watched without an ATTRIB.
         must = replaced is not None and (
-            child.is_dir != replaced.is_dir or self._own_events.expected(replaced, _ATTRIB, first)
+            child.is_dir != replaced.is_dir or self._expected(replaced, _ATTRIB, first)
         )
-        while True:
-            changes = self._own_events.changes(start, 3, node, node2)
-            (_, back), (end, there), (stop, _) = changes
-            if there.mask or not must or not self._own_events.look_again(first):
-                break
-        halves = [(node2, event.name2), (node, event.name)]
-        if [(self._watcher.inode_of(raw.wd), raw.name) for raw in (back, there)] != halves:
-            return 0, replaced
-        if not back.mask & _MOVED_FROM or back.cookie != there.cookie:
+        old, new = (node, event.name), (node2, event.name2)
+        back = self._calls.way_back(ahead := self._ahead(), start, old, new)
+        while back is None and must and self._look_again(first):
+            back = self._calls.way_back(ahead := self._ahead(), start, old, new)
+        if back is None:
             return 0, replaced
         if replaced is None or replaced.is_placeholder:
             replaced = self._came_back(event) or replaced
         if replaced is None:
             return 0, None
-        own = self._own_events.first_move(end + 1, stop, child, replaced)
-        if not self._is_exchange(child, replaced, own and own.inode, beside=end == start + 1):
+        own = self._calls.first_move(ahead, back.end + 1, back.stop, child, replaced)
+        if not self._is_exchange(child, replaced, own and own.inode, beside=back.is_beside):
             return 0, replaced
         if own is not None and own.inode is replaced:
             self._parts[own.number] = event
@@ -298,18 +311,23 @@ class Resolver:
     def _swapped(self, event: Event, replaced: Inode, start: int) -> int:
         """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
         assert event.child is not None
-        (end, back), (stop, _) = self._own_events.changes(start, 2, event.node)
-        if not back.mask & _MOVED_FROM or back.name != event.name:
+        ahead = self._ahead()
+        back = self._calls.way_out(ahead, start, (event.node, event.name))
+        if back is None:
             return 0
         if self._watcher.has_moved_to(back.cookie, windows.RENAME_WINDOW):
             return 0  # it went on at once, to where it is seen
-        own = self._own_events.first_move(end + 1, stop, replaced)
+        own = self._calls.first_move(ahead, back.end + 1, back.stop, replaced)
         if own is not None:
             self._parts[own.number] = event
-        elif event.child.is_dir == replaced.is_dir and not (end == start and self._links(replaced)):
+        elif not self._lives(event.child, replaced, back):
             return 0
         self._watcher.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie
+
+    def _lives(self, child: Inode, replaced: Inode, back: Back) -> bool:
+        """Whether what was moved away, beside what took its place, was not overwritten."""
+        return child.is_dir != replaced.is_dir or (back.is_beside and bool(self._links(replaced)))
 
     def _overwritten(self, node: Inode, name: bytes) -> Inode | None:
         """What a MOVED_TO node/name overwrites; asked before a look at the newcomer, which takes
@@ -357,7 +375,7 @@ class Resolver:
         elif mask & _MOVED_FROM:
             names.pop(name, None)
             child = self._known_child(node, name, before)
-            own = self._own_events.of_rename(Rename(arrival, node, None, child, None))
+            own = self._of_rename(Rename(arrival, node, None, child, None))
             child = self._proved(arrival, node, child, own)
             if child is None or child.is_dir != bool(mask & _ISDIR):
                 child = self._gone(node, name, mask)
@@ -371,13 +389,13 @@ class Resolver:
                 child.parent = None
         elif mask & _MOVED_TO:
             replaced = self._overwritten(node, name)
-            rename = Rename(arrival, None, node, None, replaced)
-            own = self._own_events.of_rename(rename)
+            rename = Rename(arrival, None, node, None, replaced, listing(node).complete)
+            own = self._of_rename(rename)
             if own.moved is not None:
                 event.child = own.moved.inode
             else:
                 looked = self._look(node, arrival)
-                own = self._own_events.of_rename(rename._replace(child=looked))
+                own = self._of_rename(rename._replace(child=looked))
                 event.child = self._proved(arrival, node, looked, own) or looked
             if replaced is not None and own.lost is None:
                 event.exchanged = self._swapped(event, replaced, own.end)
@@ -421,7 +439,7 @@ class Resolver:
         known = self._known_child(node, name, before)
         if known is None or known.is_dir != bool(mask & _ISDIR):
             return self._gone(node, name, mask)
-        if self._own_events.expected(known, _DELETE_SELF if known.is_dir else _ATTRIB, arrival):
+        if self._expected(known, _DELETE_SELF if known.is_dir else _ATTRIB, arrival):
             if known.is_dir or known is not self._lost_link:
                 return self._gone(node, name, mask)
             event.nlink = 2
@@ -433,7 +451,7 @@ class Resolver:
         """The watched object that this was, if it is open under a name that it has no more, or
         has lost since: its own event stands next.
         """
-        for ahead in self._own_events.ahead(1):
+        for ahead in self._ahead(1):
             inode = self._watcher.inode_of(ahead.raw.wd)
             if inode is None or ahead.raw.name or ahead.raw.mask != event.mask:
                 return None
@@ -455,24 +473,28 @@ class Resolver:
         it stood for last.
         """
         bits = event.kind
-        wd = self._watcher.wd_of(child)
         if not int(self._watcher.mask_of(child)) & bits:
             return child
-        while True:
-            for ahead in self._own_events.ahead(windows.TWIN_WINDOW):
-                if ahead.raw.wd == wd and ahead.raw.mask == event.mask:
-                    self._parts[ahead.number] = event
-                    event.twin = True
-                    return child
-            if not self._own_events.look_again(arrival):
+        own: Own | None = None
+        while own is None:
+            own = self._calls.touched(child, event.mask, self._ahead())
+            if own is None and not self._look_again(arrival):
                 break
-        if not self._own_events.expected(child, bits, arrival):
+        if own is not None:
+            self._parts[own.number] = event
+            event.twin = True
+            return child
+        if not self._expected(child, bits, arrival):
             event.twin = True
             return child
         if lost is not None:
             return lost
         self._table.displace(event.node, event.name, child)
         return self._gone(event.node, event.name, event.mask)
+
+    def _child_of(self, node: Inode, name: bytes) -> Inode | None:
+        """What a name stood for last."""
+        return self._known_child(node, name, listing(node).names.get(name))
 
     def _known_child(self, node: Inode, name: bytes, before: Known | None) -> Inode | None:
         """What the name stood for: from the listing, or from what a guest looked up where the

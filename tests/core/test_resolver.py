@@ -384,3 +384,25 @@ def test_a_directory_from_out_of_sight_exchanged_among_events_of_others(
     assert sorted(order.op for order in orders) == [Op.CREATE, Op.RENAME]
     (exchange,) = [task for task in mount.guest.ledger._tasks if task.order.arg == RENAME_EXCHANGE]
     assert exchange.child is watched
+
+
+def test_an_unlink_that_begins_within_a_rename(world: World) -> None:
+    """Its ATTRIB stands where that of an overwritten file would."""
+    for name in ("old", "other"):
+        (world.source / name).touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    moved, gone = (world.mark(mount.guest, name) for name in ("old", "other"))
+    os.rename(world.source / "old", world.source / "new")
+    (world.source / "other").unlink()
+    watcher = world.export.watcher
+    watcher.drain()
+    arrivals = watcher._arrivals
+    assert [arrivals[i].raw.mask for i in (2, 3)] == [Mask.MOVE_SELF, Mask.ATTRIB]
+    arrivals[2], arrivals[3] = arrivals[3], arrivals[2]
+    renamed, removed = world.orders(mount)
+    assert (renamed.op, renamed.name, renamed.name2) == (Op.RENAME, b"old", b"new")
+    assert (removed.op, removed.name) == (Op.REMOVE, b"other")
+    first, second = mount.guest.ledger.tasks
+    assert (first.child, first.target) == (moved, None)
+    assert (second.child, second.nlink) == (gone, 1)
