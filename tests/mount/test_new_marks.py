@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -139,62 +140,59 @@ OPERATIONS: dict[str, tuple[Callable[[Place], None], str]] = {
 
 
 class Watcher:
-    """A mark, and what it has brought."""
+    """One side's marks, and what each has brought."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         self.fd = notify.inotify_init(os.O_NONBLOCK | os.O_CLOEXEC)
-        notify.add_watch(self.fd, str(path), WATCHED | DONT_FOLLOW)
-        self.seen: list[str] = []
+        self._marks: dict[int, str] = {}
+        self.seen: dict[str, list[str]] = {}
 
-    def read(self) -> list[str]:
+    def mark(self, path: Path, what: str) -> None:
+        self._marks[notify.add_watch(self.fd, str(path), WATCHED | DONT_FOLLOW)] = what
+        self.seen[what] = []
+
+    def read(self) -> dict[str, list[str]]:
         """All so far, without the repeats that the kernel may merge."""
-        try:
-            events = list(parse_events(os.read(self.fd, 1 << 16)))
-        except BlockingIOError:
-            events = []
-        for event in events:
-            text = describe(event.mask)
-            if self.seen[-1:] != [text]:
-                self.seen.append(text)
+        with suppress(BlockingIOError):
+            for event in parse_events(os.read(self.fd, 1 << 20)):
+                seen, text = self.seen[self._marks[event.wd]], describe(event.mask)
+                if seen[-1:] != [text]:
+                    seen.append(text)
         return self.seen
 
-    def close(self) -> None:
-        os.close(self.fd)
+
+@pytest.fixture
+def sides() -> Iterator[tuple[Watcher, Watcher]]:
+    both = Watcher(), Watcher()
+    yield both
+    for side in both:
+        os.close(side.fd)
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.02, 0.1])
 @pytest.mark.parametrize("make", [file, symlink])
-def test_what_follows_a_mark_is_told(base: Path, share: Mount, make: Make, gap: float) -> None:
+def test_what_follows_a_mark_is_told(
+    base: Path, share: Mount, sides: tuple[Watcher, Watcher], make: Make, gap: float
+) -> None:
     """However soon it follows."""
     places = {
         what: Place(base, f"{make.__name__} {gap} {what}", make, links)
         for what, (_, links) in OPERATIONS.items()
     }
     time.sleep(0.2)  # a change from before the mark is none of its watcher's
-    pairs: dict[str, tuple[Watcher, Watcher]] = {}
+    native, ours = sides
     for what, (operate, _) in OPERATIONS.items():
         place = places[what]
-        pairs[what] = Watcher(place.f), Watcher(share.mountpoint / place.name / "f")
+        native.mark(place.f, what)
+        ours.mark(share.mountpoint / place.name / "f", what)
         time.sleep(gap)
         operate(place)
-    differ: dict[str, tuple[list[str], list[str]]] = {}
-
-    def are_equal() -> bool:
-        differ.clear()
-        for what, (native, ours) in pairs.items():
-            if native.read() != ours.read():
-                differ[what] = native.seen, ours.seen
-        return not differ
-
     try:
-        wait_until(are_equal, 10, "equal streams")
+        wait_until(lambda: native.read() == ours.read(), 10, "equal streams")
         time.sleep(0.3)
-        assert are_equal(), differ
+        assert native.read() == ours.read()
     except AssertionError as error:
-        for what, (native_seen, ours_seen) in differ.items():
-            error.add_note(f"{what}: natively {native_seen}, on the mount {ours_seen}")
+        for what, seen in native.seen.items():
+            if seen != ours.seen[what]:
+                error.add_note(f"{what}: natively {seen}, on the mount {ours.seen[what]}")
         raise
-    finally:
-        for native, ours in pairs.values():
-            native.close()
-            ours.close()
