@@ -100,22 +100,30 @@ WATCHDOG_TESTS = tuple(
     for name in ("emitter", "inotify_c", "inotify_emitter", "inotify_watch_group", "observer")
 )
 """The others look at no file system, or at watchdog's own polling; watchmedo wants PyYAML."""
+EXHAUSTS_THE_MACHINE = "tests/test_inotify_c.py::test_import_with_exhausted_inotify_instances"
+"""It takes all inotify instances of the user, and other tests of this machine find none."""
 
 
 def watchdog(place: Place, work: Path, tests: Sequence[str] = ()) -> Results:
     root = sources.WATCHDOG.path
-    return _pytest(place, work, root, tests or WATCHDOG_TESTS)
+    return _pytest(
+        place, work, root, tests or (*WATCHDOG_TESTS, "--deselect", EXHAUSTS_THE_MACHINE)
+    )
 
 
-WALKS_THE_MACHINE = "tests/test_rust_notify.py::test_ignore_permission_denied"
-"""It watches / and all that is below: processes come and go there meanwhile."""
+NOT_OURS = (
+    # It watches / and all that is below: processes come and go there meanwhile.
+    *("--deselect", "tests/test_rust_notify.py::test_ignore_permission_denied"),
+    # It polls, and within half a second.
+    *("--deselect", "tests/test_rust_notify.py::test_polling"),
+)
 
 
 def watchfiles(place: Place, work: Path, tests: Sequence[str] = ()) -> Results:
     """Without its Python files, as the installed ones are meant, and the docs that it tests."""
     root = place.copy(sources.WATCHFILES.path, "watchfiles", "test_docs.py")
     try:
-        return _pytest(place, work, root, tests or ("tests", "--deselect", WALKS_THE_MACHINE))
+        return _pytest(place, work, root, tests or ("tests", *NOT_OURS))
     finally:
         shutil.rmtree(place.source / root.name)
 

@@ -1,0 +1,41 @@
+"""Other people's tests of watchers pass on fsd what they pass on a bind mount (pytest -m suites).
+
+Those that do not pass yet, and those whose assertions hang on fractions of a second, are for
+``script/suites``: docs/figures.md has what they fail.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.suites import sources
+from tests.suites.known import NATIVELY, ON_FSD
+from tests.suites.run import run
+from tests.suites.runners import FAILED, RUNNERS
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes bind mounts, which only root can")
+
+SUITES = {"watchfiles": sources.WATCHFILES}
+
+
+def test_what_may_fail_belongs_to_a_suite() -> None:
+    assert NATIVELY.keys() | ON_FSD.keys() <= RUNNERS.keys()
+    for name in NATIVELY.keys() & ON_FSD.keys():
+        assert not NATIVELY[name].keys() & ON_FSD[name].keys()
+
+
+@pytest.mark.suites
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SUITES)
+def test_suite(name: str) -> None:
+    source = SUITES[name]
+    if not (source.path.exists() and sources.PYTHON.exists()):
+        pytest.skip(f"script/bootstrap could not fetch {source.name} {source.version}")
+    results = run(name, "fsd", [], [])
+    failed = {test: result.detail for test, result in results.items() if result.status == FAILED}
+    for test, detail in failed.items():
+        print(f"--- {test}\n{detail}")
+    assert len(results) > 20
+    assert failed.keys() == NATIVELY.get(name, {}).keys() | ON_FSD.get(name, {}).keys()
