@@ -557,7 +557,7 @@ class Arming:
         event = kept.event
         halves = self._export.wanted_halves(guest, event)
         if halves:
-            return kept, halves
+            return None if self._export.follows(guest, event) else (kept, halves)
         if event.child is not None and event.name:
             mask = int(self._export.interest.of(guest, event.child))
             if mask & event.kind:  # the mark is on the file itself

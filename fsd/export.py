@@ -647,13 +647,13 @@ class Export:
                 guest.count("repeated", event.mask)
             self.counts["forwarded"] += 1
             guest.count("forwarded", event.mask)
-            if self._follows(guest, event):
+            if self.follows(guest, event):
                 guest.count("coalesced", event.mask)
                 continue
             if not self.arming.holds(guest, event, halves):
                 guest.offer(event, halves)
 
-    def _follows(self, guest: Guest, event: Event) -> bool:
+    def follows(self, guest: Guest, event: Event) -> bool:
         """Whether a guest's kernel makes the event by itself, from what it is told by name."""
         named = event.part_of
         if named is None or not isinstance(guest, ReplayGuest):
