@@ -326,8 +326,16 @@ class Arming:
             if event.stamp <= look_up.since or self._is_told(guest, event):
                 continue
             look_up.is_doubtful = True
-            self._doubts.setdefault(guest, {})[look_up] = node
+            if not self._has_mark(guest, event):
+                self._doubts.setdefault(guest, {})[look_up] = node
             self._look(guest, node, look_up, self._new_marks.rest)
+
+    def _has_mark(self, guest: ReplayGuest, event: Event) -> bool:
+        """Whether the guest watches there already. Then a new mark that asks for more is not likely
+        enough for other events to wait: each look-up by a watcher would make the next ones late.
+        """
+        of = self._export.interest.of
+        return any(i is not None and of(guest, i) for i in (event.node, event.child))
 
     def holds(self, guest: Guest, event: Event, halves: int) -> bool:
         """Whether an event for the guest, the last that was remembered, waits for a scan."""

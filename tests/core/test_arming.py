@@ -12,7 +12,7 @@ import pytest
 from fsd.host import RENAME_EXCHANGE, renameat2
 from fsd.service import Service
 from protocol import frames
-from protocol.frames import ALIAS, Op
+from protocol.frames import ALIAS, STAGING, Op
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 
@@ -321,3 +321,116 @@ def test_the_replayers_own_look_ups_hint_nothing(world: World, mount: Service) -
     mount.lookup(AGENT, 1, b"d")
     mount.getattr(AGENT, 1)
     assert not mount.guest.has_outgoing
+
+
+def test_another_look_up_does_not_keep_the_first_alive(world: World, mount: Service) -> None:
+    """Of a process that goes on looking, there is always one that no scan has answered."""
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/before").mkdir()
+    world.pump()
+    look_up(world, mount, "d")  # the next hint is for this one
+    scanned(world, mount, number)
+    (world.source / "d/after").mkdir()
+    scanned(world, mount, hint(mount), (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"after")]
+
+
+def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Service) -> None:
+    (world.source / "e").mkdir()
+    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
+    scanned(world, mount, hint(mount))
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "e/first").mkdir()
+    world.pump()
+    (world.source / "d/second").mkdir()
+    (world.source / "e/third").mkdir()
+    assert replays(world, mount) == [(Op.CREATE, b"first")]
+    scanned(world, mount, number, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"second"), (Op.CREATE, b"third")]
+
+
+def test_a_scan_that_finds_no_mark_lets_it_go(world: World, mount: Service) -> None:
+    (world.source / "e").mkdir()
+    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
+    scanned(world, mount, hint(mount))
+    look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/other").mkdir()
+    (world.source / "e/own").mkdir()
+    assert replays(world, mount) == []
+    scanned(world, mount, number)
+    assert replays(world, mount) == [(Op.CREATE, b"own")]
+
+
+def test_no_event_waits_for_long(
+    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent does not answer."""
+    monkeypatch.setattr("fsd.windows.HOLD", 0.05)
+    (world.source / "e").mkdir()
+    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
+    scanned(world, mount, hint(mount))
+    look_up(world, mount, "d")
+    hint(mount)
+    (world.source / "d/other").mkdir()
+    (world.source / "e/own").mkdir()
+    assert replays(world, mount) == []
+    assert world.export.next_deadline <= time.monotonic() + 0.05
+    time.sleep(0.05)
+    world.export.process(1)
+    assert replays(world, mount) == [(Op.CREATE, b"own")]
+    (world.source / "e/next").mkdir()
+    assert replays(world, mount) == [(Op.CREATE, b"next")], "nor again, for the same doubt"
+
+
+def test_no_more_than_a_bound_waits(
+    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsd.arming.HOLD_LIMIT", 5)
+    (world.source / "e").mkdir()
+    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
+    scanned(world, mount, hint(mount))
+    look_up(world, mount, "d")
+    (world.source / "d/other").mkdir()
+    for number in range(8):
+        (world.source / f"e/{number}").mkdir()
+    assert [name for _, name in replays(world, mount)] == [b"%d" % n for n in range(8)]
+
+
+def test_what_is_too_much_to_keep_is_told_as_a_difference(
+    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsd.arming.HISTORY_LIMIT", 10)
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    for name in range(30):
+        (world.source / f"d/{name}").mkdir()
+    (world.source / "d/29").rmdir()
+    (world.source / "d/file").unlink()
+    scanned(world, mount, number, (key, CREATE | int(Mask.DELETE)))
+    told = replays(world, mount)
+    assert told[:10] == [(Op.CREATE, b"%d" % name) for name in range(10)]
+    mount.guest.asked()
+    assert not mount.guest.depth
+    world.export.catch_up(mount.guest)  # as the session does, once all that was queued is done
+    told += replays(world, mount)
+    assert sorted(told) == sorted(
+        [*((Op.CREATE, b"%d" % name) for name in range(29)), (Op.REMOVE, b"file")]
+    )
+
+
+def test_a_directory_that_was_emptied_and_removed_before_its_mark_arrives(
+    world: World, mount: Service
+) -> None:
+    """Its orders name the way that led to it, and never the root."""
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/file").unlink()
+    (world.source / "d").rmdir()
+    world.pump()
+    scanned(world, mount, number, (key, int(Mask.DELETE | Mask.DELETE_SELF)))
+    emptied, ended = world.orders(mount)
+    assert (emptied.op, emptied.name, emptied.path) == (Op.REMOVE, b"file", b"d")
+    assert (ended.op, ended.nodeid) == (Op.REMOVE, STAGING)
