@@ -506,7 +506,11 @@ class Arming:
         export = self._export
         found, seen = self._since_look_ups(guest)
         found |= {kept.number: kept for inode in files for kept in self._marked[inode].events}
-        untold = [kept for kept in found.values() if not self._is_told(guest, kept.event)]
+        untold = [
+            kept
+            for kept in found.values()
+            if not self._is_told(guest, kept.event) and not export.follows(guest, kept.event)
+        ]
         end = time.monotonic() + GROUP_TIME
         done = 0
         for key, bits in updates:
@@ -517,9 +521,13 @@ class Arming:
                 failed.append((key, error))
             if time.monotonic() > end:
                 break
+        by_name = set()  # told now; what is part of it follows by itself
         for kept in untold:
             if (wanted := self._wanted(guest, kept)) is not None:
                 told[kept.number] = wanted
+                by_name.add(kept.event)
+        for number in [n for n, (kept, _) in told.items() if kept.event.part_of in by_name]:
+            del told[number]
         events = [found[number].event for number in sorted(found)]
         for inode, now in files.items():
             mask = missing(seen.get(inode), now, own_events(inode, events, guest))
@@ -565,7 +573,7 @@ class Arming:
         event = kept.event
         halves = self._export.wanted_halves(guest, event)
         if halves:
-            return None if self._export.follows(guest, event) else (kept, halves)
+            return kept, halves
         if event.child is not None and event.name:
             mask = int(self._export.interest.of(guest, event.child))
             if mask & event.kind:  # the mark is on the file itself
