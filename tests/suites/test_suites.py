@@ -17,6 +17,8 @@ from tests.suites.runners import FAILED, RUNNERS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes bind mounts, which only root can")
 
+TRIES = 3
+"""Its tests wait for 20 to 500 ms, on a machine that may be busy: each has so many chances."""
 SUITES = {"watchfiles": sources.WATCHFILES}
 
 
@@ -33,9 +35,15 @@ def test_suite(name: str) -> None:
     source = SUITES[name]
     if not (source.path.exists() and sources.PYTHON.exists()):
         pytest.skip(f"script/bootstrap could not fetch {source.name} {source.version}")
+    known = NATIVELY.get(name, {}).keys() | ON_FSD.get(name, {}).keys()
     results = run(name, "fsd", [], [])
+    for _ in range(TRIES - 1):
+        again = [test for test, result in results.items() if result.status == FAILED]
+        if again := [test for test in again if test not in known]:
+            print(f"once more: {again}")
+            results |= run(name, "fsd", again, [])
     failed = {test: result.detail for test, result in results.items() if result.status == FAILED}
     for test, detail in failed.items():
         print(f"--- {test}\n{detail}")
     assert len(results) > 20
-    assert failed.keys() == NATIVELY.get(name, {}).keys() | ON_FSD.get(name, {}).keys()
+    assert failed.keys() == known
