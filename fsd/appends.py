@@ -7,6 +7,7 @@ too; and because each door says in its own way which writes are appends.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from collections import Counter, OrderedDict
 
@@ -17,7 +18,7 @@ ENDS_LIMIT = 4096
 _ENDS = 16
 """Ends of one file: answers about it that its kernel may not have taken yet."""
 _UNKNOWN = (-1,)
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PAGE = mmap.PAGESIZE
 
 
 def follow(handle: Handle, appends: bool) -> None:

@@ -67,9 +67,9 @@ THREADS_LIMIT = 16
 """Threads of which the server sees by itself what they watch; more are left to the agent."""
 QUEUE_LOOK = 256
 """Events of the host's queue among which those of one directory are looked for."""
-MISSED_LIMIT = 4096
+DIFFERENCE_LIMIT = 4096
 """Names kept of what does not fit into the history of a directory."""
-HINTS_LIMIT = 8
+OPEN_HINTS_LIMIT = 8
 """Hints without an answer that are told apart in one directory."""
 
 
@@ -208,7 +208,9 @@ class Arming:
         self._export.watcher.drain()  # what is queued happened before
         if look_up.open and (look_up.is_doubtful or self._is_queued(directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
-        if not look_up.open or (hint > look_up.open[-1][0] and len(look_up.open) < HINTS_LIMIT):
+        if not look_up.open or (
+            hint > look_up.open[-1][0] and len(look_up.open) < OPEN_HINTS_LIMIT
+        ):
             look_up.open.append((hint, time.monotonic()))
         if len(look_up.threads) <= THREADS_LIMIT:
             look_up.threads.add(thread)
@@ -312,9 +314,9 @@ class Arming:
         for place, missed in missed_by(event):
             before = node.missed.get(place)
             node.missed[place] = missed if before is None else before.followed_by(missed)
-        if len(node.missed) > MISSED_LIMIT:
+        if len(node.missed) > DIFFERENCE_LIMIT:
             node.missed = {p: m for p, m in node.missed.items() if not is_void(*p, m)}
-        if len(node.missed) > MISSED_LIMIT // 2:
+        if len(node.missed) > DIFFERENCE_LIMIT // 2:
             node.missed.clear()
             node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
             self._export.counts["muted"] += 1
