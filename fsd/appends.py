@@ -57,6 +57,10 @@ class Bypass:
         self._counts[node, bypasses] += 1
         return bypasses
 
+    def bypasses(self, fh: int) -> bool:
+        """Whether an open file does; not known where the kernel mixes."""
+        return self._files.get(fh, (0, False))[1]
+
     def closed(self, fh: int) -> None:
         """A file is closed."""
         file = self._files.pop(fh, None)

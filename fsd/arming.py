@@ -61,6 +61,11 @@ GROUP_TIME = 0.05
 """Seconds after which a group ends all the same: requests wait meanwhile."""
 
 
+STORM_LIMIT = 12_288
+"""Events of a looked-up directory in KEEP, beyond which it is followed no more: a storm where
+nobody has a mark takes the time of those who have."""
+DRAIN_SHARE = 4.0
+"""Reading the host's queue at a look-up is followed by this many times its duration without."""
 HOLD_LIMIT = 4096
 """Events that wait for one guest's scan, at most: some 50 ms of a storm."""
 THREADS_LIMIT = 16
@@ -114,6 +119,9 @@ class _Provisional:
     history: deque[_Kept] = field(default_factory=deque)
     missed: Changes = field(default_factory=dict)
     """By name, what was too much to keep."""
+    events: int = 0
+    """How many there were since ``begun``, KEEP ago at most."""
+    begun: float = 0.0
     lost_ns: int = 0
     """time.time_ns() since which not even names are kept; 0 = they are."""
 
@@ -160,6 +168,7 @@ class Arming:
         self._marked: dict[Inode, _Marked] = {}
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self._new_marks = NewMarks()
+        self._next_drain = 0.0  # time.monotonic()
         self._number = 0  # of the last event
         self._doubts: dict[ReplayGuest, dict[_LookUp, _Provisional]] = {}
         self._holding: dict[ReplayGuest, _Holding] = {}
@@ -205,7 +214,7 @@ class Arming:
         if node.muted:
             return
         node.expires = time.monotonic() + windows.KEEP
-        self._export.watcher.drain()  # what is queued happened before
+        self._drain()  # what is queued happened before
         if look_up.open and (look_up.is_doubtful or self._is_queued(directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
         if not look_up.open or (
@@ -268,6 +277,16 @@ class Arming:
             if holding is not None:
                 self._let_go(guest, holding)
 
+    def _drain(self) -> None:
+        """Read the host's queue, unless that takes too much time: where the host makes events as
+        fast as they are read, some that were before a look-up count as later.
+        """
+        began = time.monotonic()
+        if began >= self._next_drain:
+            self._export.watcher.drain()
+            now = time.monotonic()
+            self._next_drain = now + DRAIN_SHARE * (now - began)
+
     def expire(self, now: float) -> None:
         """Drop watches that nobody came for, and let nothing wait for too long."""
         for guest, holding in list(self._holding.items()):
@@ -298,14 +317,20 @@ class Arming:
             marked.events.append(_Kept(self._number, event, ways))
         for inode in {event.node, event.node2}:
             node = self._nodes.get(inode) if inode is not None else None
-            if node is None or inode is None:
+            if node is None or inode is None or node.muted:
+                continue
+            if event.stamp > node.begun + windows.KEEP:
+                node.events, node.begun = 0, event.stamp
+            node.events += 1
+            if node.events > STORM_LIMIT:
+                self._mute(node, event)
                 continue
             self._ask(node, event)
             may_be_told = any(event.stamp > look_up.since for look_up in node.by.values())
-            if may_be_told and not node.muted:
-                self._keep(inode, node, event)
+            if may_be_told:
+                self._keep(node, event)
 
-    def _keep(self, inode: Inode, node: _Provisional, event: Event) -> None:
+    def _keep(self, node: _Provisional, event: Event) -> None:
         if len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
             guest = next(iter(node.by))
             node.history.append(_Kept(self._number, event, guest.ways(event)))
@@ -317,10 +342,14 @@ class Arming:
         if len(node.missed) > DIFFERENCE_LIMIT:
             node.missed = {p: m for p, m in node.missed.items() if not is_void(*p, m)}
         if len(node.missed) > DIFFERENCE_LIMIT // 2:
-            node.missed.clear()
-            node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
-            self._export.counts["muted"] += 1
-            self._export.set_watch(inode)
+            self._mute(node, event)
+
+    def _mute(self, node: _Provisional, event: Event) -> None:
+        """Follow the directory no more, unless somebody has a mark there."""
+        node.missed.clear()
+        node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
+        self._export.counts["muted"] += 1
+        self._export.set_watch(node.inode)
 
     def _ask(self, node: _Provisional, event: Event) -> None:
         """Doubt for which guests the event is, and look where that can be seen."""
@@ -355,6 +384,11 @@ class Arming:
         holding.events.append((_Kept(self._number, event, guest.ways(event)), halves))
         guest.history.hold(event)
         return True
+
+    def held(self, guest: ReplayGuest) -> list[Event]:
+        """The events that wait for a scan."""
+        holding = self._holding.get(guest)
+        return [kept.event for kept, _ in holding.events] if holding is not None else []
 
     def _give_up(self, guest: ReplayGuest, holding: _Holding) -> None:
         """Nothing waits until the doubt has ended."""

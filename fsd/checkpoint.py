@@ -259,7 +259,8 @@ class _Taking:
             saved.kind, saved.token, saved.told = GuestKind.OBSERVER, guest.token, guest.told
             saved.outbox = guest.undelivered()
         elif isinstance(guest, ReplayGuest):
-            events = (self._event(event) for event in guest.undelivered())
+            waiting = [*guest.undelivered(), *self._export.arming.held(guest)]
+            events = (self._event(event) for event in waiting)
             saved.held = [event for event in events if event.node]
         else:
             saved.kind = GuestKind.BY_HAND

@@ -57,9 +57,6 @@ COMPARE_SHARE = 9
 """Comparing them all is followed by at least this many times its own duration of rest."""
 CHANGES_LIMIT = 4096
 """Changed names that such comparisons gather before they are told, to find moves among them."""
-LATE, LATE_TURNS = 0.05, 4
-"""Seconds for which an event waits before a turn of events is longer than one of requests, and by
-how much: guests and the host may make events as fast as one short turn among many handles them."""
 CHUNKS_AT_ONCE = 8
 """Reads of a directory's names at once, before the rest becomes a chore: 8,000 names, 10 ms."""
 
@@ -481,14 +478,8 @@ class Export:
             self._paused_until = time.monotonic() + PAUSE
 
     def route(self, budget: int) -> None:
-        """Route up to ``budget`` events, within a turn if one of them makes much work; LATE_TURNS
-        of each where they are late.
-        """
-        now = time.monotonic()
-        oldest = self.watcher.peek(1)
-        turns = LATE_TURNS if oldest and now > oldest[0].stamp + LATE else 1
-        budget *= turns
-        end = now + turns * TURN
+        """Route up to ``budget`` events, within a turn if one of them makes much work."""
+        end = time.monotonic() + TURN
         while budget and (self._steps or self.watcher.backlog):
             budget -= 1
             if not self._steps:

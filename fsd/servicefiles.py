@@ -372,16 +372,20 @@ class FileService:
         with self._own(*self._about(handle.inode, Mask.ACCESS)):
             return os.pread(handle.fd, size, offset)
 
-    def write(self, fh: int, offset: int, data: bytes, *, append: bool = False) -> int:
-        """WRITE; to the end of the file, to ``append``."""
+    def write(
+        self, fh: int, offset: int, data: bytes, *, append: bool = False, kill: bool = False
+    ) -> int:
+        """WRITE; to the end of the file, to ``append``. The door does not say who writes: the user
+        who opened the file is taken for it, also to ``kill`` suid and sgid bits.
+        """
         handle = self.handle(fh)
         if isinstance(handle, IdleHandle):
             self._replay_data(handle, Mask.MODIFY)
             return len(data)
         handle = self._with_data(handle)
         appends.follow(handle, append)
-        # The door does not say who writes, and the kernel has cleared suid bits itself.
-        with self._own(*self._about(handle.inode, _WRITTEN)), writing(handle.uid, kill=False):
+        kill = kill and handle.uid != 0
+        with self._own(*self._about(handle.inode, _WRITTEN)), writing(handle.uid, kill=kill):
             return os.pwrite(handle.fd, data, offset)
 
     def _replay_data(self, handle: IdleHandle, event: Mask) -> None:

@@ -410,7 +410,8 @@ class FuseDoor(pyfuse3.Operations):
             return self._service.write(fh, offset, data)
         append = bool(handle.flags & os.O_APPEND)
         append = append and self._ends.is_append(handle, offset, len(data))
-        size = self._service.write(fh, offset, data, append=append)
+        kill = self._bypass.bypasses(fh)  # else the kernel has cleared suid bits itself
+        size = self._service.write(fh, offset, data, append=append, kill=kill)
         self._ends.written(handle.inode.nodeid, offset, size)
         return size
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from fsd.checkpoint import take
 from fsd.host import RENAME_EXCHANGE, renameat2
 from fsd.service import Service
 from protocol import frames
@@ -349,6 +350,18 @@ def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Serv
     assert replays(world, mount) == [(Op.CREATE, b"first")]
     scanned(world, mount, number, (key, CREATE))
     assert replays(world, mount) == [(Op.CREATE, b"second"), (Op.CREATE, b"third")]
+
+
+def test_what_waits_for_a_scan_is_saved(world: World, mount: Service) -> None:
+    (world.source / "e").mkdir()
+    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
+    scanned(world, mount, hint(mount))
+    look_up(world, mount, "d")
+    (world.source / "d/other").mkdir()
+    (world.source / "e/waits").mkdir()
+    assert replays(world, mount) == []
+    (guest,) = take(world.export, {mount.guest: {}}).guests
+    assert [event.name for event in guest.held] == [b"waits"]
 
 
 def test_a_scan_that_finds_no_mark_lets_it_go(world: World, mount: Service) -> None:

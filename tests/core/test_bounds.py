@@ -551,21 +551,6 @@ def test_forgetting_takes_the_same_time_however_many_were_forgotten(
         assert time.process_time() - begun < 10  # it took minutes
 
 
-@pytest.mark.parametrize(("late", "turns"), [(60.0, 1), (0.0, export.LATE_TURNS)])
-def test_events_that_are_late_have_a_longer_turn(
-    world: World, monkeypatch: pytest.MonkeyPatch, late: float, turns: int
-) -> None:
-    monkeypatch.setattr(export, "LATE", late)
-    monkeypatch.setattr(export, "TURN", SECONDS)
-    world.export.update(world.observer(), WHOLE, STRUCTURE)
-    for n in range(100):
-        (world.source / f"f{n}").touch()
-    world.export.watcher.drain()
-    before = world.export.watcher.backlog
-    world.export.route(10)
-    assert before - world.export.watcher.backlog == 10 * turns
-
-
 # Watches of the host
 
 
