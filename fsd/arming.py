@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 _MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DELETE_SELF)
 _NOTHING = Mask(0)
-HISTORY_LIMIT = 32_768
-"""Events kept for one directory, twice what the kernel keeps for a watcher that does not read. What
-happens beyond it is told as a difference."""
+HISTORY_LIMIT = 16_384
+"""Events kept for one directory: what the kernel keeps for a watcher that does not read
+(max_queued_events of inotify(7)). What happens beyond it is told as a difference."""
 HISTORIES_LIMIT = 65_536
 """Events kept for all of them together, some 60 MB."""
 DIRECTORIES_LIMIT = 16_384
@@ -61,11 +61,9 @@ GROUP_TIME = 0.05
 """Seconds after which a group ends all the same: requests wait meanwhile."""
 
 
-STORM_LIMIT = 12_288
-"""Events of a looked-up directory in KEEP, beyond which it is followed no more: a storm where
-nobody has a mark takes the time of those who have."""
-DRAIN_SHARE = 4.0
-"""Reading the host's queue at a look-up is followed by this many times its duration without."""
+STORM_LIMIT = 4096
+"""Events of a looked-up directory in KEEP that are not kept, beyond which it is followed no more:
+a storm where nobody has a mark takes the time of those who have."""
 HOLD_LIMIT = 4096
 """Events that wait for one guest's scan, at most: some 50 ms of a storm."""
 THREADS_LIMIT = 16
@@ -119,8 +117,8 @@ class _Provisional:
     history: deque[_Kept] = field(default_factory=deque)
     missed: Changes = field(default_factory=dict)
     """By name, what was too much to keep."""
-    events: int = 0
-    """How many there were since ``begun``, KEEP ago at most."""
+    unkept: int = 0
+    """Events that were not kept, since ``begun``, KEEP ago at most."""
     begun: float = 0.0
     lost_ns: int = 0
     """time.time_ns() since which not even names are kept; 0 = they are."""
@@ -168,7 +166,6 @@ class Arming:
         self._marked: dict[Inode, _Marked] = {}
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self._new_marks = NewMarks()
-        self._next_drain = 0.0  # time.monotonic()
         self._number = 0  # of the last event
         self._doubts: dict[ReplayGuest, dict[_LookUp, _Provisional]] = {}
         self._holding: dict[ReplayGuest, _Holding] = {}
@@ -214,7 +211,7 @@ class Arming:
         if node.muted:
             return
         node.expires = time.monotonic() + windows.KEEP
-        self._drain()  # what is queued happened before
+        self._export.watcher.catch_up()  # what is queued happened before
         if look_up.open and (look_up.is_doubtful or self._is_queued(directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
         if not look_up.open or (
@@ -277,16 +274,6 @@ class Arming:
             if holding is not None:
                 self._let_go(guest, holding)
 
-    def _drain(self) -> None:
-        """Read the host's queue, unless that takes too much time: where the host makes events as
-        fast as they are read, some that were before a look-up count as later.
-        """
-        began = time.monotonic()
-        if began >= self._next_drain:
-            self._export.watcher.drain()
-            now = time.monotonic()
-            self._next_drain = now + DRAIN_SHARE * (now - began)
-
     def expire(self, now: float) -> None:
         """Drop watches that nobody came for, and let nothing wait for too long."""
         for guest, holding in list(self._holding.items()):
@@ -319,23 +306,23 @@ class Arming:
             node = self._nodes.get(inode) if inode is not None else None
             if node is None or inode is None or node.muted:
                 continue
-            if event.stamp > node.begun + windows.KEEP:
-                node.events, node.begun = 0, event.stamp
-            node.events += 1
-            if node.events > STORM_LIMIT:
-                self._mute(node, event)
-                continue
             self._ask(node, event)
             may_be_told = any(event.stamp > look_up.since for look_up in node.by.values())
-            if may_be_told:
-                self._keep(node, event)
+            if may_be_told and len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
+                guest = next(iter(node.by))
+                node.history.append(_Kept(self._number, event, guest.ways(event)))
+                self._kept += 1
+                continue
+            if event.stamp > node.begun + windows.KEEP:
+                node.unkept, node.begun = 0, event.stamp
+            node.unkept += 1
+            if node.unkept > STORM_LIMIT:
+                self._mute(node, event)
+            elif may_be_told:
+                self._miss(node, event)
 
-    def _keep(self, node: _Provisional, event: Event) -> None:
-        if len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
-            guest = next(iter(node.by))
-            node.history.append(_Kept(self._number, event, guest.ways(event)))
-            self._kept += 1
-            return
+    def _miss(self, node: _Provisional, event: Event) -> None:
+        """Keep what differs by it, in place of the event."""
         for place, missed in missed_by(event):
             before = node.missed.get(place)
             node.missed[place] = missed if before is None else before.followed_by(missed)

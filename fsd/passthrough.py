@@ -205,19 +205,29 @@ class PassthroughFS:
         making = host.making_nodes() if is_device and not who.uid else nullcontext()
         with self._creating(parent, name, who) as dir_fd, making:
             os.mknod(name, self._mode(mode, who), rdev, dir_fd=dir_fd)
-        return self.lookup(parent, name)
+        return self._made(parent, name, stat.S_IFMT(mode) or stat.S_IFREG)
 
     def mkdir(self, parent: Inode, name: bytes, mode: int, who: Identity) -> Entry:
         """MKDIR."""
         with self._creating(parent, name, who) as dir_fd:
             os.mkdir(name, mode, dir_fd=dir_fd)
-        return self.lookup(parent, name)
+        return self._made(parent, name, stat.S_IFDIR)
 
     def symlink(self, parent: Inode, name: bytes, target: bytes, who: Identity) -> Entry:
         """SYMLINK."""
         with self._creating(parent, name, who) as dir_fd:
             os.symlink(target, name, dir_fd=dir_fd)
-        return self.lookup(parent, name)
+        return self._made(parent, name, stat.S_IFLNK)
+
+    def _made(self, parent: Inode, name: bytes, kind: int) -> Entry:
+        """What was just made by the name. Raises FileNotFoundError where that is gone by now, also
+        where something of another kind has come: kernels take that for a broken server (EIO).
+        """
+        entry = self.peek(parent, name, is_guest=True)
+        if entry.inode.kind != kind:
+            self.table.release(entry.inode)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return self.referenced(entry)
 
     def create(
         self, parent: Inode, name: bytes, mode: int, flags: int, who: Identity, open_file: OpenFile
@@ -269,7 +279,7 @@ class PassthroughFS:
         self._check_name(name)
         with self._used(inode) as fd, self.table.directory(parent) as dir_fd:
             os.link(host.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
-        return self.lookup(parent, name)
+        return self._made(parent, name, inode.kind)
 
     def unlink(self, parent: Inode, name: bytes, who: Identity, keep: Keep) -> None:
         """UNLINK."""

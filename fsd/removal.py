@@ -9,8 +9,7 @@ from protocol.masks import Mask
 
 from .inodes import Inode
 from .slowcalls import LONG
-
-_Event = tuple[Inode | None, bytes | None, Mask]
+from .watcher import Expected
 
 
 class Removal:
@@ -19,7 +18,7 @@ class Removal:
     """
 
     def __init__(
-        self, close_slowly: Callable[[int, tuple[_Event, ...]], None], child: Inode | None
+        self, close_slowly: Callable[[int, tuple[Expected, ...]], None], child: Inode | None
     ) -> None:
         self._close_slowly = close_slowly
         self._child = child

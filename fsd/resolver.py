@@ -281,13 +281,15 @@ class Resolver:
         """
         assert event.node2 is not None
         known = listing(event.node2).names.get(event.name2)
+        wd = self._watcher.wd_of(event.node)
+        if known is None and self._watcher.leaving(wd, event.name) > 1:
+            return None
         try:
             inode = self._fs.peek(event.node, event.name).inode
         except OSError:
             return None
         if known is None:
-            self._watcher.drain()
-            is_last = self._watcher.leaving(self._watcher.wd_of(event.node), event.name) == 1
+            is_last = self._leaving(wd, event.name, 1) == 1
             return inode if is_last and inode is not event.child else None
         return inode if (inode.identity[1], inode.kind) == (known.ino, known.kind) else None
 
@@ -513,18 +515,26 @@ class Resolver:
     def _look(self, node: Inode, arrival: Arrival) -> Inode:
         """The object behind a name now, unless a waiting event says that it is another by now."""
         name, mask, wd = arrival.raw.name, arrival.raw.mask, arrival.raw.wd
-        self._watcher.drain()
-        if not self._watcher.leaving(wd, name):
+        if not self._leaving(wd, name):
             try:
                 inode = self._fs.peek(node, name).inode
             except OSError:  # gone by now, or nobody could look: the event is about the name
                 pass
             else:
-                self._watcher.drain()
                 is_dir = bool(mask & _ISDIR)
-                if inode.is_dir == is_dir and not self._watcher.leaving(wd, name):
+                if inode.is_dir == is_dir and not self._leaving(wd, name):
                     return inode
         return self._gone(node, name, mask)
+
+    def _leaving(self, wd: int, name: bytes, most: int = 0) -> int:
+        """How many events that wait remove or replace the name. Reads the host's queue only where
+        those read already are not more than ``most``: it may be long.
+        """
+        found = self._watcher.leaving(wd, name)
+        if found > most:
+            return found
+        self._watcher.drain()
+        return self._watcher.leaving(wd, name)
 
     def _links_before(self, node: Inode, child: Inode) -> int:
         """Link count of what was removed from a directory just before the removal. Of what is open

@@ -128,8 +128,8 @@ class RestoredTable:
     def _find(self, inode: Inode) -> bool:
         """Whether the object is still there; afterwards it is reached as any other."""
         if self._table.handle_opens(inode.identity):
-            return self._find_directory(inode)
-        if self._find_by_path(inode):
+            return _patiently(partial(self._find_directory, inode))
+        if _patiently(partial(self._find_by_path, inode)):
             return True
         # A handle proves the object wherever it is met again; without one, or on another mount,
         # nothing does.
@@ -138,12 +138,7 @@ class RestoredTable:
         return False
 
     def _find_directory(self, inode: Inode) -> bool:
-        try:
-            fd = _patiently(partial(self._table.open_by_handle, inode))
-        except OSError as error:
-            if error.errno in _PASSING:
-                raise
-            return False
+        fd = self._table.open_by_handle(inode)
         try:
             status = os.fstat(fd)
             if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity[1], inode.kind):
@@ -160,17 +155,8 @@ class RestoredTable:
         parent = inode.parent
         if parent is None or (parent.fd < 0 and parent in self.gone):
             return False
-
-        def look() -> int:
-            with self._table.directory(parent) as parent_fd:
-                return os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
-
-        try:
-            fd = _patiently(look)
-        except OSError as error:
-            if error.errno in _PASSING:
-                raise
-            return False
+        with self._table.directory(parent) as parent_fd:
+            fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
         try:
             identity, status = self._table.identify(fd)
             if stat.S_IFMT(status.st_mode) != inode.kind or identity[1:3] != inode.identity[1:3]:
@@ -193,16 +179,20 @@ class RestoredTable:
         return (host.born_ns(fd, b"") or status.st_ctime_ns) < self._saved_ns
 
 
-def _patiently(look: Callable[[], int]) -> int:
-    """Look again for a while where a resource is missing. Raises OSError."""
-    for pause in _PAUSES:
+def _patiently(find: Callable[[], bool]) -> bool:
+    """Whether an object is found. Looks again for a while where a resource is missing, and raises
+    OSError if it stays so; any other error is the object's, which is not found then.
+    """
+    for pause in (*_PAUSES, None):
         try:
-            return look()
+            return find()
         except OSError as error:
             if error.errno not in _PASSING:
+                return False
+            if pause is None:
                 raise
         time.sleep(pause)
-    return look()
+    return False
 
 
 def _places(rows: dict[int, SavedInode]) -> dict[int, list[int]]:

@@ -34,6 +34,10 @@ from .queuelimit import limited_to
 from .sharedwatches import SharedWatches
 
 _READ_SIZE = 256 * 1024
+_LONGEST_EVENT = 16 + 256
+"""Bytes: read(2) fails with room for less than the next."""
+LONG_BACKLOG = 8192
+"""Events that wait, some 0.3 s of work, from which on requests read no more for their own sake."""
 _FIONREAD = 0x541B
 _SETNEXTWD = 0x40044900
 """INOTIFY_IOC_SETNEXTWD of <linux/inotify.h>: the number of the next watch, if it is free."""
@@ -333,47 +337,57 @@ class HostWatcher:
 
     # Reading
 
-    def _read(self) -> list[RawEvent]:
+    def _read(self, size: int) -> list[RawEvent]:
+        """At least that many bytes, if they are there; not all that comes meanwhile, which may be
+        without an end.
+        """
         events: list[RawEvent] = []
-        while True:
+        while size > 0:
             try:
-                buffer = os.read(self.fd, _READ_SIZE)
+                buffer = os.read(self.fd, max(min(size, _READ_SIZE), _LONGEST_EVENT))
             except OSError:  # there is no more, or it stays queued
                 break
             events.extend(parse_events(buffer))
-            if len(buffer) < _READ_SIZE // 2 and not self._readable():
-                break
+            size -= len(buffer)
         self.events_in += len(events)
         if self._shared:
             events = list(self._shared.copies(events, self._wants))
         return events
 
-    def _readable(self) -> bool:
-        """Whether events are queued. Where that cannot be told, none are read for now: a call whose
-        events they are must not fail for it.
+    def _readable(self) -> int:
+        """How many bytes of events are queued. Where that cannot be told, none are read for now: a
+        call whose events they are must not fail for it.
         """
         if self._is_handed_over:
-            return False
+            return 0
         try:
             (size,) = struct.unpack("i", fcntl.ioctl(self.fd, _FIONREAD, b"\0\0\0\0"))
         except OSError:
-            return False
-        return bool(size)
+            return 0
+        return int(size)
 
-    def drain(self) -> None:
-        """Read all that is queued as the host's. Raises RuntimeError within ``attributed``, whose
-        events these would be.
+    def drain(self, most: int = 1 << 62) -> None:
+        """Read all that is queued as the host's, or some ``most`` bytes. Raises RuntimeError within
+        ``attributed``, whose events these would be.
         """
         if self._is_attributing:
             raise RuntimeError("the queue is read while a call's own events are expected")
-        self._take_in(None)
+        self._take_in(None, most)
 
-    def _take_in(self, call: tuple[Origin, _Matches] | None) -> None:
-        """Read all that is queued as that call's events where they match, else as others'."""
-        if not self._readable():
+    def catch_up(self) -> None:
+        """The same for a request, unless very much waits to be processed: a host that makes events
+        as fast as they are read would have the guests wait for nothing.
+        """
+        if self.backlog < LONG_BACKLOG:
+            self.drain()
+
+    def _take_in(self, call: tuple[Origin, _Matches] | None, most: int = 1 << 62) -> None:
+        """Read what is queued as that call's events where they match, else as others'."""
+        size = min(self._readable(), most)
+        if not size:
             return
         now = time.monotonic()
-        for raw in self._read():
+        for raw in self._read(size):
             if call is not None and call[1](raw):
                 if call[0] is SERVER:  # nobody is told, and comparing waits for none
                     self.own_events += 1
@@ -475,7 +489,7 @@ class HostWatcher:
         wd = self._wd_of.get(directory)
         if wd is None:
             return False
-        self.drain()
+        self.catch_up()
         return self._names.is_changing(wd, name, besides)
 
     @property

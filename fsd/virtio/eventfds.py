@@ -15,6 +15,7 @@ import select
 import signal
 import threading
 import time
+from contextlib import suppress
 
 from .. import host
 
@@ -120,9 +121,10 @@ class Writer:
             self._suspected = count
             fd = self._fd  # looked at after that: either this is seen there, or the end here
             if fd >= 0 and self._count == count and _is_full(fd):
-                self._is_stuck = True
-                os.dup2(_unwritable.fileno(), fd, inheritable=False)
-                signal.pthread_kill(self._thread, _NUMBER)
+                with suppress(OSError):  # EBUSY, see dup(2): in the next look
+                    os.dup2(_unwritable.fileno(), fd, inheritable=False)
+                    self._is_stuck = True
+                    signal.pthread_kill(self._thread, _NUMBER)
 
 
 _here = threading.local()

@@ -551,6 +551,17 @@ def test_forgetting_takes_the_same_time_however_many_were_forgotten(
         assert time.process_time() - begun < 10  # it took minutes
 
 
+def test_a_turn_reads_no_more_than_it_is_to(world: World) -> None:
+    world.export.update(world.observer(), WHOLE, STRUCTURE)
+    for n in range(100):
+        (world.source / f"f{n}").touch()
+    watcher = world.export.watcher
+    watcher.drain(1)  # a buffer of the longest event: some ten of these
+    assert 0 < watcher.backlog < 30
+    watcher.drain()
+    assert watcher.backlog == 100
+
+
 # Watches of the host
 
 

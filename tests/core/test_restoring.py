@@ -8,12 +8,13 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fsd import restoring
 from fsd.checkpoint import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
-from fsd.inodes import Inode
+from fsd.inodes import Inode, InodeTable
 from fsd.restoring import RestoredTable
 from protocol.frames import FSD_DIR
 from protocol.handles import NodeKey
@@ -258,18 +259,36 @@ def test_a_restore_that_cannot_look_fails(
         restart(old)
 
 
+def test_what_cannot_be_looked_at_for_a_reason_of_its_own_stops_no_restore(
+    old: World, restart: Restart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file system below the share has died."""
+    real = InodeTable.identify
+
+    def identify(table: InodeTable, fd: int) -> Any:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("/a/g"):
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return real(table, fd)
+
+    before = paths(old)
+    monkeypatch.setattr(InodeTable, "identify", identify)
+    new, _ = restart(old)
+    monkeypatch.undo()
+    assert paths(new)["a/b/c/f"] == before["a/b/c/f"]
+
+
 def failing(monkeypatch: pytest.MonkeyPatch, error: int, times: int) -> None:
     """The first looks at objects in a restore fail."""
     real = restoring._patiently
     left = [times]
 
-    def patiently(look: Callable[[], int]) -> int:
-        def failing_look() -> int:
+    def patiently(find: Callable[[], bool]) -> bool:
+        def failing_find() -> bool:
             if left[0]:
                 left[0] -= 1
                 raise OSError(error, os.strerror(error))
-            return look()
+            return find()
 
-        return real(failing_look)
+        return real(failing_find)
 
     monkeypatch.setattr(restoring, "_patiently", patiently)

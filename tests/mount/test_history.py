@@ -280,8 +280,8 @@ def test_the_guest_changes_what_the_host_has_just_changed(share: Mount) -> None:
 
 
 def test_a_storm_in_which_both_change_the_same_names(share: Mount) -> None:
-    """What a watcher believes in the end is what is there. Of some 5,000 calls, a few fail as
-    none would natively (README): what a call has made is another's by the time it is looked up.
+    """What a watcher believes in the end is what is there. Of some 5,000 calls, one or the
+    other fails with ESTALE (README), as a call is begun anew no more than once.
     """
     strange: Counter[str] = Counter()
     seldom: list[OSError] = []
@@ -294,7 +294,7 @@ def test_a_storm_in_which_both_change_the_same_names(share: Mount) -> None:
             try:
                 change(chance, str(directory))
             except OSError as error:
-                if error.errno in (errno.ESTALE, errno.EIO) and directory != sides[0]:
+                if error.errno == errno.ESTALE and directory != sides[0]:
                     seldom.append(error)
                 elif error.errno not in NATURAL:
                     strange[f"{directory.parent.name}: {error.strerror}"] += 1
@@ -317,7 +317,7 @@ def test_a_storm_in_which_both_change_the_same_names(share: Mount) -> None:
             for path in (share.source / "d").iterdir()
         }
     assert not strange
-    assert len(seldom) <= 5, seldom
+    assert len(seldom) <= 3, seldom
     assert believed == there
     state = next(g for g in status(share.mountpoint)["guests"] if g["kind"] == "mount")
     assert state["waited"], "nothing was put to the test"
