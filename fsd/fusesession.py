@@ -29,7 +29,7 @@ from .fusemessage import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
 from .fusenames import Names
 from .fusenodes import NODES_LIMIT, Caching, Nodes
 from .fusewaiting import Loop, Waiting
-from .history import PATIENCE, Undelivered, Wait
+from .history import Undelivered
 from .inodes import Inode
 from .leaving import give_back
 from .service import Service
@@ -160,7 +160,7 @@ class FuseSession:
         except Later as later:
             self._serve_later(request, later.call)
         except Undelivered as undelivered:
-            self._serve_after(request, undelivered.wait)
+            self._waiting.until(undelivered.wait, request, self._loop, self._try)
         except OSError as error:
             request.fail(error.errno or errno.EIO)
         except fuse.DecodeError as error:
@@ -210,40 +210,6 @@ class FuseSession:
         cancel = _nothing if call.patience is None else self._loop.later(call.patience, fail)
         self._waiting.add(request, cancel, interruptible=False)
         self._loop.in_thread(outcome, done)
-
-    def _serve_after(self, request: Request, wait: Wait) -> None:
-        """The request is served again once the changes before it are delivered, or that takes too
-        long, or who asks does not want to wait any more.
-        """
-        try:
-            self._waiting.check(request)
-        except OSError as error:
-            request.fail(error.errno or errno.EIO)
-            return
-        cancel = _nothing
-
-        def look(seconds: float) -> None:
-            nonlocal cancel
-            if seconds:
-                cancel = self._loop.later(seconds, lambda: look(wait.left()))
-            else:
-                again()
-
-        def stop() -> None:
-            cancel()
-            wait.end()
-
-        def again() -> None:
-            if self._waiting.end(request):
-                self._try(request)
-
-        def give_up() -> None:
-            wait.cut()
-            again()
-
-        wait.begin(lambda: self._loop.soon(again))
-        self._waiting.add(request, stop, instead=give_up)
-        look(PATIENCE)
 
     def _close_slowly(self, fd: int, expected: Events) -> None:
         """To close a descriptor may take long: a thread does. All at the end, one does."""

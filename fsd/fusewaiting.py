@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from .fusemessage import Request
+from .history import PATIENCE, Wait
 
 log = structlog.get_logger()
 WAITING_LIMIT = 4096
@@ -62,6 +63,43 @@ class Waiting:
         ``instead`` of EINTR, that is called on an INTERRUPT.
         """
         self._entries[request.unique] = _Entry(request, stop, interruptible, instead)
+
+    def until(
+        self, wait: Wait, request: Request, loop: Loop, serve: Callable[[Request], None]
+    ) -> None:
+        """Serve a request again once the changes before it are delivered, or that takes too long,
+        or who asks does not want to wait any more.
+        """
+        try:
+            self.check(request)
+        except OSError as error:
+            request.fail(error.errno or errno.EIO)
+            return
+        cancel: Callable[[], None] | None = None
+
+        def look(seconds: float) -> None:
+            nonlocal cancel
+            if seconds:
+                cancel = loop.later(seconds, lambda: look(wait.left()))
+            else:
+                again()
+
+        def stop() -> None:
+            if cancel is not None:
+                cancel()
+            wait.end()
+
+        def again() -> None:
+            if self.end(request):
+                serve(request)
+
+        def give_up() -> None:
+            wait.cut()
+            again()
+
+        wait.begin(lambda: loop.soon(again))
+        self.add(request, stop, instead=give_up)
+        look(PATIENCE)
 
     def interrupt(self, unique: int) -> None:
         """INTERRUPT, of a request that may be answered already."""

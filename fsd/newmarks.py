@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from protocol.fdinfo import MarkInfo, parse_fdinfo
 from protocol.handles import NodeKey, decode_fh
@@ -26,6 +26,8 @@ they have very many marks."""
 SLOW_SHARE = 99.0
 DESCRIPTORS_LIMIT = 256
 """Descriptors of a process that are looked at; one with more is left to the agent."""
+TEXT_LIMIT = 1 << 18
+"""Characters of fdinfo read in a look, some 2,500 marks: a user may have a million."""
 _NOTIFY = ("anon_inode:inotify", "anon_inode:[fanotify]")
 
 
@@ -50,11 +52,11 @@ class NewMarks:
             return True
         sdev = os.major(device) << 20 | os.minor(device)
         try:
-            return any(
-                self._slow.get(thread, 0.0) > began or _has_new(thread, sdev, is_known)
-                for thread in threads
-            )
-        except (OSError, ValueError):  # it cannot be looked at, or has ended
+            if any(self._slow.get(thread, 0.0) > began for thread in threads):
+                return True
+            texts = _texts(threads)
+            return any(_is_new(m, sdev, is_known) for text in texts for m in parse_fdinfo(text))
+        except (OSError, ValueError):  # it cannot be looked at, has ended, or has too many
             return True
         finally:
             took = time.thread_time() - worked  # not what others have done meanwhile
@@ -66,23 +68,31 @@ class NewMarks:
                 self._slow.update(dict.fromkeys(threads, now + SLOW_SHARE * took))
 
 
-def _has_new(thread: int, sdev: int, is_known: Callable[[NodeKey, int], bool]) -> bool:
-    seen = 0
-    with os.scandir(f"/proc/{thread}/fd") as entries:
-        for entry in entries:
-            seen += 1
-            if seen > DESCRIPTORS_LIMIT:
-                return True
-            try:
-                if os.readlink(entry.path) not in _NOTIFY:
+def _texts(threads: Iterable[int]) -> Iterator[str]:
+    """fdinfo of the inotify and fanotify descriptors of the threads' processes. Raises OSError, and
+    ValueError where it is too much, or a thread has ended.
+    """
+    room = TEXT_LIMIT
+    for thread in threads:
+        seen = 0
+        with os.scandir(f"/proc/{thread}/fd") as entries:
+            for entry in entries:
+                seen += 1
+                if seen > DESCRIPTORS_LIMIT:
+                    raise ValueError("too many descriptors")
+                try:
+                    if os.readlink(entry.path) not in _NOTIFY:
+                        continue
+                    with open(f"/proc/{thread}/fdinfo/{entry.name}") as info:
+                        text = info.read(room + 1)
+                except FileNotFoundError:  # closed meanwhile
                     continue
-                with open(f"/proc/{thread}/fdinfo/{entry.name}") as info:
-                    text = info.read()
-            except FileNotFoundError:  # closed meanwhile
-                continue
-            if any(_is_new(mark, sdev, is_known) for mark in parse_fdinfo(text)):
-                return True
-    return not seen  # its first thread may have ended
+                room -= len(text)
+                if room < 0:
+                    raise ValueError("too many marks")
+                yield text
+        if not seen:
+            raise ValueError("a thread that has ended, perhaps the first of others")
 
 
 def _is_new(mark: MarkInfo, sdev: int, is_known: Callable[[NodeKey, int], bool]) -> bool:

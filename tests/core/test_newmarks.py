@@ -1,0 +1,52 @@
+"""Marks that the server looks for itself, in the real /proc of a process with real inotify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyinotify
+import pytest
+
+from fsd import newmarks
+from fsd.newmarks import NewMarks
+from protocol.handles import NodeKey
+
+MARKS = 50
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[int]:
+    """Where this process watches MARKS directories."""
+    manager = pyinotify.WatchManager()
+    try:
+        for number in range(MARKS):
+            (tmp_path / str(number)).mkdir()
+            manager.add_watch(str(tmp_path / str(number)), pyinotify.IN_CREATE)
+        yield tmp_path.stat().st_dev
+    finally:
+        manager.close()
+
+
+def known(_key: NodeKey, _bits: int) -> bool:
+    return True
+
+
+def test_marks_that_are_told_of_are_not_new(device: int) -> None:
+    elsewhere = os.makedev(0, 999_999)
+    assert not NewMarks().may_be([os.getpid()], elsewhere, lambda _key, _bits: False)
+    assert NewMarks().may_be([os.getpid()], device, lambda _key, _bits: False)
+
+
+@pytest.mark.parametrize("limit", ["TEXT_LIMIT", "DESCRIPTORS_LIMIT"])
+def test_a_process_with_very_many_is_left_to_the_agent(
+    device: int, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    elsewhere = os.makedev(0, 999_999)
+    monkeypatch.setattr(newmarks, limit, 3)
+    assert NewMarks().may_be([os.getpid()], elsewhere, known)
+
+
+def test_a_thread_that_has_ended_may_have_any() -> None:
+    assert NewMarks().may_be([1 << 30], 1, known)
