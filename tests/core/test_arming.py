@@ -337,10 +337,15 @@ def test_another_look_up_does_not_keep_the_first_alive(world: World, mount: Serv
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
-def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Service) -> None:
+def watch_e(world: World, mount: Service) -> None:
+    """The guest has a mark on directory e, so what happens there is told."""
     (world.source / "e").mkdir()
     world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
     scanned(world, mount, hint(mount))
+
+
+def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Service) -> None:
+    watch_e(world, mount)
     key = look_up(world, mount, "d")
     number = hint(mount)
     (world.source / "e/first").mkdir()
@@ -353,9 +358,7 @@ def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Serv
 
 
 def test_what_waits_for_a_scan_is_saved(world: World, mount: Service) -> None:
-    (world.source / "e").mkdir()
-    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
-    scanned(world, mount, hint(mount))
+    watch_e(world, mount)
     look_up(world, mount, "d")
     (world.source / "d/other").mkdir()
     (world.source / "e/waits").mkdir()
@@ -365,9 +368,7 @@ def test_what_waits_for_a_scan_is_saved(world: World, mount: Service) -> None:
 
 
 def test_a_scan_that_finds_no_mark_lets_it_go(world: World, mount: Service) -> None:
-    (world.source / "e").mkdir()
-    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
-    scanned(world, mount, hint(mount))
+    watch_e(world, mount)
     look_up(world, mount, "d")
     number = hint(mount)
     (world.source / "d/other").mkdir()
@@ -382,9 +383,7 @@ def test_no_event_waits_for_long(
 ) -> None:
     """The agent does not answer."""
     monkeypatch.setattr("fsd.windows.HOLD", 0.05)
-    (world.source / "e").mkdir()
-    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
-    scanned(world, mount, hint(mount))
+    watch_e(world, mount)
     look_up(world, mount, "d")
     hint(mount)
     (world.source / "d/other").mkdir()
@@ -402,9 +401,7 @@ def test_no_more_than_a_bound_waits(
     world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fsd.arming.HOLD_LIMIT", 5)
-    (world.source / "e").mkdir()
-    world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
-    scanned(world, mount, hint(mount))
+    watch_e(world, mount)
     look_up(world, mount, "d")
     (world.source / "d/other").mkdir()
     for number in range(8):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -23,17 +22,6 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mount(2),
 def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
     with two_sides(*filter(None, [request.param])) as both:
         yield both
-
-
-@pytest.fixture
-def place(sides: Sides, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
-    """An empty directory as the mount and as the host show it."""
-    name = request.node.originalname
-    host = sides.mount.source / name
-    host.mkdir()
-    yield sides.mount.mountpoint / name, host
-    sides.check_alive()
-    shutil.rmtree(host)
 
 
 def test_a_file_that_may_only_grow(place: tuple[Path, Path]) -> None:

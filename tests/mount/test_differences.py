@@ -25,22 +25,13 @@ from tests.clients.watchers import kernel_marks
 from tests.mount.observing import the_mount
 from tests.mount.posix_support import fails, opened, write
 from tests.protocol import kernel
-from tests.support.mounts import Mount, mounted, wait_until
+from tests.support.mounts import Mount, wait_until
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ["what", "who is affected", "what to do", "shown by"]
 FAN_REPORT_FID = 0x200
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
-
-
-@pytest.fixture(params=["libfuse", "raw"])
-def share(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mount]:
-    source, mountpoint = tmp_path / "source", tmp_path / "mount"
-    source.mkdir()
-    mountpoint.mkdir()
-    with mounted(source, mountpoint, *["--raw"] * (request.param == "raw")) as share:
-        yield share
 
 
 def table() -> list[list[str]]:

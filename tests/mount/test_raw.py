@@ -35,17 +35,6 @@ def sides() -> Iterator[Sides]:
 
 
 @pytest.fixture
-def mount(sides: Sides, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
-    """An empty directory as the mount and as the host show it."""
-    name = request.node.originalname
-    host = sides.mount.source / name
-    host.mkdir()
-    yield sides.mount.mountpoint / name, host
-    sides.check_alive()
-    shutil.rmtree(host)
-
-
-@pytest.fixture
 def share(tmp_path: Path) -> Iterator[Mount]:
     """A mount of its own, with an agent."""
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
@@ -69,8 +58,8 @@ def test_posix(name: str, user: User | None, sides: Sides) -> None:
 # -- locks between processes -----------------------------------------------------------------------
 
 
-def test_a_waiting_lock_blocks_nobody_else(mount: tuple[Path, Path]) -> None:
-    d, _ = mount
+def test_a_waiting_lock_blocks_nobody_else(place: tuple[Path, Path]) -> None:
+    d, _ = place
     f = write(d / "f", b"data")
 
     def take() -> None:
@@ -95,8 +84,8 @@ def test_a_waiting_lock_blocks_nobody_else(mount: tuple[Path, Path]) -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_a_killed_process_waits_no_more(mount: tuple[Path, Path]) -> None:
-    d, host = mount
+def test_a_killed_process_waits_no_more(place: tuple[Path, Path]) -> None:
+    d, host = place
     f = write(d / "f")
     with opened(host / "f", os.O_RDWR) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -107,8 +96,8 @@ def test_a_killed_process_waits_no_more(mount: tuple[Path, Path]) -> None:
         assert waiting.wait(5) == -signal.SIGTERM
 
 
-def test_locks_are_the_hosts(mount: tuple[Path, Path]) -> None:
-    d, host = mount
+def test_locks_are_the_hosts(place: tuple[Path, Path]) -> None:
+    d, host = place
     f = write(d / "f", b"data")
     with opened(f, os.O_RDWR) as fd, opened(host / "f", os.O_RDWR) as other:
         fcntl.lockf(fd, fcntl.LOCK_EX, 10, 5)
@@ -123,9 +112,9 @@ def test_locks_are_the_hosts(mount: tuple[Path, Path]) -> None:
 
 
 def test_closing_any_descriptor_of_a_file_drops_a_process_s_locks(
-    mount: tuple[Path, Path],
+    place: tuple[Path, Path],
 ) -> None:
-    d, host = mount
+    d, host = place
     f = write(d / "f", b"data")
     with opened(host / "f", os.O_RDWR) as other, opened(f, os.O_RDWR) as fd:
         fcntl.lockf(fd, fcntl.LOCK_EX)
@@ -137,8 +126,8 @@ def test_closing_any_descriptor_of_a_file_drops_a_process_s_locks(
         fcntl.lockf(other, fcntl.LOCK_UN)
 
 
-def test_who_holds_a_lock(mount: tuple[Path, Path]) -> None:
-    d, _ = mount
+def test_who_holds_a_lock(place: tuple[Path, Path]) -> None:
+    d, _ = place
     f = write(d / "f", b"data")
     with opened(f, os.O_RDWR) as fd:
         fcntl.lockf(fd, fcntl.LOCK_EX, 2, 1)
@@ -156,8 +145,8 @@ def test_who_holds_a_lock(mount: tuple[Path, Path]) -> None:
 # -- data ------------------------------------------------------------------------------------------
 
 
-def test_copy_file_range(mount: tuple[Path, Path]) -> None:
-    d, host = mount
+def test_copy_file_range(place: tuple[Path, Path]) -> None:
+    d, host = place
     content = os.urandom(3_000_000)
     source = write(d / "source", content)
     with opened(source) as fd, opened(d / "target", os.O_RDWR | os.O_CREAT) as target:
@@ -168,8 +157,8 @@ def test_copy_file_range(mount: tuple[Path, Path]) -> None:
     assert (host / "target").read_bytes() == content
 
 
-def test_a_shared_mapping(mount: tuple[Path, Path]) -> None:
-    d, host = mount
+def test_a_shared_mapping(place: tuple[Path, Path]) -> None:
+    d, host = place
     f = write(d / "f", bytes(100_000))
     with opened(f, os.O_RDWR) as fd, mmap.mmap(fd, 0) as mapped:
         mapped[50_000:50_005] = b"hello"
@@ -177,8 +166,8 @@ def test_a_shared_mapping(mount: tuple[Path, Path]) -> None:
     assert (host / "f").read_bytes()[50_000:50_005] == b"hello"
 
 
-def test_a_temporary_file_gets_a_name(mount: tuple[Path, Path]) -> None:
-    d, host = mount
+def test_a_temporary_file_gets_a_name(place: tuple[Path, Path]) -> None:
+    d, host = place
     with opened(d, os.O_TMPFILE | os.O_RDWR) as fd:
         os.write(fd, b"data")
         assert os.listdir(host) == []
@@ -188,16 +177,16 @@ def test_a_temporary_file_gets_a_name(mount: tuple[Path, Path]) -> None:
     assert (host / "named").read_bytes() == b"data"
 
 
-def test_time_of_birth(mount: tuple[Path, Path]) -> None:
-    d, host = mount
+def test_time_of_birth(place: tuple[Path, Path]) -> None:
+    d, host = place
     f = write(d / "f")
     done = subprocess.run(["stat", "-c", "%W", f, host / "f"], capture_output=True, check=True)
     mine, native = map(int, done.stdout.split())
     assert mine == native > 0
 
 
-def test_flags_of_a_file(mount: tuple[Path, Path]) -> None:
-    d, host = mount
+def test_flags_of_a_file(place: tuple[Path, Path]) -> None:
+    d, host = place
     f = write(d / "f")
     subprocess.run(["chattr", "+A", f], check=True)
     lines = [

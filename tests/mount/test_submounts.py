@@ -16,7 +16,7 @@ import pytest
 from guest_tools import notify
 from protocol.inotify import parse_events
 from protocol.masks import SELF, STRUCTURE, describe
-from tests.support.mounts import Mount, mounted, wait_until
+from tests.support.mounts import Mount, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts take root")
 
@@ -30,15 +30,6 @@ while not os.path.exists("stop"):
         file.write(str(number))
     os.rename("new", "f")
 """
-
-
-@pytest.fixture(params=["pyfuse3", "raw"])
-def share(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mount]:
-    source, mountpoint = tmp_path / "source", tmp_path / "mount"
-    source.mkdir()
-    mountpoint.mkdir()
-    with mounted(source, mountpoint, *["--raw"] * (request.param == "raw")) as share:
-        yield share
 
 
 @pytest.fixture

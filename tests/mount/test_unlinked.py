@@ -17,7 +17,7 @@ from protocol.inotify import parse_events
 from protocol.masks import Mask, describe
 from tests.mount.observing import idle
 from tests.mount.posix_support import opened, write
-from tests.support.mounts import Mount, mounted, wait_until
+from tests.support.mounts import Mount, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
 EXCL_UNLINK = 0x0400_0000
@@ -32,15 +32,6 @@ MASKS = {
     | Mask.MOVED_TO,
     "all": Mask.MODIFY | Mask.CREATE | Mask.DELETE | Mask.MOVED_TO | Mask.OPEN | Mask.CLOSE_WRITE,
 }
-
-
-@pytest.fixture(params=["libfuse", "raw"])
-def share(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mount]:
-    source, mountpoint = tmp_path / "source", tmp_path / "mount"
-    source.mkdir()
-    mountpoint.mkdir()
-    with mounted(source, mountpoint, *["--raw"] * (request.param == "raw")) as share:
-        yield share
 
 
 def unlink(d: Path) -> None:
