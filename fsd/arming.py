@@ -14,11 +14,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial, reduce
-from operator import or_
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
@@ -29,12 +26,12 @@ from .chores import Job, Pause, finish
 from .events import Event
 from .guests import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
 from .inodes import Inode
-from .ledger import Ways
+from .lookups import Holding, Kept, LookUp, Provisional
+from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
 from .passthrough import Entry
 from .replayer import ReplayGuest
-from .resync import Changes
-from .seen import Seen, look, missing, own_events
+from .seen import Seen, missing, own_events
 from .watcher import HOST
 
 if TYPE_CHECKING:
@@ -53,14 +50,8 @@ KEEP. Beyond it, what happens before the mark arrives is not told."""
 SEEN_LIMIT = 16_384
 """Files that one guest has looked up in KEEP whose attributes are remembered, some 10 MB. Of others
 it is not told what is done by a name elsewhere before the mark arrives."""
-OWN_LIMIT = 64
-"""A file's own events that are kept until its mark applies, some milliseconds."""
 GROUP = 512
 """Marks of a scan that are applied as one."""
-GROUP_TIME = 0.05
-"""Seconds after which a group ends all the same: requests wait meanwhile."""
-
-
 STORM_LIMIT = 4096
 """Events of a looked-up directory in KEEP that are not kept, beyond which it is followed no more:
 a storm where nobody has a mark takes the time of those who have."""
@@ -76,109 +67,26 @@ OPEN_HINTS_LIMIT = 8
 """Hints without an answer that are told apart in one directory."""
 
 
-class _Kept(NamedTuple):
-    """An event that may be told later, by its number in the order of all, and how its places were
-    reached then.
-    """
-
-    number: int
-    event: Event
-    ways: Ways
-
-
-@dataclass(slots=True, eq=False)
-class _LookUp:
-    """One guest's look-ups of a directory."""
-
-    open: deque[tuple[int, float]] = field(default_factory=deque)
-    """Of each hint that no scan has answered: its number, and time.monotonic() of the first look-up
-    that it is for."""
-    threads: set[int] = field(default_factory=set)
-    """Who they are of; THREADS_LIMIT and one more stand for any number."""
-    is_doubtful: bool = False
-    """Something has happened since that is to be told if the guest has a new mark."""
-    has_new: bool = False
-    """The server has seen a new mark since the last scan, or cannot see whether there is one."""
-
-    seen: dict[Inode, Seen] = field(default_factory=dict)
-    """Its files."""
-
-    @property
-    def since(self) -> float:
-        """From when on what has happened may be told."""
-        return self.open[0][1] if self.open else math.inf
-
-
-@dataclass(slots=True)
-class _Provisional:
-    inode: Inode
-    expires: float = field(default_factory=lambda: time.monotonic() + windows.KEEP)
-    by: dict[ReplayGuest, _LookUp] = field(default_factory=dict)
-    history: deque[_Kept] = field(default_factory=deque)
-    missed: Changes = field(default_factory=dict)
-    """By name, what was too much to keep."""
-    unkept: int = 0
-    """Events that were not kept, since ``begun``, KEEP ago at most."""
-    begun: float = 0.0
-    lost_ns: int = 0
-    """time.time_ns() since which not even names are kept; 0 = they are."""
-
-    @property
-    def muted(self) -> bool:
-        """Whether nothing more is kept."""
-        return bool(self.lost_ns)
-
-
-@dataclass(slots=True)
-class _Marked:
-    """A file whose mark is about to apply."""
-
-    by: dict[ReplayGuest, Mask] = field(default_factory=dict)
-    events: deque[_Kept] = field(default_factory=lambda: deque(maxlen=OWN_LIMIT))
-
-
-class _Holding:
-    """Events that wait for one guest, behind those that are in doubt."""
-
-    def __init__(self, guest: ReplayGuest, until: float) -> None:
-        self._history = guest.history
-        self.until = until
-        self.events: deque[tuple[_Kept, int]] = deque()
-        self.is_over = False  # it took too long
-
-    def take(self, last: int) -> Iterator[tuple[_Kept, int]]:
-        """Those up to that number wait no longer."""
-        while self.events and self.events[0][0].number <= last:
-            kept, halves = self.events.popleft()
-            self._history.let_go(kept.event)
-            yield kept, halves
-
-
 class Arming:
     """Provisional watches and scans of one export."""
 
     def __init__(self, export: Export) -> None:
         self._export = export
-        self._nodes: dict[Inode, _Provisional] = {}
+        self._nodes: dict[Inode, Provisional] = {}
         self._kept = 0  # events in all histories
         self._counts: dict[Guest, int] = {}  # directories that each guest has looked up
         self._seen: Counter[Guest] = Counter()  # files
-        self._marked: dict[Inode, _Marked] = {}
+        self.files = MarkedFiles(export)
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self._new_marks = NewMarks()
         self._number = 0  # of the last event
-        self._doubts: dict[ReplayGuest, dict[_LookUp, _Provisional]] = {}
-        self._holding: dict[ReplayGuest, _Holding] = {}
+        self._doubts: dict[ReplayGuest, dict[LookUp, Provisional]] = {}
+        self._holding: dict[ReplayGuest, Holding] = {}
         self._expiry = math.inf  # of the first provisional watch
 
     def __contains__(self, inode: Inode) -> bool:
         node = self._nodes.get(inode)
         return node is not None and not node.muted
-
-    def coming(self, inode: Inode) -> Mask:
-        """What marks that are about to apply ask for."""
-        marked = self._marked.get(inode) if self._marked else None
-        return reduce(or_, marked.by.values(), _NOTHING) if marked is not None else _NOTHING
 
     @property
     def deadline(self) -> float:
@@ -201,13 +109,13 @@ class Arming:
         if not known and self._counts.get(guest, 0) >= DIRECTORIES_LIMIT:
             return
         if node is None:
-            node = self._nodes[directory] = _Provisional(directory)
+            node = self._nodes[directory] = Provisional(directory)
             self._export.set_watch(directory)
             self._expiry = min(self._expiry, node.expires)
             self._export.watcher.on_arrival()
         if not known:
             self._counts[guest] = self._counts.get(guest, 0) + 1
-        look_up = node.by.setdefault(guest, _LookUp(has_new=not guest.device))
+        look_up = node.by.setdefault(guest, LookUp(has_new=not guest.device))
         if node.muted:
             return
         node.expires = time.monotonic() + windows.KEEP
@@ -231,7 +139,7 @@ class Arming:
             return False
         return watcher.backlog > QUEUE_LOOK or watcher.has_any({watcher.wd_of(directory)})
 
-    def _look(self, guest: ReplayGuest, node: _Provisional, look_up: _LookUp, rest: float) -> None:
+    def _look(self, guest: ReplayGuest, node: Provisional, look_up: LookUp, rest: float) -> None:
         """Where the guest can be seen to have no new mark there, what was before is not to be told.
         Not before ``rest``.
         """
@@ -246,12 +154,12 @@ class Arming:
             self._trim(node)
             self._doubt_no_more(guest, look_up)
 
-    def _forget_seen(self, guest: ReplayGuest, look_up: _LookUp) -> None:
+    def _forget_seen(self, guest: ReplayGuest, look_up: LookUp) -> None:
         self._seen[guest] -= len(look_up.seen)
         look_up.seen.clear()
 
     def _knows(
-        self, guest: ReplayGuest, directory: Inode, look_up: _LookUp, key: NodeKey, bits: int
+        self, guest: ReplayGuest, directory: Inode, look_up: LookUp, key: NodeKey, bits: int
     ) -> bool:
         """Whether a mark is elsewhere, or told of already."""
         try:
@@ -262,7 +170,7 @@ class Arming:
             return True
         return not bits & int(EVENTS) & ~int(self._export.interest.of(guest, inode))
 
-    def _doubt_no_more(self, guest: ReplayGuest, look_up: _LookUp) -> None:
+    def _doubt_no_more(self, guest: ReplayGuest, look_up: LookUp) -> None:
         look_up.is_doubtful = False
         doubts = self._doubts.get(guest)
         if doubts is None:
@@ -298,10 +206,7 @@ class Arming:
     def remember(self, event: Event) -> None:
         """Keep an event of a looked-up directory, or of a file whose mark is about to apply."""
         self._number += 1
-        if not event.name and event.part_of is None and event.node in self._marked:
-            marked = self._marked[event.node]
-            ways = next(iter(marked.by)).ways(event)
-            marked.events.append(_Kept(self._number, event, ways))
+        self.files.remember(self._number, event)
         for inode in {event.node, event.node2}:
             node = self._nodes.get(inode) if inode is not None else None
             if node is None or inode is None or node.muted:
@@ -310,7 +215,7 @@ class Arming:
             may_be_told = any(event.stamp > look_up.since for look_up in node.by.values())
             if may_be_told and len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
                 guest = next(iter(node.by))
-                node.history.append(_Kept(self._number, event, guest.ways(event)))
+                node.history.append(Kept(self._number, event, guest.ways(event)))
                 self._kept += 1
                 continue
             if event.stamp > node.begun + windows.KEEP:
@@ -321,7 +226,7 @@ class Arming:
             elif may_be_told:
                 self._miss(node, event)
 
-    def _miss(self, node: _Provisional, event: Event) -> None:
+    def _miss(self, node: Provisional, event: Event) -> None:
         """Keep what differs by it, in place of the event."""
         for place, missed in missed_by(event):
             before = node.missed.get(place)
@@ -331,14 +236,14 @@ class Arming:
         if len(node.missed) > DIFFERENCE_LIMIT // 2:
             self._mute(node, event)
 
-    def _mute(self, node: _Provisional, event: Event) -> None:
+    def _mute(self, node: Provisional, event: Event) -> None:
         """Follow the directory no more, unless somebody has a mark there."""
         node.missed.clear()
         node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
         self._export.counts["muted"] += 1
         self._export.set_watch(node.inode)
 
-    def _ask(self, node: _Provisional, event: Event) -> None:
+    def _ask(self, node: Provisional, event: Event) -> None:
         """Doubt for which guests the event is, and look where that can be seen."""
         for guest, look_up in node.by.items():
             if event.stamp <= look_up.since or self._is_told(guest, event):
@@ -361,14 +266,14 @@ class Arming:
             return False
         holding = self._holding.get(guest)
         if holding is None:
-            holding = self._holding[guest] = _Holding(guest, time.monotonic() + windows.HOLD)
+            holding = self._holding[guest] = Holding(guest, time.monotonic() + windows.HOLD)
             self._export.watcher.on_arrival()  # there is a deadline
         if len(holding.events) >= HOLD_LIMIT:
             self._give_up(guest, holding)
         if holding.is_over:
             return False
         event.settle()
-        holding.events.append((_Kept(self._number, event, guest.ways(event)), halves))
+        holding.events.append((Kept(self._number, event, guest.ways(event)), halves))
         guest.history.hold(event)
         return True
 
@@ -377,7 +282,7 @@ class Arming:
         holding = self._holding.get(guest)
         return [kept.event for kept, _ in holding.events] if holding is not None else []
 
-    def _give_up(self, guest: ReplayGuest, holding: _Holding) -> None:
+    def _give_up(self, guest: ReplayGuest, holding: Holding) -> None:
         """Nothing waits until the doubt has ended."""
         holding.is_over = True
         self._let_go(guest, holding)
@@ -407,7 +312,7 @@ class Arming:
             self._doubts.pop(guest, None)
             self._holding.pop(guest, None)
 
-    def _disprove(self, node: _Provisional, guest: ReplayGuest, hint: int) -> None:
+    def _disprove(self, node: Provisional, guest: ReplayGuest, hint: int) -> None:
         """The guest has no mark there that was set by the look-ups up to that hint."""
         look_up = node.by[guest]
         look_up.has_new = not guest.device
@@ -420,7 +325,7 @@ class Arming:
         if not any(kept.event.stamp > look_up.since for kept in reversed(node.history)):
             self._doubt_no_more(guest, look_up)
 
-    def _trim(self, node: _Provisional) -> None:
+    def _trim(self, node: Provisional) -> None:
         """Forget what nobody is told any more."""
         since = min((look_up.since for look_up in node.by.values()), default=math.inf)
         while node.history and node.history[0].event.stamp <= since:
@@ -459,18 +364,18 @@ class Arming:
                 key = inode.key if inode is not None else NodeKey(0, 0)
                 if key not in published:
                     updates.append((key, 0))
-        told: dict[int, tuple[_Kept, int]] = {}
+        told: dict[int, tuple[Kept, int]] = {}
         done = 0
         try:
             while done < len(updates):
                 group = updates[done : done + GROUP]
-                files = self._watch_files(guest, group)
+                files = self.files.watch(guest, group)
                 try:
                     yield from self._routing()
                     done += self._apply(guest, group, files, failed, told)
                 finally:
                     for inode in files:
-                        self._unwatch_file(guest, inode)
+                        self.files.let_go(guest, inode)
                 yield None
         finally:
             self._tell(guest, told)
@@ -489,46 +394,18 @@ class Arming:
             if not self._export.has_routed(now):
                 yield Pause.LATER
 
-    def _watch_files(
-        self, guest: ReplayGuest, updates: list[tuple[NodeKey, int]]
-    ) -> dict[Inode, Seen | None]:
-        """Watch files before their marks apply, so that of each event it is known whether it was
-        before that; returns how they are then.
-        """
-        export = self._export
-        files: dict[Inode, Seen | None] = {}
-        end = time.monotonic() + GROUP_TIME
-        for key, bits in updates:
-            inode = export.table.known(key.nodeid)
-            if inode is None or inode.is_dir or not bits or export.interest.of(guest, inode):
-                continue
-            self._marked.setdefault(inode, _Marked()).by[guest] = Mask(bits) & EVENTS
-            export.set_watch(inode)
-            files[inode] = look(export.table, inode)
-            if time.monotonic() > end:
-                break
-        return files
-
-    def _unwatch_file(self, guest: ReplayGuest, inode: Inode) -> None:
-        """Its mark applies, or does not."""
-        marked = self._marked[inode]
-        del marked.by[guest]
-        if not marked.by:
-            del self._marked[inode]
-            self._export.set_watch(inode)
-
     def _apply(
         self,
         guest: ReplayGuest,
         updates: list[tuple[NodeKey, int]],
         files: dict[Inode, Seen | None],
         failed: list[tuple[NodeKey, Exception]],
-        told: dict[int, tuple[_Kept, int]],
+        told: dict[int, tuple[Kept, int]],
     ) -> int:
         """How many of them are done. Adds what is to be told now, by number."""
         export = self._export
         found, seen = self._since_look_ups(guest)
-        found |= {kept.number: kept for inode in files for kept in self._marked[inode].events}
+        found |= {kept.number: kept for inode in files for kept in self.files.events(inode)}
         untold = [
             kept
             for kept in found.values()
@@ -559,7 +436,7 @@ class Arming:
                 if mask & bit and (interest & bit or (interest and bit == _DELETE_SELF)):
                     event = Event(inode, bit, b"", 0, HOST, time.monotonic(), inode)
                     self._number += 1
-                    told[self._number] = _Kept(self._number, event, guest.ways(event)), FIRST
+                    told[self._number] = Kept(self._number, event, guest.ways(event)), FIRST
         return done
 
     def _tell_missed(self, guest: Guest, updates: list[tuple[NodeKey, int]]) -> None:
@@ -569,9 +446,9 @@ class Arming:
             if (node.missed or node.lost_ns) and inode.key in marked:
                 guest.has_missed(node.missed, node.lost_ns)
 
-    def _since_look_ups(self, guest: ReplayGuest) -> tuple[dict[int, _Kept], dict[Inode, Seen]]:
+    def _since_look_ups(self, guest: ReplayGuest) -> tuple[dict[int, Kept], dict[Inode, Seen]]:
         """What has happened where the guest has looked; and files as it saw them."""
-        found: dict[int, _Kept] = {}
+        found: dict[int, Kept] = {}
         seen: dict[Inode, Seen] = {}
         for node in self._nodes.values():
             look_up = node.by.get(guest)
@@ -591,7 +468,7 @@ class Arming:
             int(export.interest.of(guest, event.child)) & event.kind
         )
 
-    def _wanted(self, guest: ReplayGuest, kept: _Kept) -> tuple[_Kept, int] | None:
+    def _wanted(self, guest: ReplayGuest, kept: Kept) -> tuple[Kept, int] | None:
         """What of an event the guest has asked for by now."""
         event = kept.event
         halves = self._export.wanted_halves(guest, event)
@@ -604,7 +481,7 @@ class Arming:
                 return kept._replace(event=own), FIRST
         return None
 
-    def _tell(self, guest: ReplayGuest, told: dict[int, tuple[_Kept, int]]) -> None:
+    def _tell(self, guest: ReplayGuest, told: dict[int, tuple[Kept, int]]) -> None:
         """Tell these, each behind what waits and is older."""
         if not told:
             return
@@ -615,7 +492,7 @@ class Arming:
         for _, (kept, halves) in sorted(told.items()):
             guest.offer(kept.event, halves, kept.ways)
 
-    def _let_go(self, guest: ReplayGuest, holding: _Holding) -> None:
+    def _let_go(self, guest: ReplayGuest, holding: Holding) -> None:
         """Tell what waits."""
         for kept, halves in holding.take(self._number):
             guest.offer(kept.event, halves, kept.ways)

@@ -233,7 +233,7 @@ class Export:
 
     def _wanted(self, inode: Inode) -> Mask:
         """What the host is to be watched for: the aggregate, and what keeps names right."""
-        mask = self.interest.aggregate(inode) | self.arming.coming(inode)
+        mask = self.interest.aggregate(inode) | self.arming.files.coming(inode)
         if mask:
             mask |= MARKED
         if inode.is_dir:

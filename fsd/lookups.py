@@ -1,0 +1,90 @@
+"""What is known of directories that guests have just looked up, until their marks arrive."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from . import windows
+from .events import Event
+from .inodes import Inode
+from .ledger import Ways
+from .replayer import ReplayGuest
+from .resync import Changes
+from .seen import Seen
+
+
+class Kept(NamedTuple):
+    """An event that may be told later, by its number in the order of all, and how its places were
+    reached then.
+    """
+
+    number: int
+    event: Event
+    ways: Ways
+
+
+@dataclass(slots=True, eq=False)
+class LookUp:
+    """One guest's look-ups of a directory."""
+
+    open: deque[tuple[int, float]] = field(default_factory=deque)
+    """Of each hint that no scan has answered: its number, and time.monotonic() of the first look-up
+    that it is for."""
+    threads: set[int] = field(default_factory=set)
+    """Who they are of; THREADS_LIMIT and one more stand for any number."""
+    is_doubtful: bool = False
+    """Something has happened since that is to be told if the guest has a new mark."""
+    has_new: bool = False
+    """The server has seen a new mark since the last scan, or cannot see whether there is one."""
+
+    seen: dict[Inode, Seen] = field(default_factory=dict)
+    """Its files."""
+
+    @property
+    def since(self) -> float:
+        """From when on what has happened may be told."""
+        return self.open[0][1] if self.open else math.inf
+
+
+@dataclass(slots=True)
+class Provisional:
+    """A directory that is watched as it was just looked up."""
+
+    inode: Inode
+    expires: float = field(default_factory=lambda: time.monotonic() + windows.KEEP)
+    by: dict[ReplayGuest, LookUp] = field(default_factory=dict)
+    history: deque[Kept] = field(default_factory=deque)
+    missed: Changes = field(default_factory=dict)
+    """By name, what was too much to keep."""
+    unkept: int = 0
+    """Events that were not kept, since ``begun``, KEEP ago at most."""
+    begun: float = 0.0
+    lost_ns: int = 0
+    """time.time_ns() since which not even names are kept; 0 = they are."""
+
+    @property
+    def muted(self) -> bool:
+        """Whether nothing more is kept."""
+        return bool(self.lost_ns)
+
+
+class Holding:
+    """Events that wait for one guest, behind those that are in doubt."""
+
+    def __init__(self, guest: ReplayGuest, until: float) -> None:
+        self._history = guest.history
+        self.until = until
+        self.events: deque[tuple[Kept, int]] = deque()
+        self.is_over = False  # it took too long
+
+    def take(self, last: int) -> Iterator[tuple[Kept, int]]:
+        """Those up to that number wait no longer."""
+        while self.events and self.events[0][0].number <= last:
+            kept, halves = self.events.popleft()
+            self._history.let_go(kept.event)
+            yield kept, halves

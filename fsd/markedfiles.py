@@ -1,0 +1,85 @@
+"""Files whose marks are about to apply: watched before that, so that of each event it is known
+whether it came before the mark did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
+
+from protocol.handles import NodeKey
+from protocol.masks import EVENTS, Mask
+
+from .events import Event
+from .inodes import Inode
+from .lookups import Kept
+from .replayer import ReplayGuest
+from .seen import Seen, look
+
+if TYPE_CHECKING:
+    from .export import Export
+
+OWN_LIMIT = 64
+"""A file's own events that are kept until its mark applies, some milliseconds."""
+GROUP_TIME = 0.05
+"""Seconds after which a group of marks ends all the same: requests wait meanwhile."""
+_NOTHING = Mask(0)
+
+
+@dataclass(slots=True)
+class _Marked:
+    by: dict[ReplayGuest, Mask] = field(default_factory=dict)
+    events: deque[Kept] = field(default_factory=lambda: deque(maxlen=OWN_LIMIT))
+
+
+class MarkedFiles:
+    """Those of one export."""
+
+    def __init__(self, export: Export) -> None:
+        self._export = export
+        self._marked: dict[Inode, _Marked] = {}
+
+    def coming(self, inode: Inode) -> Mask:
+        """What marks that are about to apply ask for."""
+        marked = self._marked.get(inode) if self._marked else None
+        return reduce(or_, marked.by.values(), _NOTHING) if marked is not None else _NOTHING
+
+    def remember(self, number: int, event: Event) -> None:
+        """Keep a file's own event."""
+        marked = self._marked.get(event.node)
+        if marked is not None and not event.name and event.part_of is None:
+            marked.events.append(Kept(number, event, next(iter(marked.by)).ways(event)))
+
+    def events(self, inode: Inode) -> deque[Kept]:
+        """Its own events since ``watch``."""
+        return self._marked[inode].events
+
+    def watch(
+        self, guest: ReplayGuest, updates: list[tuple[NodeKey, int]]
+    ) -> dict[Inode, Seen | None]:
+        """Watch the files among these; returns how they are then."""
+        export = self._export
+        files: dict[Inode, Seen | None] = {}
+        end = time.monotonic() + GROUP_TIME
+        for key, bits in updates:
+            inode = export.table.known(key.nodeid)
+            if inode is None or inode.is_dir or not bits or export.interest.of(guest, inode):
+                continue
+            self._marked.setdefault(inode, _Marked()).by[guest] = Mask(bits) & EVENTS
+            export.set_watch(inode)
+            files[inode] = look(export.table, inode)
+            if time.monotonic() > end:
+                break
+        return files
+
+    def let_go(self, guest: ReplayGuest, inode: Inode) -> None:
+        """Its mark applies, or does not."""
+        marked = self._marked[inode]
+        del marked.by[guest]
+        if not marked.by:
+            del self._marked[inode]
+            self._export.set_watch(inode)
