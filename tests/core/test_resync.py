@@ -149,7 +149,7 @@ def test_after_an_overflow(before: list[Step], during: list[Step]) -> None:
         old = names_of(take(world.source))
         for step in during:
             do(world.source, step)
-        world.export.watcher._read(1)  # read, and thrown away
+        world.export.watcher._read(1 << 20)  # read, and thrown away
         world.export._resync(world.export.watcher.inodes())
         apply(old, plain(world.take(guest)))
         equal(old, names_of(take(world.source)))
@@ -328,7 +328,7 @@ def test_a_large_directory(world: World) -> None:
     (world.source / "n7").unlink()
     (world.source / "n8").rename(world.source / "m8")
     (world.source / "new").touch()
-    world.export.watcher._read(1)
+    world.export.watcher._read(1 << 20)
     world.export._resync(world.export.watcher.inodes())
     assert sorted(plain(world.take(guest))) == [
         (b"m8", "moved_to"), (b"n7", "delete"), (b"n8", "moved_from"), (b"new", "create"),
