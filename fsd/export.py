@@ -320,7 +320,7 @@ class Export:
                 if inode.listing is not known:
                     return  # nobody watches it any more
                 for name, entry in names.items():
-                    known.names.setdefault(name, entry)
+                    known.names.setdefault(name, entry.of(inode.children.get(name)))
                 yield None
         except OSError as error:
             self.look_later(inode, error)

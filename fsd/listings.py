@@ -37,6 +37,14 @@ class Known(NamedTuple):
             return False
         return self.ino == other.ino or UNKNOWN in (self.ino, other.ino)
 
+    def of(self, inode: Inode | None) -> Known:
+        """The same with its inode, if that is it: another object's birth may be too close to
+        ``seen_ns`` to be told apart by that.
+        """
+        if inode is None or inode.is_placeholder or inode.identity[1] != self.ino:
+            return self
+        return self._replace(inode=inode)
+
 
 class Listing:
     """Names of one watched directory."""

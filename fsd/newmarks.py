@@ -20,6 +20,8 @@ from . import host
 SHARE = 4.0
 """A look is followed by at least this many times its own duration without one, where something
 happens; by a quarter of that, where it would decide a request of the guest."""
+BURST = 0.02
+"""Seconds of such rest that requests may owe: a few of them are decided however close they are."""
 SLOW = 0.005
 """Seconds of a look after which its threads are left to the agent for SLOW_SHARE times as long:
 they have very many marks."""
@@ -62,7 +64,8 @@ class NewMarks:
             took = time.thread_time() - worked  # not what others have done meanwhile
             now = time.monotonic()
             self.rest = now + SHARE * took
-            self.rest_of_requests = now + SHARE / 4 * took
+            owed = max(self.rest_of_requests, now - BURST)
+            self.rest_of_requests = owed + (1 + SHARE / 4) * took
             if took > SLOW:
                 self._slow = {pid: end for pid, end in self._slow.items() if end > now}
                 self._slow.update(dict.fromkeys(threads, now + SLOW_SHARE * took))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +51,14 @@ def test_a_process_with_very_many_is_left_to_the_agent(
 
 def test_a_thread_that_has_ended_may_have_any() -> None:
     assert NewMarks().may_be([1 << 30], 1, known)
+
+
+def test_requests_have_a_few_looks_at_once_and_then_a_share_of_the_time(device: int) -> None:
+    elsewhere, marks = os.makedev(0, 999_999), NewMarks()
+    assert not marks.may_be([os.getpid()], elsewhere, known)
+    assert marks.rest_of_requests < time.monotonic()
+    looks = 0
+    while marks.rest_of_requests < time.monotonic() and looks < 10_000:
+        marks.may_be([os.getpid()], elsewhere, known)
+        looks += 1
+    assert 1 < looks < 10_000
