@@ -179,10 +179,10 @@ class Names:
         return Changes(mode if kills else None)
 
     def _statfs(self, request: Request) -> bytes:
-        host = self._service.statfs(request.nodeid)
+        found = self._service.statfs(request.nodeid)
         return fuse.STATFS_OUT.pack(
-            host.f_blocks, host.f_bfree, host.f_bavail, host.f_files, host.f_ffree,
-            host.f_bsize, host.f_namemax, host.f_frsize,
+            found.f_blocks, found.f_bfree, found.f_bavail, found.f_files, found.f_ffree,
+            found.f_bsize, found.f_namemax, found.f_frsize,
         )  # fmt: skip
 
     def _access(self, request: Request) -> bytes:

@@ -18,11 +18,14 @@ ROOT = Path(__file__).parent.parent
 OURS = {"fsd", "protocol", "guest_tools"}
 STDLIB = sys.stdlib_module_names
 # The edges of fsd, where trio and pyfuse3 live.
-EDGES = ("fsd/transports/*", "fsd/cli.py", "fsd/mount*.py", "fsd/daemon*.py", "fsd/virtiofsd*.py")
+EDGES = ("fsd/transports/*", "fsd/servers/*", "fsd/cli*", "fsd/mount*.py", "fsd/virtiofsd*.py")
 # Where guest_tools knows protobuf; the one is imported when a command needs it, the other by it.
 PROTOBUF = (
-    "guest_tools/images.py", "guest_tools/watcher_pb2.py", "fsd/image.py", "fsd/server_pb2.py"
-)  # fmt: skip
+    "guest_tools/images.py",
+    "guest_tools/watcher_pb2.py",
+    "fsd/image.py",
+    "fsd/server_pb2.py",
+)
 
 
 def imports(source: str, path: str) -> Iterator[tuple[int, str]]:
