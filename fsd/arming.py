@@ -21,8 +21,6 @@ from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from . import windows
-from .chores import Job, Pause, finish
 from .events import Event
 from .guests import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
 from .inodes import Inode
@@ -33,6 +31,8 @@ from .passthrough import Entry
 from .replayer import ReplayGuest
 from .seen import Seen, missing, own_events
 from .watcher import HOST
+from .work import windows
+from .work.chores import Job, Pause, finish
 
 if TYPE_CHECKING:
     from .export import Export

@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 from protocol.inotify import RawEvent
 from protocol.masks import STRUCTURE, Mask
 
-from . import windows
 from .inodes import Inode, is_below
 from .watcher import Arrival
+from .work import windows
 
 _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_SELF)
 _MOVED_FROM, _STRUCTURE, _DELETE = int(Mask.MOVED_FROM), int(STRUCTURE), int(Mask.DELETE)

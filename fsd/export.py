@@ -24,12 +24,10 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from . import host, listings, windows
+from . import host, listings
 from .arming import Arming
-from .chores import TURN, Chores, Job, Pause, begin, finish
 from .descriptors import share
 from .events import RENAME, Event
-from .guard import PAUSE, Guard
 from .guests import BY_HAND, FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
 from .interest import Interest
@@ -41,6 +39,9 @@ from .resolver import Resolver, listing
 from .resync import Changes, changed_lately, comparing, comparing_at_once, told
 from .watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 from .watches import default_limit, has_part
+from .work import windows
+from .work.chores import TURN, Chores, Job, Pause, begin, finish
+from .work.guard import PAUSE, Guard
 
 log = structlog.get_logger()
 _LEAVES = int(Mask.DELETE | Mask.DELETE_SELF | Mask.MOVED_FROM | Mask.MOVED_TO)

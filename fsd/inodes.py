@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
 
-from . import host, windows
+from . import host
 from .forgotten import Forgotten, ForgottenObjects
 from .mounts import Mounts
 from .othernames import OtherNames
+from .work import windows
 
 if TYPE_CHECKING:
     from .listings import Listing

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from . import windows
 from .events import Event
 from .inodes import Inode
 from .ledger import Ways
 from .replayer import ReplayGuest
 from .resync import Changes
 from .seen import Seen
+from .work import windows
 
 
 class Kept(NamedTuple):

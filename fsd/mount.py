@@ -24,7 +24,6 @@ from protocol.frames import FSD_NAME
 from . import deadmount, host
 from .export import Export
 from .fusesession import SessionOptions
-from .guard import Guard
 from .mount_agent import AgentError, AgentProcess
 from .replayer import ReplayGuest
 from .saving import Saver, open_export
@@ -38,6 +37,7 @@ from .transports.snapshots import Snapshots
 from .transports.socket import SocketDoor
 from .transports.spin import SpinBeforeSleep
 from .transports.tasks import end_in_time
+from .work.guard import Guard
 
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to come up, on a busy machine."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
 from . import host
-from .guard import Guard
+from .work.guard import Guard
 
 SCAN_EVERY = 0.05
 """Seconds from one scan to the next, at least; and as long as the one before took."""

@@ -20,9 +20,7 @@ from protocol import frames
 from protocol.frames import ALIAS, ALL_PROCESSES, FSD_DIR, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
-from . import windows
 from .events import RENAME, Event
-from .guard import Guard
 from .guests import Guest
 from .history import History
 from .host import RENAME_EXCHANGE
@@ -32,6 +30,8 @@ from .openers import File, Openers
 from .openings import Evidence, Need, Wait, closes_of, judge
 from .passthrough import PassthroughFS
 from .watcher import HostWatcher
+from .work import windows
+from .work.guard import Guard
 
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; what is behind them waits as events, which are smaller."""

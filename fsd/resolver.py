@@ -26,13 +26,14 @@ from contextlib import suppress
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
-from . import host, windows
+from . import host
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import Known, Listing, of_inode
 from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
+from .work import windows
 
 _CREATE = int(Mask.CREATE)
 _DELETE = int(Mask.DELETE)

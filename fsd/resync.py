@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from protocol.masks import Mask
 
 from . import host
-from .chores import Job, finish
 from .events import RENAME, Event
 from .inodes import Inode
 from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
 from .watcher import HOST
+from .work.chores import Job, finish
 
 if TYPE_CHECKING:
     from .export import Export

@@ -24,7 +24,6 @@ from . import host, sandbox, watches
 from .descriptors import share
 from .export import Export
 from .fusesession import SessionOptions
-from .guard import Guard
 from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 from .replayer import ReplayGuest
 from .sandbox import NEEDED
@@ -39,6 +38,7 @@ from .transports.pump import Pump
 from .transports.snapshots import Snapshots
 from .transports.tasks import end_in_time
 from .transports.virtiofs import GuestDoor, from_fd, listen, store_name
+from .work.guard import Guard
 
 log = structlog.get_logger()
 FILES = 1_000_000

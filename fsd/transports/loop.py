@@ -7,8 +7,8 @@ from functools import partial
 
 import trio
 
-from ..guard import Guard
 from ..slowcalls import THREADS, Outcome
+from ..work.guard import Guard
 
 
 class TrioLoop:

@@ -18,8 +18,8 @@ import trio
 
 from ..fusemessage import MAX_WRITE
 from ..fusesession import FuseSession, SessionOptions
-from ..guard import PAUSE, Guard
 from ..service import Service
+from ..work.guard import PAUSE, Guard
 from .loop import TrioLoop
 
 log = structlog.get_logger()

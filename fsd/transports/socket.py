@@ -16,9 +16,9 @@ import trio
 from protocol.frames import ProtocolError
 
 from ..export import Export
-from ..guard import Guard
 from ..sessions import Session
 from ..socketfile import SocketFile
+from ..work.guard import Guard
 from .tasks import accept, forever
 
 log = structlog.get_logger()

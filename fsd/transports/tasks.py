@@ -1,4 +1,4 @@
-"""Tasks that last as long as the server: a fault in one step never ends them (fsd.guard)."""
+"""Tasks that last as long as the server: a fault in one step never ends them (fsd.work.guard)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 import structlog
 import trio
 
-from ..guard import PAUSE, Guard
 from ..slowcalls import END, running
+from ..work.guard import PAUSE, Guard
 
 log = structlog.get_logger()
 _REFUSED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)

@@ -26,7 +26,6 @@ from .. import host
 from ..export import Export
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
-from ..guard import Guard
 from ..guests import Guest
 from ..resuming import Resumption
 from ..service import Service
@@ -36,6 +35,7 @@ from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
 from ..virtio.eventfds import Reader, is_eventfd
 from ..virtio.mapping import is_memory
+from ..work.guard import Guard
 from .loop import TrioLoop
 from .polling import WINDOW, BusyPolling
 from .socket import unlink_stale

@@ -11,22 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fsd import (
-    arming,
-    chores,
-    export,
-    forgotten,
-    guests,
-    hidden,
-    openers,
-    replayer,
-    sessions,
-    windows,
-)
-from fsd.chores import Chores, Job, Pause, begin, finish
+from fsd import arming, export, forgotten, guests, hidden, openers, replayer, sessions
 from fsd.forgotten import Forgotten, ForgottenObjects
 from fsd.sessions import Session
 from fsd.watcher import _OVERFLOW
+from fsd.work import chores, windows
+from fsd.work.chores import Chores, Job, Pause, begin, finish
 from protocol import frames
 from protocol.masks import Mask
 

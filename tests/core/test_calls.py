@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fsd.calls import AHEAD, Calls, Place, Rename
 from fsd.inodes import Inode
 from fsd.watcher import HOST, Arrival
-from fsd.windows import TWIN_WINDOW
+from fsd.work.windows import TWIN_WINDOW
 from protocol.inotify import RawEvent
 from protocol.masks import Mask
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fsd import windows
 from fsd.guests import Observer
 from fsd.inodes import Inode
+from fsd.work import windows
 from tests.support.dentries import drop_dentries
 
 from .support import World, plain

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from fsd import export as export_module
-from fsd import windows
 from fsd.guests import Observer
 from fsd.locks import Lock
 from fsd.passthrough import Changes
+from fsd.work import windows
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 

@@ -15,7 +15,7 @@ import pytest
 import structlog
 import trio
 
-from fsd import openers, windows
+from fsd import openers
 from fsd.saving import Saver
 from fsd.statefile import StateFile
 from fsd.transports import tasks
@@ -23,6 +23,7 @@ from fsd.transports.loop import TrioLoop
 from fsd.transports.pump import Pump
 from fsd.transports.snapshots import Snapshots
 from fsd.transports.socket import SocketDoor
+from fsd.work import windows
 from protocol import frames
 
 from .support import ALL, STRUCTURE, USER, World

@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from fsd import logs
-from fsd.ratelimit import BURST, KINDS_LIMIT, PERIOD, RateLimit
+from fsd.work.ratelimit import BURST, KINDS_LIMIT, PERIOD, RateLimit
 
 from .fuse_guest import GuestKernel
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fsd import windows
 from fsd.host import RENAME_EXCHANGE, renameat2
+from fsd.work import windows
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.masks import Mask
 

@@ -1,4 +1,4 @@
-"""docs/decisions/windows.md beside fsd/windows.py: each constant has its row, with its value."""
+"""docs/decisions/windows.md beside fsd/work/windows.py: each constant has its row, with its value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd import windows
+from fsd.work import windows
 
 TABLE = Path(__file__).parents[2] / "docs/decisions/windows.md"
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "events": 1}

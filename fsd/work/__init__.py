@@ -1,0 +1,1 @@
+"""How the one thread spends its time: guarded steps, long work in parts, slow calls in threads."""
