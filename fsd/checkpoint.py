@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from protocol import frames
 from protocol.frames import FSD_DIR
 
-from . import host
 from .events import Event
 from .guests import Guest, HandMarks, Observer
 from .inodes import Identity, Inode, InodeTable
+from .linux import syscalls
 from .listings import CLOCK_LAG_NS, Known, Listing
 from .replayer import ReplayGuest
 from .sharedwatches import SharedWatches
@@ -248,7 +248,7 @@ class _Taking:
         names = {name: entry for name, entry in known.names.items() if entry.seen_ns > since}
         if not names:
             return {}
-        with host.skipping_gone, self._table.directory(node) as dir_fd:
+        with syscalls.skipping_gone, self._table.directory(node) as dir_fd:
             return {name: _as_it_is(dir_fd, name, entry) for name, entry in names.items()}
         return {}
 
@@ -292,10 +292,10 @@ class _Taking:
 
 def _as_it_is(dir_fd: int, name: bytes, known: Known) -> Known:
     """The entry of a name, looked at. Raises OSError where nobody could look."""
-    with host.skipping_gone:
+    with syscalls.skipping_gone:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         handle = known.inode.identity[2] if known.inode is not None else b""
-        is_same = not handle or host.file_handle(dir_fd, name) == handle
+        is_same = not handle or syscalls.file_handle(dir_fd, name) == handle
         now = Known(status.st_ino, stat.S_IFMT(status.st_mode), known.seen_ns)
         return known if is_same and known.may_be(now) else now
     return known

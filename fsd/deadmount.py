@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import host
+from .linux import syscalls
 
 TYPE = "fuse.fsd"
 _UNMOUNT_TIMEOUT = 10.0
@@ -29,7 +29,7 @@ class Mount(NamedTuple):
 
 def mounts() -> Iterator[Mount]:
     """All mounts of this process, those on top of others behind them."""
-    with open(host.mountinfo_path(), "rb") as mountinfo:
+    with open(syscalls.mountinfo_path(), "rb") as mountinfo:
         for line in mountinfo:
             fields, _, rest = line.partition(b" - ")
             kind, _, options = rest.decode(errors="replace").split(" ", 2)

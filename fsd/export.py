@@ -24,15 +24,16 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from . import host, listings
+from . import listings
 from .arming import Arming
-from .descriptors import share
 from .events import RENAME, Event
 from .guests import BY_HAND, FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
 from .inodes import Inode, InodeTable
 from .interest import Interest
+from .linux import syscalls
+from .linux.descriptors import share
+from .linux.openers import File, Openers
 from .locks import LockWaiters
-from .openers import File, Openers
 from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
@@ -253,7 +254,7 @@ class Export:
                 self._check_part(inode)
             self.watcher.set_mask(inode, mask)
         except OSError as error:
-            if host.is_gone(error):  # its events say so
+            if syscalls.is_gone(error):  # its events say so
                 self._allowed(inode)
                 return
             self.counts["watch_failures"] += 1
@@ -333,15 +334,19 @@ class Export:
         event. Raises OSError where it cannot be read.
         """
         fd = -1
-        with host.skipping_gone, self.table.directory(inode) as path_fd, self._own(inode, path_fd):
-            fd = _open_quietly(host.fd_path(path_fd))
+        with (
+            syscalls.skipping_gone,
+            self.table.directory(inode) as path_fd,
+            self._own(inode, path_fd),
+        ):
+            fd = _open_quietly(syscalls.fd_path(path_fd))
         if fd < 0:
             return
         try:
             parts = listings.chunks(fd)
             while True:
                 names = None
-                with host.skipping_gone, self._own(inode, fd):
+                with syscalls.skipping_gone, self._own(inode, fd):
                     names = next(parts, None)
                 if names is None:
                     return
@@ -354,7 +359,7 @@ class Export:
         """By the name that it has now: the news of a rename may be still to come."""
         name = inode.name
         with suppress(OSError):
-            name = os.path.basename(host.shown_path(fd))
+            name = os.path.basename(syscalls.shown_path(fd))
         return self.watcher.looking(inode, name)
 
     def _set_care(self, inode: Inode) -> None:
@@ -434,7 +439,7 @@ class Export:
             try:
                 child = self.fs.peek(node, name).inode
             except OSError as error:
-                if not host.is_gone(error):
+                if not syscalls.is_gone(error):
                     self.look_later(node, error)
                     self._uncovered[node] = announce
                 continue
@@ -763,7 +768,7 @@ class Export:
         self._work_off(deadline, drain=True)
         root_fd = self.table.root_fd
         with self._own(self.table.root, root_fd):  # as the end of this process would close it
-            path_fd = os.open(host.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
+            path_fd = os.open(syscalls.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
             os.dup2(path_fd, root_fd, inheritable=False)
             os.close(path_fd)
         inotify = self.watcher.hand_over()

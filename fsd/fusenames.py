@@ -14,9 +14,9 @@ from collections.abc import Callable
 from protocol import fuse
 from protocol.fuse import Fattr, Opcode
 
-from . import host
 from .fusemessage import Request
 from .fusenodes import Nodes
+from .linux import syscalls
 from .passthrough import Changes, Entry
 from .service import Service
 from .xattrs import ACL_ACCESS
@@ -147,10 +147,10 @@ class Names:
         atime_ns = mtime_ns = None
         if valid & _ATIME:
             now = valid & _ATIME_NOW
-            atime_ns = host.NOW if now else asked.atime * 10**9 + asked.atimensec
+            atime_ns = syscalls.NOW if now else asked.atime * 10**9 + asked.atimensec
         if valid & _MTIME:
             now = valid & _MTIME_NOW
-            mtime_ns = host.NOW if now else asked.mtime * 10**9 + asked.mtimensec
+            mtime_ns = syscalls.NOW if now else asked.mtime * 10**9 + asked.mtimensec
         changes = Changes(
             asked.mode if valid & _MODE else None,
             asked.uid if valid & _UID else None,

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
 
-from . import host
 from .forgotten import Forgotten, ForgottenObjects
-from .mounts import Mounts
+from .linux import syscalls
+from .linux.mounts import Mounts
 from .othernames import OtherNames
 from .work import windows
 
@@ -168,8 +168,8 @@ class InodeTable:
         """Watched directories of which somebody hears that they are read."""
         self.by_handle = True
         try:
-            handle = host.file_handle(self.root_fd)
-            os.close(host.open_by_handle(self.root_fd, handle, os.O_PATH))
+            handle = syscalls.file_handle(self.root_fd)
+            os.close(syscalls.open_by_handle(self.root_fd, handle, os.O_PATH))
         except OSError as error:
             if error.errno not in _CANNOT_OPEN_HANDLES:
                 os.close(self.root_fd)
@@ -251,7 +251,7 @@ class InodeTable:
     def _by_its_name(self, record: Forgotten) -> Inode | None:
         """The very object, where it was; None where it is not there any more."""
         parent = self._by_node.get(record.parent)
-        with host.skipping_gone:
+        with syscalls.skipping_gone:
             if parent is not None and parent.is_dir:
                 with self.directory(parent) as dir_fd:
                     if _matches(self._identity_of(dir_fd, record.name), record.identity):
@@ -260,10 +260,10 @@ class InodeTable:
 
     def _by_its_handle(self, record: Forgotten) -> Inode | None:
         """The very object, wherever it is; None where it is gone."""
-        with host.skipping_gone:
+        with syscalls.skipping_gone:
             if self.handle_opens(record.identity):
                 handle = record.identity[2]
-                fd = host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
+                fd = syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
                 try:
                     return self._at_path(fd)
                 finally:
@@ -288,7 +288,7 @@ class InodeTable:
         """Identity and attributes of the object behind a descriptor."""
         status = os.fstat(fd)
         try:
-            handle, mount = host.handle_and_mount(fd)
+            handle, mount = syscalls.handle_and_mount(fd)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:  # without its handle it would be another object
                 raise
@@ -296,7 +296,7 @@ class InodeTable:
         return (status.st_dev, status.st_ino, handle, mount), status
 
     def _mount_of(self, fd: int) -> int:
-        return host.mount_id(fd) if self.mounts.below else self.mounts.own
+        return syscalls.mount_id(fd) if self.mounts.below else self.mounts.own
 
     def intern(self, fd: int, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
         """The inode behind an O_PATH descriptor that was opened as parent/name."""
@@ -306,7 +306,7 @@ class InodeTable:
             inode = self._new(identity, stat.S_IFMT(status.st_mode))
         if inode.fd < 0 and inode.is_dir and self.must_pin(identity):
             try:
-                inode.fd = os.open(host.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
+                inode.fd = os.open(syscalls.fd_path(fd), os.O_PATH | os.O_DIRECTORY)
             except OSError:
                 self.release(inode)
                 raise
@@ -569,7 +569,7 @@ class InodeTable:
                 return self._open_visible(inode)
             return inode.fd if inode.fd >= 0 else self.open_by_handle(inode)
         except OSError as error:
-            if not host.is_gone(error):
+            if not syscalls.is_gone(error):
                 raise
             # As in any removed directory: nothing is in it.
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
@@ -591,13 +591,13 @@ class InodeTable:
                 with self.directory(parent) as parent_fd:
                     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
             except OSError as error:
-                unseen = None if host.is_gone(error) else error
+                unseen = None if syscalls.is_gone(error) else error
             else:
                 if self._is_or_close(fd, inode):
                     self.place(inode, parent, name)
                     return fd
         if inode.open_fds:
-            return os.open(host.fd_path(inode.open_fds[-1]), os.O_PATH)
+            return os.open(syscalls.fd_path(inode.open_fds[-1]), os.O_PATH)
         if unseen is not None and not self.handle_opens(inode.identity):
             raise unseen
         if self.mounts.below:
@@ -623,7 +623,7 @@ class InodeTable:
             return None  # of the same number, on which mount?
         for parent, name in self._names(inode):
             with suppress(OSError), self.directory(parent) as parent_fd:
-                if handle and host.handle_and_mount(parent_fd, name) != (handle, mount):
+                if handle and syscalls.handle_and_mount(parent_fd, name) != (handle, mount):
                     continue
                 status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
                 if (status.st_dev, status.st_ino) == (device, ino):
@@ -654,7 +654,7 @@ class InodeTable:
         device, ino, handle, mount = inode.identity
         if handle:
             try:
-                is_it = host.handle_and_mount(fd) == (handle, mount)
+                is_it = syscalls.handle_and_mount(fd) == (handle, mount)
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP:  # another, where there are no handles
                     return False
@@ -677,12 +677,12 @@ class InodeTable:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         handle = inode.identity[2]
         if not inode.is_dir:  # of which the kernel looks for no name
-            return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
+            return syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
         now = time.monotonic()
         is_warm, inode.warm_until = now < inode.warm_until, now + windows.WARM
         if (self.overheard or not is_warm) and (fd := self._open_by_path(inode)) >= 0:
             return fd
-        return host.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_DIRECTORY)
+        return syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_DIRECTORY)
 
     def _open_by_path(self, directory: Inode) -> int:
         """-1 where it is not there, or nobody could look: its handle tells the two apart."""
@@ -697,9 +697,9 @@ class InodeTable:
         """-1 where the object is not there. Raises OSError where nobody could look."""
         try:
             one_mount = self.is_own(inode.identity)
-            fd = host.open_below(self.root_fd, path, one_mount=one_mount)
+            fd = syscalls.open_below(self.root_fd, path, one_mount=one_mount)
         except OSError as error:
-            if host.is_gone(error) or error.errno in _NO_SUCH_PATH:
+            if syscalls.is_gone(error) or error.errno in _NO_SUCH_PATH:
                 return -1
             raise
         return fd if self._is_or_close(fd, inode) else -1
@@ -741,7 +741,7 @@ class InodeTable:
             return os.dup(inode.fd if inode.fd >= 0 else inode.open_fds[-1])
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return host.open_by_handle(self.root_fd, inode.identity[2], os.O_PATH | os.O_NOFOLLOW)
+        return syscalls.open_by_handle(self.root_fd, inode.identity[2], os.O_PATH | os.O_NOFOLLOW)
 
     def _open_where(self, fd: int, inode: Inode) -> int:
         """The object at the path that the kernel knows for a descriptor; -1 where that is another,
@@ -752,8 +752,8 @@ class InodeTable:
 
     def _path_of(self, fd: int) -> bytes | None:
         """The path below the root that the kernel knows for an open object."""
-        top = host.shown_path(self.root_fd).rstrip(b"/") + b"/"
-        path = host.shown_path(fd)
+        top = syscalls.shown_path(self.root_fd).rstrip(b"/") + b"/"
+        path = syscalls.shown_path(fd)
         return path[len(top) :] if path.startswith(top) else None
 
     def verify_place(self, inode: Inode) -> bool:
@@ -763,10 +763,10 @@ class InodeTable:
         """
         parent = inode.parent
         if parent is not None and parent is not self.outside:
-            with host.skipping_gone, self.directory(parent) as dir_fd:
+            with syscalls.skipping_gone, self.directory(parent) as dir_fd:
                 if self._identity_of(dir_fd, inode.name) == inode.identity:
                     return True
-        with host.skipping_gone, self.opened(inode) as fd:
+        with syscalls.skipping_gone, self.opened(inode) as fd:
             if self._at_path(fd) is inode:
                 return True
         if inode.is_dir:

@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from . import host
+from .linux import syscalls
 
 _FILE = struct.Struct("<QQ")
 _HEAD = struct.Struct("<IIIIQ")
@@ -187,4 +187,4 @@ class Journal:
         if old > self._base:
             os.ftruncate(self.fd, self._end)
         elif end > old:
-            host.fallocate(self.fd, _PUNCH_HOLE, old, end - old)
+            syscalls.fallocate(self.fd, _PUNCH_HOLE, old, end - old)

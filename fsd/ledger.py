@@ -20,10 +20,10 @@ from protocol import frames
 from protocol.frames import ALIAS, FSD_DIR, Op
 from protocol.masks import Mask
 
-from . import host
 from .attributes import StatLike, placeholder_attr, with_nlink
 from .events import Event
 from .inodes import Inode
+from .linux import syscalls
 from .passthrough import Entry, PassthroughFS
 
 
@@ -323,7 +323,7 @@ class Ledger:
         try:
             attr = self._fs.getattr(inode)
         except OSError as error:
-            if not host.is_gone(error):
+            if not syscalls.is_gone(error):
                 raise
             attr = placeholder_attr(inode)
         return attr if nlink is None else with_nlink(attr, nlink)

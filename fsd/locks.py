@@ -19,9 +19,9 @@ from itertools import islice
 
 from protocol.masks import Mask
 
-from . import host
 from .fusekept import KeptSession, Owner
 from .inodes import Inode
+from .linux import syscalls
 from .passthrough import Handle
 from .watcher import SERVER, HostWatcher
 
@@ -226,7 +226,7 @@ class GuestLocks:
         inode = handle.inode
         opened = (inode.parent, inode.name, Mask.OPEN), (inode, b"", Mask.OPEN)
         with self._watcher.attributed(SERVER, *opened):
-            fd = os.open(host.fd_path(handle.fd), mode | os.O_CLOEXEC)
+            fd = os.open(syscalls.fd_path(handle.fd), mode | os.O_CLOEXEC)
         self.opened += 1
         return fd
 
@@ -268,7 +268,7 @@ def _pack(lock: Lock) -> bytes:
 def _held(fd: int) -> list[Lock]:
     """The OFD locks of a descriptor: proc_pid_fdinfo(5)."""
     locks = []
-    with open(host.fdinfo_path(fd)) as info:
+    with open(syscalls.fdinfo_path(fd)) as info:
         for line in info:
             fields = line.split()
             if fields[:1] == ["lock:"] and fields[2] == "OFDLCK":

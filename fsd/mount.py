@@ -21,9 +21,10 @@ import trio
 
 from protocol.frames import FSD_NAME
 
-from . import deadmount, host
+from . import deadmount
 from .export import Export
 from .fusesession import SessionOptions
+from .linux import syscalls
 from .mount_agent import AgentError, AgentProcess
 from .replayer import ReplayGuest
 from .saving import Saver, open_export
@@ -83,7 +84,7 @@ def mend(options: Options) -> list[str]:
 
 def check(options: Options) -> None:
     """Raises StartError for everything that can be seen before mounting."""
-    if reason := host.cannot_change_identity():
+    if reason := syscalls.cannot_change_identity():
         raise StartError(reason)
     source, mountpoint = Path(options.source), Path(options.mountpoint)
     try:
@@ -159,7 +160,7 @@ class Mounted:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
         options = self._options
         _raise_file_limit()
-        host.obey_limits_of_disks()
+        syscalls.obey_limits_of_disks()
         shorten_turns()
         os.umask(0)  # the guest's kernel applies its callers' umask
         with (

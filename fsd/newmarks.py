@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from protocol.fdinfo import MarkInfo, parse_fdinfo
 from protocol.handles import NodeKey, decode_fh
 
-from . import host
+from .linux import syscalls
 
 SHARE = 4.0
 """A look is followed by at least this many times its own duration without one, where something
@@ -50,7 +50,7 @@ class NewMarks:
         ``is_known`` denies. False is certain, as of now.
         """
         began, worked = time.monotonic(), time.thread_time()
-        if not host.sees_processes():
+        if not syscalls.sees_processes():
             return True
         sdev = os.major(device) << 20 | os.minor(device)
         try:

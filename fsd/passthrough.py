@@ -18,10 +18,11 @@ from typing import NamedTuple, Protocol
 
 from protocol.masks import Mask
 
-from . import directories, fileflags, host
+from . import fileflags
 from .attributes import StatLike
-from .directories import DirEntry
 from .inodes import Inode, InodeTable
+from .linux import directories, syscalls
+from .linux.directories import DirEntry
 from .successors import Successors
 
 
@@ -188,21 +189,21 @@ class PassthroughFS:
     def _acting_as(who: Identity, *, judged: bool = True) -> AbstractContextManager[None]:
         groups: Sequence[int] = who.groups or ()
         if who.groups is None and (who.uid or who.gid):
-            groups = host.supplementary_groups(who.pid)
+            groups = syscalls.supplementary_groups(who.pid)
         judged = judged and who.groups is not None
-        return host.acting_as(who.uid, who.gid, groups, umask=who.umask, judged=judged)
+        return syscalls.acting_as(who.uid, who.gid, groups, umask=who.umask, judged=judged)
 
     @staticmethod
     def _mode(mode: int, who: Identity) -> int:
         """Of a new file: what another has made must not run as the server's user."""
-        return mode & ~0o6000 if host.takes_for_itself(who.uid) else mode
+        return mode & ~0o6000 if syscalls.takes_for_itself(who.uid) else mode
 
     def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Identity) -> Entry:
         """MKNOD. Device nodes are for root to make, as natively; a guest's kernel opens its own
         devices by them.
         """
         is_device = stat.S_IFMT(mode) in (stat.S_IFCHR, stat.S_IFBLK)
-        making = host.making_nodes() if is_device and not who.uid else nullcontext()
+        making = syscalls.making_nodes() if is_device and not who.uid else nullcontext()
         with self._creating(parent, name, who) as dir_fd, making:
             os.mknod(name, self._mode(mode, who), rdev, dir_fd=dir_fd)
         return self._made(parent, name, stat.S_IFMT(mode) or stat.S_IFREG)
@@ -278,7 +279,7 @@ class PassthroughFS:
         """LINK."""
         self._check_name(name)
         with self._used(inode) as fd, self.table.directory(parent) as dir_fd:
-            os.link(host.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
+            os.link(syscalls.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self._made(parent, name, inode.kind)
 
     def unlink(self, parent: Inode, name: bytes, who: Identity, keep: Keep) -> None:
@@ -338,10 +339,10 @@ class PassthroughFS:
         ):
             if old is not new and who.uid:
                 self._check_movable(old_fd, name, who)
-                if flags & host.RENAME_EXCHANGE:
+                if flags & syscalls.RENAME_EXCHANGE:
                     self._check_movable(new_fd, new_name, who)
             keep(new_fd, new_name)
-            host.renameat2(old_fd, name, new_fd, new_name, flags)
+            syscalls.renameat2(old_fd, name, new_fd, new_name, flags)
         moved = old.children.get(name)
         other = new.children.get(new_name)
         if moved is other and moved is not None:
@@ -351,7 +352,7 @@ class PassthroughFS:
             self.table.displace(old, name, moved)
         else:
             new.children.pop(new_name, None)
-        if flags & host.RENAME_EXCHANGE and other is not None:
+        if flags & syscalls.RENAME_EXCHANGE and other is not None:
             self.table.place(other, old, name)
         elif other is not None:
             self._unlinked(other)
@@ -416,9 +417,9 @@ class PassthroughFS:
 
     @staticmethod
     def _setattr(changes: Changes, is_open: bool, fd: int) -> os.stat_result:
-        path = host.fd_path(fd)
+        path = syscalls.fd_path(fd)
         mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = changes
-        if host.NO_ID in (uid, gid):  # chown(2) would leave it, and say nothing
+        if syscalls.NO_ID in (uid, gid):  # chown(2) would leave it, and say nothing
             raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
         if uid is not None or gid is not None:
             # By descriptor, as a path would follow a symlink: fchownat(AT_EMPTY_PATH) is not in os.
@@ -426,44 +427,44 @@ class PassthroughFS:
         if mode is not None:
             os.chmod(path, stat.S_IMODE(mode))
         if size is not None:
-            with host.killing_suid() if kill_suid else nullcontext():
+            with syscalls.killing_suid() if kill_suid else nullcontext():
                 if is_open:
                     os.ftruncate(fd, size)
                 else:
                     os.truncate(path, size)
         if atime_ns is not None or mtime_ns is not None:
-            host.set_times(path, atime_ns, mtime_ns)
+            syscalls.set_times(path, atime_ns, mtime_ns)
         return os.fstat(fd)
 
     def born_ns(self, inode: Inode) -> int:
         """Time of creation; 0 where the file system has none."""
         with self._used(inode) as fd:
-            return host.born_ns(fd, b"")
+            return syscalls.born_ns(fd, b"")
 
     def getxattr(self, inode: Inode, name: bytes) -> bytes:
         """GETXATTR."""
         with self._used(inode) as fd:
-            return os.getxattr(host.fd_path(fd), name)
+            return os.getxattr(syscalls.fd_path(fd), name)
 
     def listxattr(self, inode: Inode) -> list[bytes]:
         """LISTXATTR."""
         with self._used(inode) as fd:
-            return [os.fsencode(name) for name in os.listxattr(host.fd_path(fd))]
+            return [os.fsencode(name) for name in os.listxattr(syscalls.fd_path(fd))]
 
     def setxattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         """SETXATTR."""
         with self._used(inode) as fd:
-            os.setxattr(host.fd_path(fd), name, value, flags)
+            os.setxattr(syscalls.fd_path(fd), name, value, flags)
 
     def removexattr(self, inode: Inode, name: bytes) -> None:
         """REMOVEXATTR."""
         with self._used(inode) as fd:
-            os.removexattr(host.fd_path(fd), name)
+            os.removexattr(syscalls.fd_path(fd), name)
 
     def access(self, inode: Inode, mode: int) -> bool:
         """ACCESS, as the server's own user."""
         with self._used(inode) as fd:
-            return os.access(host.fd_path(fd), mode)
+            return os.access(syscalls.fd_path(fd), mode)
 
     def statfs(self, inode: Inode) -> os.statvfs_result:
         """STATFS, of the file system that an object is on."""
@@ -516,7 +517,7 @@ class PassthroughFS:
         """The very object again, for a handle that another process had. Raises OSError."""
         _check_regular(inode.kind)
         with self.table.opened(inode) as path_fd:
-            fd = os.open(host.fd_path(path_fd), flags | os.O_CLOEXEC)
+            fd = os.open(syscalls.fd_path(path_fd), flags | os.O_CLOEXEC)
         return self._handle(inode, fd, flags)
 
     def resume(self, inode: Inode | None, fd: int, flags: int) -> Handle:
@@ -531,7 +532,7 @@ class PassthroughFS:
     def opendir(self, inode: Inode) -> Handle:
         """OPENDIR."""
         with self.table.directory(inode) as path_fd:
-            fd = os.open(host.fd_path(path_fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(syscalls.fd_path(path_fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._handle(inode, fd, os.O_RDONLY)
 
     def ioctl(self, handle: Handle, who: Identity, command: int, data: bytes) -> bytes:

@@ -23,10 +23,10 @@ from protocol.masks import EVENTS, Mask
 from .events import RENAME, Event
 from .guests import Guest
 from .history import History
-from .host import RENAME_EXCHANGE
 from .inodes import Inode
 from .ledger import Ledger, Step, Task, Way, Ways
-from .openers import File, Openers
+from .linux.openers import File, Openers
+from .linux.syscalls import RENAME_EXCHANGE
 from .openings import Evidence, Need, Wait, closes_of, judge
 from .passthrough import PassthroughFS
 from .watcher import HostWatcher

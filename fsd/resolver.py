@@ -26,10 +26,10 @@ from contextlib import suppress
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
-from . import host
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
 from .events import RENAME, Event
 from .inodes import Inode
+from .linux import syscalls
 from .listings import Known, Listing, of_inode
 from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
@@ -556,7 +556,7 @@ class Resolver:
             with self._table.opened(inode) as fd:
                 return os.fstat(fd).st_nlink
         except OSError as error:
-            return 0 if host.is_gone(error) else max(inode.nlink - 1, 1)
+            return 0 if syscalls.is_gone(error) else max(inode.nlink - 1, 1)
 
 
 def _is_unlinked(event: Event) -> bool:

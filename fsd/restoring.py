@@ -19,10 +19,10 @@ from functools import partial
 from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 
-from . import host
 from .checkpoint import GONE, SavedInode, SavedTable
 from .forgotten import Forgotten
 from .inodes import ROOT_ID, Inode, InodeTable
+from .linux import syscalls
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
 """Errors that say nothing of the object, and pass."""
@@ -176,7 +176,7 @@ class RestoredTable:
         """Whether an object without a handle was there when the image was saved: it was born
         before, or, where nobody knows that, has not changed since.
         """
-        return (host.born_ns(fd, b"") or status.st_ctime_ns) < self._saved_ns
+        return (syscalls.born_ns(fd, b"") or status.st_ctime_ns) < self._saved_ns
 
 
 def _patiently(find: Callable[[], bool]) -> bool:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask
 
-from . import host
 from .checkpoint import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
 from .events import Event
 from .guests import BY_HAND, MARKS_LIMIT, Guest, Observer
 from .inodes import Inode
+from .linux import syscalls
 from .listings import Known, Missed
 from .replayer import ReplayGuest
 from .resolver import listing
@@ -169,7 +169,7 @@ class Resumption:
                 with self._export.table.directory(node) as dir_fd:
                     os.stat(saved.name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
-                if not host.is_gone(error):
+                if not syscalls.is_gone(error):
                     continue
                 node.listing.names[saved.name] = self._known(saved)
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
-from . import host
 from .events import RENAME, Event
 from .inodes import Inode
+from .linux import syscalls
 from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
 from .watcher import HOST
 from .work.chores import Job, finish
@@ -52,7 +52,7 @@ def comparing(export: Export, node: Inode, known: Listing) -> Job[Changes]:
         for names in export.names_in(node):
             now.update(names)
             yield None
-        with host.skipping_gone, export.table.directory(node) as dir_fd:
+        with syscalls.skipping_gone, export.table.directory(node) as dir_fd:
             for name, after in now.items():
                 yield None
                 if (before := known.names.get(name)) is None:
@@ -91,7 +91,7 @@ def _compared(
         if anything and _is_reborn(export, dir_fd, name, before):
             before = before._replace(ino=0)
     except OSError as error:
-        if not host.is_gone(error):
+        if not syscalls.is_gone(error):
             raise
         return before, 0 if before.may_be(after) else _CHANGE  # gone just now, which is an event
     return before, _touched(status, before) if before.may_be(after) else _CHANGE
@@ -127,7 +127,7 @@ def changed_lately(export: Export, node: Inode, since_ns: int) -> Job[Changes]:
             with suppress(OSError):
                 status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
                 content, anything = changed_since(status, since_ns)
-                if anything and host.born_ns(dir_fd, name) > since_ns - CLOCK_LAG_NS:
+                if anything and syscalls.born_ns(dir_fd, name) > since_ns - CLOCK_LAG_NS:
                     changes[node, name] = Missed(None, 0)
                 elif anything:
                     changes[node, name] = Missed(entry, _CHANGE if content else _ATTRIB)
@@ -141,7 +141,7 @@ def _is_reborn(export: Export, dir_fd: int, name: bytes, before: Known) -> bool:
     """
     known = before.inode
     if known is None or known.is_placeholder:
-        return host.born_ns(dir_fd, name) > before.seen_ns
+        return syscalls.born_ns(dir_fd, name) > before.seen_ns
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
     try:
         return export.table.identify(fd)[0] != known.identity
@@ -216,7 +216,7 @@ def _has_content(export: Export, node: Inode, name: bytes) -> bool:
         with export.table.directory(node) as dir_fd:
             return bool(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size)
     except OSError as error:
-        return not host.is_gone(error)
+        return not syscalls.is_gone(error)
 
 
 def _child(export: Export, node: Inode, name: bytes, known: Known) -> Inode:

@@ -25,7 +25,7 @@ from typing import Any
 
 import structlog
 
-from . import host
+from .linux import syscalls
 
 log = structlog.get_logger()
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -177,7 +177,7 @@ def isolate(directory: str, *, read_only: bool) -> None:
     _check(_libc.umount2(b".", _MNT_DETACH))  # the old root, which lies upon the new one
     os.close(root)
     os.fchdir(process)  # and it stays open: the mount ends with it
-    host.use_working_directory_as_process()
+    syscalls.use_working_directory_as_process()
 
 
 def confine(directory: str) -> None:
@@ -185,7 +185,7 @@ def confine(directory: str) -> None:
     _last_of_the_old_root()
     os.chdir("/proc/self")
     os.chroot(directory)
-    host.use_working_directory_as_process()
+    syscalls.use_working_directory_as_process()
 
 
 def _clone(path: str, flags: int = 0) -> int:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from protocol.masks import Mask
 
-from . import host
 from .attributes import StatLike
 from .events import RENAME, Event
 from .inodes import Inode, InodeTable
+from .linux import syscalls
 
 _ATTRIB, _MODIFY = int(Mask.ATTRIB), int(Mask.MODIFY)
 _MOVE_SELF, _DELETE_SELF = int(Mask.MOVE_SELF), int(Mask.DELETE_SELF)
@@ -45,7 +45,7 @@ def look(table: InodeTable, inode: Inode) -> Seen | None:
         with table.reached(inode) as fd:
             return Seen.of(os.fstat(fd))
     except OSError as error:
-        is_gone = host.is_gone(error) and table.handle_opens(inode.identity)
+        is_gone = syscalls.is_gone(error) and table.handle_opens(inode.identity)
         return GONE if is_gone else None
 
 

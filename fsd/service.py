@@ -16,10 +16,11 @@ from functools import partial
 from protocol.frames import FSD_DIR, FSD_NAME
 from protocol.masks import Mask
 
-from . import host, xattrs
+from . import xattrs
 from .attributes import StatLike, placeholder_attr
 from .inodes import ROOT_ID, Inode
 from .ledger import UnexpectedCall
+from .linux import syscalls
 from .passthrough import Change, Changes, Entry, Handle
 from .removal import Removal
 from .servicefiles import AnyHandle, Caller, Events, FileService, IdleHandle, opening, writing
@@ -153,8 +154,8 @@ class Service(FileService):
             return
         old, new = self._names(nodeid, name), self._names(nodeid2, name2)
         self.guest.history.changes(who, (old, name), (new, name2))
-        moved = Mask.MOVED_FROM | (Mask.MOVED_TO if flags & host.RENAME_EXCHANGE else Mask(0))
-        arrived = Mask.MOVED_TO | (Mask.MOVED_FROM if flags & host.RENAME_EXCHANGE else Mask(0))
+        moved = Mask.MOVED_FROM | (Mask.MOVED_TO if flags & syscalls.RENAME_EXCHANGE else Mask(0))
+        arrived = Mask.MOVED_TO | (Mask.MOVED_FROM if flags & syscalls.RENAME_EXCHANGE else Mask(0))
         lost = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
         replaced = new.children.get(name2)
         with (
@@ -199,7 +200,7 @@ class Service(FileService):
         # An ordinary user acts without CAP_FSETID here anyway.
         kill = kill and not who.uid
         open_file = partial(self._open_file, events, kill)
-        suid = host.killing_suid() if kill else nullcontext()
+        suid = syscalls.killing_suid() if kill else nullcontext()
         with self._own(*events), suid, self.guest.history.coming(who, again):
             entry, handle = self._fs.create(node, name, mode, flags, who, open_file)
         return entry, self._new(handle, who)

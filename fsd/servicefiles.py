@@ -21,13 +21,14 @@ import structlog
 from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
-from . import appends, fileflags, fusekept, host
-from .directories import DirEntry
+from . import appends, fileflags, fusekept
 from .export import Export
 from .fusekept import KeptSession, Opened
 from .hidden import HiddenFiles, HiddenHandle
 from .inodes import Inode
 from .ledger import UnexpectedCall
+from .linux import syscalls
+from .linux.directories import DirEntry
 from .locks import GuestLocks, Lock
 from .passthrough import Entry, Handle, Identity
 from .replayer import ReplayGuest
@@ -165,14 +166,14 @@ class FileService:
         """Open a regular file for the request. Somebody on the host may have a lease on it
         (F_SETLEASE of fcntl(2)), and gives it back when it likes. ``kill`` suid and sgid bits.
         """
-        suid = host.killing_suid if kill else nullcontext
+        suid = syscalls.killing_suid if kill else nullcontext
         if "open" not in self.outcomes:
             with suppress(BlockingIOError), acting(), suid():
-                return os.open(host.fd_path(path_fd), flags | os.O_NONBLOCK)
+                return os.open(syscalls.fd_path(path_fd), flags | os.O_NONBLOCK)
 
         def wait(own: int) -> int:
             with acting(), suid():
-                return os.open(host.fd_path(own), flags)
+                return os.open(syscalls.fd_path(own), flags)
 
         fd: int = self.slowly("open", wait, path_fd, expected=events, discard=os.close)
         if not os.path.sameopenfile(fd, path_fd):
@@ -458,7 +459,7 @@ class FileService:
 
         def allocate(fd: int) -> None:
             with writing(who.uid, kill=who.uid != 0):
-                host.fallocate(fd, mode, offset, length)
+                syscalls.fallocate(fd, mode, offset, length)
 
         if length > LONG:
             self.slowly("fallocate", allocate, handle.fd, expected=events)
@@ -518,7 +519,7 @@ class FileService:
 
     def syncfs(self) -> None:
         """SYNCFS: of the share's own file system."""
-        self.slowly("syncfs", host.syncfs, self._table.root_fd)
+        self.slowly("syncfs", syscalls.syncfs, self._table.root_fd)
 
     def file_fd(self, fh: int) -> int:
         """The descriptor to fsync; -1 where there is nothing to sync."""
@@ -702,7 +703,7 @@ def writing(uid: int, *, kill: bool) -> AbstractContextManager[None]:
     """Take blocks of the disk for a user: the host's limits for him hold. ``kill`` suid and sgid
     bits, as a change of a file's data by anybody without CAP_FSETID does.
     """
-    return host.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()
+    return syscalls.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()
 
 
 _IOV_MAX = 1024

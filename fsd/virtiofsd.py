@@ -20,10 +20,11 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from . import host, sandbox, watches
-from .descriptors import share
+from . import sandbox, watches
 from .export import Export
 from .fusesession import SessionOptions
+from .linux import syscalls
+from .linux.descriptors import share
 from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 from .replayer import ReplayGuest
 from .sandbox import NEEDED
@@ -117,7 +118,7 @@ def run(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
-    if reason := host.cannot_change_identity():
+    if reason := syscalls.cannot_change_identity():
         raise StartError(reason)
     source = Path(options.source)
     try:

@@ -27,10 +27,10 @@ from protocol.fdinfo import parse_fdinfo
 from protocol.inotify import RawEvent, parse_events
 from protocol.masks import SELF, STRUCTURE, Mask
 
-from . import host
 from .inodes import Inode, InodeTable
+from .linux import syscalls
+from .linux.queuelimit import limited_to
 from .queuednames import QueuedNames
-from .queuelimit import limited_to
 from .sharedwatches import SharedWatches
 
 _READ_SIZE = 256 * 1024
@@ -189,7 +189,7 @@ class HostWatcher:
         if self._limit is not None and inode not in self._wd_of and len(self) >= self._limit:
             raise OSError(errno.ENOSPC, "limit on host watches reached")
         with self._table.reached(inode) as fd:
-            path = host.fd_path(fd)
+            path = syscalls.fd_path(fd)
             if inode in self._old_wds:
                 self._set_next_wd(self._old_wds[inode])
             # Another inode's watch may be the same, seen through another mount.
@@ -319,7 +319,7 @@ class HostWatcher:
 
     def _watched_for(self) -> dict[int, int]:
         """Masks by watch descriptor, as the kernel has them: proc_pid_fdinfo(5)."""
-        with open(host.fdinfo_path(self.fd)) as info:
+        with open(syscalls.fdinfo_path(self.fd)) as info:
             return {mark.wd: mark.mask for mark in parse_fdinfo(info.read())}
 
     def forget(self, wd: int) -> Inode | None:

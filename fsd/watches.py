@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import host
+from .linux import syscalls
 from .replayer import ReplayGuest
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def default_limit() -> int | None:
     """Watches that a server may hold: a share of what the host allows this user. None where that is
     not to be seen, as in a sandbox.
     """
-    if not host.sees_processes():
+    if not syscalls.sees_processes():
         return None
     found = []
     for path in _LIMITS:

@@ -22,11 +22,11 @@ import trio
 
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
-from .. import host
 from ..export import Export
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
 from ..guests import Guest
+from ..linux import syscalls
 from ..resuming import Resumption
 from ..service import Service
 from ..slowcalls import THREADS
@@ -395,7 +395,7 @@ class _Connection:
             wrong = "more descriptors than a message may have"
         for fd in fds:
             if not is_eventfd(fd) and not is_memory(fd):
-                name = os.readlink(host.fd_path(fd))
+                name = os.readlink(syscalls.fd_path(fd))
                 wrong = f"a descriptor of {name}, which is no eventfd, and no memory: use a memfd "
                 wrong += "or a file on tmpfs or hugetlbfs"
         if wrong:

@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import suppress
 
-from .. import host
+from ..linux import syscalls
 
 _NAME = "anon_inode:[eventfd]"
 TICK = 0.02
@@ -34,7 +34,7 @@ _NUMBER = signal.SIGURG
 def is_eventfd(fd: int) -> bool:
     """Whether a descriptor is one: by its link in proc_pid_fd(5), as no file system can name it."""
     try:
-        return os.readlink(host.fd_path(fd)) == _NAME
+        return os.readlink(syscalls.fd_path(fd)) == _NAME
     except OSError:
         return False
 

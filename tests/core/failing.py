@@ -1,6 +1,6 @@
 """System calls that fail: a table of all that the server's core makes, and an injector for each.
 
-The table is read from the source: every function of fsd.host, and every call of os, fcntl, select
+The table is read from the source: every function of fsd.linux.syscalls, and every call of os, fcntl, select
 or open in the modules that the Service and the Export are made of.
 """
 
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pyinotify
 
 import fsd
-from fsd import host
+from fsd.linux import syscalls
 
 ROOTS = ("export", "service")
 PURE = {
@@ -37,7 +37,7 @@ PURE = {
 LEFT_OUT = {
     "os.close": "close(2) gives the descriptor back whatever it answers",
 }
-_MODULES = {"os": os, "fcntl": fcntl, "select": select, "host": host}
+_MODULES = {"os": os, "fcntl": fcntl, "select": select, "host": syscalls}
 
 
 class Call(NamedTuple):
@@ -87,8 +87,8 @@ def table() -> list[Call]:
     labels = {label for path in modules().values() for label in _called(path)}
     labels |= {
         f"host.{name}"
-        for name, member in inspect.getmembers(host, inspect.isfunction)
-        if member.__module__ == host.__name__ and not name.startswith("_")
+        for name, member in inspect.getmembers(syscalls, inspect.isfunction)
+        if member.__module__ == syscalls.__name__ and not name.startswith("_")
     }
     labels = {label for label in labels if label not in PURE and label not in LEFT_OUT}
     labels = {label for label in labels if not isinstance(_function(label), type)}

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fsd.checkpoint import take
-from fsd.host import RENAME_EXCHANGE, renameat2
+from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
 from fsd.service import Service
 from protocol import frames
 from protocol.frames import ALIAS, STAGING, Op

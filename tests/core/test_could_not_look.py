@@ -17,8 +17,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fsd import directories, listings
 from fsd import export as export_module
+from fsd import listings
+from fsd.linux import directories
 from protocol.masks import Mask
 
 from .support import ALL, USER, WHOLE, World, plain, settle

@@ -9,7 +9,7 @@ import resource
 
 import pytest
 
-from fsd.descriptors import HANDLES_LIMIT, share
+from fsd.linux.descriptors import HANDLES_LIMIT, share
 from protocol import fuse
 from protocol.fuse import Opcode
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fsd.guests import Guest
-from fsd.host import RENAME_EXCHANGE
+from fsd.linux.syscalls import RENAME_EXCHANGE
 from fsd.passthrough import Changes
 from fsd.service import Service
 from protocol.frames import Op

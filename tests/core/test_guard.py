@@ -15,7 +15,7 @@ import pytest
 import structlog
 import trio
 
-from fsd import openers
+from fsd.linux import openers
 from fsd.saving import Saver
 from fsd.statefile import StateFile
 from fsd.transports import tasks

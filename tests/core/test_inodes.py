@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fsd import host, successors
+from fsd import successors
 from fsd.inodes import LookupCountError
+from fsd.linux import syscalls
 from fsd.passthrough import Changes
 from fsd.service import Caller
 from protocol.handles import NodeKey
@@ -224,7 +225,7 @@ def test_a_directory_of_others_does_not_move_elsewhere(world: World) -> None:
     with pytest.raises(PermissionError):
         mount.rename(user, old, b"d", new, b"d", 0)
     with pytest.raises(PermissionError):
-        mount.rename(user, new, b"f", old, b"d", host.RENAME_EXCHANGE)
+        mount.rename(user, new, b"f", old, b"d", syscalls.RENAME_EXCHANGE)
     mount.rename(user, old, b"d", old, b"e", 0)  # in its directory it may, as natively
     mount.rename(user, old, b"mine", new, b"mine", 0)
 
@@ -395,6 +396,6 @@ def test_a_handle_is_of_one_object(world: World) -> None:
     """The host's own file handle is the identity: it changes where the inode number is reused."""
     (world.source / "x").touch()
     fd = os.open(world.source / "x", os.O_PATH)
-    handle = host.file_handle(fd)
+    handle = syscalls.file_handle(fd)
     os.close(fd)
     assert handle == world.node("x").identity[2]

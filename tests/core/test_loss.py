@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fsd import host, listings
+from fsd import listings
 from fsd.guests import Observer
+from fsd.linux import syscalls
 from fsd.service import Service
 from protocol import frames
 from protocol.frames import Op, Order
@@ -145,8 +146,8 @@ def test_watches_that_ended_unseen_in_an_overflow_are_noticed(
     """Their IN_IGNORED is lost like the rest; the review of the RFC asked for this. The file times
     of the kernel lag by some milliseconds, which must not hide a successor.
     """
-    born_ns = host.born_ns
-    monkeypatch.setattr(host, "born_ns", lambda *args: born_ns(*args) - lag_ns)
+    born_ns = syscalls.born_ns
+    monkeypatch.setattr(syscalls, "born_ns", lambda *args: born_ns(*args) - lag_ns)
     world = make_world(queue=16)
     (world.source / "dir").mkdir()
     guest = world.observer()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyinotify
 import pytest
 
-from fsd.host import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
+from fsd.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 from protocol import frames, masks
 from protocol.inotify import parse_events
 from protocol.masks import Mask

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fsd.queuelimit import LIMIT, NOTE, limited_to
+from fsd.linux.queuelimit import LIMIT, NOTE, limited_to
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can set the limit")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.host import RENAME_EXCHANGE, renameat2
+from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
 from fsd.work import windows
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.masks import Mask

@@ -18,8 +18,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fsd import fileflags, host
+from fsd import fileflags
 from fsd.fusesession import SessionOptions
+from fsd.linux import syscalls
 from fsd.sandbox import CAPABILITIES
 from protocol import frames, fuse
 from protocol.fuse import Fattr, Opcode
@@ -69,7 +70,12 @@ def in_child(work: Callable[[], None], before: Callable[[int], None] | None = No
                 assert not ctypes.CDLL(None, use_errno=True).unshare(0x1000_0000)  # CLONE_NEWUSER
                 os.write(ready[1], b"\0")
                 assert os.read(go[0], 1)
-            for known in (host._is_root, host._capabilities, host._effective, host._overflow_gid):
+            for known in (
+                syscalls._is_root,
+                syscalls._capabilities,
+                syscalls._effective,
+                syscalls._overflow_gid,
+            ):
                 known.cache_clear()  # what the process of the tests may do
             work()
         except BaseException:
@@ -387,7 +393,7 @@ def test_users_do_not_get_what_is_reserved_for_root(
     tmp_path: Path, fill: Callable[[GuestKernel, int], int]
 ) -> None:
     def work() -> None:
-        host.obey_limits_of_disks()
+        syscalls.obey_limits_of_disks()
         world = World(point)
         with kernel_of(world) as guest:
             guest.create(b"linked")
@@ -415,8 +421,8 @@ def test_limits_of_disks_are_obeyed_for_good() -> None:
             sets = [line.split() for line in status.splitlines() if line.startswith("Cap")]
             held = {name: int(value, 16) & bit for name, value in sets}
             assert bool(held["CapEff:"]) is bool(held["CapPrm:"]) is has
-            host.obey_limits_of_disks()
-            with host.on_behalf_of(USER, kill_suid=False):
+            syscalls.obey_limits_of_disks()
+            with syscalls.on_behalf_of(USER, kill_suid=False):
                 pass
 
     in_child(work, _map)
@@ -514,9 +520,9 @@ def test_the_servers_own_user_is_known_on_this_machine_alone(local: bool) -> Non
         os.setgroups([])
         os.setgid(USER)
         os.setuid(USER)
-        host._is_root.cache_clear()
-        host._capabilities.cache_clear()
-        host._effective.cache_clear()
+        syscalls._is_root.cache_clear()
+        syscalls._capabilities.cache_clear()
+        syscalls._effective.cache_clear()
         world = World(source)
         guest = GuestKernel(world.mount(agent=False, local=local))
         for uid, sees in ((0, True), (USER, local), (USER + 1, False)):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.host import RENAME_EXCHANGE, renameat2
+from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
 from guest_tools import notify
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe

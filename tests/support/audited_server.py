@@ -9,8 +9,9 @@ import os
 import sys
 from typing import Any
 
-from fsd import host, virtiofsd_cli
+from fsd import virtiofsd_cli
 from fsd.arming import Arming
+from fsd.linux import syscalls
 
 _EVENTS = ("open", "os.listdir", "os.scandir", "os.chdir", "os.mkdir", "import")
 
@@ -25,7 +26,7 @@ def main() -> None:
         raise ZeroDivisionError("a bug, whose traceback is logged")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _EVENTS and not host.sees_processes():
+        if event in _EVENTS and not syscalls.sees_processes():
             what = arguments[0]
             if what in ("/", b"/"):  # the share itself
                 return

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fsd import host, sandbox
+from fsd import sandbox
 from fsd.export import Export
+from fsd.linux import syscalls
 from fsd.virtiofsd import Options, enter
 from protocol import frames, masks
 from protocol.masks import Mask
@@ -63,7 +64,7 @@ def _import() -> str:
 
 
 def _read(name: str) -> dict[str, str]:
-    with open(f"{host.fd_path(0).removesuffix('/fd/0')}/{name}") as file:
+    with open(f"{syscalls.fd_path(0).removesuffix('/fd/0')}/{name}") as file:
         return dict(line.strip().split(":", 1) for line in file if ":" in line)
 
 
@@ -75,19 +76,19 @@ def _status() -> dict[str, str]:
 
 def _through_a_descriptor() -> list[str]:
     fd = os.open("/", os.O_PATH | os.O_DIRECTORY)
-    return os.listdir(host.fd_path(fd))
+    return os.listdir(syscalls.fd_path(fd))
 
 
 def _by_handle() -> str:
     fd = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
-    os.close(host.open_by_handle(fd, host.file_handle(fd), os.O_PATH))
+    os.close(syscalls.open_by_handle(fd, syscalls.file_handle(fd), os.O_PATH))
     return "done"
 
 
 def _node(directory: str) -> str:
     """Makes one of /dev/null, as for a guest's root, and opens it."""
     path = f"{directory}/null"
-    with host.making_nodes():
+    with syscalls.making_nodes():
         os.mknod(path, 0o20666, os.makedev(1, 3))
     try:
         os.close(os.open(path, os.O_RDWR))
@@ -99,7 +100,7 @@ def _node(directory: str) -> str:
 def _mounts() -> list[list[str]]:
     """What the share's mounts refuse."""
     refusals = {"nosuid", "nodev", "noexec"}
-    with open(host.fd_path(0).removesuffix("fd/0") + "mountinfo") as mountinfo:
+    with open(syscalls.fd_path(0).removesuffix("fd/0") + "mountinfo") as mountinfo:
         rows = [line.split() for line in mountinfo]
     return [sorted(refusals & {*row[5].split(",")}) for row in rows if row[4].startswith("/")]
 

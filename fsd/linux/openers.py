@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
-from . import host
-from .work.guard import Guard
+from ..work.guard import Guard
+from . import syscalls
 
 SCAN_EVERY = 0.05
 """Seconds from one scan to the next, at least; and as long as the one before took."""
@@ -31,7 +31,7 @@ def scan(files: Collection[File]) -> dict[File, bool]:
     """Those of the files that any visible process has open, and whether for writing. None is, in a
     sandbox, where no process is visible.
     """
-    if not host.sees_processes():
+    if not syscalls.sees_processes():
         return {}
     end = time.monotonic() + SCAN_TIME
     numbers = {ino for _, ino in files}
@@ -95,7 +95,7 @@ class Openers:
         (time.monotonic()), and how: True = for writing, None = not at all. Where it is not known,
         ask again soon.
         """
-        if not host.sees_processes():
+        if not syscalls.sees_processes():
             return True, None
         if self._thread is not None and self._thread.is_alive():
             return False, None

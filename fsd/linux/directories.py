@@ -11,7 +11,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from . import host
+from . import syscalls
 
 _HEAD = struct.Struct("=QqHB")  # struct linux_dirent64: d_ino, d_off, d_reclen, d_type; the name
 LONGEST = 280
@@ -31,7 +31,7 @@ def read(fd: int, size: int) -> list[DirEntry]:
     """Entries from the file position of ``fd`` on, in as many bytes of struct linux_dirent64; []
     at the end. "." and ".." are among them. Raises OSError.
     """
-    data = host.getdents(fd, max(size, LONGEST))
+    data = syscalls.getdents(fd, max(size, LONGEST))
     entries = []
     offset, unpack, start = 0, _HEAD.unpack_from, _HEAD.size
     while offset < len(data):

@@ -12,7 +12,7 @@ import select
 import time
 import zlib
 
-from . import host
+from . import syscalls
 
 _SLOTS = 1 << 14
 """Number ranges for inode numbers of other mounts: the 14 bits above those that the numbers have
@@ -38,10 +38,10 @@ class Mounts:
 
     def __init__(self, root_fd: int) -> None:
         self._root_fd = root_fd
-        self.own = host.mount_id(root_fd)
+        self.own = syscalls.mount_id(root_fd)
         """The mount that the share itself is on."""
         self.device = os.fstat(root_fd).st_dev
-        self._fd = os.open(host.mountinfo_path(), os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(syscalls.mountinfo_path(), os.O_RDONLY | os.O_CLOEXEC)
         poll = select.poll()
         poll.register(self._fd, select.POLLERR | select.POLLPRI)
         self.poll = poll.poll
@@ -119,7 +119,7 @@ class Mounts:
     def read(self) -> None:
         """Look at the mounts again."""
         self.changed_at = time.monotonic()
-        top = os.fsencode(os.readlink(host.fd_path(self._root_fd))).rstrip(b"/") + b"/"
+        top = os.fsencode(os.readlink(syscalls.fd_path(self._root_fd))).rstrip(b"/") + b"/"
         os.lseek(self._fd, 0, os.SEEK_SET)
         text = b""
         while chunk := os.read(self._fd, 1 << 16):

@@ -1,0 +1,1 @@
+"""What Python's library lacks of Linux. Knows nothing of shares, guests or events."""
