@@ -12,10 +12,11 @@ from typing import Any
 
 import click
 
-from . import deadmount, systemd
-from .daemon import Daemon
-from .logs import log_to_stderr
+from . import deadmount
 from .mount import Mounted, Options, StartError, check, mend, reductions
+from .process import systemd
+from .process.daemon import Daemon
+from .process.logs import log_to_stderr
 from .status import render
 from .virtiofsd_cli import virtiofs
 

@@ -20,8 +20,8 @@ import structlog
 
 from .checkpoint import SavedInode, saved_inode
 from .inodes import Inode, InodeTable
-from .journal import Journal, JournalError
-from .systemd import Store
+from .process.journal import Journal, JournalError
+from .process.systemd import Store
 
 log = structlog.get_logger()
 _AGREED, _NODE, _HANDLE, _AGENT, _OWNER, _MARK = 1, 2, 3, 5, 6, 7

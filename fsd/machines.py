@@ -30,10 +30,10 @@ from .checkpoint import (
 from .export import Export
 from .fusekept import KeptSession
 from .inodes import ROOT_ID, Inode
-from .journal import Journal, JournalError
+from .process.journal import Journal, JournalError
+from .process.systemd import Store
 from .resuming import Resumption
 from .saving import Saver
-from .systemd import Store
 from .transports.virtiofs import GuestDoor
 
 log = structlog.get_logger()

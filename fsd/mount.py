@@ -26,9 +26,9 @@ from .export import Export
 from .fusesession import SessionOptions
 from .linux import syscalls
 from .mount_agent import AgentError, AgentProcess
+from .process.scheduling import shorten_turns, spare_collections
 from .replayer import ReplayGuest
 from .saving import Saver, open_export
-from .scheduling import shorten_turns, spare_collections
 from .service import Service
 from .statefile import StateFile, state_directory, state_path
 from .transports.fuse import FuseDoor

@@ -20,20 +20,21 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from . import sandbox, watches
+from . import watches
 from .export import Export
 from .fusesession import SessionOptions
 from .linux import syscalls
 from .linux.descriptors import share
 from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
+from .process import sandbox
+from .process.sandbox import NEEDED
+from .process.scheduling import spare_collections
+from .process.seccomp import Filter
+from .process.socketfile import SocketFile
+from .process.systemd import Manager, Store
 from .replayer import ReplayGuest
-from .sandbox import NEEDED
 from .saving import Saver
-from .scheduling import spare_collections
-from .seccomp import Filter
 from .slowcalls import THREADS
-from .socketfile import SocketFile
-from .systemd import Manager, Store
 from .transports.polling import WINDOW
 from .transports.pump import Pump
 from .transports.snapshots import Snapshots

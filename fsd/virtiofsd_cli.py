@@ -15,12 +15,12 @@ from typing import Any
 
 import click
 
-from . import sandbox, systemd
 from .fusenodes import CACHE_MODES, Caching
 from .fusesession import SessionOptions
-from .keeper import KEEPER, Keeper
-from .logs import log_to_stderr, log_to_syslog
-from .seccomp import ACTIONS
+from .process import sandbox, systemd
+from .process.keeper import KEEPER, Keeper
+from .process.logs import log_to_stderr, log_to_syslog
+from .process.seccomp import ACTIONS
 from .transports.polling import WINDOW
 from .virtio.device import TAG_LENGTH
 from .virtiofsd import Options, StartError, listener_name, run

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fsd.sandbox import CAPABILITIES, NEEDED
+from fsd.process.sandbox import CAPABILITIES, NEEDED
 
 from .support.namespace import ROOT, as_user, private, python_of_everybody, run
 
@@ -162,7 +162,7 @@ def test_threads_under_the_strictest_filter() -> None:
     process there.
     """
     program = (
-        "import trio; from fsd.seccomp import Filter; Filter('kill').install()\n"
+        "import trio; from fsd.process.seccomp import Filter; Filter('kill').install()\n"
         "trio.run(trio.to_thread.run_sync, int); print('alive', flush=True)"
     )
     done = subprocess.run(

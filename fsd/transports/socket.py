@@ -16,8 +16,8 @@ import trio
 from protocol.frames import ProtocolError
 
 from ..export import Export
+from ..process.socketfile import SocketFile
 from ..sessions import Session
-from ..socketfile import SocketFile
 from ..work.guard import Guard
 from .tasks import accept, forever
 

@@ -27,10 +27,10 @@ from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
 from ..guests import Guest
 from ..linux import syscalls
+from ..process.systemd import Store
 from ..resuming import Resumption
 from ..service import Service
 from ..slowcalls import THREADS
-from ..systemd import Store
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
 from ..virtio.eventfds import Reader, is_eventfd

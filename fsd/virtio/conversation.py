@@ -29,8 +29,8 @@ from protocol.vhostuser import (
     encode_request,
 )
 
-from ..journal import Journal, JournalError
-from ..systemd import Store
+from ..process.journal import Journal, JournalError
+from ..process.systemd import Store
 from .device import OWN_INFLIGHT
 from .inflight import InflightMemory
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from fsd import journal
-from fsd.journal import Journal, JournalError, Record
+from fsd.process import journal
+from fsd.process.journal import Journal, JournalError, Record
 
 
 @pytest.fixture

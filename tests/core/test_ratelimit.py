@@ -7,7 +7,7 @@ import io
 import pytest
 import structlog
 
-from fsd import logs
+from fsd.process import logs
 from fsd.work.ratelimit import BURST, KINDS_LIMIT, PERIOD, RateLimit
 
 from .fuse_guest import GuestKernel

@@ -21,7 +21,7 @@ import pytest
 from fsd import fileflags
 from fsd.fusesession import SessionOptions
 from fsd.linux import syscalls
-from fsd.sandbox import CAPABILITIES
+from fsd.process.sandbox import CAPABILITIES
 from protocol import frames, fuse
 from protocol.fuse import Fattr, Opcode
 

@@ -9,8 +9,8 @@ import sys
 
 import trio
 
-from fsd.logs import log_to_stderr
-from fsd.systemd import Manager, Store, listen_fds
+from fsd.process.logs import log_to_stderr
+from fsd.process.systemd import Manager, Store, listen_fds
 from fsd.transports.virtiofs import Door, listen
 from tests.virtio.conftest import Echo
 

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fsd import sandbox
 from fsd.export import Export
 from fsd.linux import syscalls
+from fsd.process import sandbox
 from fsd.virtiofsd import Options, enter
 from protocol import frames, masks
 from protocol.masks import Mask

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 
-from . import fileflags, watcher
+from .. import fileflags, watcher
 
 ALLOWED = """
 accept4 brk capget capset clock_getres clock_gettime clock_nanosleep close close_range

@@ -25,7 +25,7 @@ from typing import Any
 
 import structlog
 
-from .linux import syscalls
+from ..linux import syscalls
 
 log = structlog.get_logger()
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .linux import syscalls
+from ..linux import syscalls
 
 _FILE = struct.Struct("<QQ")
 _HEAD = struct.Struct("<IIIIQ")
