@@ -22,12 +22,12 @@ from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
 from .events import Event
+from .files.passthrough import Entry
+from .files.table import Inode
 from .guests import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
-from .inodes import Inode
 from .lookups import Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
-from .passthrough import Entry
 from .replayer import ReplayGuest
 from .seen import Seen, missing, own_events
 from .watcher import HOST

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from protocol.inotify import RawEvent
 from protocol.masks import STRUCTURE, Mask
 
-from .inodes import Inode, is_below
+from .files.table import Inode, is_below
 from .watcher import Arrival
 from .work import windows
 

@@ -18,8 +18,8 @@ from protocol import frames
 from protocol.frames import FSD_DIR
 
 from .events import Event
+from .files.table import Identity, Inode, InodeTable
 from .guests import Guest, HandMarks, Observer
-from .inodes import Identity, Inode, InodeTable
 from .linux import syscalls
 from .listings import CLOCK_LAG_NS, Known, Listing
 from .replayer import ReplayGuest
@@ -56,7 +56,7 @@ class SavedLink(NamedTuple):
 
 
 class SavedForgotten(NamedTuple):
-    """An object that nobody refers to, but for a file handle perhaps (fsd.forgotten)."""
+    """An object that nobody refers to, but for a file handle perhaps (fsd.files.forgotten)."""
 
     nodeid: int
     device: int  # 0 = the root's

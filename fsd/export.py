@@ -27,14 +27,14 @@ from protocol.masks import EVENTS, Mask
 from . import listings
 from .arming import Arming
 from .events import RENAME, Event
+from .files.passthrough import PassthroughFS
+from .files.table import Inode, InodeTable
 from .guests import BY_HAND, FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
-from .inodes import Inode, InodeTable
 from .interest import Interest
 from .linux import syscalls
 from .linux.descriptors import share
 from .linux.openers import File, Openers
 from .locks import LockWaiters
-from .passthrough import PassthroughFS
 from .replayer import ReplayGuest
 from .resolver import Resolver, listing
 from .resync import Changes, changed_lately, comparing, comparing_at_once, told

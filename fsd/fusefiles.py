@@ -11,15 +11,15 @@ from functools import partial
 from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
-from .appends import Bypass
 from .channel import READY, Channel
+from .files.appends import Bypass
+from .files.passthrough import Entry, Handle
+from .files.table import Inode
 from .fusekept import KeptSession
 from .fusemessage import Request
 from .fusenodes import Caching, Nodes
 from .fusewaiting import Loop, Waiting
 from .hidden import HiddenHandle
-from .inodes import Inode
-from .passthrough import Entry, Handle
 from .service import IdleHandle, Service
 
 LONG_POLL = 10.0

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import structlog
 
 from .checkpoint import SavedInode, saved_inode
-from .inodes import Inode, InodeTable
+from .files.table import Inode, InodeTable
 from .process.journal import Journal, JournalError
 from .process.systemd import Store
 

@@ -17,11 +17,11 @@ from functools import partial
 from protocol import fuse
 from protocol.frames import FSD_DIR
 
-from .attributes import StatLike
-from .forgotten import FORGOTTEN_LIMIT
+from .files.attributes import StatLike
+from .files.forgotten import FORGOTTEN_LIMIT
+from .files.passthrough import Entry
+from .files.table import ROOT_ID, Inode
 from .fusekept import KeptSession
-from .inodes import ROOT_ID, Inode
-from .passthrough import Entry
 from .service import Caller, Service
 
 NODES_LIMIT = 1 << 21

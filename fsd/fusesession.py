@@ -22,6 +22,8 @@ import structlog
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 
+from .files.slowcalls import Later, Outcome, SlowCall, Work
+from .files.table import Inode
 from .fusefiles import Files
 from .fusekept import Agreed, KeptSession
 from .fuselocks import Locks
@@ -30,11 +32,9 @@ from .fusenames import Names
 from .fusenodes import NODES_LIMIT, Caching, Nodes
 from .fusewaiting import Loop, Waiting
 from .history import Undelivered
-from .inodes import Inode
 from .leaving import give_back
 from .service import Service
 from .servicefiles import Events
-from .slowcalls import Later, Outcome, SlowCall, Work
 
 log = structlog.get_logger()
 MAX_PAGES = 256

@@ -18,7 +18,7 @@ from protocol import frames
 from protocol.masks import EVENTS, Mask
 
 from .events import Event
-from .inodes import Inode
+from .files.table import Inode
 from .listings import Missed, of_inode
 from .watcher import Origin
 

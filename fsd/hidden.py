@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from protocol import frames
 
-from .attributes import Attr, StatLike
 from .export import Export
-from .inodes import Inode
-from .passthrough import Entry, Identity
+from .files.attributes import Attr, StatLike
+from .files.passthrough import Entry, Identity
+from .files.table import Inode
 from .replayer import ReplayGuest
 from .sessions import Session
 from .stats import snapshot

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 from protocol.masks import STRUCTURE, Mask
 
 from .events import Event
-from .inodes import Inode
-from .passthrough import Identity
+from .files.passthrough import Identity
+from .files.table import Inode
 from .watcher import HostWatcher
 
 if TYPE_CHECKING:

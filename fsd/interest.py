@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
-from .inodes import Inode
+from .files.table import Inode
 
 if TYPE_CHECKING:
     from .guests import Guest

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .inodes import Inode
+from .files.table import Inode
 from .linux import directories
 
 UNKNOWN = (1 << 64) - 1

@@ -19,10 +19,10 @@ from itertools import islice
 
 from protocol.masks import Mask
 
+from .files.passthrough import Handle
+from .files.table import Inode
 from .fusekept import KeptSession, Owner
-from .inodes import Inode
 from .linux import syscalls
-from .passthrough import Handle
 from .watcher import SERVER, HostWatcher
 
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .events import Event
-from .inodes import Inode
+from .files.table import Inode
 from .ledger import Ways
 from .replayer import ReplayGuest
 from .resync import Changes

@@ -28,8 +28,8 @@ from .checkpoint import (
     SavedTable,
 )
 from .export import Export
+from .files.table import ROOT_ID, Inode
 from .fusekept import KeptSession
-from .inodes import ROOT_ID, Inode
 from .process.journal import Journal, JournalError
 from .process.systemd import Store
 from .resuming import Resumption

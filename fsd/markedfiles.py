@@ -15,7 +15,7 @@ from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
 from .events import Event
-from .inodes import Inode
+from .files.table import Inode
 from .lookups import Kept
 from .replayer import ReplayGuest
 from .seen import Seen, look

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from protocol.masks import Mask
 
-from .inodes import Inode
-from .slowcalls import LONG
+from .files.slowcalls import LONG
+from .files.table import Inode
 from .watcher import Expected
 
 

@@ -21,14 +21,14 @@ from protocol.frames import ALIAS, ALL_PROCESSES, FSD_DIR, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
 from .events import RENAME, Event
+from .files.passthrough import PassthroughFS
+from .files.table import Inode
 from .guests import Guest
 from .history import History
-from .inodes import Inode
 from .ledger import Ledger, Step, Task, Way, Ways
 from .linux.openers import File, Openers
 from .linux.syscalls import RENAME_EXCHANGE
 from .openings import Evidence, Need, Wait, closes_of, judge
-from .passthrough import PassthroughFS
 from .watcher import HostWatcher
 from .work import windows
 from .work.guard import Guard

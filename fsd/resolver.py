@@ -28,10 +28,10 @@ from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
 from .events import RENAME, Event
-from .inodes import Inode
+from .files.passthrough import PassthroughFS
+from .files.table import Inode
 from .linux import syscalls
 from .listings import Known, Listing, of_inode
-from .passthrough import PassthroughFS
 from .watcher import Arrival, HostWatcher
 from .work import windows
 

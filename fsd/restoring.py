@@ -20,8 +20,8 @@ from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 
 from .checkpoint import GONE, SavedInode, SavedTable
-from .forgotten import Forgotten
-from .inodes import ROOT_ID, Inode, InodeTable
+from .files.forgotten import Forgotten
+from .files.table import ROOT_ID, Inode, InodeTable
 from .linux import syscalls
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)

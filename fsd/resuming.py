@@ -20,8 +20,8 @@ from protocol.masks import EVENTS, Mask
 
 from .checkpoint import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
 from .events import Event
+from .files.table import Inode
 from .guests import BY_HAND, MARKS_LIMIT, Guest, Observer
-from .inodes import Inode
 from .linux import syscalls
 from .listings import Known, Missed
 from .replayer import ReplayGuest

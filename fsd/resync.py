@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from protocol.masks import Mask
 
 from .events import RENAME, Event
-from .inodes import Inode
+from .files.table import Inode
 from .linux import syscalls
 from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
 from .watcher import HOST

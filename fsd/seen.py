@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from protocol.masks import Mask
 
-from .attributes import StatLike
 from .events import RENAME, Event
-from .inodes import Inode, InodeTable
+from .files.attributes import StatLike
+from .files.table import Inode, InodeTable
 from .linux import syscalls
 
 _ATTRIB, _MODIFY = int(Mask.ATTRIB), int(Mask.MODIFY)

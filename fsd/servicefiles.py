@@ -21,18 +21,19 @@ import structlog
 from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
-from . import appends, fileflags, fusekept
+from . import fusekept
 from .export import Export
+from .files import appends, fileflags
+from .files.passthrough import Entry, Handle, Identity
+from .files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
+from .files.table import Inode
 from .fusekept import KeptSession, Opened
 from .hidden import HiddenFiles, HiddenHandle
-from .inodes import Inode
 from .ledger import UnexpectedCall
 from .linux import syscalls
 from .linux.directories import DirEntry
 from .locks import GuestLocks, Lock
-from .passthrough import Entry, Handle, Identity
 from .replayer import ReplayGuest
-from .slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from .watcher import Expected
 
 log = structlog.get_logger()
@@ -87,7 +88,7 @@ class FileService:
         self.hidden = HiddenFiles(export, guest)
         self.kept: KeptSession | None = None
         self.acls = False
-        """Whether POSIX ACLs may be used (fsd.xattrs): the door knows."""
+        """Whether POSIX ACLs may be used (fsd.files.xattrs): the door knows."""
         self.outcomes: Outcomes = {}
         """Of the request that is being served, what threads have done for it."""
         self.patience = PATIENCE
@@ -496,7 +497,7 @@ class FileService:
         return self.file(fh)
 
     def ioctl(self, who: Caller, fh: int, command: int, data: bytes) -> bytes:
-        """IOCTL. Raises OSError ENOTTY for all but those of fsd.fileflags."""
+        """IOCTL. Raises OSError ENOTTY for all but those of fsd.files.fileflags."""
         size = fileflags.ARGUMENTS.get(command)
         handle = self.handle(fh)
         if size is None or isinstance(handle, HiddenHandle):

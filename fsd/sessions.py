@@ -21,8 +21,8 @@ from protocol.handles import NodeKey
 from protocol.masks import EVENTS
 
 from .export import Export
+from .files.table import Inode
 from .guests import MARKS_LIMIT, Guest, HandMarks, Observer
-from .inodes import Inode
 from .replayer import ReplayGuest
 from .resuming import new_token
 from .stats import snapshot

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from protocol import masks
 
+from .files.table import Inode
 from .guests import Guest, HandMarks, Observer
-from .inodes import Inode
 from .replayer import ReplayGuest
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ import trio
 
 from . import watches
 from .export import Export
+from .files.slowcalls import THREADS
 from .fusesession import SessionOptions
 from .linux import syscalls
 from .linux.descriptors import share
@@ -34,7 +35,6 @@ from .process.socketfile import SocketFile
 from .process.systemd import Manager, Store
 from .replayer import ReplayGuest
 from .saving import Saver
-from .slowcalls import THREADS
 from .transports.polling import WINDOW
 from .transports.pump import Pump
 from .transports.snapshots import Snapshots

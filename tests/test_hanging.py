@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.slowcalls import END
+from fsd.files.slowcalls import END
 from protocol import fuse
 from protocol.fuse import Opcode
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 
-from .. import fileflags, watcher
+from .. import watcher
+from ..files import fileflags
 
 ALLOWED = """
 accept4 brk capget capset clock_getres clock_gettime clock_nanosleep close close_range

@@ -24,17 +24,17 @@ import trio
 
 from protocol.frames import FSD_DIR
 
-from ..appends import Bypass, Ends
-from ..attributes import StatLike
 from ..channel import READY, Channel
+from ..files.appends import Bypass, Ends
+from ..files.attributes import StatLike
+from ..files.passthrough import Changes, Entry, Handle
+from ..files.slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
+from ..files.table import Inode
 from ..hidden import HiddenHandle
 from ..history import PATIENCE as ORDERS_PATIENCE
 from ..history import Undelivered, Wait
-from ..inodes import Inode
-from ..passthrough import Changes, Entry, Handle
 from ..service import Caller, Service
 from ..servicefiles import Events
-from ..slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
 
 log = structlog.get_logger()
 _LISTING = 1024

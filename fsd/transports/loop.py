@@ -7,7 +7,7 @@ from functools import partial
 
 import trio
 
-from ..slowcalls import THREADS, Outcome
+from ..files.slowcalls import THREADS, Outcome
 from ..work.guard import Guard
 
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import trio
 
-from ..slowcalls import END, running
+from ..files.slowcalls import END, running
 from ..work.guard import PAUSE, Guard
 
 log = structlog.get_logger()

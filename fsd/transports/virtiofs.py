@@ -23,6 +23,7 @@ import trio
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
 from ..export import Export
+from ..files.slowcalls import THREADS
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
 from ..guests import Guest
@@ -30,7 +31,6 @@ from ..linux import syscalls
 from ..process.systemd import Store
 from ..resuming import Resumption
 from ..service import Service
-from ..slowcalls import THREADS
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
 from ..virtio.eventfds import Reader, is_eventfd

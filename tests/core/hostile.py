@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import structlog
 
-from fsd import fileflags
+from fsd.files import fileflags
 from fsd.fusesession import SessionOptions
 from fsd.service import Service
 from protocol import fuse

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from fsd import listings, watcher
 from fsd.export import Export
+from fsd.files.passthrough import Identity
+from fsd.files.table import Inode
 from fsd.guests import OUTBOX_LIMIT, Guest, Observer
-from fsd.inodes import Inode
-from fsd.passthrough import Identity
 from fsd.service import Service
 from protocol import frames, masks
 from protocol.frames import Order

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fsd import arming, export, forgotten, guests, hidden, replayer, sessions
-from fsd.forgotten import Forgotten, ForgottenObjects
+from fsd import arming, export, guests, hidden, replayer, sessions
+from fsd.files import forgotten
+from fsd.files.forgotten import Forgotten, ForgottenObjects
 from fsd.linux import openers
 from fsd.sessions import Session
 from fsd.watcher import _OVERFLOW

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsd.calls import AHEAD, Calls, Place, Rename
-from fsd.inodes import Inode
+from fsd.files.table import Inode
 from fsd.watcher import HOST, Arrival
 from fsd.work.windows import TWIN_WINDOW
 from protocol.inotify import RawEvent

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fsd import checkpoint
-from fsd.inodes import PATH_LEVELS, Inode
+from fsd.files.table import PATH_LEVELS, Inode
 from fsd.resuming import Resumption
 from fsd.sessions import Session
 from protocol import frames

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fsd.files.table import Inode
 from fsd.guests import Observer
-from fsd.inodes import Inode
 from fsd.work import windows
 from tests.support.dentries import drop_dentries
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fsd.files.passthrough import Changes
 from fsd.guests import Guest
 from fsd.linux.syscalls import RENAME_EXCHANGE
-from fsd.passthrough import Changes
 from fsd.service import Service
 from protocol.frames import Op
 from protocol.masks import Mask

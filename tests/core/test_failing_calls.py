@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from fsd import export as export_module
+from fsd.files.passthrough import Changes
 from fsd.guests import Observer
 from fsd.locks import Lock
-from fsd.passthrough import Changes
 from fsd.work import windows
 from protocol.handles import NodeKey
 from protocol.masks import Mask

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fsd import forgotten as forgotten_objects
-from fsd.inodes import Inode
+from fsd.files import forgotten as forgotten_objects
+from fsd.files.table import Inode
 from fsd.service import Service
 from protocol.handles import NodeKey
 

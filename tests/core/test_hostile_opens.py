@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 
-from fsd.slowcalls import LONG
+from fsd.files.slowcalls import LONG
 from protocol import fuse
 from protocol.fuse import Opcode
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fsd import successors
-from fsd.inodes import LookupCountError
+from fsd.files import successors
+from fsd.files.passthrough import Changes
+from fsd.files.table import LookupCountError
 from fsd.linux import syscalls
-from fsd.passthrough import Changes
 from fsd.service import Caller
 from protocol.handles import NodeKey
 from protocol.masks import Mask

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fsd.files.table import Inode
 from fsd.guests import Observer
-from fsd.inodes import Inode
 from fsd.interest import Interest
 from protocol import masks
 from protocol.handles import NodeKey

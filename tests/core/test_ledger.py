@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fsd import servicefiles
 from fsd.channel import Channel
-from fsd.passthrough import Changes
+from fsd.files.passthrough import Changes
 from fsd.service import Service
 from fsd.sessions import Session
 from protocol import frames

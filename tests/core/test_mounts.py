@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fsd.checkpoint import inode_table
-from fsd.passthrough import Changes
+from fsd.files.passthrough import Changes
 from fsd.restoring import RestoredTable
 from fsd.service import Caller, Service
 from protocol import fuse

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from fsd.othernames import NAMES_LIMIT
+from fsd.files.othernames import NAMES_LIMIT
 from tests.mount.posix_support import fails
 
 from .support import USER, World

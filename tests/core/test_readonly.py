@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.passthrough import Changes, Identity
+from fsd.files.passthrough import Changes, Identity
 from fsd.service import Service
 
 from .support import World

@@ -14,7 +14,7 @@ import pytest
 
 from fsd import restoring
 from fsd.checkpoint import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
-from fsd.inodes import Inode, InodeTable
+from fsd.files.table import Inode, InodeTable
 from fsd.restoring import RestoredTable
 from protocol.frames import FSD_DIR
 from protocol.handles import NodeKey

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsd.events import RENAME, Event
-from fsd.inodes import Inode
+from fsd.files.table import Inode
 from fsd.listings import Listing
 from fsd.resync import Changes, difference, told
 from protocol.masks import Mask

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fsd import fileflags
+from fsd.files import fileflags
 from fsd.fusesession import SessionOptions
 from fsd.linux import syscalls
 from fsd.process.sandbox import CAPABILITIES

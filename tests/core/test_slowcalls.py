@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from fsd.slowcalls import LONG, THREADS, Outcome, SlowCall, Work, running
+from fsd.files.slowcalls import LONG, THREADS, Outcome, SlowCall, Work, running
 from fsd.transports.loop import TrioLoop
 from protocol import fuse
 from protocol.fuse import Opcode

@@ -7,7 +7,7 @@ import stat
 import struct
 from collections.abc import Callable
 
-from fsd import fileflags
+from fsd.files import fileflags
 from protocol import fuse
 from protocol.fuse import Fattr, Opcode
 

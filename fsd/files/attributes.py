@@ -6,7 +6,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from .inodes import Inode
+from .table import Inode
 
 
 class Attr(NamedTuple):

@@ -18,12 +18,12 @@ from typing import NamedTuple, Protocol
 
 from protocol.masks import Mask
 
+from ..linux import directories, syscalls
+from ..linux.directories import DirEntry
 from . import fileflags
 from .attributes import StatLike
-from .inodes import Inode, InodeTable
-from .linux import directories, syscalls
-from .linux.directories import DirEntry
 from .successors import Successors
+from .table import Inode, InodeTable
 
 
 class Identity(NamedTuple):
@@ -58,7 +58,7 @@ class Handle:
     opener: int = 0  # pid of who opened it, 0 where that is not known
     position: int = 0  # of a directory: where the descriptor is; -1 = not known
     uid: int = 0  # who opened it
-    appends: bool = False  # of a file: what the descriptor does now (fsd.appends)
+    appends: bool = False  # of a file: what the descriptor does now (fsd.files.appends)
 
 
 class Changes(NamedTuple):
@@ -536,7 +536,7 @@ class PassthroughFS:
         return self._handle(inode, fd, os.O_RDONLY)
 
     def ioctl(self, handle: Handle, who: Identity, command: int, data: bytes) -> bytes:
-        """IOCTL, one of fsd.fileflags: permission to change flags is the caller's."""
+        """IOCTL, one of fsd.files.fileflags: permission to change flags is the caller's."""
         fileflags.check(handle.fd, command, data)
         with self._acting_as(who, judged=False):
             return fcntl.ioctl(handle.fd, command, data)

@@ -11,7 +11,7 @@ import math
 import os
 import time
 
-from .inodes import Inode, InodeTable
+from .table import Inode, InodeTable
 
 HOLD = 1.0
 """Seconds between two requests of one system call that are waited for: far more than they take."""

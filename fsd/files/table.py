@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
 
+from ..linux import syscalls
+from ..linux.mounts import Mounts
+from ..work import windows
 from .forgotten import Forgotten, ForgottenObjects
-from .linux import syscalls
-from .linux.mounts import Mounts
 from .othernames import OtherNames
-from .work import windows
 
 if TYPE_CHECKING:
-    from .listings import Listing
+    from ..listings import Listing
 
 ROOT_ID = 1
 _MOVES = 3

@@ -10,7 +10,7 @@ from collections.abc import ItemsView
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from .inodes import Identity
+    from .table import Identity
 
 FORGOTTEN_LIMIT = 16_384
 """Objects that are remembered; some 6 MB at worst. Small objects by the ten thousand leave the

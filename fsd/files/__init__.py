@@ -1,0 +1,1 @@
+"""Which host object a nodeid stands for, and the operations on it. Knows nothing of events."""
