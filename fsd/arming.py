@@ -21,7 +21,8 @@ from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from .events import Event
+from .events.event import Event
+from .events.watcher import HOST
 from .files.passthrough import Entry
 from .files.table import Inode
 from .guests import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
@@ -30,7 +31,6 @@ from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
 from .replayer import ReplayGuest
 from .seen import Seen, missing, own_events
-from .watcher import HOST
 from .work import windows
 from .work.chores import Job, Pause, finish
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from protocol import frames
 from protocol.frames import FSD_DIR
 
-from .events import Event
+from .events.event import Event
+from .events.listings import CLOCK_LAG_NS, Known, Listing
+from .events.sharedwatches import SharedWatches
+from .events.watcher import HostWatcher
 from .files.table import Identity, Inode, InodeTable
 from .guests import Guest, HandMarks, Observer
 from .linux import syscalls
-from .listings import CLOCK_LAG_NS, Known, Listing
 from .replayer import ReplayGuest
-from .sharedwatches import SharedWatches
-from .watcher import HostWatcher
 
 if TYPE_CHECKING:
     from .export import Export

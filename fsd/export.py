@@ -24,9 +24,12 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from . import listings
 from .arming import Arming
-from .events import RENAME, Event
+from .events import listings
+from .events.compare import Changes, changed_lately, comparing, comparing_at_once, told
+from .events.event import RENAME, Event
+from .events.resolver import Resolver, listing
+from .events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 from .files.passthrough import PassthroughFS
 from .files.table import Inode, InodeTable
 from .guests import BY_HAND, FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
@@ -36,9 +39,6 @@ from .linux.descriptors import share
 from .linux.openers import File, Openers
 from .locks import LockWaiters
 from .replayer import ReplayGuest
-from .resolver import Resolver, listing
-from .resync import Changes, changed_lately, comparing, comparing_at_once, told
-from .watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 from .watches import default_limit, has_part
 from .work import windows
 from .work.chores import TURN, Chores, Job, Pause, begin, finish

@@ -17,10 +17,10 @@ import structlog
 from protocol import frames
 from protocol.masks import EVENTS, Mask
 
-from .events import Event
+from .events.event import Event
+from .events.listings import Missed, of_inode
+from .events.watcher import Origin
 from .files.table import Inode
-from .listings import Missed, of_inode
-from .watcher import Origin
 
 if TYPE_CHECKING:
     from .ledger import Ways
@@ -38,7 +38,7 @@ MISSED_COST = 600
 """Bytes of a name that was missed, beside the name and what was known of it."""
 MISSED_LIMIT = 65_536
 """Names that one guest may have missed, 40 MB. Beyond it they are given up, and the directories
-that it watches are looked at as a whole (fsd.resync.changed_lately)."""
+that it watches are looked at as a whole (fsd.events.compare.changed_lately)."""
 QUEUED = 2.0
 """Seconds that the first event that was missed may have stood in the host's queue."""
 PRUNE_AT = 4096

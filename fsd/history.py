@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import STRUCTURE, Mask
 
-from .events import Event
+from .events.event import Event
+from .events.watcher import HostWatcher
 from .files.passthrough import Identity
 from .files.table import Inode
-from .watcher import HostWatcher
 
 if TYPE_CHECKING:
     from .replayer import ReplayGuest

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .events import Event
+from .events.compare import Changes
+from .events.event import Event
 from .files.table import Inode
 from .ledger import Ways
 from .replayer import ReplayGuest
-from .resync import Changes
 from .seen import Seen
 from .work import windows
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from .events import Event
+from .events.event import Event
 from .files.table import Inode
 from .lookups import Kept
 from .replayer import ReplayGuest

@@ -20,7 +20,8 @@ from protocol import frames
 from protocol.frames import ALIAS, ALL_PROCESSES, FSD_DIR, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
-from .events import RENAME, Event
+from .events.event import RENAME, Event
+from .events.watcher import HostWatcher
 from .files.passthrough import PassthroughFS
 from .files.table import Inode
 from .guests import Guest
@@ -29,7 +30,6 @@ from .ledger import Ledger, Step, Task, Way, Ways
 from .linux.openers import File, Openers
 from .linux.syscalls import RENAME_EXCHANGE
 from .openings import Evidence, Need, Wait, closes_of, judge
-from .watcher import HostWatcher
 from .work import windows
 from .work.guard import Guard
 

@@ -19,15 +19,15 @@ from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask
 
 from .checkpoint import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
-from .events import Event
+from .events.event import Event
+from .events.listings import Known, Missed
+from .events.resolver import listing
+from .events.watcher import HOST
 from .files.table import Inode
 from .guests import BY_HAND, MARKS_LIMIT, Guest, Observer
 from .linux import syscalls
-from .listings import Known, Missed
 from .replayer import ReplayGuest
-from .resolver import listing
 from .restoring import RestoredTable, check_name
-from .watcher import HOST
 
 if TYPE_CHECKING:
     from .export import Export

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from protocol.masks import Mask
 
-from .events import RENAME, Event
+from .events.event import RENAME, Event
 from .files.attributes import StatLike
 from .files.table import Inode, InodeTable
 from .linux import syscalls

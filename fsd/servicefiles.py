@@ -22,6 +22,7 @@ from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
 from . import fusekept
+from .events.watcher import Expected
 from .export import Export
 from .files import appends, fileflags
 from .files.passthrough import Entry, Handle, Identity
@@ -34,7 +35,6 @@ from .linux import syscalls
 from .linux.directories import DirEntry
 from .locks import GuestLocks, Lock
 from .replayer import ReplayGuest
-from .watcher import Expected
 
 log = structlog.get_logger()
 _T = TypeVar("_T")

@@ -33,7 +33,7 @@ from .forgotten import Forgotten, ForgottenObjects
 from .othernames import OtherNames
 
 if TYPE_CHECKING:
-    from ..listings import Listing
+    from ..events.listings import Listing
 
 ROOT_ID = 1
 _MOVES = 3

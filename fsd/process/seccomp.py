@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 
-from .. import watcher
+from ..events import watcher
 from ..files import fileflags
 
 ALLOWED = """

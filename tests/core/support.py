@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fsd import listings, watcher
+from fsd.events import listings, watcher
 from fsd.export import Export
 from fsd.files.passthrough import Identity
 from fsd.files.table import Inode

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from fsd import arming, export, guests, hidden, replayer, sessions
+from fsd.events.watcher import _OVERFLOW
 from fsd.files import forgotten
 from fsd.files.forgotten import Forgotten, ForgottenObjects
 from fsd.linux import openers
 from fsd.sessions import Session
-from fsd.watcher import _OVERFLOW
 from fsd.work import chores, windows
 from fsd.work.chores import Chores, Job, Pause, begin, finish
 from protocol import frames

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsd.calls import AHEAD, Calls, Place, Rename
+from fsd.events.calls import AHEAD, Calls, Place, Rename
+from fsd.events.watcher import HOST, Arrival
 from fsd.files.table import Inode
-from fsd.watcher import HOST, Arrival
 from fsd.work.windows import TWIN_WINDOW
 from protocol.inotify import RawEvent
 from protocol.masks import Mask

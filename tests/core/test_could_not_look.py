@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from fsd import export as export_module
-from fsd import listings
+from fsd.events import listings
 from fsd.linux import directories
 from protocol.masks import Mask
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsd.events import RENAME, Event
+from fsd.events.compare import Changes, difference, told
+from fsd.events.event import RENAME, Event
+from fsd.events.listings import Listing
 from fsd.files.table import Inode
-from fsd.listings import Listing
-from fsd.resync import Changes, difference, told
 from protocol.masks import Mask
 
 from .support import STRUCTURE, WHOLE, World, plain, settle

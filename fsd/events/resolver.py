@@ -26,14 +26,14 @@ from contextlib import suppress
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
+from ..files.passthrough import PassthroughFS
+from ..files.table import Inode
+from ..linux import syscalls
+from ..work import windows
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
-from .events import RENAME, Event
-from .files.passthrough import PassthroughFS
-from .files.table import Inode
-from .linux import syscalls
+from .event import RENAME, Event
 from .listings import Known, Listing, of_inode
 from .watcher import Arrival, HostWatcher
-from .work import windows
 
 _CREATE = int(Mask.CREATE)
 _DELETE = int(Mask.DELETE)

@@ -27,9 +27,9 @@ from protocol.fdinfo import parse_fdinfo
 from protocol.inotify import RawEvent, parse_events
 from protocol.masks import SELF, STRUCTURE, Mask
 
-from .files.table import Inode, InodeTable
-from .linux import syscalls
-from .linux.queuelimit import limited_to
+from ..files.table import Inode, InodeTable
+from ..linux import syscalls
+from ..linux.queuelimit import limited_to
 from .queuednames import QueuedNames
 from .sharedwatches import SharedWatches
 

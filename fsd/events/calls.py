@@ -1,7 +1,7 @@
 """Which of the events that stand ahead one system call has made. Pure: the resolver reads the
 queue, waits, and says what follows.
 
-Events are looked for in the order in which one system call queues them (see fsd/resolver.py), among
+Events are looked for in the order in which one system call queues them (see fsd/events/resolver.py), among
 those of others that may stand between (windows.TWIN_WINDOW).
 """
 
@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 from protocol.inotify import RawEvent
 from protocol.masks import STRUCTURE, Mask
 
-from .files.table import Inode, is_below
+from ..files.table import Inode, is_below
+from ..work import windows
 from .watcher import Arrival
-from .work import windows
 
 _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_SELF)
 _MOVED_FROM, _STRUCTURE, _DELETE = int(Mask.MOVED_FROM), int(STRUCTURE), int(Mask.DELETE)

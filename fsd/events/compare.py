@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
-from .events import RENAME, Event
-from .files.table import Inode
-from .linux import syscalls
+from ..files.table import Inode
+from ..linux import syscalls
+from ..work.chores import Job, finish
+from .event import RENAME, Event
 from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
 from .watcher import HOST
-from .work.chores import Job, finish
 
 if TYPE_CHECKING:
-    from .export import Export
+    from ..export import Export
 
 Changes = dict[tuple[Inode, bytes], Missed]
 """What may have changed: directory and name -> what was known before, and the kinds of change."""

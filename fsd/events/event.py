@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from protocol.masks import Mask
 
-from .files.table import Inode
+from ..files.table import Inode
 from .listings import Known
 from .watcher import Origin
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .files.table import Inode
-from .linux import directories
+from ..files.table import Inode
+from ..linux import directories
 
 UNKNOWN = (1 << 64) - 1
 """Inode number of an object that nobody could look at: it may be any."""
