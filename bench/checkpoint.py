@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from fsd.export import Export
-from fsd.guests import Observer
+from fsd.guests.guest import Observer
 from fsd.saving import Saver, open_export
 from fsd.statefile import StateFile
 from protocol.masks import Mask

@@ -25,11 +25,11 @@ from .events.event import Event
 from .events.watcher import HOST
 from .files.passthrough import Entry
 from .files.table import Inode
-from .guests import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
+from .guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
+from .guests.mount import ReplayGuest
 from .lookups import Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
-from .replayer import ReplayGuest
 from .seen import Seen, missing, own_events
 from .work import windows
 from .work.chores import Job, Pause, finish

@@ -22,9 +22,9 @@ from .events.listings import CLOCK_LAG_NS, Known, Listing
 from .events.sharedwatches import SharedWatches
 from .events.watcher import HostWatcher
 from .files.table import Identity, Inode, InodeTable
-from .guests import Guest, HandMarks, Observer
+from .guests.guest import Guest, HandMarks, Observer
+from .guests.mount import ReplayGuest
 from .linux import syscalls
-from .replayer import ReplayGuest
 
 if TYPE_CHECKING:
     from .export import Export

@@ -32,13 +32,22 @@ from .events.resolver import Resolver, listing
 from .events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 from .files.passthrough import PassthroughFS
 from .files.table import Inode, InodeTable
-from .guests import BY_HAND, FIRST, MARKS_LIMIT, OUTBOX_LIMIT, SECOND, Guest, HandMarks, Observer
+from .guests.guest import (
+    BY_HAND,
+    FIRST,
+    MARKS_LIMIT,
+    OUTBOX_LIMIT,
+    SECOND,
+    Guest,
+    HandMarks,
+    Observer,
+)
+from .guests.mount import ReplayGuest
 from .interest import Interest
 from .linux import syscalls
 from .linux.descriptors import share
 from .linux.openers import File, Openers
 from .locks import LockWaiters
-from .replayer import ReplayGuest
 from .watches import default_limit, has_part
 from .work import windows
 from .work.chores import TURN, Chores, Job, Pause, begin, finish

@@ -31,7 +31,7 @@ from .fusemessage import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
 from .fusenames import Names
 from .fusenodes import NODES_LIMIT, Caching, Nodes
 from .fusewaiting import Loop, Waiting
-from .history import Undelivered
+from .guests.history import Undelivered
 from .leaving import give_back
 from .service import Service
 from .servicefiles import Events

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from .fusemessage import Request
-from .history import PATIENCE, Wait
+from .guests.history import PATIENCE, Wait
 
 log = structlog.get_logger()
 WAITING_LIMIT = 4096

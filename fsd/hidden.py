@@ -18,7 +18,7 @@ from .export import Export
 from .files.attributes import Attr, StatLike
 from .files.passthrough import Entry, Identity
 from .files.table import Inode
-from .replayer import ReplayGuest
+from .guests.mount import ReplayGuest
 from .sessions import Session
 from .stats import snapshot
 

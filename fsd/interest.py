@@ -13,7 +13,7 @@ from protocol.masks import Mask
 from .files.table import Inode
 
 if TYPE_CHECKING:
-    from .guests import Guest
+    from .guests.guest import Guest
 
 _NOTHING = Mask(0)  # made once: an enum's call costs more than the look-up
 

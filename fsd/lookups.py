@@ -12,8 +12,8 @@ from typing import NamedTuple
 from .events.compare import Changes
 from .events.event import Event
 from .files.table import Inode
-from .ledger import Ways
-from .replayer import ReplayGuest
+from .guests.ledger import Ways
+from .guests.mount import ReplayGuest
 from .seen import Seen
 from .work import windows
 

@@ -16,8 +16,8 @@ from protocol.masks import EVENTS, Mask
 
 from .events.event import Event
 from .files.table import Inode
+from .guests.mount import ReplayGuest
 from .lookups import Kept
-from .replayer import ReplayGuest
 from .seen import Seen, look
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from protocol.frames import FSD_NAME
 from . import deadmount
 from .export import Export
 from .fusesession import SessionOptions
+from .guests.mount import ReplayGuest
 from .linux import syscalls
 from .mount_agent import AgentError, AgentProcess
 from .process.scheduling import shorten_turns, spare_collections
-from .replayer import ReplayGuest
 from .saving import Saver, open_export
 from .service import Service
 from .statefile import StateFile, state_directory, state_path

@@ -24,9 +24,9 @@ from .events.listings import Known, Missed
 from .events.resolver import listing
 from .events.watcher import HOST
 from .files.table import Inode
-from .guests import BY_HAND, MARKS_LIMIT, Guest, Observer
+from .guests.guest import BY_HAND, MARKS_LIMIT, Guest, Observer
+from .guests.mount import ReplayGuest
 from .linux import syscalls
-from .replayer import ReplayGuest
 from .restoring import RestoredTable, check_name
 
 if TYPE_CHECKING:

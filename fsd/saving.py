@@ -22,7 +22,7 @@ from protocol.images import ImageError
 
 from . import checkpoint, image
 from .export import Export
-from .guests import Guest, HandMarks, Observer
+from .guests.guest import Guest, HandMarks, Observer
 from .resuming import Resumption
 
 log = structlog.get_logger()

@@ -21,7 +21,7 @@ from .files.attributes import StatLike, placeholder_attr
 from .files.passthrough import Change, Changes, Entry, Handle
 from .files.slowcalls import LONG
 from .files.table import ROOT_ID, Inode
-from .ledger import UnexpectedCall
+from .guests.ledger import UnexpectedCall
 from .linux import syscalls
 from .removal import Removal
 from .servicefiles import AnyHandle, Caller, Events, FileService, IdleHandle, opening, writing

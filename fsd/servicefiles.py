@@ -29,12 +29,12 @@ from .files.passthrough import Entry, Handle, Identity
 from .files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from .files.table import Inode
 from .fusekept import KeptSession, Opened
+from .guests.ledger import UnexpectedCall
+from .guests.mount import ReplayGuest
 from .hidden import HiddenFiles, HiddenHandle
-from .ledger import UnexpectedCall
 from .linux import syscalls
 from .linux.directories import DirEntry
 from .locks import GuestLocks, Lock
-from .replayer import ReplayGuest
 
 log = structlog.get_logger()
 _T = TypeVar("_T")

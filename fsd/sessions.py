@@ -22,8 +22,8 @@ from protocol.masks import EVENTS
 
 from .export import Export
 from .files.table import Inode
-from .guests import MARKS_LIMIT, Guest, HandMarks, Observer
-from .replayer import ReplayGuest
+from .guests.guest import MARKS_LIMIT, Guest, HandMarks, Observer
+from .guests.mount import ReplayGuest
 from .resuming import new_token
 from .stats import snapshot
 from .work.chores import Job, Pause, begin

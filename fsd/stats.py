@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from protocol import masks
 
 from .files.table import Inode
-from .guests import Guest, HandMarks, Observer
-from .replayer import ReplayGuest
+from .guests.guest import Guest, HandMarks, Observer
+from .guests.mount import ReplayGuest
 
 if TYPE_CHECKING:
     from .export import Export

@@ -24,6 +24,7 @@ from . import watches
 from .export import Export
 from .files.slowcalls import THREADS
 from .fusesession import SessionOptions
+from .guests.mount import ReplayGuest
 from .linux import syscalls
 from .linux.descriptors import share
 from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
@@ -33,7 +34,6 @@ from .process.scheduling import spare_collections
 from .process.seccomp import Filter
 from .process.socketfile import SocketFile
 from .process.systemd import Manager, Store
-from .replayer import ReplayGuest
 from .saving import Saver
 from .transports.polling import WINDOW
 from .transports.pump import Pump

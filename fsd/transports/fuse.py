@@ -30,9 +30,9 @@ from ..files.attributes import StatLike
 from ..files.passthrough import Changes, Entry, Handle
 from ..files.slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
 from ..files.table import Inode
+from ..guests.history import PATIENCE as ORDERS_PATIENCE
+from ..guests.history import Undelivered, Wait
 from ..hidden import HiddenHandle
-from ..history import PATIENCE as ORDERS_PATIENCE
-from ..history import Undelivered, Wait
 from ..service import Caller, Service
 from ..servicefiles import Events
 

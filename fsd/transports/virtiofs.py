@@ -26,7 +26,7 @@ from ..export import Export
 from ..files.slowcalls import THREADS
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions
-from ..guests import Guest
+from ..guests.guest import Guest
 from ..linux import syscalls
 from ..process.systemd import Store
 from ..resuming import Resumption

@@ -12,7 +12,7 @@ from fsd.events import listings, watcher
 from fsd.export import Export
 from fsd.files.passthrough import Identity
 from fsd.files.table import Inode
-from fsd.guests import OUTBOX_LIMIT, Guest, Observer
+from fsd.guests.guest import OUTBOX_LIMIT, Guest, Observer
 from fsd.service import Service
 from protocol import frames, masks
 from protocol.frames import Order

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fsd import arming, export, guests, hidden, replayer, sessions
+from fsd import arming, export, hidden, sessions
 from fsd.events.watcher import _OVERFLOW
 from fsd.files import forgotten
 from fsd.files.forgotten import Forgotten, ForgottenObjects
+from fsd.guests import guest as guests
+from fsd.guests import mount as mount_guest
 from fsd.linux import openers
 from fsd.sessions import Session
 from fsd.work import chores, windows
@@ -29,7 +31,7 @@ SECONDS = 60.0
 """In which anything here is done, on the slowest machine."""
 
 
-def observer_session(world: World, via: replayer.ReplayGuest | None = None) -> Session:
+def observer_session(world: World, via: mount_guest.ReplayGuest | None = None) -> Session:
     session = Session(world.export, "tool", os.getpid(), via=via)
     session.receive(frames.encode(frames.Hello(frames.VERSION, frames.Role.OBSERVER, ALL)))
     read(session)
@@ -458,7 +460,7 @@ def test_the_outboxes_of_one_guest_share_a_bound_in_bytes(world: World) -> None:
 def test_hints_that_nobody_reads_become_one_to_read_everything(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replayer, "HINTS_LIMIT", 10)
+    monkeypatch.setattr(mount_guest, "HINTS_LIMIT", 10)
     mount = world.mount()
     for pid in range(100, 200):
         mount.guest.hint(pid)
@@ -516,7 +518,7 @@ def test_histories_of_looked_up_directories_share_a_bound(
 def test_ways_to_directories_are_not_kept_for_good(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replayer, "WAYS_LIMIT", 50)
+    monkeypatch.setattr(mount_guest, "WAYS_LIMIT", 50)
     mount = world.mount()
     world.export.update(mount.guest, WHOLE, STRUCTURE)
     for n in range(100):
@@ -563,7 +565,7 @@ def test_a_guest_does_not_take_the_last_watches_from_another(make_world: Worlds)
     for n in range(60):
         (world.source / f"d{n}").mkdir()
 
-    def watched(guest: replayer.ReplayGuest, numbers: range) -> int:
+    def watched(guest: mount_guest.ReplayGuest, numbers: range) -> int:
         count = 0
         for n in numbers:
             with suppress(OSError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fsd.files.table import Inode
-from fsd.guests import Observer
+from fsd.guests.guest import Observer
 from fsd.work import windows
 from tests.support.dentries import drop_dentries
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fsd.files.passthrough import Changes
-from fsd.guests import Guest
+from fsd.guests.guest import Guest
 from fsd.linux.syscalls import RENAME_EXCHANGE
 from fsd.service import Service
 from protocol.frames import Op

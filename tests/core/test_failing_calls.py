@@ -21,7 +21,7 @@ import pytest
 
 from fsd import export as export_module
 from fsd.files.passthrough import Changes
-from fsd.guests import Observer
+from fsd.guests.guest import Observer
 from fsd.locks import Lock
 from fsd.work import windows
 from protocol.handles import NodeKey

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsd.files.table import Inode
-from fsd.guests import Observer
+from fsd.guests.guest import Observer
 from fsd.interest import Interest
 from protocol import masks
 from protocol.handles import NodeKey

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsd.events import listings
-from fsd.guests import Observer
+from fsd.guests.guest import Observer
 from fsd.linux import syscalls
 from fsd.service import Service
 from protocol import frames

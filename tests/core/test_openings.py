@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsd.openings import OPENS_LIMIT, Evidence, Need, Opens, Wait, closes_of, judge
+from fsd.guests.openings import OPENS_LIMIT, Evidence, Need, Opens, Wait, closes_of, judge
 from fsd.work import windows
 
 AT = 1000.0

@@ -14,7 +14,7 @@ import pytest
 
 from fsd import checkpoint, resuming
 from fsd.checkpoint import SavedExport
-from fsd.guests import Observer
+from fsd.guests.guest import Observer
 from fsd.resuming import Resumption
 from protocol import frames
 from protocol.images import ImageError

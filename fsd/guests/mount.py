@@ -20,18 +20,18 @@ from protocol import frames
 from protocol.frames import ALIAS, ALL_PROCESSES, FSD_DIR, STAGING, Op
 from protocol.masks import EVENTS, Mask
 
-from .events.event import RENAME, Event
-from .events.watcher import HostWatcher
-from .files.passthrough import PassthroughFS
-from .files.table import Inode
-from .guests import Guest
+from ..events.event import RENAME, Event
+from ..events.watcher import HostWatcher
+from ..files.passthrough import PassthroughFS
+from ..files.table import Inode
+from ..linux.openers import File, Openers
+from ..linux.syscalls import RENAME_EXCHANGE
+from ..work import windows
+from ..work.guard import Guard
+from .guest import Guest
 from .history import History
 from .ledger import Ledger, Step, Task, Way, Ways
-from .linux.openers import File, Openers
-from .linux.syscalls import RENAME_EXCHANGE
 from .openings import Evidence, Need, Wait, closes_of, judge
-from .work import windows
-from .work.guard import Guard
 
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; what is behind them waits as events, which are smaller."""

@@ -20,11 +20,11 @@ from protocol import frames
 from protocol.frames import ALIAS, FSD_DIR, Op
 from protocol.masks import Mask
 
-from .events.event import Event
-from .files.attributes import StatLike, placeholder_attr, with_nlink
-from .files.passthrough import Entry, PassthroughFS
-from .files.table import Inode
-from .linux import syscalls
+from ..events.event import Event
+from ..files.attributes import StatLike, placeholder_attr, with_nlink
+from ..files.passthrough import Entry, PassthroughFS
+from ..files.table import Inode
+from ..linux import syscalls
 
 
 class Step(NamedTuple):

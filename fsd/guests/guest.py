@@ -17,10 +17,10 @@ import structlog
 from protocol import frames
 from protocol.masks import EVENTS, Mask
 
-from .events.event import Event
-from .events.listings import Missed, of_inode
-from .events.watcher import Origin
-from .files.table import Inode
+from ..events.event import Event
+from ..events.listings import Missed, of_inode
+from ..events.watcher import Origin
+from ..files.table import Inode
 
 if TYPE_CHECKING:
     from .ledger import Ways

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import STRUCTURE, Mask
 
-from .events.event import Event
-from .events.watcher import HostWatcher
-from .files.passthrough import Identity
-from .files.table import Inode
+from ..events.event import Event
+from ..events.watcher import HostWatcher
+from ..files.passthrough import Identity
+from ..files.table import Inode
 
 if TYPE_CHECKING:
-    from .replayer import ReplayGuest
+    from .mount import ReplayGuest
 
 PATIENCE = 0.25
 """Seconds that a request waits while nothing is delivered, nor made ready for the agent."""

@@ -1,0 +1,1 @@
+"""Who gets events; from events to orders, and the answers that make them true."""
