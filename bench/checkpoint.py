@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fsd.export import Export
+from fsd.export.export import Export
 from fsd.guests.guest import Observer
 from fsd.saving import Saver, open_export
 from fsd.statefile import StateFile

@@ -27,7 +27,7 @@ from .guests.mount import ReplayGuest
 from .linux import syscalls
 
 if TYPE_CHECKING:
-    from .export import Export
+    from .export.export import Export
 
 GONE = -1
 """Device of what is no object of the host any more."""

@@ -27,7 +27,7 @@ from .checkpoint import (
     SavedName,
     SavedTable,
 )
-from .export import Export
+from .export.export import Export
 from .files.table import ROOT_ID, Inode
 from .fusekept import KeptSession
 from .process.journal import Journal, JournalError

@@ -22,7 +22,7 @@ import trio
 from protocol.frames import FSD_NAME
 
 from . import deadmount
-from .export import Export
+from .export.export import Export
 from .fusesession import SessionOptions
 from .guests.mount import ReplayGuest
 from .linux import syscalls

@@ -30,7 +30,7 @@ from .linux import syscalls
 from .restoring import RestoredTable, check_name
 
 if TYPE_CHECKING:
-    from .export import Export
+    from .export.export import Export
 
 WAIT_FOR = 60.0
 """Seconds that an observer's interest and events wait for it to come back."""

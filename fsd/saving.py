@@ -21,7 +21,7 @@ import structlog
 from protocol.images import ImageError
 
 from . import checkpoint, image
-from .export import Export
+from .export.export import Export
 from .guests.guest import Guest, HandMarks, Observer
 from .resuming import Resumption
 

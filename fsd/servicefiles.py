@@ -23,7 +23,7 @@ from protocol.masks import Mask
 
 from . import fusekept
 from .events.watcher import Expected
-from .export import Export
+from .export.export import Export
 from .files import appends, fileflags
 from .files.passthrough import Entry, Handle, Identity
 from .files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from . import watches
-from .export import Export
+from .export import watchlimit
+from .export.export import Export
 from .files.slowcalls import THREADS
 from .fusesession import SessionOptions
 from .guests.mount import ReplayGuest
@@ -227,7 +227,7 @@ def _inside(
     """In the sandbox; the end of the socket ``lifeline`` means to stop."""
     os.umask(0)  # guests' kernels apply their callers' umask
     _take_turn(store)
-    watch_limit = options.watch_limit or watches.default_limit()  # seen from here only
+    watch_limit = options.watch_limit or watchlimit.default_limit()  # seen from here only
     directory = enter(options)
 
     def make() -> Export:

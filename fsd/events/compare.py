@@ -24,7 +24,7 @@ from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_sin
 from .watcher import HOST
 
 if TYPE_CHECKING:
-    from ..export import Export
+    from ..export.export import Export
 
 Changes = dict[tuple[Inode, bytes], Missed]
 """What may have changed: directory and name -> what was known before, and the kinds of change."""

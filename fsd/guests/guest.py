@@ -46,7 +46,7 @@ PRUNE_AT = 4096
 as are left."""
 MARKS_LIMIT = 524_288
 """Marks of one guest: as high as editors advise to set max_user_watches; some 0.5 GB without host
-watches, whose number has a limit of its own (fsd.watches)."""
+watches, whose number has a limit of its own (fsd.export.watchlimit)."""
 
 _LEAVES = int(Mask.DELETE | Mask.MOVED_FROM)
 _numbers = itertools.count(1)

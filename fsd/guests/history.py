@@ -152,7 +152,7 @@ class History:
     # Orders
 
     def hold(self, event: Event) -> None:
-        """An event is to be queued later (fsd.arming)."""
+        """An event is to be queued later (fsd.export.arming)."""
         if event.name and event.kind & _STRUCTURE:
             self._kept.update(_places(event))
 

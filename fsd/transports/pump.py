@@ -6,7 +6,7 @@ import time
 
 import trio
 
-from ..export import Export
+from ..export.export import Export
 from .tasks import forever
 
 READ = 1 << 15

@@ -15,9 +15,9 @@ import trio
 
 from protocol.frames import ProtocolError
 
-from ..export import Export
+from ..export.channel import Session
+from ..export.export import Export
 from ..process.socketfile import SocketFile
-from ..sessions import Session
 from ..work.guard import Guard
 from .tasks import accept, forever
 

@@ -22,7 +22,7 @@ import trio
 
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
-from ..export import Export
+from ..export.export import Export
 from ..files.slowcalls import THREADS
 from ..fusekept import KeptSession
 from ..fusesession import FuseSession, SessionOptions

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fsd.events import listings, watcher
-from fsd.export import Export
+from fsd.export.export import Export
 from fsd.files.passthrough import Identity
 from fsd.files.table import Inode
 from fsd.guests.guest import OUTBOX_LIMIT, Guest, Observer

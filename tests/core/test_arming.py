@@ -223,7 +223,7 @@ def test_a_file_replaced_while_it_is_open_ends_when_it_is_closed(
 def test_what_is_remembered_of_files_is_bounded(
     world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.arming.SEEN_LIMIT", 10)
+    monkeypatch.setattr("fsd.export.arming.SEEN_LIMIT", 10)
     arming = world.export.arming
     for i in range(20):
         (world.source / f"d/{i}").touch()
@@ -270,7 +270,7 @@ def test_the_provisional_watch_becomes_the_marks(
 
 def test_history_is_bounded(world: World, mount: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A storm in a directory that somebody looked up costs bounded memory."""
-    monkeypatch.setattr("fsd.arming.HISTORY_LIMIT", 10)
+    monkeypatch.setattr("fsd.export.arming.HISTORY_LIMIT", 10)
     look_up(world, mount, "d")
     for i in range(50):
         (world.source / f"d/{i}").mkdir()
@@ -400,7 +400,7 @@ def test_no_event_waits_for_long(
 def test_no_more_than_a_bound_waits(
     world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.arming.HOLD_LIMIT", 5)
+    monkeypatch.setattr("fsd.export.arming.HOLD_LIMIT", 5)
     watch_e(world, mount)
     look_up(world, mount, "d")
     (world.source / "d/other").mkdir()
@@ -412,7 +412,7 @@ def test_no_more_than_a_bound_waits(
 def test_what_is_too_much_to_keep_is_told_as_a_difference(
     world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.arming.HISTORY_LIMIT", 10)
+    monkeypatch.setattr("fsd.export.arming.HISTORY_LIMIT", 10)
     key = look_up(world, mount, "d")
     number = hint(mount)
     for name in range(30):

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from fsd import arming, export, hidden, sessions
+from fsd import hidden
 from fsd.events.watcher import _OVERFLOW
+from fsd.export import arming, channel, export
+from fsd.export.channel import Session
 from fsd.files import forgotten
 from fsd.files.forgotten import Forgotten, ForgottenObjects
 from fsd.guests import guest as guests
 from fsd.guests import mount as mount_guest
 from fsd.linux import openers
-from fsd.sessions import Session
 from fsd.work import chores, windows
 from fsd.work.chores import Chores, Job, Pause, begin, finish
 from protocol import frames
@@ -172,7 +173,7 @@ def test_a_resolve_of_very_many_steps_takes_none_for_those_that_lead_back(world:
 def test_unread_answers_are_bounded_and_what_is_asked_is_answered_in_the_end(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "ANSWERS_LIMIT", 4096)
+    monkeypatch.setattr(channel, "ANSWERS_LIMIT", 4096)
     session = observer_session(world)
     session.receive(frames.encode(frames.StatsRequest(1)) * 1000)
     world.pump()
@@ -192,8 +193,8 @@ def test_unread_answers_are_bounded_and_what_is_asked_is_answered_in_the_end(
 def test_a_write_waits_while_too_much_is_to_be_handled(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "ANSWERS_LIMIT", 4096)
-    monkeypatch.setattr(sessions, "PENDING_LIMIT", 2000)
+    monkeypatch.setattr(channel, "ANSWERS_LIMIT", 4096)
+    monkeypatch.setattr(channel, "PENDING_LIMIT", 2000)
     session = observer_session(world)
     taken: list[int] = []
     session.receive(frames.encode(frames.StatsRequest(1)) * 300)
@@ -232,7 +233,7 @@ def test_a_read_by_the_byte_copies_what_it_returns(world: World) -> None:
 def test_a_list_of_a_directory_larger_than_the_answers_that_wait(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "ANSWERS_LIMIT", 1024)
+    monkeypatch.setattr(channel, "ANSWERS_LIMIT", 1024)
     for n in range(3000):
         (world.source / f"d{n}").mkdir()
     session = observer_session(world)

@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fsd import export as export_module
 from fsd.events import listings
+from fsd.export import export as export_module
 from fsd.linux import directories
 from protocol.masks import Mask
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fsd import checkpoint
+from fsd.export.channel import Session
 from fsd.files.table import PATH_LEVELS, Inode
 from fsd.resuming import Resumption
-from fsd.sessions import Session
 from protocol import frames
 
 from .support import ALL, USER, WHOLE, World

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from fsd import export as export_module
+from fsd.export import export as export_module
 from fsd.files.passthrough import Changes
 from fsd.guests.guest import Observer
 from fsd.locks import Lock

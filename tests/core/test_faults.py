@@ -16,8 +16,8 @@ import pyfuse3
 import pytest
 import structlog
 
+from fsd.export.channel import Session
 from fsd.service import Service
-from fsd.sessions import Session
 from fsd.transports.fuse import FuseDoor
 from protocol import frames
 from protocol.frames import CONTROL, FSD_DIR, SESSION
@@ -253,7 +253,7 @@ def test_a_session_leaks_no_inodes(world: World) -> None:
 def test_what_a_guest_can_make_grow_is_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.sessions.RESOLVED_LIMIT", 3)
+    monkeypatch.setattr("fsd.export.channel.RESOLVED_LIMIT", 3)
     session = channel(world)
     results = []
     for i in range(5):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.stats import snapshot
+from fsd.export.stats import snapshot
 from protocol import fuse
 from protocol.fuse import Opcode
 

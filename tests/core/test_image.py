@@ -27,7 +27,7 @@ from fsd.checkpoint import (
     SavedName,
     SavedTable,
 )
-from fsd.export import Export
+from fsd.export.export import Export
 from fsd.resuming import Resumption
 from fsd.saving import Saver, open_export
 from fsd.statefile import StateFile, state_directory, state_path

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fsd.export.interest import Interest
 from fsd.files.table import Inode
 from fsd.guests.guest import Observer
-from fsd.interest import Interest
 from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import Mask
@@ -248,7 +248,7 @@ def test_two_hundred_guests_aggregate(world: World, monkeypatch: pytest.MonkeyPa
 def test_the_cap_on_marks_is_enospc_and_a_mark_there_is_can_be_changed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.export.MARKS_LIMIT", 3)
+    monkeypatch.setattr("fsd.export.export.MARKS_LIMIT", 3)
     guest = world.observer()
     for name in "abcd":
         (world.source / name).mkdir()

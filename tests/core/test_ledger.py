@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fsd import servicefiles
 from fsd.channel import Channel
+from fsd.export.channel import Session
 from fsd.files.passthrough import Changes
 from fsd.service import Service
-from fsd.sessions import Session
 from protocol import frames
 from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
 from protocol.masks import Mask

@@ -239,7 +239,7 @@ def test_the_servers_own_backlog_is_bounded_like_the_kernels(
 
 
 def drain_like_a_session(world: World, guest: Observer) -> list[tuple[bytes, str]]:
-    """What fsd.sessions does: take, and catch up once all is taken."""
+    """What fsd.export.channel does: take, and catch up once all is taken."""
     told = []
     while True:
         told += plain(world.taken(guest))
@@ -440,7 +440,7 @@ def test_an_absent_agents_full_outbox_becomes_a_difference(make_world: Worlds) -
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fsd.export.COMPARE_EVERY", 0.02)
+    monkeypatch.setattr("fsd.export.export.COMPARE_EVERY", 0.02)
 
 
 def until_told(world: World, guest: Observer, wanted: set[tuple[bytes, str]]) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyinotify
 import pytest
 
-from fsd import newmarks
-from fsd.newmarks import NewMarks
+from fsd.export import newmarks
+from fsd.export.newmarks import NewMarks
 from protocol.handles import NodeKey
 
 MARKS = 50

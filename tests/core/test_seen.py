@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fsd.seen import GONE, Seen, look, missing
+from fsd.export.seen import GONE, Seen, look, missing
 from protocol.masks import Mask
 
 from .support import World

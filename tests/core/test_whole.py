@@ -148,7 +148,7 @@ def test_a_mark_and_the_whole_tell_an_event_once(world: World, marks: str) -> No
 def test_no_watch_for_a_subtree_is_reported_and_compared(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.export.COMPARE_EVERY", 0.01)
+    monkeypatch.setattr("fsd.export.export.COMPARE_EVERY", 0.01)
     world = make_world(watch_limit=2)
     (world.source / "a").mkdir()
     (world.source / "b").mkdir()

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from fsd import virtiofsd_cli
-from fsd.arming import Arming
+from fsd.export.arming import Arming
 from fsd.linux import syscalls
 
 _EVENTS = ("open", "os.listdir", "os.scandir", "os.chdir", "os.mkdir", "import")

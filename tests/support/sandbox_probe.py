@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fsd.export import Export
+from fsd.export.export import Export
 from fsd.linux import syscalls
 from fsd.process import sandbox
 from fsd.virtiofsd import Options, enter

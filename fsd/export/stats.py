@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from protocol import masks
 
-from .files.table import Inode
-from .guests.guest import Guest, HandMarks, Observer
-from .guests.mount import ReplayGuest
+from ..files.table import Inode
+from ..guests.guest import Guest, HandMarks, Observer
+from ..guests.mount import ReplayGuest
 
 if TYPE_CHECKING:
     from .export import Export

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
-from .files.table import Inode
+from ..files.table import Inode
 
 if TYPE_CHECKING:
-    from .guests.guest import Guest
+    from ..guests.guest import Guest
 
 _NOTHING = Mask(0)  # made once: an enum's call costs more than the look-up
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from .events.event import Event
-from .files.table import Inode
-from .guests.mount import ReplayGuest
+from ..events.event import Event
+from ..files.table import Inode
+from ..guests.mount import ReplayGuest
 from .lookups import Kept
 from .seen import Seen, look
 

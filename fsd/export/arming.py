@@ -21,18 +21,18 @@ from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from .events.event import Event
-from .events.watcher import HOST
-from .files.passthrough import Entry
-from .files.table import Inode
-from .guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
-from .guests.mount import ReplayGuest
+from ..events.event import Event
+from ..events.watcher import HOST
+from ..files.passthrough import Entry
+from ..files.table import Inode
+from ..guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
+from ..guests.mount import ReplayGuest
+from ..work import windows
+from ..work.chores import Job, Pause, finish
 from .lookups import Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
 from .seen import Seen, missing, own_events
-from .work import windows
-from .work.chores import Job, Pause, finish
 
 if TYPE_CHECKING:
     from .export import Export

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .events.compare import Changes
-from .events.event import Event
-from .files.table import Inode
-from .guests.ledger import Ways
-from .guests.mount import ReplayGuest
+from ..events.compare import Changes
+from ..events.event import Event
+from ..files.table import Inode
+from ..guests.ledger import Ways
+from ..guests.mount import ReplayGuest
+from ..work import windows
 from .seen import Seen
-from .work import windows
 
 
 class Kept(NamedTuple):

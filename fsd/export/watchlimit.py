@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .guests.mount import ReplayGuest
-from .linux import syscalls
+from ..guests.mount import ReplayGuest
+from ..linux import syscalls
 
 if TYPE_CHECKING:
-    from .guests.guest import Guest
+    from ..guests.guest import Guest
     from .interest import Interest
 
 SHARE = 3, 4

@@ -20,13 +20,13 @@ from protocol.frames import Role
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS
 
+from ..files.table import Inode
+from ..guests.guest import MARKS_LIMIT, Guest, HandMarks, Observer
+from ..guests.mount import ReplayGuest
+from ..resuming import new_token
+from ..work.chores import Job, Pause, begin
 from .export import Export
-from .files.table import Inode
-from .guests.guest import MARKS_LIMIT, Guest, HandMarks, Observer
-from .guests.mount import ReplayGuest
-from .resuming import new_token
 from .stats import snapshot
-from .work.chores import Job, Pause, begin
 
 log = structlog.get_logger()
 BATCH = 256

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from protocol.fdinfo import MarkInfo, parse_fdinfo
 from protocol.handles import NodeKey, decode_fh
 
-from .linux import syscalls
+from ..linux import syscalls
 
 SHARE = 4.0
 """A look is followed by at least this many times its own duration without one, where something

@@ -24,15 +24,14 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from .arming import Arming
-from .events import listings
-from .events.compare import Changes, changed_lately, comparing, comparing_at_once, told
-from .events.event import RENAME, Event
-from .events.resolver import Resolver, listing
-from .events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
-from .files.passthrough import PassthroughFS
-from .files.table import Inode, InodeTable
-from .guests.guest import (
+from ..events import listings
+from ..events.compare import Changes, changed_lately, comparing, comparing_at_once, told
+from ..events.event import RENAME, Event
+from ..events.resolver import Resolver, listing
+from ..events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
+from ..files.passthrough import PassthroughFS
+from ..files.table import Inode, InodeTable
+from ..guests.guest import (
     BY_HAND,
     FIRST,
     MARKS_LIMIT,
@@ -42,16 +41,17 @@ from .guests.guest import (
     HandMarks,
     Observer,
 )
-from .guests.mount import ReplayGuest
+from ..guests.mount import ReplayGuest
+from ..linux import syscalls
+from ..linux.descriptors import share
+from ..linux.openers import File, Openers
+from ..locks import LockWaiters
+from ..work import windows
+from ..work.chores import TURN, Chores, Job, Pause, begin, finish
+from ..work.guard import PAUSE, Guard
+from .arming import Arming
 from .interest import Interest
-from .linux import syscalls
-from .linux.descriptors import share
-from .linux.openers import File, Openers
-from .locks import LockWaiters
-from .watches import default_limit, has_part
-from .work import windows
-from .work.chores import TURN, Chores, Job, Pause, begin, finish
-from .work.guard import PAUSE, Guard
+from .watchlimit import default_limit, has_part
 
 log = structlog.get_logger()
 _LEAVES = int(Mask.DELETE | Mask.DELETE_SELF | Mask.MOVED_FROM | Mask.MOVED_TO)

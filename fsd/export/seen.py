@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from protocol.masks import Mask
 
-from .events.event import RENAME, Event
-from .files.attributes import StatLike
-from .files.table import Inode, InodeTable
-from .linux import syscalls
+from ..events.event import RENAME, Event
+from ..files.attributes import StatLike
+from ..files.table import Inode, InodeTable
+from ..linux import syscalls
 
 _ATTRIB, _MODIFY = int(Mask.ATTRIB), int(Mask.MODIFY)
 _MOVE_SELF, _DELETE_SELF = int(Mask.MOVE_SELF), int(Mask.DELETE_SELF)

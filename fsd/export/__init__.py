@@ -1,0 +1,1 @@
+"""One shared directory and its guests: whose interest an event meets, and when marks are new."""
