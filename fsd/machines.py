@@ -29,7 +29,7 @@ from .checkpoint import (
 )
 from .export.export import Export
 from .files.table import ROOT_ID, Inode
-from .fusekept import KeptSession
+from .fuse.record import KeptSession
 from .process.journal import Journal, JournalError
 from .process.systemd import Store
 from .resuming import Resumption

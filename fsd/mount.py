@@ -23,13 +23,13 @@ from protocol.frames import FSD_NAME
 
 from . import deadmount
 from .export.export import Export
-from .fusesession import SessionOptions
+from .fuse.operations import Service
+from .fuse.session import SessionOptions
 from .guests.mount import ReplayGuest
 from .linux import syscalls
 from .mount_agent import AgentError, AgentProcess
 from .process.scheduling import shorten_turns, spare_collections
 from .saving import Saver, open_export
-from .service import Service
 from .statefile import StateFile, state_directory, state_path
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump

@@ -23,7 +23,7 @@ import trio
 from .export import watchlimit
 from .export.export import Export
 from .files.slowcalls import THREADS
-from .fusesession import SessionOptions
+from .fuse.session import SessionOptions
 from .guests.mount import ReplayGuest
 from .linux import syscalls
 from .linux.descriptors import share

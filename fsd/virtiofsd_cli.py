@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from .fusenodes import CACHE_MODES, Caching
-from .fusesession import SessionOptions
+from .fuse.nodes import CACHE_MODES, Caching
+from .fuse.session import SessionOptions
 from .process import sandbox, systemd
 from .process.keeper import KEEPER, Keeper
 from .process.logs import log_to_stderr, log_to_syslog

@@ -31,6 +31,7 @@ from ..events.resolver import Resolver, listing
 from ..events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 from ..files.passthrough import PassthroughFS
 from ..files.table import Inode, InodeTable
+from ..fuse.hostlocks import LockWaiters
 from ..guests.guest import (
     BY_HAND,
     FIRST,
@@ -45,7 +46,6 @@ from ..guests.mount import ReplayGuest
 from ..linux import syscalls
 from ..linux.descriptors import share
 from ..linux.openers import File, Openers
-from ..locks import LockWaiters
 from ..work import windows
 from ..work.chores import TURN, Chores, Job, Pause, begin, finish
 from ..work.guard import PAUSE, Guard

@@ -24,17 +24,17 @@ import trio
 
 from protocol.frames import FSD_DIR
 
-from ..channel import READY, Channel
 from ..files.appends import Bypass, Ends
 from ..files.attributes import StatLike
 from ..files.passthrough import Changes, Entry, Handle
 from ..files.slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
 from ..files.table import Inode
+from ..fuse.channelfile import READY, Channel
+from ..fuse.handles import Events
+from ..fuse.hidden import HiddenHandle
+from ..fuse.operations import Caller, Service
 from ..guests.history import PATIENCE as ORDERS_PATIENCE
 from ..guests.history import Undelivered, Wait
-from ..hidden import HiddenHandle
-from ..service import Caller, Service
-from ..servicefiles import Events
 
 log = structlog.get_logger()
 _LISTING = 1024

@@ -16,9 +16,9 @@ from pathlib import Path
 import structlog
 import trio
 
-from ..fusemessage import MAX_WRITE
-from ..fusesession import FuseSession, SessionOptions
-from ..service import Service
+from ..fuse.operations import Service
+from ..fuse.request import MAX_WRITE
+from ..fuse.session import FuseSession, SessionOptions
 from ..work.guard import PAUSE, Guard
 from .loop import TrioLoop
 

@@ -24,13 +24,13 @@ from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
 from ..export.export import Export
 from ..files.slowcalls import THREADS
-from ..fusekept import KeptSession
-from ..fusesession import FuseSession, SessionOptions
+from ..fuse.operations import Service
+from ..fuse.record import KeptSession
+from ..fuse.session import FuseSession, SessionOptions
 from ..guests.guest import Guest
 from ..linux import syscalls
 from ..process.systemd import Store
 from ..resuming import Resumption
-from ..service import Service
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
 from ..virtio.eventfds import Reader, is_eventfd

@@ -67,7 +67,7 @@ class DeviceError(Exception):
 
 
 class Session(Interface):
-    """What answers FUSE messages: fsd.fusesession.FuseSession."""
+    """What answers FUSE messages: fsd.fuse.session.FuseSession."""
 
     def serve(
         self,

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fsd.fusesession import FuseSession, SessionOptions
-from fsd.service import Service
+from fsd.fuse.operations import Service
+from fsd.fuse.session import FuseSession, SessionOptions
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import structlog
 
 from fsd.files import fileflags
-from fsd.fusesession import SessionOptions
-from fsd.service import Service
+from fsd.fuse.operations import Service
+from fsd.fuse.session import SessionOptions
 from protocol import fuse
 from protocol.fuse import Opcode
 

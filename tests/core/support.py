@@ -12,8 +12,8 @@ from fsd.events import listings, watcher
 from fsd.export.export import Export
 from fsd.files.passthrough import Identity
 from fsd.files.table import Inode
+from fsd.fuse.operations import Service
 from fsd.guests.guest import OUTBOX_LIMIT, Guest, Observer
-from fsd.service import Service
 from protocol import frames, masks
 from protocol.frames import Order
 from protocol.handles import NodeKey

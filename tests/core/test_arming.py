@@ -10,8 +10,8 @@ import time
 import pytest
 
 from fsd.checkpoint import take
+from fsd.fuse.operations import Service
 from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
-from fsd.service import Service
 from protocol import frames
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.handles import NodeKey

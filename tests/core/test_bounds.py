@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fsd import hidden
 from fsd.events.watcher import _OVERFLOW
 from fsd.export import arming, channel, export
 from fsd.export.channel import Session
 from fsd.files import forgotten
 from fsd.files.forgotten import Forgotten, ForgottenObjects
+from fsd.fuse import hidden
 from fsd.guests import guest as guests
 from fsd.guests import mount as mount_guest
 from fsd.linux import openers

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from fsd.fusefiles import LISTING_LIMIT
-from fsd.fusemessage import MAX_WRITE
+from fsd.fuse.openfiles import LISTING_LIMIT
+from fsd.fuse.request import MAX_WRITE
 from protocol import fuse
 from protocol.fuse import Opcode
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fsd.files.passthrough import Changes
+from fsd.fuse.operations import Service
 from fsd.guests.guest import Guest
 from fsd.linux.syscalls import RENAME_EXCHANGE
-from fsd.service import Service
 from protocol.frames import Op
 from protocol.masks import Mask
 

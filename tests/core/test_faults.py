@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from fsd.export.channel import Session
-from fsd.service import Service
+from fsd.fuse.operations import Service
 from fsd.transports.fuse import FuseDoor
 from protocol import frames
 from protocol.frames import CONTROL, FSD_DIR, SESSION

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fsd.fusesession import FuseSession
+from fsd.fuse.session import FuseSession
 from protocol import fuse
 from protocol.fuse import Opcode
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsd.fusesession import SessionOptions
+from fsd.fuse.session import SessionOptions
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fsd.fusefiles import LONG_POLL
-from fsd.fuselocks import TRIES
-from fsd.locks import WOKEN, GuestLocks
+from fsd.fuse.hostlocks import WOKEN, GuestLocks
+from fsd.fuse.locks import TRIES
+from fsd.fuse.openfiles import LONG_POLL
 from protocol import frames, fuse
 from protocol.fuse import Opcode
 

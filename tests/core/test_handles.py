@@ -12,7 +12,7 @@ import pytest
 
 from fsd.files import forgotten as forgotten_objects
 from fsd.files.table import Inode
-from fsd.service import Service
+from fsd.fuse.operations import Service
 from protocol.handles import NodeKey
 
 from .support import USER, World

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from fsd.fuse.operations import Service
 from fsd.guests.history import LONGEST, PARKED_LIMIT, PATIENCE
 from fsd.guests.ledger import KEPT_LIMIT
-from fsd.service import Service
 from protocol import frames, fuse
 from protocol.frames import STAGING, Op
 from protocol.fuse import Opcode

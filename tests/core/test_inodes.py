@@ -14,8 +14,8 @@ import pytest
 from fsd.files import successors
 from fsd.files.passthrough import Changes
 from fsd.files.table import LookupCountError
+from fsd.fuse.operations import Caller
 from fsd.linux import syscalls
-from fsd.service import Caller
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import struct
 
-from fsd.fusesession import FORGETS_LIMIT
-from fsd.leaving import AT_A_TIME, AT_ONCE
+from fsd.fuse.leaving import AT_A_TIME, AT_ONCE
+from fsd.fuse.session import FORGETS_LIMIT
 from protocol.fuse import Opcode
 
 from .fuse_guest import GuestKernel

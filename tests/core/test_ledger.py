@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fsd import servicefiles
-from fsd.channel import Channel
 from fsd.export.channel import Session
 from fsd.files.passthrough import Changes
-from fsd.service import Service
+from fsd.fuse import handles as file_handles
+from fsd.fuse.channelfile import Channel
+from fsd.fuse.operations import Service
 from protocol import frames
 from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
 from protocol.masks import Mask
@@ -255,7 +255,7 @@ def test_the_replayers_handles_are_none_of_the_guests_share(
     with pytest.raises(OSError, match="Too many open files"):
         mount.open(USER, user, os.O_RDONLY)
     handles.append(replayed())
-    monkeypatch.setattr(servicefiles, "REPLAYED_LIMIT", len(handles))
+    monkeypatch.setattr(file_handles, "REPLAYED_LIMIT", len(handles))
     with pytest.raises(OSError, match="Too many open files"):
         replayed()
     control = mount.open(USER._replace(uid=0), CONTROL, os.O_RDWR)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fsd.events import listings
+from fsd.fuse.operations import Service
 from fsd.guests.guest import Observer
 from fsd.linux import syscalls
-from fsd.service import Service
 from protocol import frames
 from protocol.frames import Op, Order
 from protocol.masks import Mask

@@ -17,8 +17,8 @@ import pytest
 
 from fsd.checkpoint import inode_table
 from fsd.files.passthrough import Changes
+from fsd.fuse.operations import Caller, Service
 from fsd.restoring import RestoredTable
-from fsd.service import Caller, Service
 from protocol import fuse
 from protocol.fuse import Opcode
 from protocol.masks import Mask

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsd.files.passthrough import Changes, Identity
-from fsd.service import Service
+from fsd.fuse.operations import Service
 
 from .support import World
 

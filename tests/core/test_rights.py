@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from fsd.files import fileflags
-from fsd.fusesession import SessionOptions
+from fsd.fuse.session import SessionOptions
 from fsd.linux import syscalls
 from fsd.process.sandbox import CAPABILITIES
 from protocol import frames, fuse

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.fusenodes import CACHE_MODES
+from fsd.fuse.nodes import CACHE_MODES
 from tests.support.appending import check, line
 from tests.support.restarts import kept
 from tests.support.share_server import shared

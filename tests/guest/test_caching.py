@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fsd.fusenodes import CACHE_MODES
+from fsd.fuse.nodes import CACHE_MODES
 from tests.support.mounts import wait_until
 from tests.support.share_server import shared
 from tests.support.vm import Guest, guest

@@ -12,10 +12,10 @@ from itertools import islice
 from protocol import fuse
 from protocol.fuse import Opcode
 
-from .fusemessage import Request
-from .fusewaiting import Loop, Waiting
-from .locks import Lock
-from .service import Service
+from .hostlocks import Lock
+from .operations import Service
+from .pending import Loop, Waiting
+from .request import Request
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.25
 """Seconds between rounds of tries, for locks that a process on the host holds."""

@@ -16,15 +16,15 @@ from functools import partial
 from protocol.frames import FSD_DIR, FSD_NAME
 from protocol.masks import Mask
 
-from .files import xattrs
-from .files.attributes import StatLike, placeholder_attr
-from .files.passthrough import Change, Changes, Entry, Handle
-from .files.slowcalls import LONG
-from .files.table import ROOT_ID, Inode
-from .guests.ledger import UnexpectedCall
-from .linux import syscalls
+from ..files import xattrs
+from ..files.attributes import StatLike, placeholder_attr
+from ..files.passthrough import Change, Changes, Entry, Handle
+from ..files.slowcalls import LONG
+from ..files.table import ROOT_ID, Inode
+from ..guests.ledger import UnexpectedCall
+from ..linux import syscalls
+from .handles import AnyHandle, Caller, Events, FileService, IdleHandle, opening, writing
 from .removal import Removal
-from .servicefiles import AnyHandle, Caller, Events, FileService, IdleHandle, opening, writing
 
 _UNLINKED = Mask.ATTRIB | Mask.DELETE_SELF
 _NEW, _NEW_TRUNC = Mask.CREATE | opening(0), Mask.CREATE | opening(os.O_TRUNC)

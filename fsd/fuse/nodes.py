@@ -17,12 +17,12 @@ from functools import partial
 from protocol import fuse
 from protocol.frames import FSD_DIR
 
-from .files.attributes import StatLike
-from .files.forgotten import FORGOTTEN_LIMIT
-from .files.passthrough import Entry
-from .files.table import ROOT_ID, Inode
-from .fusekept import KeptSession
-from .service import Caller, Service
+from ..files.attributes import StatLike
+from ..files.forgotten import FORGOTTEN_LIMIT
+from ..files.passthrough import Entry
+from ..files.table import ROOT_ID, Inode
+from .operations import Caller, Service
+from .record import KeptSession
 
 NODES_LIMIT = 1 << 21
 """Nodes that one guest may hold, some 1.5 GB of memory. Beyond it a look-up is ENFILE."""

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from protocol import fuse
 from protocol.fuse import Fattr, Opcode
 
-from .files.passthrough import Changes, Entry
-from .files.xattrs import ACL_ACCESS
-from .fusemessage import Request
-from .fusenodes import Nodes
-from .linux import syscalls
-from .service import Service
+from ..files.passthrough import Changes, Entry
+from ..files.xattrs import ACL_ACCESS
+from ..linux import syscalls
+from .nodes import Nodes
+from .operations import Service
+from .request import Request
 
 _MODE, _UID, _GID, _SIZE, _FH = (
     int(bit) for bit in (Fattr.MODE, Fattr.UID, Fattr.GID, Fattr.SIZE, Fattr.FH)

@@ -19,11 +19,11 @@ from itertools import islice
 
 from protocol.masks import Mask
 
-from .events.watcher import SERVER, HostWatcher
-from .files.passthrough import Handle
-from .files.table import Inode
-from .fusekept import KeptSession, Owner
-from .linux import syscalls
+from ..events.watcher import SERVER, HostWatcher
+from ..files.passthrough import Handle
+from ..files.table import Inode
+from ..linux import syscalls
+from .record import KeptSession, Owner
 
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, len, pid

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from protocol.masks import Mask
 
-from .events.watcher import Expected
-from .files.slowcalls import LONG
-from .files.table import Inode
+from ..events.watcher import Expected
+from ..files.slowcalls import LONG
+from ..files.table import Inode
 
 
 class Removal:

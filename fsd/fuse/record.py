@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import structlog
 
-from .checkpoint import SavedInode, saved_inode
-from .files.table import Inode, InodeTable
-from .process.journal import Journal, JournalError
-from .process.systemd import Store
+from ..checkpoint import SavedInode, saved_inode
+from ..files.table import Inode, InodeTable
+from ..process.journal import Journal, JournalError
+from ..process.systemd import Store
 
 log = structlog.get_logger()
 _AGREED, _NODE, _HANDLE, _AGENT, _OWNER, _MARK = 1, 2, 3, 5, 6, 7

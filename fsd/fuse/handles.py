@@ -21,20 +21,20 @@ import structlog
 from protocol.frames import CONTROL, FSD_DIR
 from protocol.masks import Mask
 
-from . import fusekept
-from .events.watcher import Expected
-from .export.export import Export
-from .files import appends, fileflags
-from .files.passthrough import Entry, Handle, Identity
-from .files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
-from .files.table import Inode
-from .fusekept import KeptSession, Opened
-from .guests.ledger import UnexpectedCall
-from .guests.mount import ReplayGuest
+from ..events.watcher import Expected
+from ..export.export import Export
+from ..files import appends, fileflags
+from ..files.passthrough import Entry, Handle, Identity
+from ..files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
+from ..files.table import Inode
+from ..guests.ledger import UnexpectedCall
+from ..guests.mount import ReplayGuest
+from ..linux import syscalls
+from ..linux.directories import DirEntry
+from . import record
 from .hidden import HiddenFiles, HiddenHandle
-from .linux import syscalls
-from .linux.directories import DirEntry
-from .locks import GuestLocks, Lock
+from .hostlocks import GuestLocks, Lock
+from .record import KeptSession, Opened
 
 log = structlog.get_logger()
 _T = TypeVar("_T")
@@ -639,17 +639,17 @@ class FileService:
         self, opened: Opened, fd: int, inodes: Mapping[int, Inode]
     ) -> AnyHandle | LostHandle:
         kind, flags, nodeid = opened
-        if kind == fusekept.HIDDEN:
+        if kind == record.HIDDEN:
             return LostHandle(errno.ECONNRESET, is_agents=nodeid == CONTROL)
         inode = inodes.get(nodeid)
-        if kind == fusekept.IDLE and inode is not None:
+        if kind == record.IDLE and inode is not None:
             return IdleHandle(inode)
         try:
             if fd >= 0:
                 return self._fs.resume(inode, fd, flags)
             if inode is None or inode.is_placeholder:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            if kind == fusekept.DIRECTORY:
+            if kind == record.DIRECTORY:
                 return self._opened_directory(inode)
             handle = self._fs.reopen(inode, flags & _REOPENING)
             handle.flags = flags
@@ -680,11 +680,11 @@ def _close(fd: int, expected: Events) -> None:
 
 def _opened(handle: AnyHandle) -> Opened:
     if isinstance(handle, HiddenHandle):
-        return Opened(fusekept.HIDDEN, 0, handle.nodeid)
+        return Opened(record.HIDDEN, 0, handle.nodeid)
     inode = handle.inode
     if isinstance(handle, IdleHandle):
-        return Opened(fusekept.IDLE, 0, inode.nodeid)
-    kind = fusekept.DIRECTORY if inode.is_dir else fusekept.FILE
+        return Opened(record.IDLE, 0, inode.nodeid)
+    kind = record.DIRECTORY if inode.is_dir else record.FILE
     return Opened(kind, handle.flags & 0xFFFF_FFFF, inode.nodeid)
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from protocol import frames
 
-from .export.channel import Session
-from .export.export import Export
-from .export.stats import snapshot
-from .files.attributes import Attr, StatLike
-from .files.passthrough import Entry, Identity
-from .files.table import Inode
-from .guests.mount import ReplayGuest
+from ..export.channel import Session
+from ..export.export import Export
+from ..export.stats import snapshot
+from ..files.attributes import Attr, StatLike
+from ..files.passthrough import Entry, Identity
+from ..files.table import Inode
+from ..guests.mount import ReplayGuest
 
 SESSIONS_LIMIT = 64
 """Sessions of one mount, beside its agent's: each may hold some 2 MiB of frames and answers."""

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
-from .fusemessage import Request
-from .guests.history import PATIENCE, Wait
+from ..guests.history import PATIENCE, Wait
+from .request import Request
 
 log = structlog.get_logger()
 WAITING_LIMIT = 4096

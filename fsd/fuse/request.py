@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from protocol import fuse
 
-from .files.passthrough import Identity
+from ..files.passthrough import Identity
 
 BODY_LIMIT = (1 << 20) + 4096
 """Bytes of a request without file data. A BATCH_FORGET fills the buffer that a door reads into; the

@@ -22,19 +22,19 @@ import structlog
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 
-from .files.slowcalls import Later, Outcome, SlowCall, Work
-from .files.table import Inode
-from .fusefiles import Files
-from .fusekept import Agreed, KeptSession
-from .fuselocks import Locks
-from .fusemessage import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
-from .fusenames import Names
-from .fusenodes import NODES_LIMIT, Caching, Nodes
-from .fusewaiting import Loop, Waiting
-from .guests.history import Undelivered
+from ..files.slowcalls import Later, Outcome, SlowCall, Work
+from ..files.table import Inode
+from ..guests.history import Undelivered
+from .handles import Events
 from .leaving import give_back
-from .service import Service
-from .servicefiles import Events
+from .locks import Locks
+from .names import Names
+from .nodes import NODES_LIMIT, Caching, Nodes
+from .openfiles import Files
+from .operations import Service
+from .pending import Loop, Waiting
+from .record import Agreed, KeptSession
+from .request import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
 
 log = structlog.get_logger()
 MAX_PAGES = 256

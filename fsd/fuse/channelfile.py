@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import structlog
 
-from .export.channel import Session
+from ..export.channel import Session
 
 log = structlog.get_logger()
 READY = select.POLLIN | select.POLLOUT

@@ -11,16 +11,16 @@ from functools import partial
 from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
-from .channel import READY, Channel
-from .files.appends import Bypass
-from .files.passthrough import Entry, Handle
-from .files.table import Inode
-from .fusekept import KeptSession
-from .fusemessage import Request
-from .fusenodes import Caching, Nodes
-from .fusewaiting import Loop, Waiting
+from ..files.appends import Bypass
+from ..files.passthrough import Entry, Handle
+from ..files.table import Inode
+from .channelfile import READY, Channel
 from .hidden import HiddenHandle
-from .service import IdleHandle, Service
+from .nodes import Caching, Nodes
+from .operations import IdleHandle, Service
+from .pending import Loop, Waiting
+from .record import KeptSession
+from .request import Request
 
 LONG_POLL = 10.0
 """Seconds that a read of the channel waits where poll(2) cannot: a killed agent stays in it until

@@ -1,0 +1,1 @@
+"""One guest's FUSE requests, as raw messages."""
