@@ -7,10 +7,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from fsd.checkpoint.file import StateFile
+from fsd.checkpoint.saver import Saver, open_export
 from fsd.export.export import Export
 from fsd.guests.guest import Observer
-from fsd.saving import Saver, open_export
-from fsd.statefile import StateFile
 from protocol.masks import Mask
 
 from .report import Report, number

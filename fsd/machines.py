@@ -18,22 +18,15 @@ from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 from protocol.masks import EVENTS
 
-from . import checkpoint, image
-from .checkpoint import (
-    GuestKind,
-    SavedExport,
-    SavedGuest,
-    SavedInode,
-    SavedName,
-    SavedTable,
-)
+from .checkpoint import image, take
+from .checkpoint.restore import Resumption
+from .checkpoint.saver import Saver
+from .checkpoint.take import GuestKind, SavedExport, SavedGuest, SavedInode, SavedName, SavedTable
 from .export.export import Export
 from .files.table import ROOT_ID, Inode
 from .fuse.record import KeptSession
 from .process.journal import Journal, JournalError
 from .process.systemd import Store
-from .resuming import Resumption
-from .saving import Saver
 from .transports.virtiofs import GuestDoor
 
 log = structlog.get_logger()
@@ -188,7 +181,7 @@ def _states(
     if saved is not None:
         yield _merged(saved, kept, is_last=is_last)
     export = make()
-    alone = checkpoint.identity_of(export)
+    alone = take.identity_of(export)
     export.close()
     alone.saved_ns = saved.saved_ns if saved is not None else 0
     yield _merged(alone, kept, is_last=False)

@@ -22,6 +22,8 @@ import trio
 from protocol.frames import FSD_NAME
 
 from . import deadmount
+from .checkpoint.file import StateFile, state_directory, state_path
+from .checkpoint.saver import Saver, open_export
 from .export.export import Export
 from .fuse.operations import Service
 from .fuse.session import SessionOptions
@@ -29,8 +31,6 @@ from .guests.mount import ReplayGuest
 from .linux import syscalls
 from .mount_agent import AgentError, AgentProcess
 from .process.scheduling import shorten_turns, spare_collections
-from .saving import Saver, open_export
-from .statefile import StateFile, state_directory, state_path
 from .transports.fuse import FuseDoor
 from .transports.pump import Pump
 from .transports.rawfuse import RawFuseDoor

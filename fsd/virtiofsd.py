@@ -20,6 +20,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
+from .checkpoint.saver import Saver
 from .export import watchlimit
 from .export.export import Export
 from .files.slowcalls import THREADS
@@ -34,7 +35,6 @@ from .process.scheduling import spare_collections
 from .process.seccomp import Filter
 from .process.socketfile import SocketFile
 from .process.systemd import Manager, Store
-from .saving import Saver
 from .transports.polling import WINDOW
 from .transports.pump import Pump
 from .transports.snapshots import Snapshots

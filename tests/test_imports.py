@@ -23,8 +23,8 @@ EDGES = ("fsd/transports/*", "fsd/servers/*", "fsd/cli*", "fsd/mount*.py", "fsd/
 PROTOBUF = (
     "guest_tools/images.py",
     "guest_tools/watcher_pb2.py",
-    "fsd/image.py",
-    "fsd/server_pb2.py",
+    "fsd/checkpoint/image.py",
+    "fsd/checkpoint/server_pb2.py",
 )
 
 

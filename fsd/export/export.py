@@ -750,7 +750,7 @@ class Export:
         mask = int(Mask.DELETE_SELF)  # never with ISDIR
         self._route(Event(inode, mask, b"", 0, HOST, time.monotonic(), inode))
 
-    # After a restart (fsd.resuming)
+    # After a restart (fsd.checkpoint.restore)
 
     def _change(self) -> None:
         if not self.is_changed:

@@ -177,7 +177,7 @@ class Nodes:
 
     def restore(self, held: Mapping[int, int], inodes: Mapping[int, Inode]) -> None:
         """Take over what the guest's kernel holds, as ``saved`` by the server before this one and
-        found again by fsd.restoring. Raises ValueError for what no guest can hold.
+        found again by fsd.checkpoint.restore_inodes. Raises ValueError for what no guest can hold.
         """
         for nodeid, count in held.items():
             if nodeid >= FSD_DIR:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 import trio
 
-from ..saving import Saver
+from ..checkpoint.saver import Saver
 from .tasks import forever
 
 log = structlog.get_logger()

@@ -22,6 +22,7 @@ import trio
 
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
+from ..checkpoint.restore import Resumption
 from ..export.export import Export
 from ..files.slowcalls import THREADS
 from ..fuse.operations import Service
@@ -30,7 +31,6 @@ from ..fuse.session import FuseSession, SessionOptions
 from ..guests.guest import Guest
 from ..linux import syscalls
 from ..process.systemd import Store
-from ..resuming import Resumption
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
 from ..virtio.eventfds import Reader, is_eventfd

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fsd.checkpoint import take
+from fsd.checkpoint.take import take
 from fsd.fuse.operations import Service
 from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
 from protocol import frames

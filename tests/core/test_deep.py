@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fsd import checkpoint
+from fsd.checkpoint import take
+from fsd.checkpoint.restore import Resumption
 from fsd.export.channel import Session
 from fsd.files.table import PATH_LEVELS, Inode
-from fsd.resuming import Resumption
 from protocol import frames
 
 from .support import ALL, USER, WHOLE, World
@@ -84,7 +84,7 @@ def test_a_whole_tree_is_watched_saved_and_restored(
     world.export.update(observer, WHOLE, ALL)
     world.pump()
     assert len(world.export.watcher) == DEPTH + 1
-    saved = checkpoint.take(world.export)
+    saved = take.take(world.export)
     again = make_world()
     Resumption(again.export, saved).finish()
     assert len(again.export.watcher) == DEPTH + 1

@@ -15,9 +15,9 @@ import pytest
 import structlog
 import trio
 
+from fsd.checkpoint.file import StateFile
+from fsd.checkpoint.saver import Saver
 from fsd.linux import openers
-from fsd.saving import Saver
-from fsd.statefile import StateFile
 from fsd.transports import tasks
 from fsd.transports.loop import TrioLoop
 from fsd.transports.pump import Pump

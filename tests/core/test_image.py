@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.checkpoint import saved_and_restored
-from fsd import checkpoint, image
-from fsd.checkpoint import (
+from fsd.checkpoint import image, take
+from fsd.checkpoint.file import StateFile, state_directory, state_path
+from fsd.checkpoint.restore import Resumption
+from fsd.checkpoint.saver import Saver, open_export
+from fsd.checkpoint.take import (
     GuestKind,
     SavedEvent,
     SavedExport,
@@ -28,9 +31,6 @@ from fsd.checkpoint import (
     SavedTable,
 )
 from fsd.export.export import Export
-from fsd.resuming import Resumption
-from fsd.saving import Saver, open_export
-from fsd.statefile import StateFile, state_directory, state_path
 from protocol import frames, images
 from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask
@@ -102,7 +102,7 @@ class Share:
         (source / "d/link").unlink()
         world.table.forget(world.node("d/e/h").nodeid, 1)
         world.pump()
-        self.saved = checkpoint.take(world.export, {mount.guest: {world.node("d").nodeid: 2}})
+        self.saved = take.take(world.export, {mount.guest: {world.node("d").nodeid: 2}})
         assert self.saved.guests[0].missed
         assert self.saved.guests[1].held
         self.inos = {os.stat(path).st_ino for path in [source, *source.rglob("*")]}

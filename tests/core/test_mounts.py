@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from fsd.checkpoint import inode_table
+from fsd.checkpoint.restore_inodes import RestoredTable
+from fsd.checkpoint.take import inode_table
 from fsd.files.passthrough import Changes
 from fsd.fuse.operations import Caller, Service
-from fsd.restoring import RestoredTable
 from protocol import fuse
 from protocol.fuse import Opcode
 from protocol.masks import Mask

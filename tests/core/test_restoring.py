@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from fsd import restoring
-from fsd.checkpoint import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
+from fsd.checkpoint import restore_inodes
+from fsd.checkpoint.restore_inodes import RestoredTable
+from fsd.checkpoint.take import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
 from fsd.files.table import Inode, InodeTable
-from fsd.restoring import RestoredTable
 from protocol.frames import FSD_DIR
 from protocol.handles import NodeKey
 from protocol.images import ImageError
@@ -253,7 +253,7 @@ def test_what_nobody_can_look_at_is_not_gone(
 def test_a_restore_that_cannot_look_fails(
     old: World, restart: Restart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restoring, "_PAUSES", (0.0,))
+    monkeypatch.setattr(restore_inodes, "_PAUSES", (0.0,))
     failing(monkeypatch, errno.ENFILE, times=1 << 20)
     with pytest.raises(OSError, match=os.strerror(errno.ENFILE)):
         restart(old)
@@ -279,7 +279,7 @@ def test_what_cannot_be_looked_at_for_a_reason_of_its_own_stops_no_restore(
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: int, times: int) -> None:
     """The first looks at objects in a restore fail."""
-    real = restoring._patiently
+    real = restore_inodes._patiently
     left = [times]
 
     def patiently(find: Callable[[], bool]) -> bool:
@@ -291,4 +291,4 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: int, times: int) -> None:
 
         return real(failing_find)
 
-    monkeypatch.setattr(restoring, "_patiently", patiently)
+    monkeypatch.setattr(restore_inodes, "_patiently", patiently)

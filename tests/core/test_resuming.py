@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fsd import checkpoint, resuming
-from fsd.checkpoint import SavedExport
+from fsd.checkpoint import restore, take
+from fsd.checkpoint.restore import Resumption
+from fsd.checkpoint.take import SavedExport
 from fsd.guests.guest import Observer
-from fsd.resuming import Resumption
 from protocol import frames
 from protocol.images import ImageError
 from protocol.masks import Mask
@@ -36,7 +36,7 @@ def restart(request: pytest.FixtureRequest, make_world: Worlds) -> Callable[...,
         settle(world.source)
         world.export.settle(10)
         assert world.export.is_settled
-        saved = checkpoint.take(world.export)
+        saved = take.take(world.export)
         world.close()
         meanwhile(world.source)
         new = make_world()
@@ -184,7 +184,7 @@ def test_an_absent_server_is_an_overflow_where_that_is_asked(
     kept(world, "", mask=STRUCTURE)
     (world.source / "a").touch()
     world.pump()
-    saved = checkpoint.take(world.export)
+    saved = take.take(world.export)
     world.close()
     (world.source / "b").touch()
     new = make_world(overflow_after_loss=asked)
@@ -234,7 +234,7 @@ def test_a_machines_marks_by_hand_come_back_with_it(world: World, make_world: Wo
         world.mark(world.export.hand_marks(mounts.get(name)), name, STRUCTURE)
     settle(world.source)
     world.export.settle(10)
-    saved = checkpoint.take(world.export, {guest: {} for guest in mounts.values()})
+    saved = take.take(world.export, {guest: {} for guest in mounts.values()})
     world.close()
     new = make_world()
     resumption = Resumption(new.export, saved)
@@ -281,7 +281,7 @@ def test_a_token_is_good_once(world: World, restart: Callable[..., World]) -> No
 def test_who_does_not_come_back_is_given_up(
     world: World, restart: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resuming, "WAIT_FOR", 0.2)
+    monkeypatch.setattr(restore, "WAIT_FOR", 0.2)
     kept(world, "")
     new = restart(world)
     new.pump()
@@ -314,7 +314,7 @@ def test_a_storm_at_the_restart(world: World, make_world: Callable[..., World]) 
         (world.source / f"d{number}").mkdir()
     kept(world, *(f"d{n}" for n in range(30)), mask=int(Mask.CREATE))
     world.pump()
-    saved = checkpoint.take(world.export)
+    saved = take.take(world.export)
     world.close()
     new = make_world()
     pid = os.fork()
@@ -352,7 +352,7 @@ def test_one_object_that_was_known_twice(world: World, restart: Callable[..., Wo
 
 def _saved(world: World) -> SavedExport:
     kept(world, "")
-    return checkpoint.take(world.export)
+    return take.take(world.export)
 
 
 @pytest.mark.parametrize("tokens", [[b""], [b"short"], [TOKEN, TOKEN]])
@@ -397,7 +397,7 @@ def test_a_mount_goes_on_by_its_name(world: World, make_world: Callable[..., Wor
     mount.guest.take(1)
     settle(world.source)
     world.export.settle(10)
-    saved = checkpoint.take(world.export, {mount.guest: {world.node("d").nodeid: 3}})
+    saved = take.take(world.export, {mount.guest: {world.node("d").nodeid: 3}})
     world.close()
     (world.source / "d/c").touch()
     new = make_world()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.statefile import state_path
+from fsd.checkpoint.file import state_path
 from fsd.transports import snapshots
 from tests.support.mounts import Mount, command, mounted, mounts_at, wait_until
 

@@ -20,10 +20,10 @@ import structlog
 
 from protocol.images import ImageError
 
-from . import checkpoint, image
-from .export.export import Export
-from .guests.guest import Guest, HandMarks, Observer
-from .resuming import Resumption
+from ..export.export import Export
+from ..guests.guest import Guest, HandMarks, Observer
+from . import image, take
+from .restore import Resumption
 
 log = structlog.get_logger()
 
@@ -95,7 +95,7 @@ def _without_collection() -> Iterator[None]:
 
 def _read(
     state: State, complain: Callable[[str], None], *, expected: bool
-) -> checkpoint.SavedExport | None:
+) -> take.SavedExport | None:
     try:
         data = state.read()
         if data is None and expected:
@@ -114,7 +114,7 @@ def _refused(state: State, error: Exception) -> str:
 
 @dataclass
 class Saver:
-    """Saves one export. ``mounts`` says what mounts that go on hold (fsd.checkpoint.take)."""
+    """Saves one export. ``mounts`` says what mounts that go on hold (fsd.checkpoint.take.take)."""
 
     export: Export
     state: State
@@ -134,7 +134,7 @@ class Saver:
     def take(self) -> Callable[[], int]:
         """The state as of now, and a function that writes it, also in another thread."""
         with _without_collection():
-            saved = checkpoint.take(self.export, self.mounts())
+            saved = take.take(self.export, self.mounts())
         self.export.is_changed = False
         self._taken = number = self._taken + 1
 

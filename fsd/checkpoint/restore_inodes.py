@@ -19,10 +19,10 @@ from functools import partial
 from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 
-from .checkpoint import GONE, SavedInode, SavedTable
-from .files.forgotten import Forgotten
-from .files.table import ROOT_ID, Inode, InodeTable
-from .linux import syscalls
+from ..files.forgotten import Forgotten
+from ..files.table import ROOT_ID, Inode, InodeTable
+from ..linux import syscalls
+from .take import GONE, SavedInode, SavedTable
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
 """Errors that say nothing of the object, and pass."""

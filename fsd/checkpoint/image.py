@@ -1,4 +1,4 @@
-"""A server's image: what fsd.checkpoint takes, as bytes in the envelope of protocol.images.
+"""A server's image: what fsd.checkpoint.take takes, as bytes in the envelope of protocol.images.
 
 Apart because only this module knows protobuf. The layout of the body is fsd/server.proto.
 """
@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError, Message
 from protocol import frames, images
 from protocol.images import ImageError
 
-from .checkpoint import (
+from .server_pb2 import Guest, Server
+from .take import (
     GuestKind,
     SavedEvent,
     SavedExport,
@@ -26,7 +27,6 @@ from .checkpoint import (
     SavedName,
     SavedTable,
 )
-from .server_pb2 import Guest, Server
 
 KIND = "server"
 VERSION = 1

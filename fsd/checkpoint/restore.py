@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING
 from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask
 
-from .checkpoint import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
-from .events.event import Event
-from .events.listings import Known, Missed
-from .events.resolver import listing
-from .events.watcher import HOST
-from .files.table import Inode
-from .guests.guest import BY_HAND, MARKS_LIMIT, Guest, Observer
-from .guests.mount import ReplayGuest
-from .linux import syscalls
-from .restoring import RestoredTable, check_name
+from ..events.event import Event
+from ..events.listings import Known, Missed
+from ..events.resolver import listing
+from ..events.watcher import HOST
+from ..files.table import Inode
+from ..guests.guest import BY_HAND, MARKS_LIMIT, Guest, Observer
+from ..guests.mount import ReplayGuest
+from ..linux import syscalls
+from .restore_inodes import RestoredTable, check_name
+from .take import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
 
 if TYPE_CHECKING:
-    from .export.export import Export
+    from ..export.export import Export
 
 WAIT_FOR = 60.0
 """Seconds that an observer's interest and events wait for it to come back."""

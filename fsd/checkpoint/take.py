@@ -1,6 +1,6 @@
 """What is kept of an export for the server that comes after this one: taken here, as plain rows.
 
-Apart from fsd.restoring and fsd.resuming, which trust none of it, and from fsd.image, which writes
+Apart from fsd.checkpoint.restore_inodes and fsd.checkpoint.restore, which trust none of it, and from fsd.checkpoint.image, which writes
 it down. An inode is named by its nodeid.
 """
 
@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from protocol import frames
 from protocol.frames import FSD_DIR
 
-from .events.event import Event
-from .events.listings import CLOCK_LAG_NS, Known, Listing
-from .events.sharedwatches import SharedWatches
-from .events.watcher import HostWatcher
-from .files.table import Identity, Inode, InodeTable
-from .guests.guest import Guest, HandMarks, Observer
-from .guests.mount import ReplayGuest
-from .linux import syscalls
+from ..events.event import Event
+from ..events.listings import CLOCK_LAG_NS, Known, Listing
+from ..events.sharedwatches import SharedWatches
+from ..events.watcher import HostWatcher
+from ..files.table import Identity, Inode, InodeTable
+from ..guests.guest import Guest, HandMarks, Observer
+from ..guests.mount import ReplayGuest
+from ..linux import syscalls
 
 if TYPE_CHECKING:
-    from .export.export import Export
+    from ..export.export import Export
 
 GONE = -1
 """Device of what is no object of the host any more."""

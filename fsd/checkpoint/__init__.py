@@ -1,0 +1,1 @@
+"""What outlives a server: taken, written, verified, put in place again."""
