@@ -31,9 +31,9 @@ from .guests.mount import ReplayGuest
 from .linux import syscalls
 from .mount_agent import AgentError, AgentProcess
 from .process.scheduling import shorten_turns, spare_collections
-from .transports.fuse import FuseDoor
+from .transports.devfuse import RawFuseDoor
+from .transports.libfuse import FuseDoor
 from .transports.pump import Pump
-from .transports.rawfuse import RawFuseDoor
 from .transports.snapshots import Snapshots
 from .transports.socket import SocketDoor
 from .transports.spin import SpinBeforeSleep

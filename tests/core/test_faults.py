@@ -18,7 +18,7 @@ import structlog
 
 from fsd.export.channel import Session
 from fsd.fuse.operations import Service
-from fsd.transports.fuse import FuseDoor
+from fsd.transports.libfuse import FuseDoor
 from protocol import frames
 from protocol.frames import CONTROL, FSD_DIR, SESSION
 from protocol.masks import Mask
