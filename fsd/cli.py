@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from . import deadmount
-from .mount import Mounted, Options, StartError, check, mend, reductions
 from .process import systemd
 from .process.daemon import Daemon
 from .process.logs import log_to_stderr
+from .servers import deadmount
+from .servers.mount import Mounted, Options, StartError, check, mend, reductions
 from .status import render
 from .virtiofsd_cli import virtiofs
 

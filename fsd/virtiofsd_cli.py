@@ -21,9 +21,9 @@ from .process import sandbox, systemd
 from .process.keeper import KEEPER, Keeper
 from .process.logs import log_to_stderr, log_to_syslog
 from .process.seccomp import ACTIONS
+from .servers.virtiofs import Options, StartError, listener_name, run
 from .transports.polling import WINDOW
 from .virtio.device import TAG_LENGTH
-from .virtiofsd import Options, StartError, listener_name, run
 
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 """--print-capabilities: docs/interop/vhost-user.json of QEMU, and what libvirt asks for. There is

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import trio
 
-from fsd import mount_agent
-from fsd.mount_agent import AgentError, AgentProcess
+from fsd.servers import agent as agent_process
+from fsd.servers.agent import AgentError, AgentProcess
 from guest_tools import descriptors
 from tests.cli.support import GUEST, line_of
 from tests.mount.observing import Watcher, the_mount, watching
@@ -321,7 +321,7 @@ def test_an_agent_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Monk
         return await real([sys.executable, "-c", script], **options)
 
     monkeypatch.setattr(trio.lowlevel, "open_process", open_process)
-    monkeypatch.setattr(mount_agent, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(agent_process, "FIRST_PAUSE", 0.01)
     trio.run(AgentProcess("/nowhere", lambda: None).run, lambda: None)
     assert len(tries) == 4
 

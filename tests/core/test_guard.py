@@ -18,10 +18,10 @@ import trio
 from fsd.checkpoint.file import StateFile
 from fsd.checkpoint.saver import Saver
 from fsd.linux import openers
+from fsd.servers.autosave import Snapshots
+from fsd.servers.pump import Pump
 from fsd.transports import tasks
 from fsd.transports.loop import TrioLoop
-from fsd.transports.pump import Pump
-from fsd.transports.snapshots import Snapshots
 from fsd.transports.socket import SocketDoor
 from fsd.work import windows
 from protocol import frames

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fsd.checkpoint.file import state_path
-from fsd.transports import snapshots
+from fsd.servers import autosave
 from tests.support.mounts import Mount, command, mounted, mounts_at, wait_until
 
 NO_AGENT = "--no-agent"
@@ -127,9 +127,9 @@ def test_at_rest_nothing_is_written(place: Place, tmp_path: Path, watching: list
         watching.append(Watching(place, tmp_path / "out"))
         (place.source / "x").touch()
         wait_until(place.image.exists, 20)
-        time.sleep(1.2 * snapshots.EVERY)
+        time.sleep(1.2 * autosave.EVERY)
         written = place.image.stat().st_mtime_ns
-        time.sleep(1.2 * snapshots.EVERY)
+        time.sleep(1.2 * autosave.EVERY)
         assert place.image.stat().st_mtime_ns == written
 
 
@@ -138,7 +138,7 @@ def test_nobody_to_come_back_to_nothing_is_written(place: Place) -> None:
         for number in range(10):
             (place.source / str(number)).touch()
             (place.mountpoint / str(number)).stat()
-        time.sleep(1.5 * snapshots.EVERY)
+        time.sleep(1.5 * autosave.EVERY)
         assert not place.image.exists()
     assert place.image.exists()  # a clean stop keeps the nodes
 

@@ -21,7 +21,7 @@ from typing import Any
 from fsd.export.export import Export
 from fsd.linux import syscalls
 from fsd.process import sandbox
-from fsd.virtiofsd import Options, enter
+from fsd.servers.virtiofs import Options, enter
 from protocol import frames, masks
 from protocol.masks import Mask
 

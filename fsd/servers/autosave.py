@@ -6,7 +6,7 @@ import structlog
 import trio
 
 from ..checkpoint.saver import Saver
-from .tasks import forever
+from ..transports.tasks import forever
 
 log = structlog.get_logger()
 EVERY = 2.0

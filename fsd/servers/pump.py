@@ -7,7 +7,7 @@ import time
 import trio
 
 from ..export.export import Export
-from .tasks import forever
+from ..transports.tasks import forever
 
 READ = 1 << 15
 """Bytes of events read before some are processed: 1,000 to 2,000 of them, some 5 ms."""

@@ -20,27 +20,27 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from .checkpoint.saver import Saver
-from .export import watchlimit
-from .export.export import Export
-from .files.slowcalls import THREADS
-from .fuse.session import SessionOptions
-from .guests.mount import ReplayGuest
-from .linux import syscalls
-from .linux.descriptors import share
-from .machines import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
-from .process import sandbox
-from .process.sandbox import NEEDED
-from .process.scheduling import spare_collections
-from .process.seccomp import Filter
-from .process.socketfile import SocketFile
-from .process.systemd import Manager, Store
-from .transports.polling import WINDOW
-from .transports.pump import Pump
-from .transports.snapshots import Snapshots
-from .transports.tasks import end_in_time
-from .transports.virtiofs import GuestDoor, from_fd, listen, store_name
-from .work.guard import Guard
+from ..checkpoint.saver import Saver
+from ..export import watchlimit
+from ..export.export import Export
+from ..files.slowcalls import THREADS
+from ..fuse.session import SessionOptions
+from ..guests.mount import ReplayGuest
+from ..linux import syscalls
+from ..linux.descriptors import share
+from ..process import sandbox
+from ..process.sandbox import NEEDED
+from ..process.scheduling import spare_collections
+from ..process.seccomp import Filter
+from ..process.socketfile import SocketFile
+from ..process.systemd import Manager, Store
+from ..transports.polling import WINDOW
+from ..transports.tasks import end_in_time
+from ..transports.virtiofs import GuestDoor, from_fd, listen, store_name
+from ..work.guard import Guard
+from .autosave import Snapshots
+from .pump import Pump
+from .takeover import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 
 log = structlog.get_logger()
 FILES = 1_000_000

@@ -18,16 +18,16 @@ from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 from protocol.masks import EVENTS
 
-from .checkpoint import image, take
-from .checkpoint.restore import Resumption
-from .checkpoint.saver import Saver
-from .checkpoint.take import GuestKind, SavedExport, SavedGuest, SavedInode, SavedName, SavedTable
-from .export.export import Export
-from .files.table import ROOT_ID, Inode
-from .fuse.record import KeptSession
-from .process.journal import Journal, JournalError
-from .process.systemd import Store
-from .transports.virtiofs import GuestDoor
+from ..checkpoint import image, take
+from ..checkpoint.restore import Resumption
+from ..checkpoint.saver import Saver
+from ..checkpoint.take import GuestKind, SavedExport, SavedGuest, SavedInode, SavedName, SavedTable
+from ..export.export import Export
+from ..files.table import ROOT_ID, Inode
+from ..fuse.record import KeptSession
+from ..process.journal import Journal, JournalError
+from ..process.systemd import Store
+from ..transports.virtiofs import GuestDoor
 
 log = structlog.get_logger()
 _IMAGE, _IS_LAST, _NAME = 1, 2, 3

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .linux import syscalls
+from ..linux import syscalls
 
 TYPE = "fuse.fsd"
 _UNMOUNT_TIMEOUT = 10.0

@@ -21,24 +21,24 @@ import trio
 
 from protocol.frames import FSD_NAME
 
+from ..checkpoint.file import StateFile, state_directory, state_path
+from ..checkpoint.saver import Saver, open_export
+from ..export.export import Export
+from ..fuse.operations import Service
+from ..fuse.session import SessionOptions
+from ..guests.mount import ReplayGuest
+from ..linux import syscalls
+from ..process.scheduling import shorten_turns, spare_collections
+from ..transports.devfuse import RawFuseDoor
+from ..transports.libfuse import FuseDoor
+from ..transports.socket import SocketDoor
+from ..transports.spin import SpinBeforeSleep
+from ..transports.tasks import end_in_time
+from ..work.guard import Guard
 from . import deadmount
-from .checkpoint.file import StateFile, state_directory, state_path
-from .checkpoint.saver import Saver, open_export
-from .export.export import Export
-from .fuse.operations import Service
-from .fuse.session import SessionOptions
-from .guests.mount import ReplayGuest
-from .linux import syscalls
-from .mount_agent import AgentError, AgentProcess
-from .process.scheduling import shorten_turns, spare_collections
-from .transports.devfuse import RawFuseDoor
-from .transports.libfuse import FuseDoor
-from .transports.pump import Pump
-from .transports.snapshots import Snapshots
-from .transports.socket import SocketDoor
-from .transports.spin import SpinBeforeSleep
-from .transports.tasks import end_in_time
-from .work.guard import Guard
+from .agent import AgentError, AgentProcess
+from .autosave import Snapshots
+from .pump import Pump
 
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to come up, on a busy machine."""
