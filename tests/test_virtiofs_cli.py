@@ -19,8 +19,8 @@ from pathlib import Path
 import click
 import pytest
 
+from fsd.cli.virtiofs import _FLAGS, _REFUSED, virtiofs
 from fsd.transports.polling import PROCESSORS
-from fsd.virtiofsd_cli import _FLAGS, _REFUSED, virtiofs
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 from protocol.vhostuser import Config, Protocol, Type

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from fsd import virtiofsd_cli
+from fsd.cli import virtiofs
 from fsd.export.arming import Arming
 from fsd.linux import syscalls
 
@@ -35,7 +35,7 @@ def main() -> None:
 
     Arming.expire = expire_once  # type: ignore[method-assign]
     sys.addaudithook(hook)
-    virtiofsd_cli.main()
+    virtiofs.main()
 
 
 if __name__ == "__main__":

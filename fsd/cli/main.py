@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
-from .process import systemd
-from .process.daemon import Daemon
-from .process.logs import log_to_stderr
-from .servers import deadmount
-from .servers.mount import Mounted, Options, StartError, check, mend, reductions
+from ..process import systemd
+from ..process.daemon import Daemon
+from ..process.logs import log_to_stderr
+from ..servers import deadmount
+from ..servers.mount import Mounted, Options, StartError, check, mend, reductions
 from .status import render
-from .virtiofsd_cli import virtiofs
+from .virtiofs import virtiofs
 
 _POSITIVE = click.IntRange(1, 2**31 - 1)  # what the kernel takes
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import click
 
-from .fuse.nodes import CACHE_MODES, Caching
-from .fuse.session import SessionOptions
-from .process import sandbox, systemd
-from .process.keeper import KEEPER, Keeper
-from .process.logs import log_to_stderr, log_to_syslog
-from .process.seccomp import ACTIONS
-from .servers.virtiofs import Options, StartError, listener_name, run
-from .transports.polling import WINDOW
-from .virtio.device import TAG_LENGTH
+from ..fuse.nodes import CACHE_MODES, Caching
+from ..fuse.session import SessionOptions
+from ..process import sandbox, systemd
+from ..process.keeper import KEEPER, Keeper
+from ..process.logs import log_to_stderr, log_to_syslog
+from ..process.seccomp import ACTIONS
+from ..servers.virtiofs import Options, StartError, listener_name, run
+from ..transports.polling import WINDOW
+from ..virtio.device import TAG_LENGTH
 
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 """--print-capabilities: docs/interop/vhost-user.json of QEMU, and what libvirt asks for. There is
@@ -86,7 +86,7 @@ _COMPAT_VALUES: dict[str, tuple[str, dict[str, str] | None]] = {
 
 def main() -> None:
     """Entry point of `fsd-virtiofsd`."""
-    from .cli import run as run_command
+    from .main import run as run_command
 
     run_command(virtiofs)
 
