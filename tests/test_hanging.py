@@ -135,8 +135,8 @@ def test_the_mount_seen_through_itself(tmp_path: Path) -> None:
 HANGS = {
     "the thread of requests": """
 import os, sys
-from fsd import slowcalls
-from fsd.slowcalls import Outcome, SlowCall, Work
+from fsd.files import slowcalls
+from fsd.files.slowcalls import Outcome, SlowCall, Work
 from fsd.transports import tasks
 import threading
 tasks.END = 0.2
@@ -150,7 +150,7 @@ wait()
 """,
     "the process inside": """
 import os
-from fsd import sandbox
+from fsd.process import sandbox
 sandbox._END = 0.2
 sys_exit = sandbox.supervise(lambda fd: os.read(os.pipe()[0], 1) and 0, lambda: None)
 """,

@@ -89,7 +89,7 @@ def test_protobuf_is_imported_when_it_is_needed() -> None:
     ("path", "source", "allowed"),
     [
         ("protocol/x.py", "import struct\nfrom protocol import y\nfrom . import z", True),
-        ("protocol/x.py", "import fsd.export.export", False),
+        ("protocol/x.py", "import fsd.export", False),
         ("protocol/x.py", "from trio import run", False),
         ("guest_tools/x.py", "import os.path, protocol.frames\nfrom guest_tools import y", True),
         ("guest_tools/x.py", "from fsd import export", False),

@@ -1,7 +1,7 @@
 """Which of the events that stand ahead one system call has made. Pure: the resolver reads the
 queue, waits, and says what follows.
 
-Events are looked for in the order in which one system call queues them (see fsd/events/resolver.py), among
+Events are looked for in the order in which one system call queues them (see ``resolver``), among
 those of others that may stand between (windows.TWIN_WINDOW).
 """
 

@@ -147,7 +147,7 @@ def _hidden_directory(nodeid: int, name: bytes) -> Inode:
 
 
 def _matches(found: Identity, known: Identity) -> bool:
-    """Whether an object is that one, whose mount may have had another number (fsd.checkpoint.restore_inodes)."""
+    """Whether an object is that one, whose mount may have had another number before a restart."""
     return found[:3] == known[:3] and known[3] in (0, found[3])
 
 
@@ -447,8 +447,7 @@ class InodeTable:
         return inode
 
     def adopt(self, nodeid: int, generation: int, identity: Identity, kind: int) -> Inode:
-        """An inode as another run of the server knew it (fsd.checkpoint.restore_inodes). It has no place and no
-        reference yet. Raises ValueError where its nodeid or its object is another's.
+        """An inode as another run of the server knew it. It has no place and no reference yet. Raises ValueError where its nodeid or its object is another's.
         """
         if nodeid in self._by_node or not ROOT_ID < nodeid < FSD_DIR:
             raise ValueError(f"nodeid {nodeid} is taken")

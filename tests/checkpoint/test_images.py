@@ -339,7 +339,7 @@ def test_the_same_in_pure_python() -> None:
 # The messages
 
 
-@pytest.mark.parametrize("name", ["guest_tools/watcher", "fsd/server"])
+@pytest.mark.parametrize("name", ["guest_tools/watcher", "fsd/checkpoint/server"])
 def test_the_generated_code_is_of_the_definitions(name: str) -> None:
     """What script/proto would make today is what is there."""
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """System calls that fail: a table of all that the server's core makes, and an injector for each.
 
-The table is read from the source: every function of fsd.linux.syscalls, and every call of os, fcntl, select
-or open in the modules that the Service and the Export are made of.
+The table is read from the source: every function of fsd.linux.syscalls, and every call of os, fcntl,
+select or open in the modules that the Service and the Export are made of.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import pyinotify
 import fsd
 from fsd.linux import syscalls
 
-ROOTS = ("export", "service")
+ROOTS = ("export.export", "fuse.operations")
 PURE = {
     "os.fsencode", "os.fsdecode", "os.strerror", "os.major", "os.minor", "os.getpid", "os.geteuid",
     "os.makedev", "os.getegid", "os.uname", "os.sched_yield", "os.path", "os.umask",
     "os.getgroups", "os.stat_result", "os.statvfs_result", "os.DirEntry", "os.fspath",
     "os.set_blocking", "os.set_inheritable", "select.poll",
-    "host.is_gone", "host.fd_path", "host.fdinfo_path", "host.mountinfo_path",
-    "host.use_working_directory_as_process", "host.sees_processes",
+    "syscalls.is_gone", "syscalls.fd_path", "syscalls.fdinfo_path", "syscalls.mountinfo_path",
+    "syscalls.use_working_directory_as_process", "syscalls.sees_processes",
 }  # fmt: skip
 """Names in the table's sources that make no system call, or one that cannot fail."""
 LEFT_OUT = {
     "os.close": "close(2) gives the descriptor back whatever it answers",
 }
-_MODULES = {"os": os, "fcntl": fcntl, "select": select, "host": syscalls}
+_MODULES = {"os": os, "fcntl": fcntl, "select": select, "syscalls": syscalls}
 
 
 class Call(NamedTuple):
@@ -48,10 +48,14 @@ class Call(NamedTuple):
     label: str
 
 
-def _imports(path: Path) -> Iterator[str]:
+def _imports(name: str, path: Path) -> Iterator[str]:
+    package = name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            yield from [node.module] if node.module else [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            module = ".".join(filter(None, base))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def modules() -> dict[str, Path]:
@@ -61,10 +65,10 @@ def modules() -> dict[str, Path]:
     todo = [*ROOTS]
     while todo:
         name = todo.pop()
-        path = top / f"{name}.py"
+        path = top / f"{name.replace('.', '/')}.py"
         if name not in found and path.exists() and not name.endswith("_pb2"):
             found[name] = path
-            todo += _imports(path)
+            todo += _imports(name, path)
     return found
 
 
@@ -86,7 +90,7 @@ def table() -> list[Call]:
     """All of them."""
     labels = {label for path in modules().values() for label in _called(path)}
     labels |= {
-        f"host.{name}"
+        f"syscalls.{name}"
         for name, member in inspect.getmembers(syscalls, inspect.isfunction)
         if member.__module__ == syscalls.__name__ and not name.startswith("_")
     }

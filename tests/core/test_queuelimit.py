@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can set the
 
 HOLD = """
 import sys
-from fsd.queuelimit import limited_to
+from fsd.linux.queuelimit import limited_to
 with limited_to(int(sys.argv[1])):
     print("set", flush=True)
     sys.stdin.readline()

@@ -208,7 +208,7 @@ OTHER_MACHINE = """
 import os, sys
 name = os.uname()
 os.uname = lambda: os.uname_result((*name[:4], "sparc64"))
-from fsd.cli import main
+from fsd.cli.main import main
 main()
 """
 

@@ -1,4 +1,4 @@
-"""docs/decisions/windows.md beside fsd/work/windows.py: each constant has its row, with its value."""
+"""Each constant of fsd/work/windows.py has its row in docs/decisions/windows.md, with its value."""
 
 from __future__ import annotations
 

@@ -312,9 +312,7 @@ def injected(tmp_path: Path, code: str) -> Iterator[None]:
 def test_a_full_outbox_while_the_agent_is_stopped(
     tmp_path: Path, make_share: Callable[..., Mount]
 ) -> None:
-    limit = (
-        "import fsd.export.export\nfsd.export.Export.__init__.__kwdefaults__['outbox_limit'] = 50"
-    )
+    limit = "import fsd.export.export\nfsd.export.export.Export.__init__.__kwdefaults__['outbox_limit'] = 50"
     with injected(tmp_path, limit):
         share = make_share()
     (share.source / "old").mkdir()
@@ -353,7 +351,7 @@ def test_a_full_outbox_while_the_agent_is_stopped(
 
 FAULTS = """
 import os
-from fsd.service import Service
+from fsd.fuse.operations import Service
 TRIGGER = {trigger!r}
 def broken(name, real):
     def method(self, *args, **keywords):

@@ -23,8 +23,8 @@ from .test_device import M, Machine
 
 KEEP = """
 import sys
-from fsd.keeper import Keeper
-from fsd.logs import log_to_stderr
+from fsd.process.keeper import Keeper
+from fsd.process.logs import log_to_stderr
 log_to_stderr("info")
 command = [sys.executable, "-m", "tests.support.kept_echo", sys.argv[1]]
 sys.exit(Keeper(command, [], {"kept-listen": sys.argv[1]}).run())
