@@ -1,7 +1,7 @@
 """What is kept of an export for the server that comes after this one: taken here, as plain rows.
 
-Kept apart from ``restore_inodes`` and ``restore``, which trust none of it, and from ``image``, which
-writes it down. An inode is named by its nodeid.
+Kept apart from ``restore_inodes`` and ``restore``, which trust none of it, and from ``image``,
+which writes it down. An inode is named by its nodeid.
 """
 
 from __future__ import annotations

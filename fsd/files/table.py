@@ -447,7 +447,8 @@ class InodeTable:
         return inode
 
     def adopt(self, nodeid: int, generation: int, identity: Identity, kind: int) -> Inode:
-        """An inode as another run of the server knew it. It has no place and no reference yet. Raises ValueError where its nodeid or its object is another's.
+        """An inode as another run of the server knew it. It has no place and no reference yet.
+        Raises ValueError where its nodeid or its object is another's.
         """
         if nodeid in self._by_node or not ROOT_ID < nodeid < FSD_DIR:
             raise ValueError(f"nodeid {nodeid} is taken")

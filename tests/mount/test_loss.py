@@ -312,7 +312,9 @@ def injected(tmp_path: Path, code: str) -> Iterator[None]:
 def test_a_full_outbox_while_the_agent_is_stopped(
     tmp_path: Path, make_share: Callable[..., Mount]
 ) -> None:
-    limit = "import fsd.export.export\nfsd.export.export.Export.__init__.__kwdefaults__['outbox_limit'] = 50"
+    limit = (
+        "from fsd.export.export import Export\nExport.__init__.__kwdefaults__['outbox_limit'] = 50"
+    )
     with injected(tmp_path, limit):
         share = make_share()
     (share.source / "old").mkdir()
