@@ -1,4 +1,4 @@
-"""A server's image: what fsd.checkpoint.take takes, as bytes in the envelope of protocol.images.
+"""A server's image: the rows of ``take``, as bytes in the envelope of protocol.images.
 
 Apart because only this module knows protobuf. The layout of the body is fsd/server.proto.
 """

@@ -8,7 +8,6 @@ no server ran.
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from ..events.listings import Known, Missed
 from ..events.resolver import listing
 from ..events.watcher import HOST
 from ..files.table import Inode
-from ..guests.guest import BY_HAND, MARKS_LIMIT, Guest, Observer
+from ..guests.guest import BY_HAND, MARKS_LIMIT, TOKEN_SIZE, Guest, Observer
 from ..guests.mount import ReplayGuest
 from ..linux import syscalls
 from .restore_inodes import RestoredTable, check_name
@@ -35,12 +34,6 @@ if TYPE_CHECKING:
 WAIT_FOR = 60.0
 """Seconds that an observer's interest and events wait for it to come back."""
 _WD_LIMIT = 1 << 31
-_TOKEN_SIZE = 16
-
-
-def new_token() -> bytes:
-    """What an observer shows when it comes back; not to be guessed."""
-    return secrets.token_bytes(_TOKEN_SIZE)
 
 
 @cache
@@ -96,7 +89,7 @@ class Resumption:
         return saved.nodes
 
     def _observer(self, saved: SavedGuest) -> Observer:
-        if len(saved.token) != _TOKEN_SIZE or saved.token in self._export.waiting:
+        if len(saved.token) != TOKEN_SIZE or saved.token in self._export.waiting:
             raise ImageError("a guest that nobody could be")
         guest = self._export.add_observer(saved.name)
         guest.token = saved.token

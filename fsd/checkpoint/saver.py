@@ -22,8 +22,9 @@ from protocol.images import ImageError
 
 from ..export.export import Export
 from ..guests.guest import Guest, HandMarks, Observer
-from . import image, take
+from . import image
 from .restore import Resumption
+from .take import SavedExport, take
 
 log = structlog.get_logger()
 
@@ -93,9 +94,7 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(
-    state: State, complain: Callable[[str], None], *, expected: bool
-) -> take.SavedExport | None:
+def _read(state: State, complain: Callable[[str], None], *, expected: bool) -> SavedExport | None:
     try:
         data = state.read()
         if data is None and expected:
@@ -114,7 +113,7 @@ def _refused(state: State, error: Exception) -> str:
 
 @dataclass
 class Saver:
-    """Saves one export. ``mounts`` says what mounts that go on hold (fsd.checkpoint.take.take)."""
+    """Saves one export. ``mounts`` says what mounts that go on hold (``take``)."""
 
     export: Export
     state: State
@@ -134,7 +133,7 @@ class Saver:
     def take(self) -> Callable[[], int]:
         """The state as of now, and a function that writes it, also in another thread."""
         with _without_collection():
-            saved = take.take(self.export, self.mounts())
+            saved = take(self.export, self.mounts())
         self.export.is_changed = False
         self._taken = number = self._taken + 1
 

@@ -14,7 +14,7 @@ from protocol.inotify import RawEvent
 from protocol.masks import STRUCTURE, Mask
 
 from ..files.table import Inode, is_below
-from ..work import windows
+from ..pacing import windows
 from .watcher import Arrival
 
 _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_SELF)

@@ -18,7 +18,7 @@ from protocol.masks import Mask
 
 from ..files.table import Inode
 from ..linux import syscalls
-from ..work.chores import Job, finish
+from ..pacing.chores import Job, finish
 from .event import RENAME, Event
 from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
 from .watcher import HOST

@@ -29,7 +29,7 @@ from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 from ..files.passthrough import PassthroughFS
 from ..files.table import Inode
 from ..linux import syscalls
-from ..work import windows
+from ..pacing import windows
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
 from .event import RENAME, Event
 from .listings import Known, Listing, of_inode

@@ -27,8 +27,8 @@ from ..files.passthrough import Entry
 from ..files.table import Inode
 from ..guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
 from ..guests.mount import ReplayGuest
-from ..work import windows
-from ..work.chores import Job, Pause, finish
+from ..pacing import windows
+from ..pacing.chores import Job, Pause, finish
 from .lookups import Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks

@@ -20,11 +20,10 @@ from protocol.frames import Role
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS
 
-from ..checkpoint.restore import new_token
 from ..files.table import Inode
-from ..guests.guest import MARKS_LIMIT, Guest, HandMarks, Observer
+from ..guests.guest import MARKS_LIMIT, Guest, HandMarks, Observer, new_token
 from ..guests.mount import ReplayGuest
-from ..work.chores import Job, Pause, begin
+from ..pacing.chores import Job, Pause, begin
 from .export import Export
 from .stats import snapshot
 

@@ -46,9 +46,9 @@ from ..guests.mount import ReplayGuest
 from ..linux import syscalls
 from ..linux.descriptors import share
 from ..linux.openers import File, Openers
-from ..work import windows
-from ..work.chores import TURN, Chores, Job, Pause, begin, finish
-from ..work.guard import PAUSE, Guard
+from ..pacing import windows
+from ..pacing.chores import TURN, Chores, Job, Pause, begin, finish
+from ..pacing.guard import PAUSE, Guard
 from .arming import Arming
 from .interest import Interest
 from .watchlimit import default_limit, has_part

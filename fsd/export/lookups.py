@@ -14,7 +14,7 @@ from ..events.event import Event
 from ..files.table import Inode
 from ..guests.ledger import Ways
 from ..guests.mount import ReplayGuest
-from ..work import windows
+from ..pacing import windows
 from .seen import Seen
 
 

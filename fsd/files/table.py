@@ -28,7 +28,7 @@ from protocol.handles import NodeKey
 
 from ..linux import syscalls
 from ..linux.mounts import Mounts
-from ..work import windows
+from ..pacing import windows
 from .forgotten import Forgotten, ForgottenObjects
 from .othernames import OtherNames
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from ..work.guard import Guard
+from ..pacing.guard import Guard
 
 AT_ONCE = 2000
 """Steps that are done at once, some 20 ms: all that most guests have."""

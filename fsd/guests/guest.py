@@ -7,6 +7,7 @@ name, and told as a difference once the outbox has room (DESIGN 4.5).
 from __future__ import annotations
 
 import itertools
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .ledger import Ways
 
 log = structlog.get_logger()
+TOKEN_SIZE = 16
+"""Bytes of what an observer shows when it comes back."""
 OUTBOX_LIMIT = 262_144
 """Events queued for one guest: bursts that a native watcher with a raised max_queued_events
 survives; some 100 MB at worst."""
@@ -53,6 +56,11 @@ _numbers = itertools.count(1)
 _LOST = frames.Event(0, 0, int(Mask.Q_OVERFLOW), 0, b"")
 FIRST, SECOND = 1, 2
 """Which half of a rename a guest asked for: what happened at the old, at the new place."""
+
+
+def new_token() -> bytes:
+    """What an observer shows when it comes back; not to be guessed."""
+    return secrets.token_bytes(TOKEN_SIZE)
 
 
 class Account:

@@ -26,8 +26,8 @@ from ..files.passthrough import PassthroughFS
 from ..files.table import Inode
 from ..linux.openers import File, Openers
 from ..linux.syscalls import RENAME_EXCHANGE
-from ..work import windows
-from ..work.guard import Guard
+from ..pacing import windows
+from ..pacing.guard import Guard
 from .guest import Guest
 from .history import History
 from .ledger import Ledger, Step, Task, Way, Ways

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import NamedTuple
 
-from ..work import windows
+from ..pacing import windows
 
 OPENS_LIMIT = 16
 """Opens that one merged OPEN can stand for."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
-from ..work.guard import Guard
+from ..pacing.guard import Guard
 from . import syscalls
 
 SCAN_EVERY = 0.05

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from ..work.ratelimit import RateLimit
+from ..pacing.ratelimit import RateLimit
 
 _PROCESSORS: list[Any] = [
     RateLimit(),  # first: what is left out costs next to nothing

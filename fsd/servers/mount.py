@@ -28,13 +28,13 @@ from ..fuse.operations import Service
 from ..fuse.session import SessionOptions
 from ..guests.mount import ReplayGuest
 from ..linux import syscalls
+from ..pacing.guard import Guard
 from ..process.scheduling import shorten_turns, spare_collections
 from ..transports.devfuse import RawFuseDoor
 from ..transports.libfuse import FuseDoor
 from ..transports.socket import SocketDoor
 from ..transports.spin import SpinBeforeSleep
 from ..transports.tasks import end_in_time
-from ..work.guard import Guard
 from . import deadmount
 from .agent import AgentError, AgentProcess
 from .autosave import Snapshots

@@ -18,10 +18,18 @@ from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 from protocol.masks import EVENTS
 
-from ..checkpoint import image, take
+from ..checkpoint import image
 from ..checkpoint.restore import Resumption
 from ..checkpoint.saver import Saver
-from ..checkpoint.take import GuestKind, SavedExport, SavedGuest, SavedInode, SavedName, SavedTable
+from ..checkpoint.take import (
+    GuestKind,
+    SavedExport,
+    SavedGuest,
+    SavedInode,
+    SavedName,
+    SavedTable,
+    identity_of,
+)
 from ..export.export import Export
 from ..files.table import ROOT_ID, Inode
 from ..fuse.record import KeptSession
@@ -181,7 +189,7 @@ def _states(
     if saved is not None:
         yield _merged(saved, kept, is_last=is_last)
     export = make()
-    alone = take.identity_of(export)
+    alone = identity_of(export)
     export.close()
     alone.saved_ns = saved.saved_ns if saved is not None else 0
     yield _merged(alone, kept, is_last=False)

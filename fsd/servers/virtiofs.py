@@ -28,6 +28,7 @@ from ..fuse.session import SessionOptions
 from ..guests.mount import ReplayGuest
 from ..linux import syscalls
 from ..linux.descriptors import share
+from ..pacing.guard import Guard
 from ..process import sandbox
 from ..process.sandbox import NEEDED
 from ..process.scheduling import spare_collections
@@ -37,7 +38,6 @@ from ..process.systemd import Manager, Store
 from ..transports.polling import WINDOW
 from ..transports.tasks import end_in_time
 from ..transports.virtiofs import GuestDoor, from_fd, listen, store_name
-from ..work.guard import Guard
 from .autosave import Snapshots
 from .pump import Pump
 from .takeover import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export

@@ -19,7 +19,7 @@ import trio
 from ..fuse.operations import Service
 from ..fuse.request import MAX_WRITE
 from ..fuse.session import FuseSession, SessionOptions
-from ..work.guard import PAUSE, Guard
+from ..pacing.guard import PAUSE, Guard
 from .loop import TrioLoop
 
 log = structlog.get_logger()

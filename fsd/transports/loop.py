@@ -8,7 +8,7 @@ from functools import partial
 import trio
 
 from ..files.slowcalls import THREADS, Outcome
-from ..work.guard import Guard
+from ..pacing.guard import Guard
 
 
 class TrioLoop:

@@ -17,8 +17,8 @@ from protocol.frames import ProtocolError
 
 from ..export.channel import Session
 from ..export.export import Export
+from ..pacing.guard import Guard
 from ..process.socketfile import SocketFile
-from ..work.guard import Guard
 from .tasks import accept, forever
 
 log = structlog.get_logger()

@@ -1,4 +1,4 @@
-"""Tasks that last as long as the server: a fault in one step never ends them (fsd.work.guard)."""
+"""Tasks that last as long as the server: a fault in one step never ends them (fsd.pacing.guard)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from ..files.slowcalls import END, running
-from ..work.guard import PAUSE, Guard
+from ..pacing.guard import PAUSE, Guard
 
 log = structlog.get_logger()
 _REFUSED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)

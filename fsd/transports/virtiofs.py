@@ -30,12 +30,12 @@ from ..fuse.record import KeptSession
 from ..fuse.session import FuseSession, SessionOptions
 from ..guests.guest import Guest
 from ..linux import syscalls
+from ..pacing.guard import Guard
 from ..process.systemd import Store
 from ..virtio.conversation import Conversation
 from ..virtio.device import Device, DeviceError, Left, Session
 from ..virtio.eventfds import Reader, is_eventfd
 from ..virtio.mapping import is_memory
-from ..work.guard import Guard
 from .loop import TrioLoop
 from .polling import WINDOW, BusyPolling
 from .socket import unlink_stale

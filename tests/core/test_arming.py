@@ -239,7 +239,7 @@ def test_the_provisional_watch_ends(
     world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody came for it: after its time nothing is watched, and rest costs nothing."""
-    monkeypatch.setattr("fsd.work.windows.KEEP", 0.05)
+    monkeypatch.setattr("fsd.pacing.windows.KEEP", 0.05)
     look_up(world, mount, "d")
     assert len(world.export.watcher) >= 1
     deadline = time.monotonic() + 5
@@ -253,7 +253,7 @@ def test_the_provisional_watch_ends(
 def test_the_provisional_watch_becomes_the_marks(
     world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.work.windows.KEEP", 0.05)
+    monkeypatch.setattr("fsd.pacing.windows.KEEP", 0.05)
     key = look_up(world, mount, "d")
     number = hint(mount)
     node = world.table.find(key)
@@ -382,7 +382,7 @@ def test_no_event_waits_for_long(
     world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The agent does not answer."""
-    monkeypatch.setattr("fsd.work.windows.HOLD", 0.05)
+    monkeypatch.setattr("fsd.pacing.windows.HOLD", 0.05)
     watch_e(world, mount)
     look_up(world, mount, "d")
     hint(mount)

@@ -20,8 +20,8 @@ from fsd.fuse import hidden
 from fsd.guests import guest as guests
 from fsd.guests import mount as mount_guest
 from fsd.linux import openers
-from fsd.work import chores, windows
-from fsd.work.chores import Chores, Job, Pause, begin, finish
+from fsd.pacing import chores, windows
+from fsd.pacing.chores import Chores, Job, Pause, begin, finish
 from protocol import frames
 from protocol.masks import Mask
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fsd.events.calls import AHEAD, Calls, Place, Rename
 from fsd.events.watcher import HOST, Arrival
 from fsd.files.table import Inode
-from fsd.work.windows import TWIN_WINDOW
+from fsd.pacing.windows import TWIN_WINDOW
 from protocol.inotify import RawEvent
 from protocol.masks import Mask
 

@@ -23,7 +23,7 @@ from fsd.export import export as export_module
 from fsd.files.passthrough import Changes
 from fsd.fuse.hostlocks import Lock
 from fsd.guests.guest import Observer
-from fsd.work import windows
+from fsd.pacing import windows
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 

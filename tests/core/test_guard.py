@@ -18,12 +18,12 @@ import trio
 from fsd.checkpoint.file import StateFile
 from fsd.checkpoint.saver import Saver
 from fsd.linux import openers
+from fsd.pacing import windows
 from fsd.servers.autosave import Snapshots
 from fsd.servers.pump import Pump
 from fsd.transports import tasks
 from fsd.transports.loop import TrioLoop
 from fsd.transports.socket import SocketDoor
-from fsd.work import windows
 from protocol import frames
 
 from .support import ALL, STRUCTURE, USER, World

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsd.guests.openings import OPENS_LIMIT, Evidence, Need, Opens, Wait, closes_of, judge
-from fsd.work import windows
+from fsd.pacing import windows
 
 AT = 1000.0
 CLOSING = AT + windows.CLOSE_WAIT

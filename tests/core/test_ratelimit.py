@@ -7,8 +7,8 @@ import io
 import pytest
 import structlog
 
+from fsd.pacing.ratelimit import BURST, KINDS_LIMIT, PERIOD, RateLimit
 from fsd.process import logs
-from fsd.work.ratelimit import BURST, KINDS_LIMIT, PERIOD, RateLimit
 
 from .fuse_guest import GuestKernel
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
-from fsd.work import windows
+from fsd.pacing import windows
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.masks import Mask
 

@@ -1,4 +1,4 @@
-"""Each constant of fsd/work/windows.py has its row in docs/decisions/windows.md, with its value."""
+"""docs/decisions/windows.md has a row for each constant of ``windows``, with its value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.work import windows
+from fsd.pacing import windows
 
 TABLE = Path(__file__).parents[2] / "docs/decisions/windows.md"
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "events": 1}

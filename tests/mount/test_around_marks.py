@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.work.windows import KEEP
+from fsd.pacing.windows import KEEP
 from protocol.inotify import parse_events
 from protocol.masks import Mask, names
 from tests.support.mounts import Mount, mounted

@@ -1,0 +1,2 @@
+"""How the one thread spends its time: long work in parts, waits, rates, and
+guarded steps."""

@@ -1,1 +1,0 @@
-"""How the one thread spends its time: guarded steps, long work in parts, slow calls in threads."""
