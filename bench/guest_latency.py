@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
 
+from harness.guest_node import ENVIRONMENT, NODE, node_guest
+from harness.vm import Guest, GuestProcess
 from protocol.masks import EVENTS
-from tests.support.guest_node import ENVIRONMENT, NODE, node_guest
-from tests.support.vm import Guest, GuestProcess
 
 from . import reader
 from .latency import FILES, PAUSE, TYPICAL, Lane

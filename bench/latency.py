@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.mounts import mounted
 from protocol.masks import EVENTS, Mask
-from tests.support.mounts import mounted
 
 from .polling import POLLERS, poll_latencies
 from .readers import Watching, reading

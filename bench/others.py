@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.debian import source_files
-from tests.support.mounts import mounts_at, wait_until
+from harness.debian import source_files
+from harness.mounts import mounts_at, wait_until
 
 _FILES = ("example/passthrough_ll.c", "example/passthrough_helpers.h")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tests.support.mounts import Mount
+from harness.mounts import Mount
 
 from .usage import Usage
 

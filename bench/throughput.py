@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.mounts import Mount, mounted, wait_until
 from protocol.masks import EVENTS, Mask
-from tests.support.mounts import Mount, mounted, wait_until
 
 from .readers import Seen, reading
 from .report import Report, median, number

@@ -14,9 +14,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
 
-from tests.support import debian
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestProcess, c_virtiofsd, guest
+from harness import debian
+from harness.share_server import shared
+from harness.vm import Guest, GuestProcess, c_virtiofsd, guest
 
 from . import guest_workloads
 from .guest_workloads import WORKLOADS, tree

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.mounts import Mount, mounted, wait_until
 from protocol.masks import EVENTS
-from tests.support.mounts import Mount, mounted, wait_until
 
 from .readers import reading
 from .usage import Usage

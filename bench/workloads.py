@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.mounts import mounted
+from harness.mounts import mounted
 
 from .others import bindfs, passthrough_ll, served_by
 from .report import Report, median, number

@@ -15,7 +15,7 @@ pytest.register_assert_rewrite(
     *(f"tests.mount.{path.stem}" for path in Path(__file__).parent.glob("mount/posix_*.py"))
 )
 
-from tests.support.mounts import Mount, mounted  # noqa: E402
+from harness.mounts import Mount, mounted  # noqa: E402
 
 FUSE = Path("/dev/fuse")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from fsd.files.slowcalls import END
+from harness.fuse_driver import Driver
+from harness.mounts import command, mounted, wait_until
 from protocol import fuse
 from protocol.fuse import Opcode
 
-from .support.fuse_driver import Driver
-from .support.mounts import command, mounted, wait_until
 from .test_sandbox_paths import ask
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and sandboxes")

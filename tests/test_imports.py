@@ -137,6 +137,17 @@ def test_each_package_is_in_the_table() -> None:
     assert [path.name for path in (ROOT / "fsd").glob("*.py")] == ["__init__.py"]
 
 
+@pytest.mark.parametrize("folder", ["bench", "examples", "harness"])
+def test_what_tests_share_with_others_needs_no_test(folder: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in imports(path.read_text(), folder)
+        if name == "tests"
+    ]
+    assert found == []
+
+
 def test_protobuf_is_imported_when_it_is_needed() -> None:
     code = "import sys, guest_tools.cli; print([name for name in sys.modules if 'google' in name])"
     done = subprocess.run(

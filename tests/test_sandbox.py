@@ -1,4 +1,4 @@
-"""The sandbox of `fsd virtiofs`, told by a process in it (tests/support/sandbox_probe.py)."""
+"""The sandbox of `fsd virtiofs`, told by a process in it (harness/sandbox_probe.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from fsd.process.sandbox import CAPABILITIES, NEEDED
-
-from .support.namespace import ROOT, as_user, private, python_of_everybody, run
+from harness.namespace import ROOT, as_user, private, python_of_everybody, run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 FORBIDDEN = ("execute", "fork", "socket", "mount", "unshare", "chroot", "trace")
@@ -24,7 +23,7 @@ FORBIDDEN = ("execute", "fork", "socket", "mount", "unshare", "chroot", "trace")
 
 def command(directory: Path, options: dict[str, Any], *call: str) -> list[str]:
     """A command line that probes the sandbox of a server with these options."""
-    probe = [sys.executable, "-m", "tests.support.sandbox_probe"]
+    probe = [sys.executable, "-m", "harness.sandbox_probe"]
     return [*probe, str(directory), json.dumps(options), *call]
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.fuse_driver import Driver
 from protocol import frames, fuse
 from protocol.fuse import Opcode
 from protocol.masks import EVENTS
-
-from .support.fuse_driver import Driver
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="shares another user's files")
 ROOT = Path(__file__).parent.parent
@@ -39,7 +38,7 @@ def test_no_path_is_opened(tmp_path: Path, options: list[str]) -> None:
     (share / "f").touch()
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.audited_server", report,
+            [sys.executable, "-m", "harness.audited_server", report,
              f"--shared-dir={share}", f"--socket-path={path}", *options],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip

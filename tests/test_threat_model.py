@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.share_server import shared
+from harness.share_server import shared
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/threat-model.md").read_text()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .support.mounts import STOP_TIMEOUT, command, wait_until
-from .support.vhost_frontend import Frontend
-from .support.vm import guest
+from harness.mounts import STOP_TIMEOUT, command, wait_until
+from harness.vhost_frontend import Frontend
+from harness.vm import guest
 
 UNITS = Path(__file__).parents[1] / "examples" / "vm"
 INSTANCES = {

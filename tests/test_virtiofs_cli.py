@@ -21,15 +21,14 @@ import pytest
 
 from fsd.cli.virtiofs import _FLAGS, _REFUSED, virtiofs
 from fsd.transports.polling import PROCESSORS
+from harness.fuse_driver import Driver
+from harness.mounts import STOP_TIMEOUT, await_ready, command, wait_until
+from harness.namespace import as_user, private, python_of_everybody, run
+from harness.share_server import inside
+from harness.vhost_frontend import Frontend
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 from protocol.vhostuser import Config, Protocol, Type
-
-from .support.fuse_driver import Driver
-from .support.mounts import STOP_TIMEOUT, await_ready, command, wait_until
-from .support.namespace import as_user, private, python_of_everybody, run
-from .support.share_server import inside
-from .support.vhost_frontend import Frontend
 
 PLACES = ["--shared-dir=/tmp", "--socket-path=/s"]
 FSD, DAEMON = command("fsd"), command("fsd-virtiofsd")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.support.share_server import shared
-from tests.support.vm import guest
+from harness.share_server import shared
+from harness.vm import guest
 
 PATIENCE = 20.0
 

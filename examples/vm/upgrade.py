@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.guest.agents import start_agent, wait_armed
-from tests.support.mounts import wait_until
-from tests.support.restarts import NAMES, Stop, kept, native_watcher, storm
-from tests.support.vm import guest
+from harness.guest_agents import start_agent, wait_armed
+from harness.mounts import wait_until
+from harness.restarts import NAMES, Stop, kept, native_watcher, storm
+from harness.vm import guest
 
 UPGRADES = 5
 
@@ -36,7 +36,7 @@ def main() -> int:
             folder.mkdir()
             vm.mount("share")
             start_agent(vm)
-            busy = vm.start(["python3", "-m", "tests.support.busy_files", "/mnt/b"], cwd="/suite")
+            busy = vm.start(["python3", "-m", "harness.busy_files", "/mnt/b"], cwd="/suite")
             busy.line(20)
             say("guest# inotifywait -m /mnt/storm, and a program that works on files of the share")
             watcher = vm.start(["inotifywait", "-m", *NAMES, "--format", "%e %f", "/mnt/storm"])

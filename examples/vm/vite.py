@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.support.guest_node import ENVIRONMENT, NODE, node_guest
-from tests.support.vm import GuestError, GuestProcess
+from harness.guest_node import ENVIRONMENT, NODE, node_guest
+from harness.vm import GuestError, GuestProcess
 
 PAGE = {
     "index.html": '<!doctype html>\n<script type="module" src="/main.js"></script>\n',

@@ -22,10 +22,10 @@ import trio
 from fsd.servers import agent as agent_process
 from fsd.servers.agent import AgentError, AgentProcess
 from guest_tools import descriptors
+from harness.forbid import OPENAT2
+from harness.mounts import Mount, wait_until
 from tests.cli.support import GUEST, line_of
 from tests.mount.observing import Watcher, the_mount, watching
-from tests.support.forbid import OPENAT2
-from tests.support.mounts import Mount, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts, which only root can")
@@ -47,7 +47,7 @@ def agent(share: Mount, *before: str | Path) -> Iterator[subprocess.Popen[bytes]
 
 
 def forbidding(number: int, error: int) -> list[str | Path]:
-    return [sys.executable, ROOT / "tests/support/forbid.py", str(number), str(error)]
+    return [sys.executable, ROOT / "harness/forbid.py", str(number), str(error)]
 
 
 def without(*capabilities: str) -> list[str | Path]:

@@ -16,7 +16,7 @@ import pytest
 
 from guest_tools import beneath
 from guest_tools.beneath import open_file, reach
-from tests.support.forbid import OPENAT2, STATX
+from harness.forbid import OPENAT2, STATX
 
 ROOT = Path(__file__).parent.parent.parent
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts, which only root can")
@@ -191,8 +191,8 @@ def test_a_kernel_without_such_calls(tmp_path: Path, error: int) -> None:
     (tmp_path / "a/b/file").touch()
     (tmp_path / "a/link").symlink_to("b")
     command: list[str | Path] = [
-        sys.executable, ROOT / "tests/support/forbid.py", str(OPENAT2), str(error),
-        sys.executable, ROOT / "tests/support/forbid.py", str(STATX), str(error),
+        sys.executable, ROOT / "harness/forbid.py", str(OPENAT2), str(error),
+        sys.executable, ROOT / "harness/forbid.py", str(STATX), str(error),
         sys.executable, "-c", IN_AN_OLD_KERNEL, tmp_path,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -17,7 +17,7 @@ import pytest
 
 from guest_tools.marks import pids
 from guest_tools.scanner import Scanner
-from tests.support.mounts import Mount, wait_until
+from harness.mounts import Mount, wait_until
 
 from .test_looking import Server, nodes, scanning, share
 

@@ -26,9 +26,9 @@ from guest_tools.markcalls import MarkCalls
 from guest_tools.marks import device_of, pids
 from guest_tools.scanner import Scanner
 from guest_tools.watchers import Watchers
+from harness.mounts import Mount, mounted, wait_until
 from protocol import frames
 from protocol.handles import NodeKey
-from tests.support.mounts import Mount, mounted, wait_until
 
 ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EIO)
 WATCH = """

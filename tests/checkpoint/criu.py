@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.support import debian
+from harness import debian
 
 SUITE = "trixie"
 READ = """

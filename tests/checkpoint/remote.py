@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.mounts import command
+from harness.mounts import command
 
 DRIVER = Path(__file__).with_name("driver.py")
 # The system's: ours may be where an ordinary user cannot execute it.

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from guest_tools import images as stored
+from harness.mounts import Mount, wait_until
 from protocol import images
-from tests.support.mounts import Mount, wait_until
 
 from .criu import Criu, criu
 from .remote import PYTHON, guest, shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.support.mounts import Mount, wait_until
+from harness.mounts import Mount, wait_until
 
 from .remote import remote, restored, save, shown
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from guest_tools import restore
+from harness.mounts import command, wait_until
+from harness.namespace import as_user
 from protocol.masks import Mask
-from tests.support.mounts import command, wait_until
-from tests.support.namespace import as_user
 
 from .remote import Remote, guest, remote, restored, save, shown
 

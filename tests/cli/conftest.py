@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import mounts_at
+from harness.mounts import mounts_at
 
 
 @pytest.fixture

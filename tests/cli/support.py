@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.support.mounts import command, mounts_at, wait_until
-from tests.support.namespace import run
+from harness.mounts import command, mounts_at, wait_until
+from harness.namespace import run
 
 FSD, GUEST = command("fsd"), command("fsd-guest")
 

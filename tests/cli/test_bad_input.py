@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.support import FSD, GUEST, background, ended, line_of, refused, world_readable
-from tests.support.mounts import Mount, mounted, mounts_at
-from tests.support.namespace import (
+from harness.mounts import Mount, mounted, mounts_at
+from harness.namespace import (
     UID,
     as_user,
     device_of_everybody,
@@ -19,6 +18,7 @@ from tests.support.namespace import (
     run,
     without_device,
 )
+from tests.cli.support import FSD, GUEST, background, ended, line_of, refused, world_readable
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount, mounted, mounts_at, wait_until
 from tests.cli.support import FSD, background, daemon_of, line_of, status_of
-from tests.support.mounts import Mount, mounted, mounts_at, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import mounted, mounts_at, wait_until
+from harness.namespace import run
 from tests.cli.support import FSD, refused, status_of
-from tests.support.mounts import mounted, mounts_at, wait_until
-from tests.support.namespace import run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
 DOORS = pytest.mark.parametrize("options", [[], ["--raw"]], ids=["libfuse", "raw"])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import mounted, mounts_at, wait_until
+from harness.namespace import run
 from tests.cli.support import FSD, background, ended, line_of, server
-from tests.support.mounts import mounted, mounts_at, wait_until
-from tests.support.namespace import run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

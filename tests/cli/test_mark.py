@@ -6,9 +6,9 @@ import os
 
 import pytest
 
+from harness.mounts import Mount, wait_until
+from harness.namespace import run
 from tests.cli.support import GUEST, mark, refused, status_of
-from tests.support.mounts import Mount, wait_until
-from tests.support.namespace import run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

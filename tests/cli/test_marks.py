@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from harness.mounts import Mount, wait_until
+from harness.namespace import run
 from tests.cli.support import GUEST, background, line_of, status_of
-from tests.support.mounts import Mount, wait_until
-from tests.support.namespace import run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

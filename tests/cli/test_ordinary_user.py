@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.support import FSD, GUEST, background, line_of, world_readable
-from tests.support.mounts import Mount, wait_until
-from tests.support.namespace import (
+from harness.mounts import Mount, wait_until
+from harness.namespace import (
     UID,
     as_user,
     device_of_everybody,
@@ -21,6 +20,7 @@ from tests.support.namespace import (
     python_of_everybody,
     run,
 )
+from tests.cli.support import FSD, GUEST, background, line_of, world_readable
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount, mounted, wait_until
+from harness.namespace import private, run
 from tests.cli.support import (
     FSD,
     GUEST,
@@ -21,8 +23,6 @@ from tests.cli.support import (
     refused,
     status_of,
 )
-from tests.support.mounts import Mount, mounted, wait_until
-from tests.support.namespace import private, run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

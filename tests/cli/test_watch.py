@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount, mounted, wait_until
+from harness.namespace import run
 from tests.cli.support import (
     GUEST,
     background,
@@ -21,8 +23,6 @@ from tests.cli.support import (
     server,
     status_of,
 )
-from tests.support.mounts import Mount, mounted, wait_until
-from tests.support.namespace import run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
 

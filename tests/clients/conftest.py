@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount
 from tests.clients.watchers import Place
-from tests.support.mounts import Mount
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from harness.mounts import wait_until
 from tests.clients.watchers import PATIENCE, Client, Event, Place, Watcher, relative
-from tests.support.mounts import wait_until
 
 
 def parse_entr(line: str, root: Path) -> Iterable[Event]:

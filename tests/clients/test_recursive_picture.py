@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount
 from tests.clients.watchers import (
     CHOKIDAR,
     INOTIFYWAIT,
@@ -39,7 +40,6 @@ from tests.clients.watchers import (
     node,
     python,
 )
-from tests.support.mounts import Mount
 
 LONG = 120.0
 """The bound for the whole tree. chokidar makes some 50 requests of each file: 15 s on an idle

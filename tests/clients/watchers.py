@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
-from tests.support.mounts import Mount, wait_until
+from harness.mounts import Mount, wait_until
 
 HERE = Path(__file__).parent
 DRIVERS = HERE / "drivers"

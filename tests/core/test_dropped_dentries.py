@@ -14,7 +14,7 @@ import pytest
 from fsd.files.table import Inode
 from fsd.guests.guest import Observer
 from fsd.pacing import windows
-from tests.support.dentries import drop_dentries
+from harness.dentries import drop_dentries
 
 from .support import World, plain
 

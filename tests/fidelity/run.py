@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from harness.mounts import Mount, mounted, mounts_at
 from tests.fidelity.calls import Executor, Step
 from tests.fidelity.compare import (
     CONTROL,
@@ -39,7 +40,6 @@ from tests.fidelity.compare import (
     since,
 )
 from tests.fidelity.operations import WEIGHTS, Generator, Plan
-from tests.support.mounts import Mount, mounted, mounts_at
 
 IN_CLOSE_WRITE, IN_CREATE, IN_DELETE = 0x8, 0x100, 0x200
 IN_MODIFY, IN_ATTRIB, IN_MOVE, IN_SELF = 0x2, 0x4, 0xC0, 0xC00

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount, mounted
 from tests.fidelity.calls import Executor
 from tests.fidelity.compare import CONTROL, first_difference
 from tests.fidelity.run import (
@@ -29,7 +30,6 @@ from tests.fidelity.run import (
     queue_limit,
     run,
 )
-from tests.support.mounts import Mount, mounted
 
 QUEUE = 1 << 20  # a burst of 20,000 operations, some five events each, and room
 

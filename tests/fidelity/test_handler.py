@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from harness.mounts import Mount, mounted
 from tests.fidelity.run import queue_limit
-from tests.support.mounts import Mount, mounted
 
 MODIFY, ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO = 0x2, 0x4, 0x8, 0x40, 0x80
 CREATE, DELETE, ISDIR = 0x100, 0x200, 0x40000000

@@ -23,6 +23,7 @@ import pytest
 
 from guest_tools.channel import Client, SocketChannel
 from guest_tools.watching import Watch
+from harness.mounts import Mount, mounted, mounts_at, wait_until
 from protocol.frames import Role
 from protocol.masks import Mask
 from tests.fidelity.calls import Executor
@@ -36,7 +37,6 @@ from tests.fidelity.compare import (
     since,
 )
 from tests.fidelity.run import END, START, Arena, Case, Watcher, prepare, queue_limit, run
-from tests.support.mounts import Mount, mounted, mounts_at, wait_until
 
 from .test_fidelity import LIMITS, QUEUE
 

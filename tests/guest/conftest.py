@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.support.vm import QEMU
+from harness.vm import QEMU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

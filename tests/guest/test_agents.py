@@ -7,10 +7,10 @@ import signal
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.guest.agents import marks, start_agent, start_watcher, status
-from tests.support.mounts import wait_until
-from tests.support.share_server import shared
-from tests.support.vm import guest
+from harness.guest_agents import marks, start_agent, start_watcher, status
+from harness.mounts import wait_until
+from harness.share_server import shared
+from harness.vm import guest
 
 
 def created(output: str) -> list[str]:

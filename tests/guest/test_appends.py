@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from fsd.fuse.nodes import CACHE_MODES
-from tests.support.appending import check, line
-from tests.support.restarts import kept
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestProcess, guest
+from harness.appending import check, line
+from harness.restarts import kept
+from harness.share_server import shared
+from harness.vm import Guest, GuestProcess, guest
 
-PROGRAM = ("-m", "tests.support.appending")
+PROGRAM = ("-m", "harness.appending")
 LINES = 300
 """Of a guest's writer; the host's, which is faster, writes ten times as many."""
 pytestmark = pytest.mark.timeout(300)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 
 from fsd.fuse.nodes import CACHE_MODES
-from tests.support.mounts import wait_until
-from tests.support.share_server import shared
-from tests.support.vm import Guest, guest
+from harness.mounts import wait_until
+from harness.share_server import shared
+from harness.vm import Guest, guest
 
 _PROGRAM = """
 import ctypes, os, sys

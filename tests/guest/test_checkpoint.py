@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.guest.agents import start_agent, start_watcher, wait_armed
-from tests.support.share_server import shared
-from tests.support.vm import guest
+from harness.guest_agents import start_agent, start_watcher, wait_armed
+from harness.share_server import shared
+from harness.vm import guest
 
 TOOL = "/fsd-guest.pyz"
 READER = """

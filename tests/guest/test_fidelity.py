@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from harness.guest_agents import start_agent, wait_armed
+from harness.share_server import shared
+from harness.vm import Guest, GuestError, guest
 from tests.fidelity.compare import Stream, load
 from tests.fidelity.run import STEP_TIMEOUT, Arena, Case, Process, Watching, job, run
 from tests.fidelity.test_fidelity import LIMITS
-from tests.guest.agents import start_agent, wait_armed
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestError, guest
 
 pytestmark = pytest.mark.timeout(180)
 MNT = Path("/mnt")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.vm import C_VIRTIOFSD, Done, GuestError, c_virtiofsd, guest
+from harness.vm import C_VIRTIOFSD, Done, GuestError, c_virtiofsd, guest
 
 pytestmark = pytest.mark.skipif(not C_VIRTIOFSD.exists(), reason=f"there is no {C_VIRTIOFSD}")
 

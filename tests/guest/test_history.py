@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import wait_until
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestProcess, guest
-
-from .agents import marks, start_agent, status
+from harness.guest_agents import marks, start_agent, status
+from harness.mounts import wait_until
+from harness.share_server import shared
+from harness.vm import Guest, GuestProcess, guest
 
 PROGRAM = """
 import os, sys

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.mounts import wait_until
-from tests.support.share_server import Share, shared
-from tests.support.vm import Guest, guest
+from harness.mounts import wait_until
+from harness.share_server import Share, shared
+from harness.vm import Guest, guest
 
 SETTINGS = {
     "plain": (),

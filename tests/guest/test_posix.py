@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from harness.share_server import shared
+from harness.vm import Guest, GuestError, GuestProcess, guest
 from tests.mount.exclusions import GUEST as EXCLUDED
 from tests.mount.posix_cases import CASES
 from tests.mount.posix_parameters import PARAMETERS
 from tests.mount.posix_support import User
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestError, GuestProcess, guest
 
 CASE_SECONDS = 170
 """The longest takes 17 s where nothing else runs."""

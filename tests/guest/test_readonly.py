@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from tests.support.mounts import wait_until
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestProcess, guest
+from harness.mounts import wait_until
+from harness.share_server import shared
+from harness.vm import Guest, GuestProcess, guest
 
 CHANGES = {
     "create": "echo x > /mnt/new",

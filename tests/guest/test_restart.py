@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.agents import start_agent, start_watcher, status, wait_armed
-from tests.support.mounts import wait_until
-from tests.support.restarts import NAMES, Kept, Stop, kept, native_watcher, storm
-from tests.support.share_server import Share
-from tests.support.vm import Guest, GuestProcess, guest
+from harness.guest_agents import start_agent, start_watcher, status, wait_armed
+from harness.mounts import wait_until
+from harness.restarts import NAMES, Kept, Stop, kept, native_watcher, storm
+from harness.share_server import Share
+from harness.vm import Guest, GuestProcess, guest
 
 pytestmark = pytest.mark.timeout(120)
 WAYS = ["replace", "kill"]
@@ -50,7 +50,7 @@ def is_locked(path: Path) -> tuple[bool, bool]:
 def test_open_files(place: tuple[Kept, Guest], way: str) -> None:
     """Files of all kinds that a program has open go on, with their locks; directories too."""
     server, vm = place
-    holder = vm.start(["python3", "-m", "tests.support.open_files", f"/mnt/{way}"], cwd="/suite")
+    holder = vm.start(["python3", "-m", "harness.open_files", f"/mnt/{way}"], cwd="/suite")
     assert holder.line(20) == "READY"
     folder = server.source / way
     for _ in range(3):
@@ -133,7 +133,7 @@ def under_load(vm: Guest, folder: Path) -> tuple[GuestProcess, GuestProcess]:
     """
     folder.mkdir()
     beside = f"/mnt/beside-{folder.name}"
-    busy = vm.start(["python3", "-m", "tests.support.busy_files", beside], cwd="/suite")
+    busy = vm.start(["python3", "-m", "harness.busy_files", beside], cwd="/suite")
     assert busy.line(20) == "READY"
     watched = f"/mnt/{folder.name}"
     watcher = vm.start(["inotifywait", "-m", *NAMES, "--format", "%e %f", watched])
@@ -221,7 +221,7 @@ def test_paused_and_reset(tmp_path: Path) -> None:
             start_agent(vm)
             watcher = start_watcher(vm)
             wait_armed(vm, watcher.pid, [Path("/mnt")])
-            command = ["python3", "-m", "tests.support.open_files", f"/mnt/boot{boot}"]
+            command = ["python3", "-m", "harness.open_files", f"/mnt/boot{boot}"]
             holder = vm.start(command, cwd="/suite")
             assert holder.line(30) == "READY"
             vm.qmp("stop")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.agents import start_agent, start_watcher, status
-from tests.support.share_server import Share, shared
-from tests.support.vm import Guest, guest
+from harness.guest_agents import start_agent, start_watcher, status
+from harness.share_server import Share, shared
+from harness.vm import Guest, guest
 
 TICKS = os.sysconf("SC_CLK_TCK")
 # Speaks the protocol itself: /fsd-guest.pyz brings the codec.

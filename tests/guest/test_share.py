@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.agents import marks, start_agent
-from tests.support.mounts import wait_until
-from tests.support.share_server import shared
-from tests.support.vm import guest
+from harness.guest_agents import marks, start_agent
+from harness.mounts import wait_until
+from harness.share_server import shared
+from harness.vm import guest
 
 
 def test_a_guest_reads_and_writes_a_share(tmp_path: Path) -> None:

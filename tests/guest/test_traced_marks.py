@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.agents import start_agent, status
-from tests.support.mounts import wait_until
-from tests.support.share_server import shared
-from tests.support.vm import Guest, GuestProcess, guest
+from harness.guest_agents import start_agent, status
+from harness.mounts import wait_until
+from harness.share_server import shared
+from harness.vm import Guest, GuestProcess, guest
 
 INSTANCES = "/sys/kernel/tracing/instances"
 HINTS_LAST = 3.5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import Mount, mounted
+from harness.mounts import Mount, mounted
 
 from .sides import Sides
 

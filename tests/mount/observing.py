@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.mounts import Mount, wait_until
 from protocol import frames
 from protocol.masks import EVENTS
-from tests.support.mounts import Mount, wait_until
 
 _TIMEOUT = 20.0
 WATCH = "create,delete,move,modify,attrib,close_write,delete_self,move_self"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import Mount, mounted
+from harness.mounts import Mount, mounted
 
 
 class Sides:

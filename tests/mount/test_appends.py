@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from harness import appending
 from tests.mount.posix_support import Child, fails, opened, write
 from tests.mount.sides import Sides, two_sides
-from tests.support import appending
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mount(2), chattr +a")
 

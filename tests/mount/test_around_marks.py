@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from fsd.pacing.windows import KEEP
+from harness.mounts import Mount, mounted
 from protocol.inotify import parse_events
 from protocol.masks import Mask, names
-from tests.support.mounts import Mount, mounted
 
 Case = Callable[[Path, Path], list[str]]
 NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import Mount, wait_until
+from harness.mounts import Mount, wait_until
 
 from .observing import watching
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from guest_tools import notify
+from harness.mounts import Mount, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe
 from tests.clients.watchers import kernel_marks
 from tests.mount.observing import the_mount
 from tests.mount.posix_support import fails, opened, write
 from tests.protocol import kernel
-from tests.support.mounts import Mount, wait_until
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ["what", "who is affected", "what to do", "shown by"]

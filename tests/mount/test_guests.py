@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount, mounted, wait_until
 from protocol import frames
 from protocol.masks import Mask
-from tests.support.mounts import Mount, mounted, wait_until
 
 from .observing import SimulatedGuest, guests, status, watching
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.dentries import drop_dentries
-from tests.support.mounts import Mount, mounted
+from harness.dentries import drop_dentries
+from harness.mounts import Mount, mounted
 
 from .posix_support import FileHandle, file_handle, open_by_handle
 

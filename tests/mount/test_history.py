@@ -21,10 +21,10 @@ from typing import NamedTuple
 import pytest
 
 from guest_tools import notify
+from harness.mounts import Mount, mounted, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import STRUCTURE, Mask
 from tests.mount.observing import status
-from tests.support.mounts import Mount, mounted, wait_until
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
 NAMES = [f"n{i}" for i in range(8)]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import Mount, command, mounted, wait_until
+from harness.mounts import Mount, command, mounted, wait_until
 
 from .observing import Line, idle, status, the_mount, watching
 

@@ -15,9 +15,9 @@ import pytest
 
 from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
 from guest_tools import notify
+from harness.mounts import Mount, mounted, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe
-from tests.support.mounts import Mount, mounted, wait_until
 
 WATCHED = int(Mask.MODIFY | Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
 DONT_FOLLOW = 0x0200_0000

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import mounted, wait_until
 from tests.mount.exclusions import POSIX as EXCLUDED
 from tests.mount.posix_cases import CASES, run_case
 from tests.mount.posix_parameters import PARAMETERS
@@ -26,7 +27,6 @@ from tests.mount.posix_support import (
     write,
 )
 from tests.mount.sides import Sides, two_sides
-from tests.support.mounts import mounted, wait_until
 
 ROOT = os.geteuid() == 0
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import Mount, command, mounted, wait_until
 from tests.mount.posix_cases import CASES, run_case
 from tests.mount.posix_parameters import PARAMETERS
 from tests.mount.posix_support import ALICE, Child, User, fails, in_child, opened, write
 from tests.mount.sides import Sides, two_sides
-from tests.support.mounts import Mount, command, mounted, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mount(2) on /dev/fuse")
 

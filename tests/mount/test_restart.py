@@ -14,7 +14,7 @@ import pytest
 
 from fsd.checkpoint.file import state_path
 from fsd.servers import autosave
-from tests.support.mounts import Mount, command, mounted, mounts_at, wait_until
+from harness.mounts import Mount, command, mounted, mounts_at, wait_until
 
 NO_AGENT = "--no-agent"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from guest_tools import notify
+from harness.mounts import Mount, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import SELF, STRUCTURE, describe
-from tests.support.mounts import Mount, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts take root")
 

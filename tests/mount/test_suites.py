@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.debian import source_files
 from tests.mount.exclusions import STRESSORS as EXCLUDED
 from tests.mount.posix_support import ALICE, User
 from tests.mount.sides import Sides, two_sides
-from tests.support.debian import source_files
 
 SECONDS = 60  # none takes more than a few; a hung mount is told apart from a slow one
 

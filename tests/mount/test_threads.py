@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from guest_tools.schedule import RECHECK
-from tests.support.mounts import mounted, wait_until
+from harness.mounts import mounted, wait_until
 
 PROGRAM = """
 import ctypes, os, sys, threading

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from guest_tools import notify
+from harness.mounts import Mount, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe
 from tests.mount.observing import idle
 from tests.mount.posix_support import opened, write
-from tests.support.mounts import Mount, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
 EXCL_UNLINK = 0x0400_0000

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.mounts import mounted
+from harness.mounts import mounted
 
 SHIM = Path(__file__).with_name("shim.c")
 

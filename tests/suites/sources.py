@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support import debian
+from harness import debian
 
 HERE = Path(__file__).parent
 FOLDER = debian.CACHE / "suites"

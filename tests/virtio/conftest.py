@@ -15,7 +15,7 @@ import trio
 from fsd.transports.loop import TrioLoop
 from fsd.transports.polling import WINDOW
 from fsd.transports.virtiofs import Door, listen
-from tests.support.mounts import wait_until
+from harness.mounts import wait_until
 
 
 class Echo:

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from fsd.virtio.queue import MAX_CHAIN
+from harness.fuse_driver import ROOM, Driver, Opened
+from harness.share_server import Share, shared
+from harness.vhost_frontend import INDIRECT, NEXT, WRITE
 from protocol import fuse
 from protocol.fuse import Opcode
-from tests.support.fuse_driver import ROOM, Driver, Opened
-from tests.support.share_server import Share, shared
-from tests.support.vhost_frontend import INDIRECT, NEXT, WRITE
 
 SIZE = 2048  # of the queue: longer than a chain may be
 OUTSIDE = 1 << 21  # behind the guest's memory

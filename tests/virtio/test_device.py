@@ -13,9 +13,9 @@ import pytest
 
 from fsd.transports.virtiofs import listen
 from fsd.virtio.device import MAX_QUEUES
+from harness.mounts import wait_until
+from harness.vhost_frontend import Frontend, Queue, Ram
 from protocol.vhostuser import NO_FD, U64, Config, Protocol, Region, Type, VringState
-from tests.support.mounts import wait_until
-from tests.support.vhost_frontend import Frontend, Queue, Ram
 
 from .conftest import Server, served
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsd.virtio.memory import MAX_REGIONS, GuestMemory, GuestMemoryError, MappedRegion
+from harness.vhost_frontend import Ram
 from protocol.vhostuser import Region
-from tests.support.vhost_frontend import Ram
 
 K = 4096
 # Two neighbours that lie apart for the VMM, and one behind a hole.

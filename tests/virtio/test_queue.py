@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fsd.virtio import queue
 from fsd.virtio.memory import GuestMemory, MappedRegion
 from fsd.virtio.queue import MAX_CHAIN, ChainError, QueueError, VirtQueue
-from tests.support.vhost_frontend import INDIRECT, NEXT, WRITE, Queue, Ram
+from harness.vhost_frontend import INDIRECT, NEXT, WRITE, Queue, Ram
 
 K = 4096
 SIZE = 16

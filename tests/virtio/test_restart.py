@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.mounts import wait_until
 from protocol.vhostuser import U64, Inflight, Protocol, Region, Type, VringState
-from tests.support.mounts import wait_until
 
 from .conftest import Server
 from .test_device import M, Machine
@@ -26,7 +26,7 @@ import sys
 from fsd.process.keeper import Keeper
 from fsd.process.logs import log_to_stderr
 log_to_stderr("info")
-command = [sys.executable, "-m", "tests.support.kept_echo", sys.argv[1]]
+command = [sys.executable, "-m", "tests.virtio.kept_echo", sys.argv[1]]
 sys.exit(Keeper(command, [], {"kept-listen": sys.argv[1]}).run())
 """
 

@@ -25,9 +25,9 @@ from fsd.virtio import eventfds
 from fsd.virtio.eventfds import Reader, StuckError, Writer, is_eventfd
 from fsd.virtio.mapping import is_memory, map_memory
 from fsd.virtio.memory import MAPPED_LIMIT, GuestMemory, GuestMemoryError, MappedRegion
+from harness.mounts import wait_until
+from harness.vhost_frontend import Frontend
 from protocol.vhostuser import U64, Inflight, Protocol, Region, Regions, Type, VringState
-from tests.support.mounts import wait_until
-from tests.support.vhost_frontend import Frontend
 
 from .conftest import Server
 from .test_device import M, Machine

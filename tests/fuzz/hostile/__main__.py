@@ -24,10 +24,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from harness.mounts import await_ready, command
+from harness.share_server import inside
 from protocol import fuse
 from protocol.fuse import Opcode
-from tests.support.mounts import await_ready, command
-from tests.support.share_server import inside
 
 from . import channels, faults  # noqa: F401 - they enter their operations in the table
 from .guest import Guest

@@ -6,9 +6,9 @@ import os
 import time
 from contextlib import suppress
 
+from harness.vhost_frontend import INDIRECT, NEXT, WRITE
 from protocol.fuse import Opcode
 from protocol.vhostuser import NO_FD, U64, Region, Type, VringState
-from tests.support.vhost_frontend import INDIRECT, NEXT, WRITE
 
 from .guest import Guest
 from .machine import Gone, Ring

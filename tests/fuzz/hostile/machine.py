@@ -1,6 +1,6 @@
 """A VMM and a guest's driver with many requests under way: what all guests of the fuzzer share.
 
-Apart from tests/support/vhost_frontend.py because memory must not grow with the number of requests:
+Apart from harness/vhost_frontend.py because memory must not grow with the number of requests:
 each request has a slot of the memory, and a slot its descriptors.
 """
 
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from harness.vhost_frontend import NEXT, WRITE, Frontend, Queue, Ram
 from protocol import fuse
 from protocol.fuse import Opcode
-from tests.support.vhost_frontend import NEXT, WRITE, Frontend, Queue, Ram
 
 K = 1024
 PARTS = 8

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.mounts import STOP_TIMEOUT, await_ready, command
+from harness.mounts import STOP_TIMEOUT, await_ready, command
 
 
 @dataclass(frozen=True)

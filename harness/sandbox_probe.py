@@ -1,6 +1,6 @@
 """Enters the sandbox of `fsd virtiofs`, and tells as JSON what a process can do in it: for tests.
 
-    python -m tests.support.sandbox_probe DIRECTORY JSON-OPTIONS [CALL]
+    python -m harness.sandbox_probe DIRECTORY JSON-OPTIONS [CALL]
 
 With CALL (execve), makes just that call.
 """

@@ -1,4 +1,4 @@
-"""Runs in a guest, as its first process: starts the programs that tests/support/vm.py asks for.
+"""Runs in a guest, as its first process: starts the programs that harness/vm.py asks for.
 
 One JSON object a line over a virtio port. From the host: {id, start: {argv, …}}, {id, stdin},
 {id, signal}, {poweroff}; to the host: {ready}, {id, pid}, {id, out}, {id, err}, {id, exit},

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.mounts import wait_until
-from tests.support.share_server import Share, inside, shared
+from harness.mounts import wait_until
+from harness.share_server import Share, inside, shared
 
 
 class Kept:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.support.share_server import shared
-from tests.support.vm import Guest, guest
+from harness.share_server import shared
+from harness.vm import Guest, guest
 
-CLIENTS = Path(__file__).parents[1] / "clients"
+CLIENTS = Path(__file__).parents[1] / "tests/clients"
 NODE = "/tools/node"
 ENVIRONMENT = {"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/tools", "HOME": "/tmp"}
 MEMORY = 1024  # MiB

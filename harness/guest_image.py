@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.support import debian
+from harness import debian
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 RUNNER = Path(__file__).with_name("guest_runner.py")
 PYTHON = ("{}-minimal", "lib{}-minimal", "lib{}-stdlib")
 LIBRARIES = ("libc6", "zlib1g", "libexpat1", "libffi8")
@@ -41,9 +41,9 @@ LEFT_OUT = re.compile(  # of the packages: large, and no test wants it
     r"|.*/lib-dynload/_?(test|xxtest|codecs_|sqlite|ssl|curses|decimal|dbm|nis)"
 )
 SUITE = ("tests/__init__.py", "tests/mount/__init__.py", "tests/mount/posix_*.py",
-         "tests/fidelity/__init__.py", "tests/fidelity/watcher.py", "tests/support/__init__.py",
-         "tests/support/open_files.py", "tests/support/busy_files.py",
-         "tests/support/appending.py")  # fmt: skip
+         "tests/fidelity/__init__.py", "tests/fidelity/watcher.py", "harness/__init__.py",
+         "harness/open_files.py", "harness/busy_files.py",
+         "harness/appending.py")  # fmt: skip
 """Of this checkout, in the guest's /suite: programs for tests; standard library only."""
 INIT = """#!/bin/busybox sh
 export PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8

@@ -1,6 +1,6 @@
 """`fsd virtiofs` that writes down each absolute path it opens in its sandbox, and has a bug.
 
-``python -m tests.support.audited_server REPORT ARGUMENTS…``
+``python -m harness.audited_server REPORT ARGUMENTS…``
 """
 
 from __future__ import annotations

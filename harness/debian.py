@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-CACHE = Path(__file__).parents[2] / ".cache"
+CACHE = Path(__file__).parents[1] / ".cache"
 KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.guest_image import PORT, image, overlay
+from harness.guest_image import PORT, image, overlay
 
 QEMU = "qemu-system-x86_64"
 C_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")

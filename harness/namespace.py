@@ -16,7 +16,7 @@ from pathlib import Path
 UID = 65534
 """nobody: an ordinary user that every machine has."""
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def as_user(uid: int = UID) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.mounts import wait_until
-from tests.support.vm import Guest, GuestProcess
+from harness.mounts import wait_until
+from harness.vm import Guest, GuestProcess
 
 
 def start_agent(vm: Guest, directory: str = "/mnt") -> GuestProcess:
