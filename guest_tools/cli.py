@@ -14,13 +14,13 @@ from protocol import masks
 from protocol.frames import ProtocolError, Role
 from protocol.images import ImageError
 
-from .agent import Agent
+from .agent.agent import Agent
 from .beneath import open_file
 from .channel import ChannelError, Client, FileChannel, SocketChannel, open_hidden
-from .checkpoint_cli import add_commands
 from .errors import PASSING, Failure
 from .marks import device_of, marks_in, notify_texts, pids, process_name
-from .watching import Watch
+from .watch import Watch
+from .watcher.commands import add_commands
 
 
 def main(argv: list[str] | None = None) -> int:

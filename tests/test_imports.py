@@ -52,8 +52,8 @@ EXCEPTIONS = {
 }
 # Where guest_tools knows protobuf; the one is imported when a command needs it, the other by it.
 PROTOBUF = (
-    "guest_tools/images.py",
-    "guest_tools/watcher_pb2.py",
+    "guest_tools/watcher/images.py",
+    "guest_tools/watcher/watcher_pb2.py",
     "fsd/checkpoint/image.py",
     "fsd/checkpoint/server_pb2.py",
 )
@@ -166,7 +166,7 @@ def test_protobuf_is_imported_when_it_is_needed() -> None:
         ("guest_tools/x.py", "from fsd import export", False),
         ("guest_tools/x.py", "def f():\n    import click", False),
         ("guest_tools/x.py", "from google.protobuf import message", False),
-        ("guest_tools/images.py", "from google.protobuf import message", True),
+        ("guest_tools/watcher/images.py", "from google.protobuf import message", True),
         ("protocol/images.py", "from google.protobuf import message", False),
         ("fsd/x.py", "import pyinotify, structlog, protocol", True),
         ("fsd/x.py", "import guest_tools.agent", False),

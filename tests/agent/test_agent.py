@@ -21,7 +21,7 @@ import trio
 
 from fsd.servers import agent as agent_process
 from fsd.servers.agent import AgentError, AgentProcess
-from guest_tools import descriptors
+from guest_tools.agent import descriptors
 from harness.forbid import OPENAT2
 from harness.mounts import Mount, wait_until
 from tests.cli.support import GUEST, line_of

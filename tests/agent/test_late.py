@@ -15,8 +15,8 @@ from statistics import median
 
 import pytest
 
+from guest_tools.agent.scanner import Scanner
 from guest_tools.marks import pids
-from guest_tools.scanner import Scanner
 from harness.mounts import Mount, wait_until
 
 from .test_looking import Server, nodes, scanning, share

@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 
-from guest_tools import marks, scanner, schedule, watchers
+from guest_tools import marks
+from guest_tools.agent import scanner, schedule, watchers
+from guest_tools.agent.markcalls import MarkCalls
+from guest_tools.agent.scanner import Scanner
+from guest_tools.agent.watchers import Watchers
 from guest_tools.errors import PASSING
-from guest_tools.markcalls import MarkCalls
 from guest_tools.marks import device_of, pids
-from guest_tools.scanner import Scanner
-from guest_tools.watchers import Watchers
 from harness.mounts import Mount, mounted, wait_until
 from protocol import frames
 from protocol.handles import NodeKey

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from guest_tools import beneath, kernel
-from guest_tools.replayer import Replayer
+from guest_tools.agent.replayer import Replayer
 from protocol.frames import ALIAS, CONTROL, FSD_DIR, ROOT, STAGING, Op, Order
 from protocol.masks import Mask
 

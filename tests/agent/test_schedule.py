@@ -7,8 +7,8 @@ from math import inf
 
 import pytest
 
-from guest_tools import schedule
-from guest_tools.schedule import Look, Schedule
+from guest_tools.agent import schedule
+from guest_tools.agent.schedule import Look, Schedule
 from protocol.frames import ALL_PROCESSES
 
 START = 1000.0

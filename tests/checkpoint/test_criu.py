@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from guest_tools import images as stored
+from guest_tools.watcher import images as stored
 from harness.mounts import Mount, wait_until
 from protocol import images
 

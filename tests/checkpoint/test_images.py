@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guest_tools import images as stored
-from guest_tools import watcher_pb2 as pb
-from guest_tools.notify import Owner
-from guest_tools.restore import Restorer
-from guest_tools.show import as_json, as_text
-from guest_tools.state import (
+from guest_tools.watcher import images as stored
+from guest_tools.watcher import watcher_pb2 as pb
+from guest_tools.watcher.notify import Owner
+from guest_tools.watcher.restore import Restorer
+from guest_tools.watcher.show import as_json, as_text
+from guest_tools.watcher.state import (
     Descriptor,
     Epoll,
     Fanotify,
@@ -339,7 +339,7 @@ def test_the_same_in_pure_python() -> None:
 # The messages
 
 
-@pytest.mark.parametrize("name", ["guest_tools/watcher", "fsd/checkpoint/server"])
+@pytest.mark.parametrize("name", ["guest_tools/watcher/watcher", "fsd/checkpoint/server"])
 def test_the_generated_code_is_of_the_definitions(name: str) -> None:
     """What script/proto would make today is what is there."""
     done = subprocess.run(

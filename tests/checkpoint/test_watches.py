@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from guest_tools import restore
+from guest_tools.watcher import restore
 from harness.mounts import command, wait_until
 from harness.namespace import as_user
 from protocol.masks import Mask

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from guest_tools.channel import Client, SocketChannel
-from guest_tools.watching import Watch
+from guest_tools.watch import Watch
 from harness.mounts import Mount, mounted, mounts_at, wait_until
 from protocol.frames import Role
 from protocol.masks import Mask

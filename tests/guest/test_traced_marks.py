@@ -59,7 +59,7 @@ sys.stdin.readline()
 """
 AGENT = (
     "import sys; sys.path.insert(0, '/fsd-guest.pyz')\n"
-    "import guest_tools.schedule as schedule; schedule.FULL_EVERY = 8.0\n"
+    "import guest_tools.agent.schedule as schedule; schedule.FULL_EVERY = 8.0\n"
     "from guest_tools.cli import main; sys.exit(main(['agent', '/mnt']))"
 )
 """The agent, with its slow scan made faster."""

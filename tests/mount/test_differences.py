@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from guest_tools import notify
+from guest_tools.watcher import notify
 from harness.mounts import Mount, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from guest_tools import notify
+from guest_tools.watcher import notify
 from harness.mounts import Mount, mounted, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import STRUCTURE, Mask

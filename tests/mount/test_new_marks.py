@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
-from guest_tools import notify
+from guest_tools.watcher import notify
 from harness.mounts import Mount, mounted, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe

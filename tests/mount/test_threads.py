@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from guest_tools.schedule import RECHECK
+from guest_tools.agent.schedule import RECHECK
 from harness.mounts import mounted, wait_until
 
 PROGRAM = """

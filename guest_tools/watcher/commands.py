@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import Failure
+from ..errors import Failure
 
 EVENTS_VARIABLE = "FSD_EVENTS"
 """Tells the command where the saved events are: NUMBER:DESCRIPTOR,…, a memfd for each instance."""

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from protocol.inotify import parse_events
 from protocol.masks import EVENTS, Mask
 
+from ..errors import Failure
 from . import notify
-from .errors import Failure
 from .objects import Finder, Mounts
 from .overflow import add_overflow
 from .state import (

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from protocol.fdinfo import parse_fdinfo
 from protocol.masks import Mask
 
+from ..kernel import mount_id, open_by_handle
 from . import notify
-from .kernel import mount_id, open_by_handle
 from .state import FileSystem, Identity, Object
 
 _DELETED = b" (deleted)"

@@ -12,12 +12,13 @@ from contextlib import suppress
 
 from protocol import frames
 
-from . import descriptors, kernel
-from .beneath import open_file
-from .channel import ChannelError, FileChannel, open_hidden
-from .errors import PASSING
+from .. import kernel
+from ..beneath import open_file
+from ..channel import ChannelError, FileChannel, open_hidden
+from ..errors import PASSING
+from ..marks import device_of, mount_ids, pids
+from . import descriptors
 from .markcalls import MarkCalls
-from .marks import device_of, mount_ids, pids
 from .replayer import Replayer
 from .scanner import Scanner
 

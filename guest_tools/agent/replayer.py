@@ -19,8 +19,8 @@ from protocol.frames import ALIAS, FSD_DIR, ROOT, STAGING, Message, Op, Order
 from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
 from protocol.masks import Mask
 
-from . import kernel
-from .beneath import check_name, open_reached, reach
+from .. import kernel
+from ..beneath import check_name, open_reached, reach
 
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _RETRIES = 3

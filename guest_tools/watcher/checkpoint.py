@@ -12,9 +12,9 @@ from contextlib import suppress
 from protocol.fdinfo import MarkInfo, parse_fanotify, parse_fdinfo, parse_flags
 from protocol.masks import Mask
 
+from ..errors import Failure
+from ..marks import process_name
 from . import epoll, notify
-from .errors import Failure
-from .marks import process_name
 from .objects import Mounts
 from .state import (
     Descriptor,

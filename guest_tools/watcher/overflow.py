@@ -13,8 +13,8 @@ from contextlib import suppress
 from protocol.inotify import HEADER
 from protocol.masks import Mask
 
+from ..errors import Failure
 from . import notify
-from .errors import Failure
 
 _LIMIT_PATH = "/proc/sys/fs/inotify/max_queued_events"
 LONGEST = 1 << 20

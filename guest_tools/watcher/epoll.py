@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from protocol.fdinfo import TargetInfo, parse_targets
 
-from .marks import pids
+from ..marks import pids
 from .notify import Slot, is_target
 from .objects import kernel_device
 from .state import Target

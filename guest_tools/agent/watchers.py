@@ -14,8 +14,8 @@ from typing import NamedTuple
 from protocol.handles import NodeKey
 from protocol.masks import Mask
 
-from .errors import PASSING
-from .marks import Device, Mark, marks_in, notify_texts, started
+from ..errors import PASSING
+from ..marks import Device, Mark, marks_in, notify_texts, started
 
 KEPT = 1 << 20
 """Marks kept apart by instance, some 200 MiB of them. What is beyond is kept together until the

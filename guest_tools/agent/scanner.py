@@ -18,9 +18,9 @@ from contextlib import suppress
 from protocol import frames
 from protocol.handles import NodeKey
 
-from .errors import PASSING
+from ..errors import PASSING
+from ..marks import Device, pids, process_of
 from .markcalls import MarkCalls
-from .marks import Device, pids, process_of
 from .schedule import HOT_LIMIT, RETRY, Look, Schedule
 from .watchers import Watchers
 

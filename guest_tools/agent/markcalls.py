@@ -10,7 +10,7 @@ import errno
 import os
 from contextlib import suppress
 
-from . import kernel
+from .. import kernel
 
 CALLS = ("inotify_add_watch", "inotify_rm_watch", "fanotify_mark")
 _TRACEFS = "/sys/kernel/tracing"
