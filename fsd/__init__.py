@@ -1,1 +1,1 @@
-"""The server: one Export, its guests, the host watcher, the doors."""
+"""The server: one Export, its guests, the host watcher, the transports."""

@@ -23,7 +23,7 @@ from ..events.resolver import listing
 from ..events.watcher import HOST
 from ..files.table import Inode
 from ..guests.guest import BY_HAND, MARKS_LIMIT, TOKEN_SIZE, Guest, Observer
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 from .restore_inodes import RestoredTable, check_name
 from .take import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
@@ -75,7 +75,7 @@ class Resumption:
 
     # Who goes on
 
-    def mount(self, guest: ReplayGuest) -> dict[int, int]:
+    def mount(self, guest: MountGuest) -> dict[int, int]:
         """A mount that goes on takes up what was its own, by its name. Returns what its kernel
         holds: lookup counts by nodeid, which the caller counts on the inodes.
         """
@@ -103,7 +103,7 @@ class Resumption:
         guest.events = EVENTS & saved.events
         if isinstance(guest, Observer):
             guest.resume(saved.told, saved.outbox)
-        elif isinstance(guest, ReplayGuest):
+        elif isinstance(guest, MountGuest):
             for event in saved.held:
                 guest.enqueue(self._event(event), 0)
         for place, name, mask, before in saved.missed:

@@ -23,7 +23,7 @@ from ..events.sharedwatches import SharedWatches
 from ..events.watcher import HostWatcher
 from ..files.table import Identity, Inode, InodeTable
 from ..guests.guest import Guest, HandMarks, Observer
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class _Taking:
         if isinstance(guest, Observer):
             saved.kind, saved.token, saved.told = GuestKind.OBSERVER, guest.token, guest.told
             saved.outbox = guest.undelivered()
-        elif isinstance(guest, ReplayGuest):
+        elif isinstance(guest, MountGuest):
             waiting = [*guest.undelivered(), *self._export.arming.held(guest)]
             events = (self._event(event) for event in waiting)
             saved.held = [event for event in events if event.node]

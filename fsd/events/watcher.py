@@ -626,4 +626,4 @@ def _nobody() -> None:
 
 
 def _nobody_knows(inode: Inode) -> None:
-    """No door gives attributes for long."""
+    """No transport gives attributes for long."""

@@ -26,7 +26,7 @@ from ..events.watcher import HOST
 from ..files.passthrough import Entry
 from ..files.table import Inode
 from ..guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..pacing import windows
 from ..pacing.chores import Job, Pause, finish
 from .lookups import Holding, Kept, LookUp, Provisional
@@ -80,8 +80,8 @@ class Arming:
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self._new_marks = NewMarks()
         self._number = 0  # of the last event
-        self._doubts: dict[ReplayGuest, dict[LookUp, Provisional]] = {}
-        self._holding: dict[ReplayGuest, Holding] = {}
+        self._doubts: dict[MountGuest, dict[LookUp, Provisional]] = {}
+        self._holding: dict[MountGuest, Holding] = {}
         self._expiry = math.inf  # of the first provisional watch
 
     def __contains__(self, inode: Inode) -> bool:
@@ -100,7 +100,7 @@ class Arming:
         return due
 
     def looked_up(
-        self, guest: ReplayGuest, directory: Inode, thread: int, file: Entry | None = None
+        self, guest: MountGuest, directory: Inode, thread: int, file: Entry | None = None
     ) -> None:
         """A thread of the guest may be about to watch a directory, or a file in it."""
         hint = guest.hint(thread)
@@ -139,7 +139,7 @@ class Arming:
             return False
         return watcher.backlog > QUEUE_LOOK or watcher.has_any({watcher.wd_of(directory)})
 
-    def _look(self, guest: ReplayGuest, node: Provisional, look_up: LookUp, rest: float) -> None:
+    def _look(self, guest: MountGuest, node: Provisional, look_up: LookUp, rest: float) -> None:
         """Where the guest can be seen to have no new mark there, what was before is not to be told.
         Not before ``rest``.
         """
@@ -154,12 +154,12 @@ class Arming:
             self._trim(node)
             self._doubt_no_more(guest, look_up)
 
-    def _forget_seen(self, guest: ReplayGuest, look_up: LookUp) -> None:
+    def _forget_seen(self, guest: MountGuest, look_up: LookUp) -> None:
         self._seen[guest] -= len(look_up.seen)
         look_up.seen.clear()
 
     def _knows(
-        self, guest: ReplayGuest, directory: Inode, look_up: LookUp, key: NodeKey, bits: int
+        self, guest: MountGuest, directory: Inode, look_up: LookUp, key: NodeKey, bits: int
     ) -> bool:
         """Whether a mark is elsewhere, or told of already."""
         try:
@@ -170,7 +170,7 @@ class Arming:
             return True
         return not bits & int(EVENTS) & ~int(self._export.interest.of(guest, inode))
 
-    def _doubt_no_more(self, guest: ReplayGuest, look_up: LookUp) -> None:
+    def _doubt_no_more(self, guest: MountGuest, look_up: LookUp) -> None:
         look_up.is_doubtful = False
         doubts = self._doubts.get(guest)
         if doubts is None:
@@ -253,7 +253,7 @@ class Arming:
                 self._doubts.setdefault(guest, {})[look_up] = node
             self._look(guest, node, look_up, self._new_marks.rest)
 
-    def _has_mark(self, guest: ReplayGuest, event: Event) -> bool:
+    def _has_mark(self, guest: MountGuest, event: Event) -> bool:
         """Whether the guest watches there already. Then a new mark that asks for more is not likely
         enough for other events to wait: each look-up by a watcher would make the next ones late.
         """
@@ -262,7 +262,7 @@ class Arming:
 
     def holds(self, guest: Guest, event: Event, halves: int) -> bool:
         """Whether an event for the guest, the last that was remembered, waits for a scan."""
-        if not isinstance(guest, ReplayGuest) or guest not in self._doubts:
+        if not isinstance(guest, MountGuest) or guest not in self._doubts:
             return False
         holding = self._holding.get(guest)
         if holding is None:
@@ -277,12 +277,12 @@ class Arming:
         guest.history.hold(event)
         return True
 
-    def held(self, guest: ReplayGuest) -> list[Event]:
+    def held(self, guest: MountGuest) -> list[Event]:
         """The events that wait for a scan."""
         holding = self._holding.get(guest)
         return [kept.event for kept, _ in holding.events] if holding is not None else []
 
-    def _give_up(self, guest: ReplayGuest, holding: Holding) -> None:
+    def _give_up(self, guest: MountGuest, holding: Holding) -> None:
         """Nothing waits until the doubt has ended."""
         holding.is_over = True
         self._let_go(guest, holding)
@@ -304,15 +304,15 @@ class Arming:
         """The guest has gone."""
         self.scan_abort(guest)
         for node in self._nodes.values():
-            if isinstance(guest, ReplayGuest) and node.by.pop(guest, None) is not None:
+            if isinstance(guest, MountGuest) and node.by.pop(guest, None) is not None:
                 self._trim(node)
         self._counts.pop(guest, None)
         del self._seen[guest]
-        if isinstance(guest, ReplayGuest):
+        if isinstance(guest, MountGuest):
             self._doubts.pop(guest, None)
             self._holding.pop(guest, None)
 
-    def _disprove(self, node: Provisional, guest: ReplayGuest, hint: int) -> None:
+    def _disprove(self, node: Provisional, guest: MountGuest, hint: int) -> None:
         """The guest has no mark there that was set by the look-ups up to that hint."""
         look_up = node.by[guest]
         look_up.has_new = not guest.device
@@ -342,14 +342,14 @@ class Arming:
             del self._counts[guest]
 
     def scan_end(
-        self, guest: ReplayGuest, hint: int, *, full: bool
+        self, guest: MountGuest, hint: int, *, full: bool
     ) -> list[tuple[NodeKey, Exception]]:
         """``scan_ending`` in one go."""
         self._export.process(self._export.watcher.backlog)
         return finish(self.scan_ending(guest, hint, full=full))
 
     def scan_ending(
-        self, guest: ReplayGuest, hint: int, *, full: bool
+        self, guest: MountGuest, hint: int, *, full: bool
     ) -> Job[list[tuple[NodeKey, Exception]]]:
         """Apply the marks, tell what happened since they were set; returns those that failed. A
         GROUP at a time, so that a scan of very many is not one.
@@ -396,7 +396,7 @@ class Arming:
 
     def _apply(
         self,
-        guest: ReplayGuest,
+        guest: MountGuest,
         updates: list[tuple[NodeKey, int]],
         files: dict[Inode, Seen | None],
         failed: list[tuple[NodeKey, Exception]],
@@ -446,7 +446,7 @@ class Arming:
             if (node.missed or node.lost_ns) and inode.key in marked:
                 guest.has_missed(node.missed, node.lost_ns)
 
-    def _since_look_ups(self, guest: ReplayGuest) -> tuple[dict[int, Kept], dict[Inode, Seen]]:
+    def _since_look_ups(self, guest: MountGuest) -> tuple[dict[int, Kept], dict[Inode, Seen]]:
         """What has happened where the guest has looked; and files as it saw them."""
         found: dict[int, Kept] = {}
         seen: dict[Inode, Seen] = {}
@@ -460,7 +460,7 @@ class Arming:
                     found[kept.number] = kept
         return found, seen
 
-    def _is_told(self, guest: ReplayGuest, event: Event) -> bool:
+    def _is_told(self, guest: MountGuest, event: Event) -> bool:
         export = self._export
         if event.origin is guest or export.wanted_halves(guest, event):
             return True
@@ -468,7 +468,7 @@ class Arming:
             int(export.interest.of(guest, event.child)) & event.kind
         )
 
-    def _wanted(self, guest: ReplayGuest, kept: Kept) -> tuple[Kept, int] | None:
+    def _wanted(self, guest: MountGuest, kept: Kept) -> tuple[Kept, int] | None:
         """What of an event the guest has asked for by now."""
         event = kept.event
         halves = self._export.wanted_halves(guest, event)
@@ -481,7 +481,7 @@ class Arming:
                 return kept._replace(event=own), FIRST
         return None
 
-    def _tell(self, guest: ReplayGuest, told: dict[int, tuple[Kept, int]]) -> None:
+    def _tell(self, guest: MountGuest, told: dict[int, tuple[Kept, int]]) -> None:
         """Tell these, each behind what waits and is older."""
         if not told:
             return
@@ -492,7 +492,7 @@ class Arming:
         for _, (kept, halves) in sorted(told.items()):
             guest.offer(kept.event, halves, kept.ways)
 
-    def _let_go(self, guest: ReplayGuest, holding: Holding) -> None:
+    def _let_go(self, guest: MountGuest, holding: Holding) -> None:
         """Tell what waits."""
         for kept, halves in holding.take(self._number):
             guest.offer(kept.event, halves, kept.ways)

@@ -1,6 +1,6 @@
-"""A guest's end of the channel: frames in, frames out. Sans-IO; doors move the bytes.
+"""A guest's end of the channel: frames in, frames out. Sans-IO; transports move the bytes.
 
-The same session runs over `.fsd/control` (the replayer), `.fsd/session` and the Unix socket.
+The same channel runs over `.fsd/control` (the replayer), `.fsd/session` and the Unix socket.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.masks import EVENTS
 
 from ..files.table import Inode
 from ..guests.guest import MARKS_LIMIT, Guest, HandMarks, Observer, new_token
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..pacing.chores import Job, Pause, begin
 from .export import Export
 from .stats import snapshot
@@ -31,7 +31,7 @@ log = structlog.get_logger()
 BATCH = 256
 """Messages a read: enough to make the round trip of a read small beside the orders' own."""
 RESOLVED_LIMIT = MARKS_LIMIT
-"""Nodes that one session may hold by Resolve: as many as it may mark."""
+"""Nodes that one channel may hold by Resolve: as many as it may mark."""
 PENDING_LIMIT = 1 << 20
 """Bytes of frames that may wait to be handled while another write is answered: as many as one write
 has. Beyond it writes wait."""
@@ -40,11 +40,11 @@ ANSWERS_LIMIT = 256 * 1024
 _STATS_PART = 32 * 1024
 
 
-class Session:
+class Channel:
     """One channel. ``replayer`` is the mount's guest where this is its control channel; ``via``
     that of the mount in which it was opened, None where that was not in a mount.
 
-    ``receive`` raises frames.ProtocolError on what is no frame; the door then closes the session.
+    ``receive`` raises frames.ProtocolError on what is no frame; the transport then closes it.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Session:
         export: Export,
         name: str,
         pid: int,
-        replayer: ReplayGuest | None = None,
-        via: ReplayGuest | None = None,
+        replayer: MountGuest | None = None,
+        via: MountGuest | None = None,
     ) -> None:
         self._export = export
         self._name = name
@@ -69,7 +69,7 @@ class Session:
         self._unsent = memoryview(b"")
         self._resolved: dict[Inode, None] = {}
         self._writers: list[Callable[[], None]] = []
-        self.guest: ReplayGuest | Observer | HandMarks | None = None
+        self.guest: MountGuest | Observer | HandMarks | None = None
         self.said_bye = False
         self._closed = False
         self.wake: Callable[[], None] = lambda: None  # there is something to read
@@ -88,7 +88,7 @@ class Session:
         self._background = None
         self._let_write()
         guest, self.guest = self.guest, None
-        if isinstance(guest, ReplayGuest):
+        if isinstance(guest, MountGuest):
             self._export.arming.scan_abort(guest)
             guest.disconnect()
             guest.wake = _asleep
@@ -104,17 +104,17 @@ class Session:
 
     @property
     def _owner(self) -> object:
-        """With whom it shares its turns: all sessions of a guest have one."""
+        """With whom it shares its turns: all channels of a guest have one."""
         return self._via or self._export.interest
 
     # In
 
     def receive(self, data: bytes) -> None:
         """Take bytes from the peer and do what they ask: the first of it now, the rest in turns of
-        the export's chores. Raises ProtocolError; in a later turn, that ends the session.
+        the export's chores. Raises ProtocolError; in a later turn, that ends the channel.
         """
         if self._closed:
-            raise frames.ProtocolError("the session has ended")
+            raise frames.ProtocolError("the channel has ended")
         self._reader.feed(data)
         if self._job is None:
             self._job = job = self._handling()
@@ -129,7 +129,7 @@ class Session:
         return self._reader.pending > PENDING_LIMIT
 
     def when_taken(self, call: Callable[[], None]) -> None:
-        """Call once when there is room for another write, or the session has ended."""
+        """Call once when there is room for another write, or the channel has ended."""
         self._writers.append(call)
 
     def _let_write(self) -> None:
@@ -149,11 +149,11 @@ class Session:
             self._job = None
 
     def _going_on(self, job: Job[None]) -> Job[None]:
-        """The rest of it, without the peer: what is no frame ends the session."""
+        """The rest of it, without the peer: what is no frame ends the channel."""
         try:
             yield from job
         except ValueError as error:
-            log.warning("bad frame from guest", error=str(error), session=self._name)
+            log.warning("bad frame from guest", error=str(error), channel=self._name)
             self._background = None  # this very job
             self.close()
             self.wake()
@@ -190,7 +190,7 @@ class Session:
             self._keep(self.guest, message)
         elif isinstance(message, frames.List):
             yield from self._list(message)
-        elif isinstance(self.guest, ReplayGuest):
+        elif isinstance(self.guest, MountGuest):
             yield from self._replayer_message(self.guest, message)
         else:
             raise frames.ProtocolError(f"{type(message).__name__} is not for an observer")
@@ -231,7 +231,7 @@ class Session:
 
     def _update(self, guest: Guest, update: frames.Update) -> Job[None]:
         key = NodeKey(update.nodeid, update.generation)
-        if isinstance(guest, ReplayGuest) and not update.request:
+        if isinstance(guest, MountGuest) and not update.request:
             self._export.arming.scan_update(guest, key, update.mask)
             return
         try:
@@ -309,7 +309,7 @@ class Session:
                 self._refuse(message.request, inode.key, error)
         self._answer(frames.Name(message.request, 0, b""))
 
-    def _replayer_message(self, guest: ReplayGuest, message: frames.Message) -> Job[None]:
+    def _replayer_message(self, guest: MountGuest, message: frames.Message) -> Job[None]:
         arming = self._export.arming
         if isinstance(message, frames.ScanEnd):
             scan = arming.scan_ending(guest, message.hint, full=bool(message.full))
@@ -337,13 +337,13 @@ class Session:
         if self._unsent or self._answers:
             return True
         guest = self.guest
-        return (isinstance(guest, ReplayGuest) and guest.has_outgoing) or (
+        return (isinstance(guest, MountGuest) and guest.has_outgoing) or (
             isinstance(guest, Observer) and guest.depth > 0
         )
 
     def asked(self) -> None:
         """The peer asks, and waits where there is nothing."""
-        if isinstance(self.guest, ReplayGuest):
+        if isinstance(self.guest, MountGuest):
             self.guest.asked()
 
     def outgoing(self, size: int) -> bytes:

@@ -2,7 +2,7 @@
 
 host inotify -> HostWatcher -> Resolver -> here: own echo? interest? -> each guest's outbox.
 Here too: which host watches that interest asks for, and what is told after events were lost.
-Synchronous; the doors call it, and call ``process`` when there is work (``next_deadline``).
+Synchronous; the transports call it, and call ``process`` when there is work (``next_deadline``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ..guests.guest import (
     HandMarks,
     Observer,
 )
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 from ..linux.descriptors import share
 from ..linux.openers import File, Openers
@@ -112,7 +112,7 @@ class Export:
         self._care: dict[Inode, Inode] = {}  # watched object -> the directory that names it
         self._cared_for: Counter[Inode] = Counter()
         self.waiting: dict[bytes, Observer] = {}  # by token: observers that may come back
-        self.is_stopping = False  # sessions that end now may come back
+        self.is_stopping = False  # channels that end now may come back
         self.is_changed = False  # since the state was saved
         self.confirmed_ns = 0  # up to then, listings are known to be right
         self.on_change: Callable[[], None] = _nobody
@@ -142,10 +142,10 @@ class Export:
 
     # Guests
 
-    def add_replayer(self, name: str, *, is_local: bool = False) -> ReplayGuest:
+    def add_mount_guest(self, name: str, *, is_local: bool = False) -> MountGuest:
         """A mount with an agent: another machine's, or (``is_local``) one of this machine."""
         limit, openers = self._outbox_limit, self._openers
-        guest = ReplayGuest(name, self.fs, self.watcher, openers, limit=limit, is_local=is_local)
+        guest = MountGuest(name, self.fs, self.watcher, openers, limit=limit, is_local=is_local)
         guest.asks = partial(self.interest.of, guest)
         self.guests.append(guest)
         return guest
@@ -157,7 +157,7 @@ class Export:
         self.guests.append(guest)
         return guest
 
-    def hand_marks(self, via: ReplayGuest | None = None) -> HandMarks:
+    def hand_marks(self, via: MountGuest | None = None) -> HandMarks:
         """The guest that stands for marks set by hand in the mount ``via``: each machine has one,
         and this host has one for all its mounts and sockets.
         """
@@ -170,11 +170,11 @@ class Export:
             self.guests.append(found)
         return found
 
-    def _hand_marks_of(self, via: ReplayGuest | None) -> HandMarks | None:
+    def _hand_marks_of(self, via: MountGuest | None) -> HandMarks | None:
         marks = (guest for guest in self.guests if isinstance(guest, HandMarks))
         return next((guest for guest in marks if guest.via is via), None)
 
-    def drop_hand_marks(self, via: ReplayGuest) -> None:
+    def drop_hand_marks(self, via: MountGuest) -> None:
         """The machine has gone, or has started anew: its marks by hand go with it."""
         marks = self._hand_marks_of(via)
         if marks is not None:
@@ -182,11 +182,11 @@ class Export:
 
     def remove_guest(self, guest: Guest) -> None:
         """The guest has gone, and its marks with it: many of them a few at a time."""
-        if isinstance(guest, ReplayGuest):
+        if isinstance(guest, MountGuest):
             self.drop_hand_marks(guest)
         self.arming.forget(guest)
         self.guests.remove(guest)
-        if isinstance(guest, ReplayGuest):
+        if isinstance(guest, MountGuest):
             for inode in self.interest.marks(guest):
                 guest.on_mark(0 if inode is None else inode.nodeid, 0)
         guest.leave()
@@ -226,7 +226,7 @@ class Export:
         self._change()
         had = self.interest.of(guest, inode)
         before, after = self.interest.update(guest, inode, mask)
-        if isinstance(guest, ReplayGuest) and had != mask:
+        if isinstance(guest, MountGuest) and had != mask:
             guest.on_mark(0 if inode is None else inode.nodeid, int(mask))
         if inode is None:
             if before != after:
@@ -481,7 +481,7 @@ class Export:
         if self.chores:
             self.counts["faults"] += self.chores.run()
         for guest in self.guests:
-            if isinstance(guest, ReplayGuest):
+            if isinstance(guest, MountGuest):
                 guest.history.check()
 
     def _due(self, what: str, do: Callable[[], None]) -> None:
@@ -566,7 +566,7 @@ class Export:
 
     def _plan(self) -> None:
         """Let replaying guests make orders, once they see as far ahead as there is to see."""
-        guests = [g for g in self.guests if isinstance(g, ReplayGuest) and g.held]
+        guests = [g for g in self.guests if isinstance(g, MountGuest) and g.held]
         if not guests:
             return
         if not self.watcher.backlog and any(guest.is_opening for guest in guests):
@@ -579,7 +579,7 @@ class Export:
 
     def _lone_files(self) -> Iterator[File]:
         for guest in self.guests:
-            if isinstance(guest, ReplayGuest):
+            if isinstance(guest, MountGuest):
                 yield from guest.lone_files()
 
     @property
@@ -591,7 +591,7 @@ class Export:
             return 0.0
         due = [self._resolver.waiting_until or math.inf, self.arming.deadline, self._compare_at]
         due += [self._give_up_at, self.fs.successors.deadline]
-        due += [g.waiting_until or math.inf for g in self.guests if isinstance(g, ReplayGuest)]
+        due += [g.waiting_until or math.inf for g in self.guests if isinstance(g, MountGuest)]
         return max(min(due), self._paused_until)
 
     def _handle(self, event: Event) -> Job[None]:
@@ -647,7 +647,7 @@ class Export:
             if not halves:
                 continue
             if guest is event.origin:
-                if not isinstance(guest, ReplayGuest) or not guest.history.is_awaited(event):
+                if not isinstance(guest, MountGuest) or not guest.history.is_awaited(event):
                     guest.count("echo", event.mask)
                     continue
                 guest.count("repeated", event.mask)
@@ -662,7 +662,7 @@ class Export:
     def follows(self, guest: Guest, event: Event) -> bool:
         """Whether a guest's kernel makes the event by itself, from what it is told by name."""
         named = event.part_of
-        if named is None or not isinstance(guest, ReplayGuest):
+        if named is None or not isinstance(guest, MountGuest):
             return False
         return bool(self.wanted_halves(guest, named))
 
@@ -690,7 +690,7 @@ class Export:
                 halves |= SECOND
         else:
             halves = FIRST if (int(of(guest, event.node)) | whole) & kind else 0
-        if halves or not isinstance(guest, ReplayGuest) or not kind & _LEAVES:
+        if halves or not isinstance(guest, MountGuest) or not kind & _LEAVES:
             return halves
         ends = (event.child, event.replaced) if event.name else (event.node,)
         return FIRST if any(i is not None and of(guest, i) for i in ends) else 0

@@ -13,7 +13,7 @@ from ..events.compare import Changes
 from ..events.event import Event
 from ..files.table import Inode
 from ..guests.ledger import Ways
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..pacing import windows
 from .seen import Seen
 
@@ -57,7 +57,7 @@ class Provisional:
 
     inode: Inode
     expires: float = field(default_factory=lambda: time.monotonic() + windows.KEEP)
-    by: dict[ReplayGuest, LookUp] = field(default_factory=dict)
+    by: dict[MountGuest, LookUp] = field(default_factory=dict)
     history: deque[Kept] = field(default_factory=deque)
     missed: Changes = field(default_factory=dict)
     """By name, what was too much to keep."""
@@ -76,7 +76,7 @@ class Provisional:
 class Holding:
     """Events that wait for one guest, behind those that are in doubt."""
 
-    def __init__(self, guest: ReplayGuest, until: float) -> None:
+    def __init__(self, guest: MountGuest, until: float) -> None:
         self._history = guest.history
         self.until = until
         self.events: deque[tuple[Kept, int]] = deque()

@@ -16,7 +16,7 @@ from protocol.masks import EVENTS, Mask
 
 from ..events.event import Event
 from ..files.table import Inode
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from .lookups import Kept
 from .seen import Seen, look
 
@@ -32,7 +32,7 @@ _NOTHING = Mask(0)
 
 @dataclass(slots=True)
 class _Marked:
-    by: dict[ReplayGuest, Mask] = field(default_factory=dict)
+    by: dict[MountGuest, Mask] = field(default_factory=dict)
     events: deque[Kept] = field(default_factory=lambda: deque(maxlen=OWN_LIMIT))
 
 
@@ -59,7 +59,7 @@ class MarkedFiles:
         return self._marked[inode].events
 
     def watch(
-        self, guest: ReplayGuest, updates: list[tuple[NodeKey, int]]
+        self, guest: MountGuest, updates: list[tuple[NodeKey, int]]
     ) -> dict[Inode, Seen | None]:
         """Watch the files among these; returns how they are then."""
         export = self._export
@@ -76,7 +76,7 @@ class MarkedFiles:
                 break
         return files
 
-    def let_go(self, guest: ReplayGuest, inode: Inode) -> None:
+    def let_go(self, guest: MountGuest, inode: Inode) -> None:
         """Its mark applies, or does not."""
         marked = self._marked[inode]
         del marked.by[guest]

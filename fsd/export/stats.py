@@ -13,7 +13,7 @@ from protocol import masks
 
 from ..files.table import Inode
 from ..guests.guest import Guest, HandMarks, Observer
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 
 if TYPE_CHECKING:
     from .export import Export
@@ -33,7 +33,7 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
 
 
-def snapshot(export: Export, viewer: ReplayGuest | None = None) -> dict[str, Any]:
+def snapshot(export: Export, viewer: MountGuest | None = None) -> dict[str, Any]:
     """The state, as a JSON object: all of it for this host, and through its own mount. A machine
     (``viewer``) sees what is its own, and nothing of other guests and of the host.
     """
@@ -57,7 +57,7 @@ def _whole(export: Export) -> dict[str, Any]:
     }
 
 
-def _of_machine(export: Export, viewer: ReplayGuest) -> dict[str, Any]:
+def _of_machine(export: Export, viewer: MountGuest) -> dict[str, Any]:
     guests = [guest for guest in export.guests if guest is viewer or guest.via is viewer]
     marked = {inode for guest in guests for inode in export.interest.marks(guest) if inode}
     states = [_guest(export, guest) for guest in guests]
@@ -97,7 +97,7 @@ def _by_kind(kinds: Counter[tuple[str, int]]) -> dict[str, dict[str, int]]:
 
 
 _KINDS: dict[type[Guest], str] = {
-    ReplayGuest: "mount",
+    MountGuest: "mount",
     Observer: "observer",
     HandMarks: "by hand",
 }
@@ -141,7 +141,7 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
             "samples": len(guest.latencies),
         },
     }
-    if isinstance(guest, ReplayGuest):
+    if isinstance(guest, MountGuest):
         state["agent"] = bool(guest.pid)
         state["agent_pid"] = guest.pid
         state["keeps_names"] = guest.keeps_names

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 
 if TYPE_CHECKING:
@@ -56,6 +56,6 @@ def has_part(
 
 
 def _owner(guest: Guest) -> Guest:
-    if isinstance(guest, ReplayGuest) or guest.via is None:
+    if isinstance(guest, MountGuest) or guest.via is None:
         return guest
     return guest.via

@@ -1,7 +1,7 @@
 """Appends: a write by an O_APPEND descriptor goes to the end that the host's file has by then.
 
 Apart because a guest's kernel sends an offset, the end that it remembers, and host programs append
-too; and because each door says in its own way which writes are appends.
+too; and because each transport says in its own way which writes are appends.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Bypass:
 
 
 class Ends:
-    """Where a kernel takes files to end, for a door whose WRITE lacks the descriptor's flags: an
-    append comes with that offset, and what it writes back of a mapped file lies before it.
+    """Where a kernel takes files to end, if WRITE comes without the descriptor's flags: an append
+    has that offset, and what the kernel writes back of a mapped file lies before it.
     """
 
     def __init__(self) -> None:

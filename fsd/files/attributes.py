@@ -1,4 +1,4 @@
-"""Attributes as the doors hand them to a kernel, real or made up for what is gone."""
+"""Attributes as the transports hand them to a kernel, real or made up for what is gone."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """System calls that may take long, or for ever: a thread makes them, then the request goes on.
 
 The core is not thread-safe, so a thread makes raw calls on descriptors and nothing else. What needs
-such a call raises ``Later``. The door makes the call and serves the request once more, with the
-outcome: all checks are made again, and nothing was changed between.
+such a call raises ``Later``. The transport makes the call and serves the request once more, with
+the outcome: all checks are made again, and nothing was changed between.
 """
 
 from __future__ import annotations

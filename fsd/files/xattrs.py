@@ -1,6 +1,6 @@
 """Which extended attributes guests may see and change: of those whose names carry rights, two.
 
-Apart because it is a rule about names that every door shares.
+Apart because it is a rule about names that every transport shares.
 """
 
 from __future__ import annotations

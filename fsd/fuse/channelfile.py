@@ -1,6 +1,6 @@
-"""One open channel file: who waits for its frames. What all doors of a mount share.
+"""One open channel file: who waits for its frames. What all transports of a mount share.
 
-Woken in the middle of the core's work, so it only calls back; a door reads once that is done.
+Woken in the middle of the core's work, so it only calls back; a transport reads once that is done.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from collections.abc import Callable
 
 import structlog
 
-from ..export.channel import Session
+from ..export.channel import Channel
 
 log = structlog.get_logger()
 READY = select.POLLIN | select.POLLOUT
 
 
-class Channel:
-    """Waiters of one session."""
+class ChannelFile:
+    """Waiters of one channel."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._waiters: deque[Callable[[], None]] = deque()
         self._poller: Callable[[], None] | None = None
-        session.wake = self._wake
-        session.let_go = self._let_go
+        channel.wake = self._wake
+        channel.let_go = self._let_go
 
     @property
     def is_ready(self) -> bool:
         """Whether a read does not wait."""
-        return self._session.has_outgoing or self._session.said_bye
+        return self._channel.has_outgoing or self._channel.said_bye
 
     def wait(self, call: Callable[[], None]) -> Callable[[], None]:
         """Call once: when there is something to read, or reads must not wait any longer. Returns
         what cancels that.
         """
-        self._session.asked()
+        self._channel.asked()
         self._waiters.append(call)
 
         def cancel() -> None:
@@ -48,30 +48,30 @@ class Channel:
 
     def read(self, size: int) -> bytes:
         """Frames, up to ``size`` bytes; b"" where there are none."""
-        return self._session.outgoing(size)
+        return self._channel.outgoing(size)
 
     def write(self, data: bytes) -> None:
-        """Frames from the peer. Raises OSError EPROTO for what is none, and ends the session."""
+        """Frames from the peer. Raises OSError EPROTO for what is none, and ends the channel."""
         try:
-            self._session.receive(data)
+            self._channel.receive(data)
         except ValueError as error:  # no frame of our protocol, or nothing that it can mean
             log.warning("bad frame from guest", error=str(error))
-            self._session.close()
+            self._channel.close()
             self._let_go()
             raise OSError(errno.EPROTO, str(error)) from None
 
     @property
     def is_full(self) -> bool:
         """Whether the answer to a write is to wait until ``when_taken``."""
-        return self._session.is_full
+        return self._channel.is_full
 
     def when_taken(self, call: Callable[[], None]) -> None:
         """Call once when there is room for another write."""
-        self._session.when_taken(call)
+        self._channel.when_taken(call)
 
     def poll(self, notify: Callable[[], None] | None) -> int:
         """poll(2)'s events as of now. ``notify`` is called once when there are more."""
-        if self._session.said_bye:
+        if self._channel.said_bye:
             return READY | select.POLLHUP
         if self.is_ready:
             return READY
@@ -80,7 +80,7 @@ class Channel:
         return select.POLLOUT
 
     def _wake(self) -> None:
-        if self._session.said_bye:
+        if self._channel.said_bye:
             self._let_go()
         elif self._waiters:
             self._waiters.popleft()()

@@ -1,6 +1,6 @@
-"""Open files and their data, as a door offers them to one mount: passthrough, own echo, replay.
+"""Open files and their data, as one mount has them: passthrough, own echo, replay.
 
-The half of the Service below its names and attributes: who asks, and what is done with a handle.
+The half of the operations below its names and attributes: who asks, and what is done with a handle.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ..files.passthrough import Entry, Handle, Identity
 from ..files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from ..files.table import Inode
 from ..guests.ledger import UnexpectedCall
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 from ..linux.directories import DirEntry
 from . import record
 from .hidden import HiddenFiles, HiddenHandle
 from .hostlocks import GuestLocks, Lock
-from .record import KeptSession, Opened
+from .record import Opened, SessionRecord
 
 log = structlog.get_logger()
 _T = TypeVar("_T")
@@ -80,21 +80,21 @@ AnyHandle = Handle | IdleHandle | HiddenHandle
 class FileService:
     """Operations on open files of one mount. ``guest`` is the mount."""
 
-    def __init__(self, export: Export, guest: ReplayGuest) -> None:
+    def __init__(self, export: Export, guest: MountGuest) -> None:
         self.export = export
         self.guest = guest
         self._fs = export.fs
         self._table = export.table
         self.hidden = HiddenFiles(export, guest)
-        self.kept: KeptSession | None = None
+        self.kept: SessionRecord | None = None
         self.acls = False
-        """Whether POSIX ACLs may be used (fsd.files.xattrs): the door knows."""
+        """Whether POSIX ACLs may be used (fsd.files.xattrs): the transport knows."""
         self.outcomes: Outcomes = {}
         """Of the request that is being served, what threads have done for it."""
         self.patience = PATIENCE
         """Seconds that a request waits for a file system that does not answer."""
         self.has_threads = False
-        """Whether the door serves a request again that raised Later; else all is done at once."""
+        """Whether a request that raised Later is served again; else all is done at once."""
         self.close_slowly: Callable[[int, Events], None] = _close
         """Closes a descriptor where that may free a long file, and makes events."""
         self._handles: dict[int, AnyHandle | LostHandle] = {}
@@ -276,7 +276,7 @@ class FileService:
 
     def _with_data(self, handle: AnyHandle) -> Handle:
         """Also what the replayer's thread opened before it was the replayer has no data for it: on
-        the libfuse door, READ and WRITE do not say who asks.
+        the libfuse transport, READ and WRITE do not say who asks.
         """
         if not isinstance(handle, Handle) or 0 != handle.opener == self.guest.pid:
             raise self._refused(UnexpectedCall("data"))
@@ -377,8 +377,8 @@ class FileService:
     def write(
         self, fh: int, offset: int, data: bytes, *, append: bool = False, kill: bool = False
     ) -> int:
-        """WRITE; to the end of the file, to ``append``. The door does not say who writes: the user
-        who opened the file is taken for it, also to ``kill`` suid and sgid bits.
+        """WRITE; to the end of the file, to ``append``. Nobody says who writes: the user who
+        opened the file is taken for it, also to ``kill`` suid and sgid bits.
         """
         handle = self.handle(fh)
         if isinstance(handle, IdleHandle):
@@ -610,13 +610,13 @@ class FileService:
             self._fs.on_unlinked.remove(self._hold)
             self.kept = self.locks.kept = None
 
-    def keep(self, kept: KeptSession | None) -> None:
+    def keep(self, kept: SessionRecord | None) -> None:
         """Have noted there what is open and locked."""
         self.kept = self.locks.kept = kept
         if kept is not None:
             self._fs.on_unlinked.append(self._hold)
 
-    def resume(self, kept: KeptSession, inodes: Mapping[int, Inode]) -> Iterator[int]:
+    def resume(self, kept: SessionRecord, inodes: Mapping[int, Inode]) -> Iterator[int]:
         """Take over what was open, by descriptor where there is one; else it is opened again."""
         for fh, opened in sorted(kept.handles.items()):
             fd = kept.fds.pop(fh, -1)

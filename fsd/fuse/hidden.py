@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 from protocol import frames
 
-from ..export.channel import Session
+from ..export.channel import Channel
 from ..export.export import Export
 from ..export.stats import snapshot
 from ..files.attributes import Attr, StatLike
 from ..files.passthrough import Entry, Identity
 from ..files.table import Inode
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 
-SESSIONS_LIMIT = 64
+CHANNELS_LIMIT = 64
 """Sessions of one mount, beside its agent's: each may hold some 2 MiB of frames and answers."""
 _NAMES = {
     b"control": (frames.CONTROL, stat.S_IFREG | 0o600),
@@ -39,14 +39,14 @@ class HiddenHandle:
     """An open hidden file: a channel, or a text made when it was opened."""
 
     nodeid: int
-    session: Session | None = None
+    channel: Channel | None = None
     text: bytes = b""
 
 
 class HiddenFiles:
     """The hidden directory of one mount."""
 
-    def __init__(self, export: Export, guest: ReplayGuest) -> None:
+    def __init__(self, export: Export, guest: MountGuest) -> None:
         self._export = export
         self._guest = guest
         self._modes = {frames.FSD_DIR: stat.S_IFDIR | 0o700, **dict(_NAMES.values())}
@@ -57,7 +57,7 @@ class HiddenFiles:
         self._born = time.time_ns()
         self.root = self._inodes[frames.FSD_DIR]
         self.control: HiddenHandle | None = None
-        self._sessions = 0
+        self._channels = 0
 
     def check(self, who: Identity) -> None:
         """Nobody else can even see it. Raises OSError ENOENT. A number of another machine's user
@@ -108,30 +108,30 @@ class HiddenFiles:
             if self.control is not None:
                 # A killed agent stays in its read until that is answered; then it lets go of the
                 # channel, and the newcomer's next try succeeds.
-                if self.control.session is not None:
-                    self.control.session.let_go()
+                if self.control.channel is not None:
+                    self.control.channel.let_go()
                 raise OSError(errno.EBUSY, "an agent is connected")
-            handle.session = Session(self._export, "agent", who.pid, self._guest, self._guest)
+            handle.channel = Channel(self._export, "agent", who.pid, self._guest, self._guest)
             self.control = handle
         elif nodeid == frames.SESSION:
-            if self._sessions >= SESSIONS_LIMIT:
+            if self._channels >= CHANNELS_LIMIT:
                 raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
-            self._sessions += 1
-            name = f"session of process {who.pid}"
-            handle.session = Session(self._export, name, who.pid, via=self._guest)
+            self._channels += 1
+            name = f"channel of process {who.pid}"
+            handle.channel = Channel(self._export, name, who.pid, via=self._guest)
         return handle
 
     def dismiss(self) -> None:
         """Answer the agent's waiting read, for good."""
-        if self.control is not None and self.control.session is not None:
-            self.control.session.said_bye = True
-            self.control.session.wake()
+        if self.control is not None and self.control.channel is not None:
+            self.control.channel.said_bye = True
+            self.control.channel.wake()
 
     def release(self, handle: HiddenHandle) -> None:
         """RELEASE."""
-        session, handle.session = handle.session, None
-        if session is not None:
-            self._sessions -= handle.nodeid == frames.SESSION
-            session.close()
+        channel, handle.channel = handle.channel, None
+        if channel is not None:
+            self._channels -= handle.nodeid == frames.SESSION
+            channel.close()
         if handle is self.control:
             self.control = None

@@ -23,7 +23,7 @@ from ..events.watcher import SERVER, HostWatcher
 from ..files.passthrough import Handle
 from ..files.table import Inode
 from ..linux import syscalls
-from .record import KeptSession, Owner
+from .record import Owner, SessionRecord
 
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, len, pid
@@ -100,7 +100,7 @@ class GuestLocks:
         self._owners: dict[Inode, dict[int, _Owner]] = {}
         self._count = 0
         self._numbers = itertools.count(1)
-        self.kept: KeptSession | None = None
+        self.kept: SessionRecord | None = None
         """Is told who has locks."""
 
     # POSIX locks

@@ -13,7 +13,7 @@ from protocol import fuse
 from protocol.fuse import Opcode
 
 from .hostlocks import Lock
-from .operations import Service
+from .operations import Operations
 from .pending import Loop, Waiting
 from .request import Request
 
@@ -28,8 +28,8 @@ pause it is a 16th of them where that is more: of the 4,096 that a guest may hav
 class Locks:
     """Handlers of one guest."""
 
-    def __init__(self, service: Service, loop: Loop, waiting: Waiting) -> None:
-        self._service = service
+    def __init__(self, operations: Operations, loop: Loop, waiting: Waiting) -> None:
+        self._operations = operations
         self._retries = _Retries(loop)
         self._loop = loop
         self._waiting = waiting
@@ -42,7 +42,7 @@ class Locks:
     def _getlk(self, request: Request) -> bytes:
         fh, owner, start, end, kind, pid, _flags = fuse.LK_IN.unpack(request.body)
         lock = Lock((kind, start, end, pid))
-        kind, start, end, pid = self._service.getlk(request.who, fh, owner, lock)
+        kind, start, end, pid = self._operations.getlk(request.who, fh, owner, lock)
         return fuse.LK_OUT.pack(start, end, kind, pid)
 
     def _setlk(self, request: Request) -> bytes:
@@ -52,18 +52,18 @@ class Locks:
     def _set(self, request: Request) -> None:
         fh, owner, start, end, kind, pid, flags = fuse.LK_IN.unpack(request.body)
         if flags & fuse.LK_FLOCK:
-            self._service.flock(request.who, fh, kind)
+            self._operations.flock(request.who, fh, kind)
         else:
-            self._service.setlk(request.who, fh, owner, Lock((kind, start, end, pid)))
+            self._operations.setlk(request.who, fh, owner, Lock((kind, start, end, pid)))
 
     def _setlkw(self, request: Request) -> bytes | None:
         try:
             self._set(request)
         except BlockingIOError:
             self._waiting.check(request)
-            inode = self._service.file(fuse.LK_IN.unpack(request.body).fh).inode
+            inode = self._operations.file(fuse.LK_IN.unpack(request.body).fh).inode
             _Wait(request, lambda: self._set(request), self._loop, self._waiting).begin(
-                self._retries, lambda retry: self._service.locks.waiters.add(inode, retry)
+                self._retries, lambda retry: self._operations.locks.waiters.add(inode, retry)
             )
             return None
         return b""

@@ -1,4 +1,4 @@
-"""FUSE requests about names and attributes, as raw messages, on a Service.
+"""FUSE requests about names and attributes, as raw messages, on the operations.
 
 A handler returns the payload of the reply; the session checks the node of the header before, and
 turns what is raised into the errno of the reply.
@@ -18,7 +18,7 @@ from ..files.passthrough import Changes, Entry
 from ..files.xattrs import ACL_ACCESS
 from ..linux import syscalls
 from .nodes import Nodes
-from .operations import Service
+from .operations import Operations
 from .request import Request
 
 _MODE, _UID, _GID, _SIZE, _FH = (
@@ -35,8 +35,8 @@ _SHORT_SETXATTR = 8
 class Names:
     """Handlers of one guest."""
 
-    def __init__(self, service: Service, nodes: Nodes, *, xattr: bool) -> None:
-        self._service = service
+    def __init__(self, operations: Operations, nodes: Nodes, *, xattr: bool) -> None:
+        self._operations = operations
         self._nodes = nodes
         self.long_setxattr = False
         self.handlers: dict[int, Callable[[Request], bytes | None]] = {
@@ -72,7 +72,7 @@ class Names:
 
     def _lookup(self, request: Request) -> bytes:
         self._nodes.check_room()
-        entry = self._service.lookup(request.who, request.nodeid, fuse.name(request.body))
+        entry = self._operations.lookup(request.who, request.nodeid, fuse.name(request.body))
         return self._entry(request, entry, request.nodeid)
 
     def _mknod(self, request: Request) -> bytes:
@@ -80,7 +80,7 @@ class Names:
         name = fuse.name(request.body, fuse.MKNOD_IN.size)
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
-        entry = self._service.mknod(who, request.nodeid, name, mode, rdev)
+        entry = self._operations.mknod(who, request.nodeid, name, mode, rdev)
         return self._entry(request, entry, request.nodeid)
 
     def _mkdir(self, request: Request) -> bytes:
@@ -88,28 +88,28 @@ class Names:
         name = fuse.name(request.body, fuse.MKDIR_IN.size)
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
-        entry = self._service.mkdir(who, request.nodeid, name, mode)
+        entry = self._operations.mkdir(who, request.nodeid, name, mode)
         return self._entry(request, entry, request.nodeid)
 
     def _symlink(self, request: Request) -> bytes:
         name, target = fuse.names(request.body, 0, 2)
         self._nodes.check_room()
-        entry = self._service.symlink(request.who, request.nodeid, name, target)
+        entry = self._operations.symlink(request.who, request.nodeid, name, target)
         return self._entry(request, entry, request.nodeid)
 
     def _link(self, request: Request) -> bytes:
         old = fuse.LINK_IN.unpack(request.body)
         name = fuse.name(request.body, fuse.LINK_IN.size)
         self._nodes.check(old)
-        entry = self._service.link(request.who, old, request.nodeid, name)
+        entry = self._operations.link(request.who, old, request.nodeid, name)
         return self._entry(request, entry, request.nodeid)
 
     def _unlink(self, request: Request) -> bytes:
-        self._service.unlink(request.who, request.nodeid, fuse.name(request.body))
+        self._operations.unlink(request.who, request.nodeid, fuse.name(request.body))
         return b""
 
     def _rmdir(self, request: Request) -> bytes:
-        self._service.rmdir(request.who, request.nodeid, fuse.name(request.body))
+        self._operations.rmdir(request.who, request.nodeid, fuse.name(request.body))
         return b""
 
     def _rename(self, request: Request) -> bytes:
@@ -123,22 +123,22 @@ class Names:
     def _move(self, request: Request, newdir: int, flags: int, offset: int) -> bytes:
         old, new = fuse.names(request.body, offset, 2)
         self._nodes.check(newdir)
-        self._service.rename(request.who, request.nodeid, old, newdir, new, flags)
+        self._operations.rename(request.who, request.nodeid, old, newdir, new, flags)
         return b""
 
     def _readlink(self, request: Request) -> bytes:
-        return self._service.readlink(request.nodeid)
+        return self._operations.readlink(request.nodeid)
 
     # Attributes
 
     def _getattr(self, request: Request) -> bytes:
-        inode, attr = self._service.getattr(request.who, request.nodeid)
+        inode, attr = self._operations.getattr(request.who, request.nodeid)
         return self._nodes.attributes(request.who, inode, attr)
 
     def _statx(self, request: Request) -> bytes:
         fuse.STATX_IN.unpack(request.body)
-        inode, attr = self._service.getattr(request.who, request.nodeid)
-        born_ns = self._service.born_ns(request.who, request.nodeid)
+        inode, attr = self._operations.getattr(request.who, request.nodeid)
+        born_ns = self._operations.born_ns(request.who, request.nodeid)
         return self._nodes.statx(request.who, inode, attr, born_ns)
 
     def _setattr(self, request: Request) -> bytes:
@@ -163,14 +163,14 @@ class Names:
         if not valid & _ANY:
             changes = self._without_suid(request)
         fh = asked.fh if valid & _FH else None
-        inode, attr = self._service.setattr(request.who, request.nodeid, changes, fh)
+        inode, attr = self._operations.setattr(request.who, request.nodeid, changes, fh)
         return self._nodes.attributes(request.who, inode, attr)
 
     def _without_suid(self, request: Request) -> Changes:
         """Where FUSE_HANDLE_KILLPRIV_V2 is agreed, a kernel asks for no change at all upon chown(2)
         of neither uid nor gid, which takes suid and sgid bits: of one's own files.
         """
-        inode, attr = self._service.getattr(request.who, request.nodeid)
+        inode, attr = self._operations.getattr(request.who, request.nodeid)
         mode = attr.st_mode & ~stat.S_ISUID
         if mode & stat.S_IXGRP:
             mode &= ~stat.S_ISGID
@@ -179,7 +179,7 @@ class Names:
         return Changes(mode if kills else None)
 
     def _statfs(self, request: Request) -> bytes:
-        found = self._service.statfs(request.nodeid)
+        found = self._operations.statfs(request.nodeid)
         return fuse.STATFS_OUT.pack(
             found.f_blocks, found.f_bfree, found.f_bavail, found.f_files, found.f_ffree,
             found.f_bsize, found.f_namemax, found.f_frsize,
@@ -187,7 +187,7 @@ class Names:
 
     def _access(self, request: Request) -> bytes:
         mask = fuse.ACCESS_IN.unpack(request.body)
-        if not self._service.access(request.nodeid, mask & (os.R_OK | os.W_OK | os.X_OK)):
+        if not self._operations.access(request.nodeid, mask & (os.R_OK | os.W_OK | os.X_OK)):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         return b""
 
@@ -205,30 +205,30 @@ class Names:
         value = request.body[offset : offset + size]
         if len(value) != size:
             raise fuse.DecodeError(f"a value of {len(value)} bytes, not {size}")
-        self._service.setxattr(request.who, request.nodeid, name, value, flags)
+        self._operations.setxattr(request.who, request.nodeid, name, value, flags)
         if more & fuse.SETXATTR_ACL_KILL_SGID and name == ACL_ACCESS:
             self._kill_sgid(request)
         return b""
 
     def _kill_sgid(self, request: Request) -> None:
         """The caller is not in the file's group: to set its ACL takes the sgid bit."""
-        _, attr = self._service.getattr(request.who, request.nodeid)
+        _, attr = self._operations.getattr(request.who, request.nodeid)
         if attr.st_mode & stat.S_ISGID:
             changes = Changes(mode=attr.st_mode & ~stat.S_ISGID)
-            self._service.setattr(request.who, request.nodeid, changes, None)
+            self._operations.setattr(request.who, request.nodeid, changes, None)
 
     def _getxattr(self, request: Request) -> bytes:
         size = fuse.GETXATTR_IN.unpack(request.body)
         name = fuse.name(request.body, fuse.GETXATTR_IN.size)
-        return _sized(self._service.getxattr(request.who, request.nodeid, name), size)
+        return _sized(self._operations.getxattr(request.who, request.nodeid, name), size)
 
     def _listxattr(self, request: Request) -> bytes:
         size = fuse.GETXATTR_IN.unpack(request.body)
-        names = self._service.listxattr(request.nodeid)
+        names = self._operations.listxattr(request.nodeid)
         return _sized(b"".join(name + b"\0" for name in names), size)
 
     def _removexattr(self, request: Request) -> bytes:
-        self._service.removexattr(request.who, request.nodeid, fuse.name(request.body))
+        self._operations.removexattr(request.who, request.nodeid, fuse.name(request.body))
         return b""
 
 

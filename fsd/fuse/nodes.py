@@ -21,8 +21,8 @@ from ..files.attributes import StatLike
 from ..files.forgotten import FORGOTTEN_LIMIT
 from ..files.passthrough import Entry
 from ..files.table import ROOT_ID, Inode
-from .operations import Caller, Service
-from .record import KeptSession
+from .operations import Caller, Operations
+from .record import SessionRecord
 
 NODES_LIMIT = 1 << 21
 """Nodes that one guest may hold, some 1.5 GB of memory. Beyond it a look-up is ENFILE."""
@@ -67,21 +67,21 @@ class Nodes:
 
     def __init__(
         self,
-        service: Service,
+        operations: Operations,
         caching: Caching,
         *,
         submounts: bool,
         limit: int = NODES_LIMIT,
-        kept: KeptSession | None = None,
+        kept: SessionRecord | None = None,
         is_local: bool = False,
     ) -> None:
-        self._service = service
-        self._table = service.export.table
+        self._operations = operations
+        self._table = operations.export.table
         self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
         self._attr_timeout = divmod(round(caching.attr_timeout * _SECOND), _SECOND)
         self._cached = caching.keeps_attributes
-        service.guest.nodes_held = self.__len__
-        service.guest.keeps_names = self._entry_timeout != (0, 0)
+        operations.guest.nodes_held = self.__len__
+        operations.guest.keeps_names = self._entry_timeout != (0, 0)
         self._submounts = submounts
         self._limit = limit
         self._kept = kept
@@ -99,8 +99,8 @@ class Nodes:
         """Steps that give everything back. The guest holds nothing from now on."""
         held, self._held = self._held, {}
         self._pinned.clear()
-        self._service.pinned = 0
-        return (partial(self._service.forget, *node) for node in held.items())
+        self._operations.pinned = 0
+        return (partial(self._operations.forget, *node) for node in held.items())
 
     def end(self) -> None:
         """The session is over."""
@@ -132,7 +132,7 @@ class Nodes:
         """Whether the guest holds as many nodes as it may."""
         if len(self._held) >= self._limit:
             return True
-        return bool(self._pinned) and not self._service.has_room()
+        return bool(self._pinned) and not self._operations.has_room()
 
     def forget(self, nodeid: int, count: int) -> None:
         """FORGET: at most what the guest holds."""
@@ -144,7 +144,7 @@ class Nodes:
             del self._held[nodeid]
             if nodeid in self._pinned:
                 self._pinned.remove(nodeid)
-                self._service.pinned -= 1
+                self._operations.pinned -= 1
             self._forgotten[nodeid] = None
             if len(self._forgotten) > FORGOTTEN_LIMIT:
                 self._forgotten.popitem(last=False)
@@ -152,7 +152,7 @@ class Nodes:
             self._held[nodeid] = held - count
         if self._kept is not None:
             self._kept.forgotten(nodeid, held - count)
-        self._service.forget(nodeid, count)
+        self._operations.forget(nodeid, count)
 
     def hold(self, inode: Inode) -> Callable[[], None]:
         """Note a reference that the core has counted already. Returns what gives it back."""
@@ -167,7 +167,7 @@ class Nodes:
     def _pin(self, inode: Inode) -> None:
         if inode.nodeid not in self._pinned and inode.nodeid != ROOT_ID:
             self._pinned.add(inode.nodeid)
-            self._service.pinned += 1
+            self._operations.pinned += 1
 
     # A server's restart
 
@@ -197,7 +197,7 @@ class Nodes:
         """struct fuse_entry_out of a node found in or added to the directory ``parent``."""
         inode, attr = entry
         seconds = nanoseconds = attr_seconds = attr_nanoseconds = 0
-        if self._service.is_replayer(who):
+        if self._operations.is_replayer(who):
             if parent < FSD_DIR:  # else users may look at it next
                 attr_nanoseconds = self._replayer_timeout(inode, attr)
         elif self._cached and not (self._is_watched(parent) or self._is_watched(inode.nodeid)):
@@ -220,12 +220,12 @@ class Nodes:
 
     def _attr_valid(self, who: Caller, inode: Inode, attr: StatLike) -> tuple[int, int]:
         """How long attributes hold that come without a name: seconds, nanoseconds."""
-        if self._service.is_replayer(who):
+        if self._operations.is_replayer(who):
             return 0, self._replayer_timeout(inode, attr)
         return self._attr_timeout if self._cached and not self.is_watched(inode) else (0, 0)
 
     def _replayer_timeout(self, inode: Inode, attr: StatLike) -> int:
-        sought = self._service.guest.history.is_sought
+        sought = self._operations.guest.history.is_sought
         return REPLAYER_TIMEOUT_NS if stat.S_ISDIR(attr.st_mode) and not sought(inode) else 0
 
     def is_watched(self, inode: Inode) -> bool:
@@ -251,7 +251,7 @@ class Nodes:
         """Whether the guest watches an object: what is announced there must be seen anew."""
         if nodeid >= FSD_DIR:
             return True
-        interest, guest = self._service.export.interest, self._service.guest
+        interest, guest = self._operations.export.interest, self._operations.guest
         if not interest.count(guest):
             return False
         return bool(interest.of(guest, self._table.get(nodeid)) or interest.of(guest, None))

@@ -14,12 +14,12 @@ from protocol.fuse import Fopen, Opcode
 from ..files.appends import Bypass
 from ..files.passthrough import Entry, Handle
 from ..files.table import Inode
-from .channelfile import READY, Channel
+from .channelfile import READY, ChannelFile
 from .hidden import HiddenHandle
 from .nodes import Caching, Nodes
-from .operations import IdleHandle, Service
+from .operations import IdleHandle, Operations
 from .pending import Loop, Waiting
-from .record import KeptSession
+from .record import SessionRecord
 from .request import Request
 
 LONG_POLL = 10.0
@@ -44,7 +44,7 @@ class Files:
 
     def __init__(
         self,
-        service: Service,
+        operations: Operations,
         nodes: Nodes,
         loop: Loop,
         waiting: Waiting,
@@ -53,13 +53,13 @@ class Files:
         notify: Callable[[bytes], None] | None,
         direct_io: bool = False,
     ) -> None:
-        self._service = service
+        self._operations = operations
         self._direct_io = os.O_DIRECT if direct_io else 0
         self._nodes = nodes
         self._loop = loop
         self._notify = notify
         self._handles: set[int] = set()
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, ChannelFile] = {}
         self._waiting = waiting
         keep = _KEEP_CACHE if caching.keep_data else 0
         self.bypass = Bypass()
@@ -88,10 +88,10 @@ class Files:
             Opcode.SYNCFS: self._syncfs,
         }
 
-    def resume(self, kept: KeptSession, inodes: Mapping[int, Inode]) -> None:
+    def resume(self, kept: SessionRecord, inodes: Mapping[int, Inode]) -> None:
         """Take over what was open in another process."""
-        self._handles.update(self._service.resume(kept, inodes))
-        for handle in self._service.files():  # in the order of opening
+        self._handles.update(self._operations.resume(kept, inodes))
+        for handle in self._operations.files():  # in the order of opening
             self.bypass.opened(handle)
 
     def closing(self) -> Iterator[Callable[[], None]]:
@@ -102,7 +102,7 @@ class Files:
         self._handles.discard(fh)
         self._channels.pop(fh, None)
         self.bypass.closed(fh)
-        self._service.release(fh)
+        self._operations.release(fh)
 
     def _opened(self, request: Request, fh: int, flags: int) -> bytes:
         self._handles.add(fh)
@@ -111,11 +111,11 @@ class Files:
     def _open(self, request: Request) -> bytes:
         flags, more = fuse.OPEN_IN.unpack(request.body)
         kill = bool(more & fuse.OPEN_KILL_SUIDGID)
-        fh = self._service.open(request.who, request.nodeid, flags, kill=kill)
+        fh = self._operations.open(request.who, request.nodeid, flags, kill=kill)
         request.on_lost = lambda: self._close(fh)
-        handle = self._service.handle(fh)
-        if isinstance(handle, HiddenHandle) and handle.session is not None:
-            self._channels[fh] = Channel(handle.session)
+        handle = self._operations.handle(fh)
+        if isinstance(handle, HiddenHandle) and handle.channel is not None:
+            self._channels[fh] = ChannelFile(handle.channel)
         if isinstance(handle, HiddenHandle | IdleHandle):  # no data of it may be cached
             return self._opened(request, fh, _DIRECT_IO)
         if flags & self._direct_io:
@@ -131,7 +131,7 @@ class Files:
 
     def _bypass_cache(self, fh: int) -> None:
         """O_DIRECT for an open file. Raises OSError EINVAL where its file system knows none."""
-        fd = self._service.file_fd(fh)
+        fd = self._operations.file_fd(fh)
         try:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
         except OSError:
@@ -144,14 +144,14 @@ class Files:
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
         kill = bool(more & fuse.OPEN_KILL_SUIDGID)
-        entry, fh = self._service.create(who, request.nodeid, name, mode, flags, kill=kill)
+        entry, fh = self._operations.create(who, request.nodeid, name, mode, flags, kill=kill)
         return self._made(request, entry, fh, flags)
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
-        entry, fh = self._service.tmpfile(who, request.nodeid, mode, flags)
+        entry, fh = self._operations.tmpfile(who, request.nodeid, mode, flags)
         return self._made(request, entry, fh, flags)
 
     def _made(self, request: Request, entry: Entry, fh: int, flags: int) -> bytes:
@@ -169,7 +169,7 @@ class Files:
 
         request.on_lost = undo
         reply = self._nodes.entry(request.who, entry, request.nodeid)
-        handle = self._service.file(fh)
+        handle = self._operations.file(fh)
         return reply + self._opened(request, fh, self._data_flags(handle))
 
     def _read(self, request: Request) -> bytes | None:
@@ -178,11 +178,11 @@ class Files:
         if channel is not None:
             self._read_channel(request, channel, min(size, request.room))
             return None
-        handle = self._service.handle(fh)
+        handle = self._operations.handle(fh)
         if isinstance(handle, HiddenHandle):
             return handle.text[offset : offset + min(size, request.room)]
         views = request.data_out(size)
-        request.reply_in_place(self._service.read_into(fh, views, offset) if views else 0)
+        request.reply_in_place(self._operations.read_into(fh, views, offset) if views else 0)
         return None
 
     def _write(self, request: Request) -> bytes | None:
@@ -196,31 +196,31 @@ class Files:
             self._write_channel(request, channel, b"".join(views))
             return None
         kill = bool(flags & fuse.WRITE_KILL_SUIDGID)
-        written = self._service.write_from(
+        written = self._operations.write_from(
             request.who, fh, views, offset, kill=kill, append=write.appends
         )
         return fuse.WRITE_OUT.pack(written)
 
     def _flush(self, request: Request) -> bytes:
         fh, owner = fuse.FLUSH_IN.unpack(request.body)
-        self._service.flush(fh, owner)
+        self._operations.flush(fh, owner)
         return b""
 
     def _release(self, request: Request) -> bytes:
         fh, _flags, release_flags, _owner = fuse.RELEASE_IN.unpack(request.body)
         if release_flags & fuse.RELEASE_FLOCK_UNLOCK:
-            self._service.unlock(fh)
+            self._operations.unlock(fh)
         self._close(fh)
         return b""
 
     def _fallocate(self, request: Request) -> bytes:
         fh, offset, length, mode = fuse.FALLOCATE_IN.unpack(request.body)
-        self._service.fallocate(request.who, fh, mode, offset, length)
+        self._operations.fallocate(request.who, fh, mode, offset, length)
         return b""
 
     def _lseek(self, request: Request) -> bytes:
         fh, offset, whence = fuse.LSEEK_IN.unpack(request.body)
-        return fuse.LSEEK_OUT.pack(self._service.lseek(fh, offset, whence))
+        return fuse.LSEEK_OUT.pack(self._operations.lseek(fh, offset, whence))
 
     def _copy_file_range(self, request: Request) -> bytes:
         return fuse.WRITE_OUT.pack(self._copied(request))
@@ -235,7 +235,7 @@ class Files:
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._nodes.check(nodeid_out)
-        return self._service.copy_file_range(request.who, fh, offset, fh_out, offset_out, size)
+        return self._operations.copy_file_range(request.who, fh, offset, fh_out, offset_out, size)
 
     def _ioctl(self, request: Request) -> bytes:
         fh, flags, command, _arg, in_size, out_size = fuse.IOCTL_IN.unpack(request.body)
@@ -243,21 +243,21 @@ class Files:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         start = fuse.IOCTL_IN.size
         data = request.body[start : start + in_size]
-        result = self._service.ioctl(request.who, fh, command, data)[:out_size]
+        result = self._operations.ioctl(request.who, fh, command, data)[:out_size]
         return fuse.IOCTL_OUT.pack(0, 0, 0, 0) + result
 
     def _syncfs(self, request: Request) -> bytes:
-        self._service.syncfs()
+        self._operations.syncfs()
         return b""
 
     def _fsync(self, request: Request) -> bytes:
         fh, flags = fuse.FSYNC_IN.unpack(request.body)
-        self._service.fsync(fh, data_only=bool(flags & fuse.FSYNC_FDATASYNC))
+        self._operations.fsync(fh, data_only=bool(flags & fuse.FSYNC_FDATASYNC))
         return b""
 
     # What waits
 
-    def _read_channel(self, request: Request, channel: Channel, size: int) -> None:
+    def _read_channel(self, request: Request, channel: ChannelFile, size: int) -> None:
         """The long poll: frames, or nothing when its time is over."""
         if channel.is_ready:
             request.reply(channel.read(size))
@@ -278,7 +278,7 @@ class Files:
 
         self._waiting.add(request, stop)
 
-    def _write_channel(self, request: Request, channel: Channel, data: bytes) -> None:
+    def _write_channel(self, request: Request, channel: ChannelFile, data: bytes) -> None:
         """Answered at once, unless too much of what was written before is still to be handled."""
         self._waiting.check(request)
         channel.write(data)
@@ -297,7 +297,7 @@ class Files:
         fh, kernel_handle, flags, _events = fuse.POLL_IN.unpack(request.body)
         channel = self._channels.get(fh)
         if channel is None:
-            self._service.handle(fh)
+            self._operations.handle(fh)
             return fuse.POLL_OUT.pack(READY)
         notify = self._notify
         if notify is None:  # always readable: the read waits
@@ -312,10 +312,10 @@ class Files:
     # Directories
 
     def _opendir(self, request: Request) -> bytes:
-        fh = self._service.opendir(request.who, request.nodeid)
+        fh = self._operations.opendir(request.who, request.nodeid)
         request.on_lost = lambda: self._close(fh)
         flags = self._directory_flags
-        handle = self._service.handle(fh)
+        handle = self._operations.handle(fh)
         if flags and (isinstance(handle, HiddenHandle) or self._nodes.is_watched(handle.inode)):
             flags = 0
         return self._opened(request, fh, flags)
@@ -323,7 +323,7 @@ class Files:
     def _readdir(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
         size = min(size, request.room, LISTING_LIMIT)
-        node, entries = self._service.names(fh, offset, size * 3 // 4)
+        node, entries = self._operations.names(fh, offset, size * 3 // 4)
         number = self._nodes.numbering(node)
         reply = bytearray()
         for name, ino, kind, following in entries:
@@ -342,7 +342,7 @@ class Files:
     def _readdirplus(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
         size = min(size, request.room, LISTING_LIMIT)
-        node, entries = self._service.names(fh, offset, size * 3 // 16)
+        node, entries = self._operations.names(fh, offset, size * 3 // 16)
         number = self._nodes.numbering(node)
         reply = bytearray()
         undo: list[Callable[[], None]] = []
@@ -356,7 +356,7 @@ class Files:
                 ino = self._nodes.ino(above)
             else:
                 is_full = self._nodes.is_full
-                entry = None if is_full else self._service.entry(fh, name)
+                entry = None if is_full else self._operations.entry(fh, name)
                 if entry is not None:  # else the name alone: the kernel asks if it needs more
                     entry.inode.lookups += 1
                     undo.append(self._nodes.hold(entry.inode))

@@ -1,4 +1,4 @@
-"""The operations that a door offers to one mount: passthrough, own echo, replay, hidden files.
+"""The operations that a transport offers to one mount: passthrough, own echo, replay, hidden files.
 
 Each call comes from the mount's users, from its replayer, or concerns the hidden directory; this
 is where the three part. Synchronous, plain values; an OSError carries the errno for the guest.
@@ -29,10 +29,10 @@ from .removal import Removal
 _UNLINKED = Mask.ATTRIB | Mask.DELETE_SELF
 _NEW, _NEW_TRUNC = Mask.CREATE | opening(0), Mask.CREATE | opening(os.O_TRUNC)
 
-__all__ = ["AnyHandle", "Caller", "IdleHandle", "Service"]
+__all__ = ["AnyHandle", "Caller", "IdleHandle", "Operations"]
 
 
-class Service(FileService):
+class Operations(FileService):
     """Operations of one mount on an export."""
 
     # Names

@@ -17,7 +17,7 @@ WAITING_LIMIT = 4096
 
 
 class Loop(Protocol):
-    """What a session needs of its door's event loop. Calls come on the thread of ``serve``."""
+    """What a session needs of its transport's event loop. Calls come on the thread of ``serve``."""
 
     def soon(self, call: Callable[[], None]) -> None:
         """Call once the present work is done."""

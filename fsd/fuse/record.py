@@ -66,7 +66,7 @@ class Owner(NamedTuple):
 FILE, DIRECTORY, IDLE, HIDDEN = range(4)
 
 
-class KeptSession:
+class SessionRecord:
     """One guest's. What the server before has left is in the attributes, until ``taken``."""
 
     def __init__(self, store: Store, name: str) -> None:

@@ -15,8 +15,8 @@ from protocol import fuse
 from ..files.passthrough import Identity
 
 BODY_LIMIT = (1 << 20) + 4096
-"""Bytes of a request without file data. A BATCH_FORGET fills the buffer that a door reads into; the
-longest other, a value for an xattr, has 64 KiB."""
+"""Bytes of a request without file data. A BATCH_FORGET fills the transport's buffer; the longest
+other, a value for an xattr, has 64 KiB."""
 MAX_WRITE = 1 << 20
 """Bytes of file data in one request or reply: the kernel's own limit (256 pages), which INIT agrees
 to. A guest may say more, in buffers that overlap: GiB in one system call, for which all others

@@ -1,8 +1,8 @@
-"""The FUSE session of one guest: raw requests in, raw replies out. Sans-IO; doors move the bytes.
+"""The FUSE session of one guest: raw requests in, raw replies out. Transports move the bytes.
 
-Serves a virtiofs device's queues or a /dev/fuse descriptor alike. A door of the Service, as
-transports/fuse.py is for pyfuse3: what can be answered at once is, in the call; what has to wait
-(locks, the channel's long poll, fsync) is answered later through the door's ``Loop``.
+Serves a virtiofs device's queues or a /dev/fuse descriptor alike. It calls the operations, as
+transports/libfuse.py does for pyfuse3. What can be answered at once is, in the call; what has to
+wait (locks, the channel's long poll, fsync) is answered later through the transport's ``Loop``.
 
 The guest is not trusted: nothing that it sends raises out of ``serve``.
 """
@@ -31,9 +31,9 @@ from .locks import Locks
 from .names import Names
 from .nodes import NODES_LIMIT, Caching, Nodes
 from .openfiles import Files
-from .operations import Service
+from .operations import Operations
 from .pending import Loop, Waiting
-from .record import Agreed, KeptSession
+from .record import Agreed, SessionRecord
 from .request import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
 
 log = structlog.get_logger()
@@ -89,16 +89,18 @@ class SessionOptions:
     notify: Callable[[bytes], None] | None = None
     """Sends an unsolicited message; None where there is no way, as with virtiofs."""
     nodes_limit: int = NODES_LIMIT
-    kept: KeptSession | None = None
+    kept: SessionRecord | None = None
     """What outlives this process of the session, and what an earlier one has left of it."""
 
 
 class FuseSession:
-    """One guest's requests on a Service. Call ``close`` at the end."""
+    """One guest's requests on the operations. Call ``close`` at the end."""
 
-    def __init__(self, service: Service, loop: Loop, options: SessionOptions | None = None) -> None:
-        self._service = service
-        self._guest = service.guest.name  # for the log
+    def __init__(
+        self, operations: Operations, loop: Loop, options: SessionOptions | None = None
+    ) -> None:
+        self._operations = operations
+        self._guest = operations.guest.name  # for the log
         self._loop = loop
         self._era = 0  # how often everything was given back
         self._forgetting = 0  # bytes of BATCH_FORGET that are not done
@@ -106,31 +108,31 @@ class FuseSession:
         caching, submounts = self._options.caching, self._options.submounts
         limit = self._options.nodes_limit
         self._kept = self._options.kept
-        service.keep(self._kept)
-        service.has_threads, service.close_slowly = True, self._close_slowly
+        operations.keep(self._kept)
+        operations.has_threads, operations.close_slowly = True, self._close_slowly
         notify = self._options.notify
-        service.guest.history.serve(None if notify is None else partial(_take_back, notify))
+        operations.guest.history.serve(None if notify is None else partial(_take_back, notify))
         self._loop = loop
-        self._mounts = service.export.table.mounts
+        self._mounts = operations.export.table.mounts
         self._closing: list[int] | None = None  # descriptors, while all are closed
         self.nodes = Nodes(
-            service,
+            operations,
             caching,
             submounts=submounts,
             limit=limit,
             is_local=self._options.is_local,
             kept=self._kept,
         )
-        self._names = Names(service, self.nodes, xattr=self._options.xattr)
+        self._names = Names(operations, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
         direct_io = self._options.direct_io
         self._files = Files(
-            service, self.nodes, loop, self._waiting, caching, notify=notify, direct_io=direct_io
+            operations, self.nodes, loop, self._waiting, caching, notify=notify, direct_io=direct_io
         )
         self._handlers: dict[int, Callable[[Request], bytes | None]] = {
             **self._names.handlers,
             **self._files.handlers,
-            **(Locks(service, loop, self._waiting).handlers if self._options.locks else {}),
+            **(Locks(operations, loop, self._waiting).handlers if self._options.locks else {}),
             Opcode.INIT: self._init,
             Opcode.DESTROY: self._destroy,
             Opcode.FORGET: self._forget,
@@ -179,15 +181,15 @@ class FuseSession:
 
     def _serve_later(self, request: Request, call: SlowCall) -> None:
         """A thread makes the call, then the request is served again: other requests meanwhile."""
-        outcome, service = Outcome(call), self._service
+        outcome, operations = Outcome(call), self._operations
         try:
             self._waiting.check(request)
         except OSError as error:
             outcome.drop()
             request.fail(error.errno or errno.EIO)
             return
-        outcomes = service.outcomes
-        end = service.export.watcher.expect(service.guest, call.expected)
+        outcomes = operations.outcomes
+        end = operations.export.watcher.expect(operations.guest, call.expected)
 
         def fail() -> None:
             if self._waiting.end(request):
@@ -198,11 +200,11 @@ class FuseSession:
             if not self._waiting.end(request) or error is not None:
                 outcome.drop()
                 return
-            service.outcomes = made = {**outcomes, call.what: outcome}
+            operations.outcomes = made = {**outcomes, call.what: outcome}
             try:
                 self._try(request)
             finally:
-                service.outcomes = {}
+                operations.outcomes = {}
                 if not self._waiting.waits(request):
                     for each in made.values():
                         each.drop()
@@ -217,7 +219,7 @@ class FuseSession:
             self._closing.append(fd)
             return
         outcome = Outcome(SlowCall("close", Work.closing(fd), mount=-1))
-        end = self._service.export.watcher.expect(self._service.guest, expected)
+        end = self._operations.export.watcher.expect(self._operations.guest, expected)
 
         def done(_error: BaseException | None) -> None:
             end()
@@ -239,7 +241,7 @@ class FuseSession:
         if self._mounts.remote:
             is_name = opcode in _NAME_AT
             body = request.body[_NAME_AT.get(opcode, 0) :]
-            self._service.reach(request.nodeid, body, is_name=is_name)
+            self._operations.reach(request.nodeid, body, is_name=is_name)
         payload = handler(request)
         if payload is not None:
             request.reply(payload)
@@ -288,8 +290,8 @@ class FuseSession:
         self._minor = 0
         self._era += 1
         self._waiting.close()
-        self._service.export.drop_hand_marks(self._service.guest)
-        steps = chain(self._service.locks.closing(), self._files.closing(), self.nodes.closing())
+        self._operations.export.drop_hand_marks(self._operations.guest)
+        steps = chain(self._operations.locks.closing(), self._files.closing(), self.nodes.closing())
         closing = self._closing = self._closing or []
 
         def closed() -> None:
@@ -314,13 +316,13 @@ class FuseSession:
         self._agree(kept.agreed)
         self.nodes.restore({nodeid: count for nodeid, (_, count) in kept.nodes.items()}, inodes)
         self._files.resume(kept, inodes)
-        self._service.guest.pid = kept.agent
+        self._operations.guest.pid = kept.agent
         kept.taken()
 
     def leave(self) -> None:
         """The session goes on in another process: hand over what is open."""
         if self._kept is not None:
-            self._kept.leave(self._service.descriptors(), self._service.locks.descriptors())
+            self._kept.leave(self._operations.descriptors(), self._operations.locks.descriptors())
 
     # INIT and DESTROY
 
@@ -354,7 +356,7 @@ class FuseSession:
         supp_group = flags & Init.CREATE_SUPP_GROUP
         self._groups = None if self._options.is_local and not supp_group else ()
         self._names.long_setxattr = bool(flags & Init.SETXATTR_EXT)
-        self._service.acls = bool(flags & Init.POSIX_ACL)
+        self._operations.acls = bool(flags & Init.POSIX_ACL)
         self._files.bypass.mixes = bool(flags & Init.DIRECT_IO_ALLOW_MMAP)
 
     def _wanted(self) -> Init:

@@ -64,7 +64,7 @@ def new_token() -> bytes:
 
 
 class Account:
-    """Bytes of what waits for one guest, its own and that of the sessions that came through it."""
+    """Bytes of what waits for one guest, its own and that of the channels that came through it."""
 
     __slots__ = ("limit", "used")
 

@@ -32,7 +32,7 @@ from ..files.passthrough import Identity
 from ..files.table import Inode
 
 if TYPE_CHECKING:
-    from .mount import ReplayGuest
+    from .mount import MountGuest
 
 PATIENCE = 0.25
 """Seconds that a request waits while nothing is delivered, nor made ready for the agent."""
@@ -40,8 +40,8 @@ LONGEST = 3.0
 """Seconds that it waits in all: for some 10,000 orders before it. Where what is delivered now is
 later than that, no request waits: it would in vain."""
 PARKED_LIMIT = 24
-"""Requests of one guest that may wait. Well below what a door serves at a time (99 by pyfuse3, 128
-in the shortest virtqueue that is usual), as the agent's own are to go on."""
+"""Requests of one guest that may wait. Well below what is served at a time (99 by pyfuse3, 128 in
+the shortest virtqueue that is usual), as the agent's own are to go on."""
 WALKS_LIMIT = 256
 """Threads of one guest that are remembered, some 300 bytes each: those in the middle of a call."""
 RETRIED = 1.0
@@ -121,7 +121,7 @@ class Wait:
 class History:
     """Names of one guest with changes that are not delivered, and who waits for them."""
 
-    def __init__(self, guest: ReplayGuest, watcher: HostWatcher) -> None:
+    def __init__(self, guest: MountGuest, watcher: HostWatcher) -> None:
         self._guest = guest
         self._watcher = watcher
         self._is_served = False
@@ -139,8 +139,8 @@ class History:
         self.stalled_at = -1  # progress at which somebody has waited in vain: nobody else does
 
     def serve(self, take_back: Callable[[Inode], None] | None) -> None:
-        """The door serves a request again that raised Undelivered. ``take_back`` has the guest's
-        kernel ask for an inode's attributes anew; without it, the replayer's are to run out.
+        """A request that raised Undelivered is served again. ``take_back`` has the guest's kernel
+        ask for an inode's attributes anew; without it, the replayer's are to run out.
         """
         self._is_served, self._take_back = True, take_back
 

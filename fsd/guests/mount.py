@@ -63,7 +63,7 @@ _Place = tuple[int, int, bytes]
 _NOWHERE: _Place = (0, 0, b"")
 
 
-class ReplayGuest(Guest):
+class MountGuest(Guest):
     """A guest with an agent: a mount of this machine (``is_local``), or another machine. Its outbox
     is held events, then planned tasks, then the ledger.
     """

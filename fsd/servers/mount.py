@@ -24,15 +24,15 @@ from protocol.frames import FSD_NAME
 from ..checkpoint.file import StateFile, state_directory, state_path
 from ..checkpoint.saver import Saver, open_export
 from ..export.export import Export
-from ..fuse.operations import Service
+from ..fuse.operations import Operations
 from ..fuse.session import SessionOptions
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 from ..pacing.guard import Guard
 from ..process.scheduling import shorten_turns, spare_collections
-from ..transports.devfuse import RawFuseDoor
-from ..transports.libfuse import FuseDoor
-from ..transports.socket import SocketDoor
+from ..transports.devfuse import DevfuseTransport
+from ..transports.libfuse import LibfuseTransport
+from ..transports.socket import SocketTransport
 from ..transports.spin import SpinBeforeSleep
 from ..transports.tasks import end_in_time
 from . import deadmount
@@ -133,7 +133,7 @@ def reductions(options: Options) -> list[str]:
     return lines
 
 
-class Door(NamedTuple):
+class Serving(NamedTuple):
     """What a mount is served by: until it is gone, or ``stop`` is called."""
 
     run: Callable[[], Awaitable[None]]
@@ -171,22 +171,22 @@ class Mounted:
             cleanup.callback(export.close)
             saver = Saver(export, self._state)
             export.checkpoint = saver.save
-            guest = export.add_replayer(options.mountpoint, is_local=True)
+            guest = export.add_mount_guest(options.mountpoint, is_local=True)
             self._serves = partial(_serves, export, guest)
-            service = Service(export, guest)
-            cleanup.callback(service.close)
+            operations = Operations(export, guest)
+            cleanup.callback(operations.close)
             if options.agent:
-                self._agent = AgentProcess(options.mountpoint, service.hidden.dismiss)
-            door = await self._bind(export, cleanup)
-            mount = self._mount_raw(service) if options.raw else self._mount(service)
+                self._agent = AgentProcess(options.mountpoint, operations.hidden.dismiss)
+            transport = await self._bind(export, cleanup)
+            mount = self._mount_raw(operations) if options.raw else self._mount(operations)
             cleanup.callback(mount.close)
             self._unmount = mount.stop
             trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: guest.ledger.is_at_work))
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(Pump(export).run)
-                    if door is not None:
-                        nursery.start_soon(door.run)
+                    if transport is not None:
+                        nursery.start_soon(transport.run)
                     nursery.start_soon(self._end_on, signals)
                     nursery.start_soon(self._come_up)
                     nursery.start_soon(Snapshots(saver).run)
@@ -220,42 +220,42 @@ class Mounted:
                 f"{where}: {error.strerror or error}"
             ) from None  # pyinotify's has none
 
-    async def _bind(self, export: Export, cleanup: ExitStack) -> SocketDoor | None:
+    async def _bind(self, export: Export, cleanup: ExitStack) -> SocketTransport | None:
         if not self._options.socket:
             return None
-        door = SocketDoor(export, self._options.socket)
-        cleanup.callback(door.close)
+        transport = SocketTransport(export, self._options.socket)
+        cleanup.callback(transport.close)
         try:
-            await door.bind()
+            await transport.bind()
         except OSError as error:
-            raise StartError(f"socket {door.path}: {error.strerror}") from None
-        return door
+            raise StartError(f"socket {transport.path}: {error.strerror}") from None
+        return transport
 
-    def _mount(self, service: Service) -> Door:
+    def _mount(self, operations: Operations) -> Serving:
         mountpoint = self._options.mountpoint
         with tempfile.TemporaryFile() as said:
             try:
                 with _stderr_in(said.fileno()):
-                    door = FuseDoor(service, judged=self._judged)
-                    pyfuse3.init(door, mountpoint, self._fuse_options())
+                    transport = LibfuseTransport(operations, judged=self._judged)
+                    pyfuse3.init(transport, mountpoint, self._fuse_options())
             except RuntimeError as error:
                 said.seek(0)
                 reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or error
                 raise StartError(f"mounting on {mountpoint} failed: {reason}") from None
-        service.export.watcher.on_changed = FuseDoor.invalidate
-        service.guest.history.serve(FuseDoor.invalidate)
-        return Door(pyfuse3.main, pyfuse3.terminate, pyfuse3.close)
+        operations.export.watcher.on_changed = LibfuseTransport.invalidate
+        operations.guest.history.serve(LibfuseTransport.invalidate)
+        return Serving(pyfuse3.main, pyfuse3.terminate, pyfuse3.close)
 
-    def _mount_raw(self, service: Service) -> Door:
+    def _mount_raw(self, operations: Operations) -> Serving:
         mountpoint = self._options.mountpoint
         options = SessionOptions(posix_acl=True, is_local=True)
         try:
-            door = RawFuseDoor(
-                service, self._options.source, mountpoint, options, for_all=self._for_all
+            transport = DevfuseTransport(
+                operations, self._options.source, mountpoint, options, for_all=self._for_all
             )
         except OSError as error:
             raise StartError(f"mounting on {mountpoint} failed: {error.strerror}") from None
-        return Door(door.run, door.stop, door.close)
+        return Serving(transport.run, transport.stop, transport.close)
 
     @property
     def _for_all(self) -> bool:
@@ -318,7 +318,7 @@ class Mounted:
             raise StartError(f"{mountpoint} is not usable after {READY_TIMEOUT:.0f} s")
 
 
-def _serves(export: Export, guest: ReplayGuest, device: int) -> None:
+def _serves(export: Export, guest: MountGuest, device: int) -> None:
     """The mount is there, with that st_dev."""
     export.table.mounts.serves(device)
     guest.device = device

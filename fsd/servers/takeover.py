@@ -32,10 +32,10 @@ from ..checkpoint.take import (
 )
 from ..export.export import Export
 from ..files.table import ROOT_ID, Inode
-from ..fuse.record import KeptSession
+from ..fuse.record import SessionRecord
 from ..process.journal import Journal, JournalError
 from ..process.systemd import Store
-from ..transports.virtiofs import GuestDoor
+from ..transports.virtiofs import GuestTransport
 
 log = structlog.get_logger()
 _IMAGE, _IS_LAST, _NAME = 1, 2, 3
@@ -136,10 +136,13 @@ def _arrived(value: bytes) -> SavedName:
 
 
 def open_export(
-    make: Callable[[], Export], memory: ImageMemory, store: Store, doors: Sequence[GuestDoor]
+    make: Callable[[], Export],
+    memory: ImageMemory,
+    store: Store,
+    transports: Sequence[GuestTransport],
 ) -> Export:
     """The export, with the guests that go on; a fresh one where none does. Raises OSError."""
-    going = {door.name: door for door in doors if door.known is not None}
+    going = {transport.name: transport for transport in transports if transport.known is not None}
     inotify = store.take("inotify")
     if inotify >= 0:
         store.drop("inotify")
@@ -154,18 +157,18 @@ def open_export(
             continue
         memory.mark(last=False)
         resumption.came_later(memory.names)
-        for door in doors:
-            door.export = export
-        for door in going.values():
+        for transport in transports:
+            transport.export = export
+        for transport in going.values():
             try:
-                door.resume(resumption)
+                transport.resume(resumption)
             except ValueError as error:
-                log.error("a guest cannot go on", share=door.name, reason=str(error))
+                log.error("a guest cannot go on", share=transport.name, reason=str(error))
         resumption.finish(inotify if state is saved and is_last else -1)
         return export
     export = make()
-    for door in doors:
-        door.export = export
+    for transport in transports:
+        transport.export = export
     return export
 
 
@@ -182,10 +185,10 @@ def _states(
     make: Callable[[], Export],
     saved: SavedExport | None,
     is_last: bool,
-    going: Mapping[str, GuestDoor],
+    going: Mapping[str, GuestTransport],
 ) -> Iterator[SavedExport]:
     """What may be restored, the best first."""
-    kept = {name: door.kept for name, door in going.items() if door.kept is not None}
+    kept = {name: transport.kept for name, transport in going.items() if transport.kept is not None}
     if saved is not None:
         yield _merged(saved, kept, is_last=is_last)
     export = make()
@@ -195,7 +198,7 @@ def _states(
     yield _merged(alone, kept, is_last=False)
 
 
-def _merged(saved: SavedExport, kept: Mapping[str, KeptSession], *, is_last: bool) -> SavedExport:
+def _merged(saved: SavedExport, kept: Mapping[str, SessionRecord], *, is_last: bool) -> SavedExport:
     """The image, and what guests hold now; where they differ, the later one counts."""
     rows: dict[int, SavedInode] = {}
     objects: set[tuple[int, int, bytes]] = set()

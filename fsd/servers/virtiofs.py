@@ -25,7 +25,7 @@ from ..export import watchlimit
 from ..export.export import Export
 from ..files.slowcalls import THREADS
 from ..fuse.session import SessionOptions
-from ..guests.mount import ReplayGuest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 from ..linux.descriptors import share
 from ..pacing.guard import Guard
@@ -37,7 +37,7 @@ from ..process.socketfile import SocketFile
 from ..process.systemd import Manager, Store
 from ..transports.polling import WINDOW
 from ..transports.tasks import end_in_time
-from ..transports.virtiofs import GuestDoor, from_fd, listen, store_name
+from ..transports.virtiofs import GuestTransport, from_fd, listen, store_name
 from .autosave import Snapshots
 from .pump import Pump
 from .takeover import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
@@ -313,8 +313,8 @@ async def _serve(
     ready: Callable[[], object],
     lifeline: int | None,
 ) -> None:
-    doors = [
-        GuestDoor(
+    transports = [
+        GuestTransport(
             name=name,
             tag=options.tag,
             options=options.session,
@@ -325,9 +325,11 @@ async def _serve(
         for name, *_ in sources
     ]
     memory = ImageMemory(store)
-    export = open_export(make, memory, store, doors)
+    export = open_export(make, memory, store, transports)
     store.sweep()
-    saver = MemorySaver(export, memory, lambda: dict(ChainMap(*(door.guests for door in doors))))
+    saver = MemorySaver(
+        export, memory, lambda: dict(ChainMap(*(transport.guests for transport in transports)))
+    )
     saver.memory = memory
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
@@ -337,7 +339,7 @@ async def _serve(
                 if store.holds:
                     with Guard("leaving guests to the next process"):
                         store.stopping()
-                        await _leave(doors, saver, memory, store)
+                        await _leave(transports, saver, memory, store)
                 nursery.cancel_scope.cancel()
 
             async def end_on_signal() -> None:
@@ -356,8 +358,8 @@ async def _serve(
                 export.on_name = memory.note_name
                 nursery.start_soon(Snapshots(saver, every=EVERY, patience=PATIENCE).run)
             async with trio.open_nursery() as guests:
-                for door, source in zip(doors, sources, strict=True):
-                    guests.start_soon(door.serve, source.socket)
+                for transport, source in zip(transports, sources, strict=True):
+                    guests.start_soon(transport.serve, source.socket)
                 spare_collections()
                 ready()
             nursery.cancel_scope.cancel()  # no guest can come any more
@@ -365,18 +367,20 @@ async def _serve(
         export.close()
 
 
-async def _leave(doors: list[GuestDoor], saver: Saver, memory: ImageMemory, store: Store) -> None:
+async def _leave(
+    transports: list[GuestTransport], saver: Saver, memory: ImageMemory, store: Store
+) -> None:
     """The process that comes next goes on with the guests."""
     export = saver.export
     export.is_stopping = True
-    guests = [guest for guest in export.guests if isinstance(guest, ReplayGuest)]
+    guests = [guest for guest in export.guests if isinstance(guest, MountGuest)]
     for guest in guests:
         guest.is_paused = True
     with trio.move_on_after(QUIET):  # until agents have done what they were told
         while any(guest.pid and len(guest.ledger) for guest in guests):
             await trio.sleep(0.002)
-    for door in doors:
-        door.leave()
+    for transport in transports:
+        transport.leave()
     inotify = export.hand_over(QUIET)
     saver.take()()
     if inotify >= 0:

@@ -1,6 +1,6 @@
-"""The /dev/fuse door: a mount(2) of our own, its requests read from the descriptor. Root only.
+"""The /dev/fuse transport: a mount(2) of our own, its requests read from the descriptor. Root only.
 
-The same session as the virtiofs door's, on this machine and without libfuse.
+The same session as the virtiofs transport's, on this machine and without libfuse.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from ..fuse.operations import Service
+from ..fuse.operations import Operations
 from ..fuse.request import MAX_WRITE
 from ..fuse.session import FuseSession, SessionOptions
 from ..pacing.guard import PAUSE, Guard
@@ -38,27 +38,27 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, os.strerror(number), what)
 
 
-class RawFuseDoor:
+class DevfuseTransport:
     """One mount, ``for_all`` users or for root's processes alone. Raises OSError where it cannot be
     made.
     """
 
     def __init__(
         self,
-        service: Service,
+        operations: Operations,
         source: str,
         mountpoint: str,
         options: SessionOptions,
         *,
         for_all: bool = True,
     ) -> None:
-        self._service = service
+        self._operations = operations
         self._options = options
         self._mountpoint = mountpoint
         self._scope = trio.CancelScope()
         self._gone = False
         self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        rootmode = Path(service.export.source).stat().st_mode
+        rootmode = Path(operations.export.source).stat().st_mode
         data = f"fd={self.fd},rootmode={rootmode:o},user_id=0,group_id=0"
         data += ",default_permissions" + ",allow_other" * for_all
         arguments = (source.encode(), mountpoint.encode(), b"fuse.fsd")
@@ -87,7 +87,7 @@ class RawFuseDoor:
     async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             options = replace(self._options, notify=self._notify)
-            session = FuseSession(self._service, TrioLoop(nursery), options)
+            session = FuseSession(self._operations, TrioLoop(nursery), options)
             try:
                 await self._serve(session)
             finally:

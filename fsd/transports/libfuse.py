@@ -1,4 +1,4 @@
-"""The pyfuse3 door: `pyfuse3.Operations` as a thin adapter on a Service.
+"""The pyfuse3 transport: `pyfuse3.Operations` as a thin adapter on the operations.
 
 One boundary maps errors: an OSError becomes its errno, anything else EIO and one logged traceback.
 pyfuse3 would unmount on any exception that is not FUSEError.
@@ -29,10 +29,10 @@ from ..files.attributes import StatLike
 from ..files.passthrough import Changes, Entry, Handle
 from ..files.slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
 from ..files.table import Inode
-from ..fuse.channelfile import READY, Channel
+from ..fuse.channelfile import READY, ChannelFile
 from ..fuse.handles import Events
 from ..fuse.hidden import HiddenHandle
-from ..fuse.operations import Caller, Service
+from ..fuse.operations import Caller, Operations
 from ..guests.history import PATIENCE as ORDERS_PATIENCE
 from ..guests.history import Undelivered, Wait
 
@@ -59,18 +59,18 @@ WALKS_LIMIT = 256
 
 def _guarded(handler: _F) -> _F:
     @functools.wraps(handler)
-    async def guarded(door: FuseDoor, *args: Any) -> Any:
+    async def guarded(transport: LibfuseTransport, *args: Any) -> Any:
         outcomes: Outcomes = {}
         try:
             while True:
                 try:
-                    door._set_outcomes(outcomes)
-                    return await handler(door, *args)
+                    transport._set_outcomes(outcomes)
+                    return await handler(transport, *args)
                 except Later as later:
-                    door._set_outcomes({})
-                    outcomes[later.call.what] = await door._make(later.call)
+                    transport._set_outcomes({})
+                    outcomes[later.call.what] = await transport._make(later.call)
                 except Undelivered as undelivered:
-                    door._set_outcomes({})
+                    transport._set_outcomes({})
                     await _over(undelivered.wait)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
@@ -81,7 +81,7 @@ def _guarded(handler: _F) -> _F:
             raise pyfuse3.FUSEError(errno.EIO) from None
         finally:
             if outcomes:
-                door._set_outcomes({})
+                transport._set_outcomes({})
                 for outcome in outcomes.values():
                     outcome.drop()
 
@@ -156,7 +156,7 @@ async def _over(wait: Wait) -> None:
         wait.end()
 
 
-async def _read(channel: Channel, size: int) -> bytes:
+async def _read(channel: ChannelFile, size: int) -> bytes:
     """Frames, after waiting for some; b"" at the bound."""
     if not channel.is_ready:
         event = trio.Event()
@@ -167,7 +167,7 @@ async def _read(channel: Channel, size: int) -> bytes:
     return channel.read(size)
 
 
-class FuseDoor(pyfuse3.Operations):
+class LibfuseTransport(pyfuse3.Operations):
     """One mount's requests. ``judged``: the kernel is to check permissions; not needed where the
     server does all for itself alone.
     """
@@ -175,27 +175,27 @@ class FuseDoor(pyfuse3.Operations):
     supports_dot_lookup = True
     # No flush: at the first ENOSYS the kernel stops asking, a round trip less at each close.
 
-    def __init__(self, service: Service, *, judged: bool = True) -> None:
+    def __init__(self, operations: Operations, *, judged: bool = True) -> None:
         super().__init__()
         self.enable_acl = judged  # makes the kernel judge permissions, ACLs included
-        service.acls = True  # else the host does, for the one user of the mount
-        self._service = service
-        self._channels: dict[int, Channel] = {}
+        operations.acls = True  # else the host does, for the one user of the mount
+        self._operations = operations
+        self._channels: dict[int, ChannelFile] = {}
         self._walked: dict[int, int] = {}  # by process: what the LOOKUP found that it made last
         self._limiters: dict[int, trio.CapacityLimiter] = {}  # by the mount that is waited for
         self._ends, self._bypass = Ends(), Bypass()
-        service.patience = PATIENCE
-        service.has_threads, service.close_slowly = True, self._close_slowly
+        operations.patience = PATIENCE
+        operations.has_threads, operations.close_slowly = True, self._close_slowly
 
     def _set_outcomes(self, outcomes: Outcomes) -> None:
         """What threads have done for the request that a handler begins with now."""
-        self._service.outcomes = outcomes
+        self._operations.outcomes = outcomes
 
     async def _make(self, call: SlowCall) -> Outcome:
         """Make a call in a thread. Raises OSError EIO where it takes longer than its patience."""
-        outcome, watcher = Outcome(call), self._service.export.watcher
+        outcome, watcher = Outcome(call), self._operations.export.watcher
         limiter = self._limiters.setdefault(call.mount, trio.CapacityLimiter(THREADS))
-        end = watcher.expect(self._service.guest, call.expected)
+        end = watcher.expect(self._operations.guest, call.expected)
         try:
             with trio.fail_after(math.inf if call.patience is None else call.patience):
                 await trio.to_thread.run_sync(outcome, abandon_on_cancel=True, limiter=limiter)
@@ -212,7 +212,7 @@ class FuseDoor(pyfuse3.Operations):
     def _close_slowly(self, fd: int, expected: Events) -> None:
         """In a thread of its own, as nobody waits for it."""
         token = trio.lowlevel.current_trio_token()
-        end = self._service.export.watcher.expect(self._service.guest, expected)
+        end = self._operations.export.watcher.expect(self._operations.guest, expected)
 
         def close() -> None:
             os.close(fd)
@@ -224,7 +224,7 @@ class FuseDoor(pyfuse3.Operations):
     def _reach(self, nodeid: int, name: bytes | None = None, fh: int = 0) -> None:
         """Wait for a file system below the share that may not answer."""
         body = struct.pack("<Q", fh) if name is None else name
-        self._service.reach(nodeid, body, is_name=name is not None)
+        self._operations.reach(nodeid, body, is_name=name is not None)
 
     @staticmethod
     def invalidate(inode: Inode) -> None:
@@ -237,7 +237,7 @@ class FuseDoor(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         self._reach(parent_inode, name)
-        entry = self._service.lookup(_caller(ctx), parent_inode, name)
+        entry = self._operations.lookup(_caller(ctx), parent_inode, name)
         self._walked[ctx.pid] = entry.inode.nodeid
         if len(self._walked) > WALKS_LIMIT:
             del self._walked[next(iter(self._walked))]
@@ -248,13 +248,13 @@ class FuseDoor(pyfuse3.Operations):
     @_guarded
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for nodeid, count in inode_list:
-            self._service.forget(nodeid, count)
+            self._operations.forget(nodeid, count)
 
     @_guarded
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         self._walked.pop(ctx.pid, None)
         self._reach(inode)
-        node, attr = self._service.getattr(_caller(ctx), inode)
+        node, attr = self._operations.getattr(_caller(ctx), inode)
         return self._lasting(node, self._own_ino(node, attr), ctx)
 
     def _lasting(
@@ -263,10 +263,10 @@ class FuseDoor(pyfuse3.Operations):
         """For the replayer a directory's attributes hold, else its kernel asks for them at every
         step (docs/decisions/timeouts.md).
         """
-        if inode.is_dir and self._service.is_replayer(_caller(ctx)):
-            if self._service.guest.history.is_sought(inode):
+        if inode.is_dir and self._operations.is_replayer(_caller(ctx)):
+            if self._operations.guest.history.is_sought(inode):
                 return entry
-            inode.attr_given = self._service.export.watcher.tells_changes(inode)
+            inode.attr_given = self._operations.export.watcher.tells_changes(inode)
             entry.attr_timeout = WATCHED_TIMEOUT if inode.attr_given else DIRECTORY_TIMEOUT
         return entry
 
@@ -302,44 +302,44 @@ class FuseDoor(pyfuse3.Operations):
             attr.st_atime_ns if fields.update_atime else None,
             attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return self._own_ino(*self._service.setattr(_caller(ctx), inode, changes, fh))
+        return self._own_ino(*self._operations.setattr(_caller(ctx), inode, changes, fh))
 
     @_guarded
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         self._reach(inode)
-        return self._service.readlink(inode)
+        return self._operations.readlink(inode)
 
     @_guarded
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._service.mknod(_caller(ctx), parent_inode, name, mode, rdev))
+        return self._entry(self._operations.mknod(_caller(ctx), parent_inode, name, mode, rdev))
 
     @_guarded
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._service.mkdir(_caller(ctx), parent_inode, name, mode))
+        return self._entry(self._operations.mkdir(_caller(ctx), parent_inode, name, mode))
 
     @_guarded
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._service.symlink(_caller(ctx), parent_inode, name, target))
+        return self._entry(self._operations.symlink(_caller(ctx), parent_inode, name, target))
 
     @_guarded
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._service.link(_caller(ctx), inode, new_parent_inode, new_name))
+        return self._entry(self._operations.link(_caller(ctx), inode, new_parent_inode, new_name))
 
     @_guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._service.unlink(_caller(ctx), parent_inode, name)
+        self._operations.unlink(_caller(ctx), parent_inode, name)
 
     @_guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._service.rmdir(_caller(ctx), parent_inode, name)
+        self._operations.rmdir(_caller(ctx), parent_inode, name)
 
     @_guarded
     async def rename(
@@ -351,7 +351,7 @@ class FuseDoor(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        self._service.rename(
+        self._operations.rename(
             _caller(ctx), parent_inode_old, name_old, parent_inode_new, name_new, flags
         )
 
@@ -359,13 +359,13 @@ class FuseDoor(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         self._walked.pop(ctx.pid, None)
         self._reach(inode)
-        fh = self._service.open(_caller(ctx), inode, flags)
+        fh = self._operations.open(_caller(ctx), inode, flags)
         if flags & os.O_TRUNC:
             self._ends.told(inode, 0)
-        handle = self._service.handle(fh)
+        handle = self._operations.handle(fh)
         bare = not isinstance(handle, Handle) or self._bypass.opened(handle)
-        if isinstance(handle, HiddenHandle) and handle.session is not None:
-            self._channels[fh] = Channel(handle.session)
+        if isinstance(handle, HiddenHandle) and handle.channel is not None:
+            self._channels[fh] = ChannelFile(handle.channel)
         return pyfuse3.FileInfo(fh=fh, direct_io=bare, keep_cache=False, nonseekable=False)
 
     @_guarded
@@ -378,8 +378,8 @@ class FuseDoor(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         self._reach(parent_inode, name)
-        entry, fh = self._service.create(_caller(ctx), parent_inode, name, mode, flags)
-        direct_io = self._bypass.opened(self._service.file(fh))
+        entry, fh = self._operations.create(_caller(ctx), parent_inode, name, mode, flags)
+        direct_io = self._bypass.opened(self._operations.file(fh))
         return pyfuse3.FileInfo(fh=fh, direct_io=direct_io, keep_cache=False), self._entry(entry)
 
     @_guarded
@@ -387,10 +387,10 @@ class FuseDoor(pyfuse3.Operations):
         channel = self._channels.get(fh)
         if channel is not None:
             return await _read(channel, size)
-        handle = self._service.handle(fh)
+        handle = self._operations.handle(fh)
         if isinstance(handle, HiddenHandle):
             return handle.text[off : off + size]
-        return self._service.read(fh, off, size)
+        return self._operations.read(fh, off, size)
 
     @_guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -405,13 +405,13 @@ class FuseDoor(pyfuse3.Operations):
         return len(buf)
 
     def _write(self, fh: int, offset: int, data: bytes) -> int:
-        handle = self._service.handle(fh)
+        handle = self._operations.handle(fh)
         if not isinstance(handle, Handle):
-            return self._service.write(fh, offset, data)
+            return self._operations.write(fh, offset, data)
         append = bool(handle.flags & os.O_APPEND)
         append = append and self._ends.is_append(handle, offset, len(data))
         kill = self._bypass.bypasses(fh)  # else the kernel has cleared suid bits itself
-        size = self._service.write(fh, offset, data, append=append, kill=kill)
+        size = self._operations.write(fh, offset, data, append=append, kill=kill)
         self._ends.written(handle.inode.nodeid, offset, size)
         return size
 
@@ -432,25 +432,25 @@ class FuseDoor(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         self._channels.pop(fh, None)
         self._bypass.closed(fh)
-        self._service.release(fh)
+        self._operations.release(fh)
 
     @_guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
-        self._service.fsync(fh, data_only=datasync)
+        self._operations.fsync(fh, data_only=datasync)
 
     @_guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         self._walked.pop(ctx.pid, None)
         self._reach(inode)
-        return self._service.opendir(_caller(ctx), inode)
+        return self._operations.opendir(_caller(ctx), inode)
 
     @_guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         position = start_id
         while True:  # until the reply is full: an empty one would be the end
-            _, entries = self._service.names(fh, position, _LISTING)
+            _, entries = self._operations.names(fh, position, _LISTING)
             for name, ino, _type, position in entries:
-                entry = self._service.entry(fh, name)
+                entry = self._operations.entry(fh, name)
                 attr = _name_alone(ino) if entry is None else self._entry(entry)
                 if not pyfuse3.readdir_reply(token, name, attr, position):
                     return
@@ -461,16 +461,16 @@ class FuseDoor(pyfuse3.Operations):
 
     @_guarded
     async def releasedir(self, fh: int) -> None:
-        self._service.release(fh)
+        self._operations.release(fh)
 
     @_guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        self._service.fsync(fh, data_only=datasync)
+        self._operations.fsync(fh, data_only=datasync)
 
     @_guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         # pyfuse3 passes no node on: it is what the process looked up just before, if it did.
-        host = self._service.statfs(self._walked.pop(ctx.pid, pyfuse3.ROOT_INODE))
+        host = self._operations.statfs(self._walked.pop(ctx.pid, pyfuse3.ROOT_INODE))
         data = pyfuse3.StatvfsData()
         for field in (
             "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree",
@@ -483,23 +483,23 @@ class FuseDoor(pyfuse3.Operations):
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
-        self._service.setxattr(_caller(ctx), inode, name, value, 0)
+        self._operations.setxattr(_caller(ctx), inode, name, value, 0)
 
     @_guarded
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         self._reach(inode)
-        return self._service.getxattr(_caller(ctx), inode, name)
+        return self._operations.getxattr(_caller(ctx), inode, name)
 
     @_guarded
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         self._reach(inode)
-        return self._service.listxattr(inode)
+        return self._operations.listxattr(inode)
 
     @_guarded
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._service.removexattr(_caller(ctx), inode, name)
+        self._operations.removexattr(_caller(ctx), inode, name)
 
     @_guarded
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         self._reach(inode)
-        return self._service.access(inode, mode)
+        return self._operations.access(inode, mode)

@@ -15,7 +15,7 @@ import trio
 
 from protocol.frames import ProtocolError
 
-from ..export.channel import Session
+from ..export.channel import Channel
 from ..export.export import Export
 from ..pacing.guard import Guard
 from ..process.socketfile import SocketFile
@@ -23,17 +23,17 @@ from .tasks import accept, forever
 
 log = structlog.get_logger()
 _READ = 64 * 1024
-SESSIONS_LIMIT = 1024
+CHANNELS_LIMIT = 1024
 """Sessions at a time: more are refused, so that descriptors stay for files."""
 
 
-class SocketDoor:
+class SocketTransport:
     """Listens at ``path``; owner of the socket file."""
 
     def __init__(self, export: Export, path: str) -> None:
         self._export = export
         self.path = path
-        self._sessions = 0
+        self._channels = 0
         self._file: SocketFile | None = None
         self._listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
@@ -62,23 +62,23 @@ class SocketDoor:
             async def step() -> None:
                 nursery.start_soon(self._serve, await accept(self._listener, socket=self.path))
 
-            await forever("accepting a session", step)
+            await forever("accepting a channel", step)
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:
-        with Guard("a socket session"):
-            await self._session(connection)
+        with Guard("a socket channel"):
+            await self._channel(connection)
 
-    async def _session(self, connection: trio.socket.SocketType) -> None:
+    async def _channel(self, connection: trio.socket.SocketType) -> None:
         pid, uid, _gid = struct.unpack(
             "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         )
         stream = trio.SocketStream(connection)
         async with stream:
-            if uid not in (0, os.geteuid()) or self._sessions >= SESSIONS_LIMIT:
-                log.warning("socket session refused", pid=pid, uid=uid, sessions=self._sessions)
+            if uid not in (0, os.geteuid()) or self._channels >= CHANNELS_LIMIT:
+                log.warning("socket channel refused", pid=pid, uid=uid, channels=self._channels)
                 return
-            self._sessions += 1
-            session = Session(self._export, f"socket session of process {pid}", pid)
+            self._channels += 1
+            channel = Channel(self._export, f"socket channel of process {pid}", pid)
             try:
                 async with trio.open_nursery() as nursery:
                     wake = trio.Event()
@@ -89,22 +89,22 @@ class SocketDoor:
                     async def send() -> None:
                         nonlocal wake
                         while True:
-                            while session.has_outgoing:
-                                await stream.send_all(session.outgoing(_READ))
-                            if session.said_bye:
+                            while channel.has_outgoing:
+                                await stream.send_all(channel.outgoing(_READ))
+                            if channel.said_bye:
                                 break
                             wake = trio.Event()
-                            if not session.has_outgoing:
+                            if not channel.has_outgoing:
                                 await wake.wait()
                         nursery.cancel_scope.cancel()
 
-                    session.wake = on_wake
+                    channel.wake = on_wake
                     nursery.start_soon(send)
                     async for data in stream:
-                        session.receive(bytes(data))
-                        if session.is_full:
+                        channel.receive(bytes(data))
+                        if channel.is_full:
                             taken = trio.Event()
-                            session.when_taken(taken.set)
+                            channel.when_taken(taken.set)
                             await taken.wait()
                     nursery.cancel_scope.cancel()
             except* (ProtocolError, ValueError) as errors:
@@ -112,10 +112,10 @@ class SocketDoor:
             except* (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
             except* Exception:
-                log.exception("socket session failed", pid=pid)
+                log.exception("socket channel failed", pid=pid)
             finally:
-                self._sessions -= 1
-                session.close()
+                self._channels -= 1
+                channel.close()
 
 
 def unlink_stale(path: str) -> None:

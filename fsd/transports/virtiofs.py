@@ -25,8 +25,8 @@ from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 from ..checkpoint.restore import Resumption
 from ..export.export import Export
 from ..files.slowcalls import THREADS
-from ..fuse.operations import Service
-from ..fuse.record import KeptSession
+from ..fuse.operations import Operations
+from ..fuse.record import SessionRecord
 from ..fuse.session import FuseSession, SessionOptions
 from ..guests.guest import Guest
 from ..linux import syscalls
@@ -93,12 +93,12 @@ class ExportSession:
 
     def __init__(self, export: Export, name: str, loop: TrioLoop, options: SessionOptions) -> None:
         self._export = export
-        self.guest = export.add_replayer(name)
+        self.guest = export.add_mount_guest(name)
         if options.kept is not None:
             self.guest.on_agent = options.kept.replayer
             self.guest.on_mark = options.kept.marked
-        self._service = Service(export, self.guest)
-        self._session = FuseSession(self._service, loop, options)
+        self._operations = Operations(export, self.guest)
+        self._session = FuseSession(self._operations, loop, options)
         self.nodes = self._session.nodes
         self.serve = self._session.serve
         self.serve_again = self._session.serve_again
@@ -108,17 +108,17 @@ class ExportSession:
 
     def close(self) -> None:
         """The guest has gone, and all that it held with it."""
-        self._service.keep_no_longer()  # the next session is kept in the same place
+        self._operations.keep_no_longer()  # the next session is kept in the same place
         self._session.close(self._closed)
 
     def _closed(self) -> None:
         with ExitStack() as steps:  # from the last to the first; each, whatever another raises
             steps.callback(self._export.remove_guest, self.guest)
-            steps.callback(self._service.close)
+            steps.callback(self._operations.close)
             steps.callback(self.nodes.end)
 
 
-class Door:
+class VirtiofsTransport:
     """A socket, and the guest that comes in there. ``new_session`` makes what answers requests,
     ``busy_poll`` is the window of BusyPolling, in seconds; ``threads`` may wait for disks.
     """
@@ -222,9 +222,9 @@ class Door:
             self._faults = 0
 
 
-class GuestDoor(Door):
-    """The door of a share for one guest. ``name`` is the guest's for people, ``tag`` the share's
-    for VMMs that ask the device for it. ``store`` has what an earlier process has left, and holds
+class GuestTransport(VirtiofsTransport):
+    """A share's socket for one guest. ``name`` is the guest's for people, ``tag`` the share's for
+    VMMs that ask the device for it. ``store`` has what an earlier process has left, and holds
     what this one leaves. Needs ``export`` before anybody comes.
     """
 
@@ -240,9 +240,9 @@ class GuestDoor(Door):
         busy_poll: float = WINDOW,
         threads: int = THREADS,
     ) -> None:
-        self.kept: KeptSession | None = None
+        self.kept: SessionRecord | None = None
         if store is not None and store.holds:
-            self.kept = KeptSession(store, store_name(name))
+            self.kept = SessionRecord(store, store_name(name))
             options = replace(options, kept=self.kept)
         self._options = options
         self._present: ExportSession | None = None
@@ -300,9 +300,11 @@ async def _close_elsewhere(fds: list[int]) -> None:
 class _Connection:
     """One VMM."""
 
-    def __init__(self, connection: trio.socket.SocketType, door: Door, left: Left | None) -> None:
+    def __init__(
+        self, connection: trio.socket.SocketType, transport: VirtiofsTransport, left: Left | None
+    ) -> None:
         self._socket = connection
-        self._door = door
+        self._transport = transport
         self.left = left
         """What the one before has left, and then this one."""
         self._turns = Turns()
@@ -321,32 +323,32 @@ class _Connection:
         """Until it has gone. ``said``: by it to an earlier process."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            door = self._door
-            door.loop.nursery = nursery
+            transport = self._transport
+            transport.loop.nursery = nursery
             self._device = Device(
-                door.new_session,
+                transport.new_session,
                 on_start=self._on_start,
                 on_stop=self._on_stop,
-                tag=door.tag,
-                request_queues=door.request_queues,
-                listener=door.conversation,
+                tag=transport.tag,
+                request_queues=transport.request_queues,
+                listener=transport.conversation,
                 left=self.left,
                 on_broken=self._on_broken,
             )
             self.left = None
             try:
                 if said:
-                    session, door.session = door.session, None
-                    self._device.resume(said, session or door.new_session())
+                    session, transport.session = transport.session, None
+                    self._device.resume(said, session or transport.new_session())
                 await self._converse()
             except (VhostUserError, DeviceError) as error:
-                log.error("VMM dropped", share=door.name, error=str(error))
+                log.error("VMM dropped", share=transport.name, error=str(error))
             except ConnectionError:
                 pass
             except trio.Cancelled:
                 # Where the server ends, for whatever reason, and another goes on, that finds all as
                 # it is now, as after SIGKILL. Else ``end`` is called once all tasks have ended.
-                is_kept = door.conversation is not None and door.conversation.holds
+                is_kept = transport.conversation is not None and transport.conversation.holds
                 if not is_kept:
                     self.end()
                 raise
@@ -358,7 +360,7 @@ class _Connection:
 
     def end(self) -> None:
         """It has gone, and nothing more is done for it."""
-        if not self._door.is_leaving and not self._has_ended:
+        if not self._transport.is_leaving and not self._has_ended:
             self._has_ended = True
             self.left = self._device.leave()
 
@@ -417,12 +419,12 @@ class _Connection:
 
     def _on_broken(self, why: str) -> None:
         def drop() -> None:
-            log.error("VMM dropped", share=self._door.name, error=why)
+            log.error("VMM dropped", share=self._transport.name, error=why)
             self._nursery.cancel_scope.cancel()
 
         if not self.is_broken:
             self.is_broken = True
-            self._door.loop.soon(drop)
+            self._transport.loop.soon(drop)
 
     def _process(self, index: int) -> bool:
         """Serve a queue for a turn; whether to go on with it in the next."""
@@ -436,7 +438,9 @@ class _Connection:
 
     async def _run_queue(self, index: int, kick: int, scope: trio.CancelScope) -> None:
         ring = self._device.rings[index]
-        polling = BusyPolling(self._door.busy_poll if index else 0.0)  # nobody waits for a FORGET
+        polling = BusyPolling(
+            self._transport.busy_poll if index else 0.0
+        )  # nobody waits for a FORGET
         position = barren = 0
 
         def is_there() -> bool:
@@ -450,7 +454,7 @@ class _Connection:
                 if scope.cancel_called:
                     return  # the descriptor may be closed
                 # A thread that has done its work could not say so meanwhile.
-                if not self._door.loop.threads and await polling.finds(is_there, ring.moved):
+                if not self._transport.loop.threads and await polling.finds(is_there, ring.moved):
                     continue
                 before, position = position, ring.queue.position if ring.queue is not None else 0
                 barren = barren + 1 if position == before else 0

@@ -1,7 +1,7 @@
 """System calls that fail: a table of all that the server's core makes, and an injector for each.
 
 The table is read from the source: every function of fsd.linux.syscalls, and every call of os,
-fcntl, select or open in the modules that the Service and the Export are made of.
+fcntl, select or open in the modules that the operations and the Export are made of.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from fsd.fuse.session import FuseSession, SessionOptions
 from protocol import fuse
 from protocol.fuse import Init, Opcode
@@ -124,14 +124,14 @@ class GuestKernel:
 
     def __init__(
         self,
-        service: Service,
+        operations: Operations,
         options: SessionOptions | None = None,
         *,
         init: bool = True,
         flags: int = ALL_FLAGS,
     ) -> None:
         self.loop = ManualLoop()
-        self.session = FuseSession(service, self.loop, options)
+        self.session = FuseSession(operations, self.loop, options)
         self.uid, self.gid, self.pid = os.geteuid(), os.getegid(), os.getpid()
         self._unique = 0
         if init:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import structlog
 
 from fsd.files import fileflags
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from fsd.fuse.session import SessionOptions
 from protocol import fuse
 from protocol.fuse import Opcode
@@ -42,7 +42,7 @@ class Target:
         self.privileges = _privileges()
         self.answers: Counter[tuple[int, int]] = Counter()
         self.world = World(self.source)
-        self._service: Service | None = None
+        self._operations: Operations | None = None
         self.refill()
 
     def refill(self) -> None:
@@ -64,8 +64,8 @@ class Target:
                 os.setxattr(source / name, "user.x", b"value")
         (source / "out").symlink_to("../outside")
         (source / "absolute").symlink_to(self.outside / "secret")
-        self._service = self.world.mount(agent=False)
-        self.guest = GuestKernel(self._service, SessionOptions(posix_acl=True))
+        self._operations = self.world.mount(agent=False)
+        self.guest = GuestKernel(self._operations, SessionOptions(posix_acl=True))
         self.nodes = [1]
         self.handles: list[int] = []
         for name in os.listdir(source):
@@ -80,14 +80,14 @@ class Target:
 
     def leave(self) -> None:
         """The guest goes, and nothing that it held is left."""
-        service, self._service = self._service, None
-        if service is None:
+        operations, self._operations = self._operations, None
+        if operations is None:
             return
         self.guest.session.close()
         self.guest.loop.run_threads()  # they end by themselves, and close what they had
-        self.world.services.remove(service)
-        service.close()
-        self.world.export.remove_guest(service.guest)
+        self.world.services.remove(operations)
+        operations.close()
+        self.world.export.remove_guest(operations.guest)
         held = self.world.table._by_node.values()
         assert [inode.nodeid for inode in held if inode.lookups] == []
         handles = [os.readlink(f"/proc/self/fd/{fd}") for fd in _open_below(self.source)]

@@ -12,7 +12,7 @@ from fsd.events import listings, watcher
 from fsd.export.export import Export
 from fsd.files.passthrough import Identity
 from fsd.files.table import Inode
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from fsd.guests.guest import OUTBOX_LIMIT, Guest, Observer
 from protocol import frames, masks
 from protocol.frames import Order
@@ -38,7 +38,7 @@ class Seen(NamedTuple):
 
 
 class World:
-    """One export, its source directory, and the steps that the doors make in a running server."""
+    """One export, its source directory, and the steps that a running server makes."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class World:
         )
         self.table = self.export.table
         self.root = self.table.root
-        self.services: list[Service] = []
+        self.services: list[Operations] = []
         self._closed = False
 
     def close(self) -> None:
@@ -69,8 +69,8 @@ class World:
         if self._closed:
             return
         self._closed = True
-        for service in self.services:
-            service.close()
+        for operations in self.services:
+            operations.close()
         self.export.close()
         assert not self.export.counts["faults"]
 
@@ -80,14 +80,14 @@ class World:
         """A guest that reads events."""
         return self.export.add_observer(name)
 
-    def mount(self, name: str = "mount", *, agent: bool = True, local: bool = False) -> Service:
+    def mount(self, name: str = "mount", *, agent: bool = True, local: bool = False) -> Operations:
         """A mount's operations, with its agent connected: another machine's, or a local one."""
-        service = Service(self.export, self.export.add_replayer(name, is_local=local))
+        operations = Operations(self.export, self.export.add_mount_guest(name, is_local=local))
         if agent:
             hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)
-            service.guest.connect(AGENT_PID + len(self.services), hello)
-        self.services.append(service)
-        return service
+            operations.guest.connect(AGENT_PID + len(self.services), hello)
+        self.services.append(operations)
+        return operations
 
     # Nodes and marks
 
@@ -145,14 +145,14 @@ class World:
         path = b"/".join(part for part in (parent, event.name) if part)
         return Seen(path, ",".join(masks.names(event.mask)), event.cookie)
 
-    def orders(self, service: Service) -> list[Order]:
+    def orders(self, operations: Operations) -> list[Order]:
         """What the agent is asked to do; taking more means that it has done what it had."""
         self.pump()
         deadline = time.monotonic() + 10
-        while service.guest.held:  # an OPEN waits for what comes after it
+        while operations.guest.held:  # an OPEN waits for what comes after it
             assert time.monotonic() < deadline, "events stay held"
             self.export.process(1 << 20)
-        return [m for m in service.guest.take(1 << 20) if isinstance(m, Order)]
+        return [m for m in operations.guest.take(1 << 20) if isinstance(m, Order)]
 
 
 def plain(seen: list[Seen]) -> list[tuple[bytes, str]]:

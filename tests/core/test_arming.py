@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fsd.checkpoint.take import take
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
 from protocol import frames
 from protocol.frames import ALIAS, STAGING, Op
@@ -22,7 +22,7 @@ from .support import AGENT, ALL, DIRECTORY, MARKED, USER, WHOLE, World
 CREATE = int(Mask.CREATE)
 
 
-def look_up(world: World, mount: Service, path: str) -> NodeKey:
+def look_up(world: World, mount: Operations, path: str) -> NodeKey:
     """What inotify_add_watch(2) by a program of the guest asks for first."""
     nodeid = 1
     for name in path.split("/"):
@@ -30,7 +30,7 @@ def look_up(world: World, mount: Service, path: str) -> NodeKey:
     return world.table.get(nodeid).key
 
 
-def hint(mount: Service) -> int:
+def hint(mount: Operations) -> int:
     """The hint that the agent gets."""
     hints = [m for m in mount.guest.take(1 << 20) if isinstance(m, frames.Hint)]
     assert [h.pid for h in hints] == [USER.pid]
@@ -38,7 +38,7 @@ def hint(mount: Service) -> int:
 
 
 def scanned(
-    world: World, mount: Service, number: int, *marks: tuple[NodeKey, int], full: bool = False
+    world: World, mount: Operations, number: int, *marks: tuple[NodeKey, int], full: bool = False
 ) -> list[tuple[NodeKey, Exception]]:
     """The agent has read the marks of hinted processes."""
     arming = world.export.arming
@@ -48,18 +48,18 @@ def scanned(
     return arming.scan_end(mount.guest, number, full=full)
 
 
-def replays(world: World, mount: Service) -> list[tuple[Op, bytes]]:
+def replays(world: World, mount: Operations) -> list[tuple[Op, bytes]]:
     return [(Op(order.op), order.name) for order in world.orders(mount)]
 
 
 @pytest.fixture
-def mount(world: World) -> Service:
+def mount(world: World) -> Operations:
     (world.source / "d").mkdir()
     (world.source / "d/file").write_text("x")
     return world.mount()
 
 
-def test_an_event_before_the_mark_arrives_is_told(world: World, mount: Service) -> None:
+def test_an_event_before_the_mark_arrives_is_told(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     number = hint(mount)
     (world.source / "d/x").mkdir()
@@ -71,7 +71,7 @@ def test_an_event_before_the_mark_arrives_is_told(world: World, mount: Service) 
 
 
 def test_the_servers_own_doings_before_the_mark_arrives_are_not_told(
-    world: World, mount: Service
+    world: World, mount: Operations
 ) -> None:
     """Another guest's mark makes the server read the directory, after the look-up."""
     key = look_up(world, mount, "d")
@@ -84,7 +84,7 @@ def test_the_servers_own_doings_before_the_mark_arrives_are_not_told(
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
-def test_the_scans_of_one_guest_say_nothing_about_another(world: World, mount: Service) -> None:
+def test_the_scans_of_one_guest_say_nothing_about_another(world: World, mount: Operations) -> None:
     other = world.mount("other")
     key = look_up(world, mount, "d")
     look_up(world, other, "d")
@@ -98,7 +98,7 @@ def test_the_scans_of_one_guest_say_nothing_about_another(world: World, mount: S
     assert replays(world, other) == []
 
 
-def test_a_guest_that_goes_leaves_the_others_history(world: World, mount: Service) -> None:
+def test_a_guest_that_goes_leaves_the_others_history(world: World, mount: Operations) -> None:
     other = world.mount("other")
     key = look_up(world, mount, "d")
     look_up(world, other, "d")
@@ -110,7 +110,7 @@ def test_a_guest_that_goes_leaves_the_others_history(world: World, mount: Servic
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
-def test_without_a_mark_nothing_is_told(world: World, mount: Service) -> None:
+def test_without_a_mark_nothing_is_told(world: World, mount: Operations) -> None:
     """The twin."""
     look_up(world, mount, "d")
     number = hint(mount)
@@ -119,7 +119,7 @@ def test_without_a_mark_nothing_is_told(world: World, mount: Service) -> None:
     assert replays(world, mount) == []
 
 
-def test_events_before_the_look_up_are_not_told(world: World, mount: Service) -> None:
+def test_events_before_the_look_up_are_not_told(world: World, mount: Operations) -> None:
     world.mark(world.observer(), "d", ALL)  # so that the host is watched already
     (world.source / "d/before").mkdir()
     world.pump()
@@ -130,7 +130,9 @@ def test_events_before_the_look_up_are_not_told(world: World, mount: Service) ->
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
-def test_what_waits_in_the_queue_at_the_look_up_is_not_told(world: World, mount: Service) -> None:
+def test_what_waits_in_the_queue_at_the_look_up_is_not_told(
+    world: World, mount: Operations
+) -> None:
     key = look_up(world, mount, "d")
     scanned(world, mount, hint(mount))
     (world.source / "d/before").mkdir()
@@ -142,7 +144,7 @@ def test_what_waits_in_the_queue_at_the_look_up_is_not_told(world: World, mount:
 
 
 def test_a_scan_that_found_no_mark_disproves_what_was_before_it(
-    world: World, mount: Service
+    world: World, mount: Operations
 ) -> None:
     """The mark was set later: what happened before that scan is not its to see."""
     key = look_up(world, mount, "d")
@@ -156,7 +158,7 @@ def test_a_scan_that_found_no_mark_disproves_what_was_before_it(
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
-def test_what_is_told_by_another_mark_is_not_told_again(world: World, mount: Service) -> None:
+def test_what_is_told_by_another_mark_is_not_told_again(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     world.export.update(mount.guest, key, CREATE)
     number = hint(mount)
@@ -165,7 +167,7 @@ def test_what_is_told_by_another_mark_is_not_told_again(world: World, mount: Ser
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
-def test_own_operations_are_not_told(world: World, mount: Service) -> None:
+def test_own_operations_are_not_told(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     number = hint(mount)
     mount.mkdir(USER, key.nodeid, b"own", 0o755)
@@ -174,7 +176,7 @@ def test_own_operations_are_not_told(world: World, mount: Service) -> None:
     assert replays(world, mount) == [(Op.CREATE, b"host")]
 
 
-def test_a_mark_on_a_file(world: World, mount: Service) -> None:
+def test_a_mark_on_a_file(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d/file")
     number = hint(mount)
     with open(world.source / "d/file", "a") as file:
@@ -183,7 +185,7 @@ def test_a_mark_on_a_file(world: World, mount: Service) -> None:
     assert [op for op, _ in replays(world, mount)] == [Op.TOUCH]
 
 
-def test_a_file_exchanged_with_one_that_nobody_looked_up(world: World, mount: Service) -> None:
+def test_a_file_exchanged_with_one_that_nobody_looked_up(world: World, mount: Operations) -> None:
     (world.source / "d/other").write_text("other")
     key = look_up(world, mount, "d/file")
     number = hint(mount)
@@ -200,7 +202,7 @@ def test_a_file_exchanged_with_one_that_nobody_looked_up(world: World, mount: Se
 
 @pytest.mark.parametrize("closed", ["before the mark arrives", "after it"])
 def test_a_file_replaced_while_it_is_open_ends_when_it_is_closed(
-    world: World, mount: Service, closed: str
+    world: World, mount: Operations, closed: str
 ) -> None:
     (world.source / "d/new").write_text("new")
     key = look_up(world, mount, "d/file")
@@ -221,7 +223,7 @@ def test_a_file_replaced_while_it_is_open_ends_when_it_is_closed(
 
 
 def test_what_is_remembered_of_files_is_bounded(
-    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fsd.export.arming.SEEN_LIMIT", 10)
     arming = world.export.arming
@@ -236,7 +238,7 @@ def test_what_is_remembered_of_files_is_bounded(
 
 
 def test_the_provisional_watch_ends(
-    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody came for it: after its time nothing is watched, and rest costs nothing."""
     monkeypatch.setattr("fsd.pacing.windows.KEEP", 0.05)
@@ -251,7 +253,7 @@ def test_the_provisional_watch_ends(
 
 
 def test_the_provisional_watch_becomes_the_marks(
-    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fsd.pacing.windows.KEEP", 0.05)
     key = look_up(world, mount, "d")
@@ -268,7 +270,9 @@ def test_the_provisional_watch_becomes_the_marks(
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
-def test_history_is_bounded(world: World, mount: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_is_bounded(
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A storm in a directory that somebody looked up costs bounded memory."""
     monkeypatch.setattr("fsd.export.arming.HISTORY_LIMIT", 10)
     look_up(world, mount, "d")
@@ -279,7 +283,7 @@ def test_history_is_bounded(world: World, mount: Service, monkeypatch: pytest.Mo
     assert len(node.history) <= 10
 
 
-def test_a_full_scan_removes_what_it_does_not_name(world: World, mount: Service) -> None:
+def test_a_full_scan_removes_what_it_does_not_name(world: World, mount: Operations) -> None:
     (world.source / "e").mkdir()
     d, e = look_up(world, mount, "d"), look_up(world, mount, "e")
     for key in (d, e):
@@ -290,7 +294,7 @@ def test_a_full_scan_removes_what_it_does_not_name(world: World, mount: Service)
     assert left == {b"d"}
 
 
-def test_marks_that_fail_are_said_and_the_others_hold(world: World, mount: Service) -> None:
+def test_marks_that_fail_are_said_and_the_others_hold(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     bad = NodeKey(424242, 1)
     failed = scanned(world, mount, hint(mount), (bad, CREATE), (key, CREATE), (key, 1 << 30))
@@ -299,7 +303,7 @@ def test_marks_that_fail_are_said_and_the_others_hold(world: World, mount: Servi
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
-def test_an_agent_that_dies_in_a_scan_leaves_nothing_of_it(world: World, mount: Service) -> None:
+def test_an_agent_that_dies_in_a_scan_leaves_nothing_of_it(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     world.export.arming.scan_update(mount.guest, key, CREATE)
     world.export.arming.scan_abort(mount.guest)
@@ -307,7 +311,7 @@ def test_an_agent_that_dies_in_a_scan_leaves_nothing_of_it(world: World, mount: 
     assert not world.export.interest.marks(mount.guest)
 
 
-def test_hints_are_self_clocked(world: World, mount: Service) -> None:
+def test_hints_are_self_clocked(world: World, mount: Operations) -> None:
     """One hint is out at a time, however often is looked up; none is lost."""
     look_up(world, mount, "d")
     number = hint(mount)
@@ -318,13 +322,13 @@ def test_hints_are_self_clocked(world: World, mount: Service) -> None:
     assert hint(mount) == number + 1
 
 
-def test_the_replayers_own_look_ups_hint_nothing(world: World, mount: Service) -> None:
+def test_the_replayers_own_look_ups_hint_nothing(world: World, mount: Operations) -> None:
     mount.lookup(AGENT, 1, b"d")
     mount.getattr(AGENT, 1)
     assert not mount.guest.has_outgoing
 
 
-def test_another_look_up_does_not_keep_the_first_alive(world: World, mount: Service) -> None:
+def test_another_look_up_does_not_keep_the_first_alive(world: World, mount: Operations) -> None:
     """Of a process that goes on looking, there is always one that no scan has answered."""
     key = look_up(world, mount, "d")
     number = hint(mount)
@@ -337,14 +341,14 @@ def test_another_look_up_does_not_keep_the_first_alive(world: World, mount: Serv
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
-def watch_e(world: World, mount: Service) -> None:
+def watch_e(world: World, mount: Operations) -> None:
     """The guest has a mark on directory e, so what happens there is told."""
     (world.source / "e").mkdir()
     world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
     scanned(world, mount, hint(mount))
 
 
-def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Service) -> None:
+def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Operations) -> None:
     watch_e(world, mount)
     key = look_up(world, mount, "d")
     number = hint(mount)
@@ -357,7 +361,7 @@ def test_what_comes_later_elsewhere_waits_for_the_scan(world: World, mount: Serv
     assert replays(world, mount) == [(Op.CREATE, b"second"), (Op.CREATE, b"third")]
 
 
-def test_what_waits_for_a_scan_is_saved(world: World, mount: Service) -> None:
+def test_what_waits_for_a_scan_is_saved(world: World, mount: Operations) -> None:
     watch_e(world, mount)
     look_up(world, mount, "d")
     (world.source / "d/other").mkdir()
@@ -367,7 +371,7 @@ def test_what_waits_for_a_scan_is_saved(world: World, mount: Service) -> None:
     assert [event.name for event in guest.held] == [b"waits"]
 
 
-def test_a_scan_that_finds_no_mark_lets_it_go(world: World, mount: Service) -> None:
+def test_a_scan_that_finds_no_mark_lets_it_go(world: World, mount: Operations) -> None:
     watch_e(world, mount)
     look_up(world, mount, "d")
     number = hint(mount)
@@ -379,7 +383,7 @@ def test_a_scan_that_finds_no_mark_lets_it_go(world: World, mount: Service) -> N
 
 
 def test_no_event_waits_for_long(
-    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The agent does not answer."""
     monkeypatch.setattr("fsd.pacing.windows.HOLD", 0.05)
@@ -398,7 +402,7 @@ def test_no_event_waits_for_long(
 
 
 def test_no_more_than_a_bound_waits(
-    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fsd.export.arming.HOLD_LIMIT", 5)
     watch_e(world, mount)
@@ -410,7 +414,7 @@ def test_no_more_than_a_bound_waits(
 
 
 def test_what_is_too_much_to_keep_is_told_as_a_difference(
-    world: World, mount: Service, monkeypatch: pytest.MonkeyPatch
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fsd.export.arming.HISTORY_LIMIT", 10)
     key = look_up(world, mount, "d")
@@ -432,7 +436,7 @@ def test_what_is_too_much_to_keep_is_told_as_a_difference(
 
 
 def test_a_directory_that_was_emptied_and_removed_before_its_mark_arrives(
-    world: World, mount: Service
+    world: World, mount: Operations
 ) -> None:
     """Its orders name the way that led to it, and never the root."""
     key = look_up(world, mount, "d")

@@ -13,7 +13,7 @@ import pytest
 
 from fsd.events.watcher import _OVERFLOW
 from fsd.export import arming, channel, export
-from fsd.export.channel import Session
+from fsd.export.channel import Channel
 from fsd.files import forgotten
 from fsd.files.forgotten import Forgotten, ForgottenObjects
 from fsd.fuse import hidden
@@ -32,14 +32,14 @@ SECONDS = 60.0
 """In which anything here is done, on the slowest machine."""
 
 
-def observer_session(world: World, via: mount_guest.ReplayGuest | None = None) -> Session:
-    session = Session(world.export, "tool", os.getpid(), via=via)
+def observer_session(world: World, via: mount_guest.MountGuest | None = None) -> Channel:
+    session = Channel(world.export, "tool", os.getpid(), via=via)
     session.receive(frames.encode(frames.Hello(frames.VERSION, frames.Role.OBSERVER, ALL)))
     read(session)
     return session
 
 
-def read(session: Session) -> list[frames.Message]:
+def read(session: Channel) -> list[frames.Message]:
     reader = frames.FrameReader()
     while data := session.outgoing(1 << 16):
         reader.feed(data)
@@ -470,7 +470,7 @@ def test_hints_that_nobody_reads_become_one_to_read_everything(
 
 
 def test_sessions_of_a_mount_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hidden, "SESSIONS_LIMIT", 3)
+    monkeypatch.setattr(hidden, "CHANNELS_LIMIT", 3)
     mount, other = world.mount(), world.mount("other")
     held = [mount.open(USER, frames.SESSION, os.O_RDWR) for _ in range(3)]
     with pytest.raises(OSError, match="files") as error:
@@ -566,7 +566,7 @@ def test_a_guest_does_not_take_the_last_watches_from_another(make_world: Worlds)
     for n in range(60):
         (world.source / f"d{n}").mkdir()
 
-    def watched(guest: mount_guest.ReplayGuest, numbers: range) -> int:
+    def watched(guest: mount_guest.MountGuest, numbers: range) -> int:
         count = 0
         for n in numbers:
             with suppress(OSError):

@@ -10,7 +10,7 @@ import pytest
 
 from fsd.checkpoint import take
 from fsd.checkpoint.restore import Resumption
-from fsd.export.channel import Session
+from fsd.export.channel import Channel
 from fsd.files.table import PATH_LEVELS, Inode
 from protocol import frames
 
@@ -41,25 +41,25 @@ def world(make_world: Callable[[], World]) -> Iterator[World]:
 
 
 def look_up(world: World) -> list[Inode]:
-    service, chain = world.mount(agent=False), [world.table.root]
+    operations, chain = world.mount(agent=False), [world.table.root]
     for _ in range(DEPTH):
-        chain.append(service.lookup(USER, chain[-1].nodeid, b"d").inode)
+        chain.append(operations.lookup(USER, chain[-1].nodeid, b"d").inode)
     return chain[1:]
 
 
 def test_forgetting_drops_all_of_it(world: World) -> None:
     begun = time.monotonic()
-    service = world.mount(agent=False)
+    operations = world.mount(agent=False)
     chain = look_up(world)
     for inode in chain:
-        service.forget(inode.nodeid, 1)
+        operations.forget(inode.nodeid, 1)
     assert len(world.table) == 1
     assert time.monotonic() < begun + SECONDS
 
 
 def test_a_mark_at_the_bottom_is_set_and_dropped(world: World) -> None:
     begun = time.monotonic()
-    session = Session(world.export, "tool", os.getpid())
+    session = Channel(world.export, "tool", os.getpid())
     send(world, session, frames.Hello(frames.VERSION, frames.Role.OBSERVER, ALL))
     result = send(world, session, frames.Resolve(1, b"/".join([b"d"] * DEPTH)))
     assert isinstance(result, frames.Result)
@@ -94,15 +94,15 @@ def test_a_whole_tree_is_watched_saved_and_restored(
 
 def test_a_forgotten_node_is_found_again(world: World) -> None:
     begun = time.monotonic()
-    service = world.mount(agent=False)
+    operations = world.mount(agent=False)
     chain = look_up(world)
     for inode in chain:
-        service.forget(inode.nodeid, 1)
-    assert service.lookup(USER, chain[-1].nodeid, b".").inode.identity == chain[-1].identity
+        operations.forget(inode.nodeid, 1)
+    assert operations.lookup(USER, chain[-1].nodeid, b".").inode.identity == chain[-1].identity
     assert time.monotonic() < begun + SECONDS
 
 
-def send(world: World, session: Session, message: frames.Message) -> frames.Message | None:
+def send(world: World, session: Channel, message: frames.Message) -> frames.Message | None:
     session.receive(frames.encode(message))
     world.pump()  # what takes long is done in turns
     reader = frames.FrameReader()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fsd.files.passthrough import Changes
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from fsd.guests.guest import Guest
 from fsd.linux.syscalls import RENAME_EXCHANGE
 from protocol.frames import Op
@@ -20,93 +20,93 @@ from protocol.masks import Mask
 
 from .support import ALL, USER, WHOLE, World, merged, plain, settle
 
-Step = Callable[[World, Service], None]
+Step = Callable[[World, Operations], None]
 
 
 def nodeid(world: World, path: str = "") -> int:
     return world.node(path).nodeid
 
 
-def create(world: World, mount: Service) -> None:
+def create(world: World, mount: Operations) -> None:
     _, fh = mount.create(USER, nodeid(world), b"new", 0o644, os.O_RDWR | os.O_CREAT)
     mount.release(fh)
 
 
-def write(world: World, mount: Service) -> None:
+def write(world: World, mount: Operations) -> None:
     fh = mount.open(USER, nodeid(world, "file"), os.O_RDWR)
     mount.write(fh, 0, b"x")
     mount.read(fh, 0, 1)
     mount.release(fh)
 
 
-def open_truncating(world: World, mount: Service) -> None:
+def open_truncating(world: World, mount: Operations) -> None:
     mount.release(mount.open(USER, nodeid(world, "file"), os.O_WRONLY | os.O_TRUNC))
 
 
-def truncate(world: World, mount: Service) -> None:
+def truncate(world: World, mount: Operations) -> None:
     mount.setattr(USER, nodeid(world, "file"), Changes(size=1), None)
 
 
-def chmod(world: World, mount: Service) -> None:
+def chmod(world: World, mount: Operations) -> None:
     mount.setattr(USER, nodeid(world, "file"), Changes(mode=0o600), None)
 
 
-def utime(world: World, mount: Service) -> None:
+def utime(world: World, mount: Operations) -> None:
     mount.setattr(USER, nodeid(world, "file"), Changes(atime_ns=1, mtime_ns=1), None)
 
 
-def xattr(world: World, mount: Service) -> None:
+def xattr(world: World, mount: Operations) -> None:
     mount.setxattr(USER, nodeid(world, "file"), b"user.x", b"y", 0)
     mount.removexattr(USER, nodeid(world, "file"), b"user.x")
 
 
-def mkdir(world: World, mount: Service) -> None:
+def mkdir(world: World, mount: Operations) -> None:
     mount.mkdir(USER, nodeid(world), b"new", 0o755)
 
 
-def fifo(world: World, mount: Service) -> None:
+def fifo(world: World, mount: Operations) -> None:
     mount.mknod(USER, nodeid(world), b"new", 0o010644, 0)
 
 
-def symlink(world: World, mount: Service) -> None:
+def symlink(world: World, mount: Operations) -> None:
     mount.symlink(USER, nodeid(world), b"new", b"file")
 
 
-def link(world: World, mount: Service) -> None:
+def link(world: World, mount: Operations) -> None:
     mount.link(USER, nodeid(world, "file"), nodeid(world), b"new")
 
 
-def unlink(world: World, mount: Service) -> None:
+def unlink(world: World, mount: Operations) -> None:
     mount.lookup(USER, nodeid(world), b"file")
     mount.unlink(USER, nodeid(world), b"file")
 
 
-def rmdir(world: World, mount: Service) -> None:
+def rmdir(world: World, mount: Operations) -> None:
     mount.lookup(USER, nodeid(world), b"empty")
     mount.rmdir(USER, nodeid(world), b"empty")
 
 
-def rename(world: World, mount: Service) -> None:
+def rename(world: World, mount: Operations) -> None:
     mount.rename(USER, nodeid(world), b"file", nodeid(world, "dir"), b"moved", 0)
 
 
-def replace(world: World, mount: Service) -> None:
+def replace(world: World, mount: Operations) -> None:
     mount.lookup(USER, nodeid(world), b"file")
     mount.lookup(USER, nodeid(world, "dir"), b"inner")
     mount.rename(USER, nodeid(world), b"file", nodeid(world, "dir"), b"inner", 0)
 
 
-def exchange(world: World, mount: Service) -> None:
+def exchange(world: World, mount: Operations) -> None:
     inner = nodeid(world, "dir")
     mount.rename(USER, nodeid(world), b"file", inner, b"inner", RENAME_EXCHANGE)
 
 
-def rename_directory(world: World, mount: Service) -> None:
+def rename_directory(world: World, mount: Operations) -> None:
     mount.lookup(USER, nodeid(world), b"empty")
     mount.rename(USER, nodeid(world), b"empty", nodeid(world), b"new", 0)
 
 
-def read_directory(world: World, mount: Service) -> None:
+def read_directory(world: World, mount: Operations) -> None:
     fh = mount.opendir(USER, nodeid(world, "dir"))
     mount.names(fh, 0)
     mount.release(fh)
@@ -226,7 +226,7 @@ def test_a_call_that_fails_attributes_nothing(tree: World) -> None:
     assert [order.name for order in tree.orders(own)] == [b"x"]
 
 
-def mount_mkdir_over_file(world: World, mount: Service) -> None:
+def mount_mkdir_over_file(world: World, mount: Operations) -> None:
     mount.mkdir(USER, nodeid(world), b"file", 0o755)
 
 

@@ -32,9 +32,9 @@ from .support import ALL, USER, Seen, World
 
 NUMBERS = (errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EIO)
 UNREACHED = {
-    "syscalls.syncfs": "in a thread of a door",
-    "os.fdatasync": "in a thread of a door",
-    "os.fsync": "in a thread of a door",
+    "syscalls.syncfs": "in a thread of a transport",
+    "os.fdatasync": "in a thread of a transport",
+    "os.fsync": "in a thread of a transport",
     "os.memfd_create": "what is kept for the next process",
     "os.dup2": "handing over to the next process",
     "os.access": "only where the kernel does not judge permissions",
@@ -91,7 +91,7 @@ class Scenario:
         return None
 
     def run(self) -> None:
-        """What the doors and the pump have the core do."""
+        """What the transports and the pump have the core do."""
         self._look()
         self._arm()
         self._hear()
@@ -290,8 +290,8 @@ def test_a_call_that_fails(call: Call, handles: bool, tmp_path: Path) -> None:
                 raise
             finally:
                 scenario.world._closed = True  # its faults are counted below
-                for service in scenario.world.services:
-                    service.close()
+                for operations in scenario.world.services:
+                    operations.close()
                 scenario.world.export.close()
             assert injector.failed or first > 1, note  # how often depends on the time
             assert not scenario.world.export.counts["faults"], note

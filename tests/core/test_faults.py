@@ -16,9 +16,9 @@ import pyfuse3
 import pytest
 import structlog
 
-from fsd.export.channel import Session
-from fsd.fuse.operations import Service
-from fsd.transports.libfuse import FuseDoor
+from fsd.export.channel import Channel
+from fsd.fuse.operations import Operations
+from fsd.transports.libfuse import LibfuseTransport
 from protocol import frames
 from protocol.frames import CONTROL, FSD_DIR, SESSION
 from protocol.masks import Mask
@@ -27,8 +27,8 @@ from .support import ALL, STRUCTURE, USER, World, plain
 
 HANDLERS = sorted(
     name
-    for name, member in inspect.getmembers(FuseDoor, inspect.iscoroutinefunction)
-    if not name.startswith("_") and name in vars(FuseDoor)
+    for name, member in inspect.getmembers(LibfuseTransport, inspect.iscoroutinefunction)
+    if not name.startswith("_") and name in vars(LibfuseTransport)
 )
 CTX = SimpleNamespace(uid=0, gid=0, pid=1, umask=0)
 NO_SERVICE = {"poll"}  # ask nothing of it
@@ -47,7 +47,7 @@ def arguments(name: str) -> list[Any]:
         "datasync": False, "token": None, "buf": b"x",
     }  # fmt: skip
     values = []
-    for parameter in inspect.signature(getattr(FuseDoor, name)).parameters:
+    for parameter in inspect.signature(getattr(LibfuseTransport, name)).parameters:
         if parameter == "self":
             continue
         is_name = "name" in parameter or parameter in ("target", "value")
@@ -55,7 +55,7 @@ def arguments(name: str) -> list[Any]:
     return values
 
 
-class Broken(Service):
+class Broken(Operations):
     """A service of which every method raises."""
 
     error: Exception
@@ -79,9 +79,9 @@ def test_there_are_handlers() -> None:
 
 @pytest.mark.parametrize("name", [name for name in HANDLERS if name not in NO_SERVICE])
 async def test_a_bug_is_eio_and_one_traceback(name: str) -> None:
-    door = FuseDoor(Broken(Bug("boom")))
+    transport = LibfuseTransport(Broken(Bug("boom")))
     with structlog.testing.capture_logs() as logs, pytest.raises(pyfuse3.FUSEError) as error:
-        await getattr(door, name)(*arguments(name))
+        await getattr(transport, name)(*arguments(name))
     assert error.value.errno == errno.EIO
     assert [log["event"] for log in logs] == ["request failed"]
     assert logs[0]["exc_info"]
@@ -91,20 +91,24 @@ async def test_a_bug_is_eio_and_one_traceback(name: str) -> None:
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSPC, None])
 async def test_an_oserror_is_its_errno(name: str, number: int | None) -> None:
     failure = OSError("no number") if number is None else OSError(number, "why")
-    door = FuseDoor(Broken(failure))
+    transport = LibfuseTransport(Broken(failure))
     with structlog.testing.capture_logs() as logs, pytest.raises(pyfuse3.FUSEError) as error:
-        await getattr(door, name)(*arguments(name))
+        await getattr(transport, name)(*arguments(name))
     assert error.value.errno == (number or errno.EIO)
     assert logs == []
 
 
 def test_every_operation_of_pyfuse3_that_is_ours_is_guarded() -> None:
     """A handler added without the guard would be a way to unmount."""
-    ours = {name for name in vars(FuseDoor) if hasattr(pyfuse3.Operations, name)}
-    ours = {name for name in ours if not name.startswith("__") and callable(vars(FuseDoor)[name])}
+    ours = {name for name in vars(LibfuseTransport) if hasattr(pyfuse3.Operations, name)}
+    ours = {
+        name
+        for name in ours
+        if not name.startswith("__") and callable(vars(LibfuseTransport)[name])
+    }
     assert ours | {"poll"} == set(HANDLERS)
     for name in HANDLERS:
-        assert hasattr(getattr(FuseDoor, name), "__wrapped__"), name
+        assert hasattr(getattr(LibfuseTransport, name), "__wrapped__"), name
 
 
 # An event
@@ -135,25 +139,25 @@ def test_a_fault_in_one_event_is_counted_and_the_next_is_told(
 # A channel
 
 
-def channel(world: World, mount: Service | None = None) -> Session:
-    session = Session(world.export, "test", 77, mount.guest if mount is not None else None)
+def connected(world: World, mount: Operations | None = None) -> Channel:
+    channel = Channel(world.export, "test", 77, mount.guest if mount is not None else None)
     role = frames.Role.OBSERVER if mount is None else frames.Role.REPLAYER
-    session.receive(frames.encode(frames.Hello(frames.VERSION, role, ALL)))
-    (welcome,) = answers(session)
+    channel.receive(frames.encode(frames.Hello(frames.VERSION, role, ALL)))
+    (welcome,) = answers(channel)
     assert isinstance(welcome, frames.Welcome)
-    return session
+    return channel
 
 
-def answers(session: Session) -> list[frames.Message]:
+def answers(channel: Channel) -> list[frames.Message]:
     reader = frames.FrameReader()
-    while session.has_outgoing:
-        reader.feed(session.outgoing(7))  # any size will do
+    while channel.has_outgoing:
+        reader.feed(channel.outgoing(7))  # any size will do
     return list(reader)
 
 
-def send(session: Session, message: frames.Message) -> frames.Message:
-    session.receive(frames.encode(message))
-    (answer,) = answers(session)
+def send(channel: Channel, message: frames.Message) -> frames.Message:
+    channel.receive(frames.encode(message))
+    (answer,) = answers(channel)
     return answer
 
 
@@ -171,10 +175,10 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_frame_is_one_typed_error(world: World, what: str) -> None:
-    session = channel(world)
+    channel = connected(world)
     with pytest.raises(frames.ProtocolError):
-        session.receive(BAD[what])
-    session.close()
+        channel.receive(BAD[what])
+    channel.close()
     assert world.export.guests == []
 
 
@@ -188,10 +192,10 @@ def test_a_bad_frame_is_one_typed_error(world: World, what: str) -> None:
     ],
 )  # fmt: skip
 def test_before_hello_and_a_wrong_hello(world: World, message: frames.Message) -> None:
-    session = Session(world.export, "test", 1)
+    channel = Channel(world.export, "test", 1)
     with pytest.raises(frames.ProtocolError):
-        session.receive(frames.encode(message))
-    session.close()
+        channel.receive(frames.encode(message))
+    channel.close()
 
 
 @pytest.mark.parametrize(
@@ -211,14 +215,14 @@ def test_what_cannot_be_done_is_answered_with_an_errno(
     world: World, message: frames.Message, number: int
 ) -> None:
     (world.source / "file").touch()
-    session = channel(world)
-    answer = send(session, message)
+    channel = connected(world)
+    answer = send(channel, message)
     assert isinstance(answer, frames.Result)
     assert (answer.request, answer.errno) == (5, number)
-    done = send(session, frames.Update(6, 1, 0, int(Mask.CREATE)))
+    done = send(channel, frames.Update(6, 1, 0, int(Mask.CREATE)))
     assert isinstance(done, frames.Result)
     assert done.errno == 0
-    session.close()
+    channel.close()
     assert len(world.export.watcher) == 0
 
 
@@ -226,27 +230,27 @@ def test_resolve_does_not_leave_the_export(world: World) -> None:
     outside = world.source.parent / "outside"
     outside.mkdir()
     (world.source / "link").symlink_to(outside)
-    session = channel(world)
+    channel = connected(world)
     for path in (b"..", b"../outside", b"/..", b"../../../etc"):
-        answer = send(session, frames.Resolve(1, path))
+        answer = send(channel, frames.Resolve(1, path))
         assert isinstance(answer, frames.Result)
         assert answer.errno or answer.nodeid == 1
-    below = send(session, frames.Resolve(1, b"link/x"))
+    below = send(channel, frames.Resolve(1, b"link/x"))
     assert isinstance(below, frames.Result)
     assert below.errno == errno.ENOTDIR
-    session.close()
+    channel.close()
 
 
 def test_a_session_leaks_no_inodes(world: World) -> None:
     """Not even those on the way to what it asked for."""
     (world.source / "a/b/c").mkdir(parents=True)
     (world.source / "a/x").touch()
-    session = channel(world)
+    channel = connected(world)
     for path in (b"a/b/c", b"a/x", b"a/b/c", b"a/nothing"):
-        session.receive(frames.encode(frames.Resolve(1, path)))
-    answers(session)
-    session.receive(frames.encode(frames.List(2, 1, 0)))
-    session.close()
+        channel.receive(frames.encode(frames.Resolve(1, path)))
+    answers(channel)
+    channel.receive(frames.encode(frames.List(2, 1, 0)))
+    channel.close()
     assert len(world.table) == 1
 
 
@@ -254,43 +258,43 @@ def test_what_a_guest_can_make_grow_is_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fsd.export.channel.RESOLVED_LIMIT", 3)
-    session = channel(world)
+    channel = connected(world)
     results = []
     for i in range(5):
         (world.source / str(i)).mkdir()
-        results.append(send(session, frames.Resolve(1, b"%d" % i)))
+        results.append(send(channel, frames.Resolve(1, b"%d" % i)))
     numbers = [r.errno for r in results if isinstance(r, frames.Result)]
     assert numbers == [0, 0, 0, errno.ENOSPC, errno.ENOSPC]
-    session.close()
+    channel.close()
 
 
 def test_events_that_a_guest_cannot_use_are_not_sent(world: World) -> None:
-    session = Session(world.export, "test", 1)
+    channel = Channel(world.export, "test", 1)
     hello = frames.Hello(frames.VERSION, frames.Role.OBSERVER, int(Mask.CREATE))
-    session.receive(frames.encode(hello))
-    (welcome,) = answers(session)
+    channel.receive(frames.encode(hello))
+    (welcome,) = answers(channel)
     assert isinstance(welcome, frames.Welcome)
     assert welcome.events == int(Mask.CREATE)
-    send(session, frames.Update(1, 1, 0, STRUCTURE))
+    send(channel, frames.Update(1, 1, 0, STRUCTURE))
     (world.source / "x").touch()
     (world.source / "x").unlink()
     world.pump()
-    assert [m.mask for m in answers(session) if isinstance(m, frames.Event)] == [int(Mask.CREATE)]
-    session.close()
+    assert [m.mask for m in answers(channel) if isinstance(m, frames.Event)] == [int(Mask.CREATE)]
+    channel.close()
 
 
 def test_stats_come_in_parts_of_one_json(world: World) -> None:
-    session = channel(world)
+    channel = connected(world)
     for i in range(600):
         (world.source / f"directory number {i}").mkdir()
-        world.mark(session.guest, f"directory number {i}", 1)  # type: ignore[arg-type]
-    session.receive(frames.encode(frames.StatsRequest(9)))
-    parts = [m for m in answers(session) if isinstance(m, frames.Stats)]
+        world.mark(channel.guest, f"directory number {i}", 1)  # type: ignore[arg-type]
+    channel.receive(frames.encode(frames.StatsRequest(9)))
+    parts = [m for m in answers(channel) if isinstance(m, frames.Stats)]
     assert len(parts) > 1
     assert [part.more for part in parts] == [1] * (len(parts) - 1) + [0]
     state = json.loads(b"".join(part.json for part in parts))
     assert state["guests"][0]["marks"] == 600
-    session.close()
+    channel.close()
 
 
 # The hidden directory
@@ -344,7 +348,7 @@ def test_it_is_never_listed_and_cannot_be_changed(world: World) -> None:
     assert os.listdir(world.source) == []
 
 
-def stat_name(mount: Service) -> bool:
+def stat_name(mount: Operations) -> bool:
     return mount.lookup(USER, 1, b".fsd").inode.nodeid == FSD_DIR
 
 

@@ -23,7 +23,7 @@ from fsd.servers.autosave import Snapshots
 from fsd.servers.pump import Pump
 from fsd.transports import tasks
 from fsd.transports.loop import TrioLoop
-from fsd.transports.socket import SocketDoor
+from fsd.transports.socket import SocketTransport
 from protocol import frames
 
 from .support import ALL, STRUCTURE, USER, World
@@ -87,9 +87,9 @@ async def test_the_end_of_a_watch(world: World, monkeypatch: pytest.MonkeyPatch)
     """The others still end, in time."""
     for name in "abc":
         (world.source / name).mkdir()
-    service = world.mount()
+    operations = world.mount()
     for name in "abc":
-        service.lookup(USER, 1, name.encode())
+        operations.lookup(USER, 1, name.encode())
     monkeypatch.setattr(world.export, "set_watch", failing(world.export.set_watch))
     for node in world.export.arming._nodes.values():
         node.expires = 0.0
@@ -128,13 +128,13 @@ def test_how_a_file_was_opened(world: World, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(windows, "CLOSE_WAIT", 0.0)
     monkeypatch.setattr(openers, "scan", failing(bool, 9))
     (world.source / "f").touch()
-    service = world.mount()
-    world.mark(service.guest, "", ALL)
+    operations = world.mount()
+    world.mark(operations.guest, "", ALL)
     with structlog.testing.capture_logs() as logs, (world.source / "f").open():
         deadline = time.monotonic() + BOUND
-        while not service.guest.ledger and not faults(logs) and time.monotonic() < deadline:
+        while not operations.guest.ledger and not faults(logs) and time.monotonic() < deadline:
             world.pump()
-        (order,) = (m for m in world.orders(service) if m.op == frames.Op.OPEN)
+        (order,) = (m for m in world.orders(operations) if m.op == frames.Op.OPEN)
     assert order.arg == 0
     assert set(faults(logs)) <= {"finding out how files are open failed"}
     assert faults(logs)
@@ -191,18 +191,18 @@ async def test_a_connection_waits_for_a_descriptor(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "FULL_PAUSE", 0.01)
-    door = SocketDoor(world.export, str(tmp_path / "socket"))
-    await door.bind()
+    transport = SocketTransport(world.export, str(tmp_path / "socket"))
+    await transport.bind()
     client = socket.socket(socket.AF_UNIX)
     with structlog.testing.capture_logs() as logs:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(door.run)
+            nursery.start_soon(transport.run)
             with no_descriptors():
-                client.connect(door.path)
+                client.connect(transport.path)
                 await until(lambda: logs)
-            await until(lambda: door._sessions)
+            await until(lambda: transport._channels)
             client.close()
-            await until(lambda: not door._sessions)
+            await until(lambda: not transport._channels)
             nursery.cancel_scope.cancel()
-    door.close()
+    transport.close()
     assert {log["event"] for log in logs} == {"a connection waits"}

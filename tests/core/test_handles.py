@@ -12,20 +12,20 @@ import pytest
 
 from fsd.files import forgotten as forgotten_objects
 from fsd.files.table import Inode
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from protocol.handles import NodeKey
 
 from .support import USER, World
 
 
 @pytest.fixture(params=["handles", "paths"])
-def mount(request: pytest.FixtureRequest, world: World) -> Service:
+def mount(request: pytest.FixtureRequest, world: World) -> Operations:
     """The host's file system opens handles, or only makes them."""
     world.table.by_handle = request.param == "handles"
     return world.mount(agent=False)
 
 
-def forgotten(mount: Service, path: str) -> NodeKey:
+def forgotten(mount: Operations, path: str) -> NodeKey:
     """The key of a path, looked up step by step and forgotten in the order of a shrinking cache."""
     held: list[Inode] = []
     for name in path.encode().split(b"/"):
@@ -38,7 +38,7 @@ def forgotten(mount: Service, path: str) -> NodeKey:
     return key
 
 
-def recalled(mount: Service, key: NodeKey) -> Inode:
+def recalled(mount: Operations, key: NodeKey) -> Inode:
     inode = mount.lookup(USER, key.nodeid, b".").inode
     if inode.key != key:  # the kernel's own comparison (fs/fuse/inode.c, fuse_get_dentry)
         mount.forget(inode.nodeid, 1)
@@ -46,7 +46,7 @@ def recalled(mount: Service, key: NodeKey) -> Inode:
     return inode
 
 
-def refused(mount: Service, key: NodeKey) -> None:
+def refused(mount: Operations, key: NodeKey) -> None:
     before = len(mount.export.table)
     with pytest.raises(OSError, match=r".") as error:
         recalled(mount, key)
@@ -54,7 +54,7 @@ def refused(mount: Service, key: NodeKey) -> None:
     assert len(mount.export.table) == before
 
 
-def test_a_forgotten_node_is_found_again(mount: Service, world: World) -> None:
+def test_a_forgotten_node_is_found_again(mount: Operations, world: World) -> None:
     (world.source / "a/b").mkdir(parents=True)
     (world.source / "a/b/f").write_text("x")
     for path in ("a/b/f", "a/b", "a"):
@@ -66,7 +66,7 @@ def test_a_forgotten_node_is_found_again(mount: Service, world: World) -> None:
         assert len(world.table) == 1
 
 
-def test_its_directories_too(mount: Service, world: World) -> None:
+def test_its_directories_too(mount: Operations, world: World) -> None:
     (world.source / "a/b").mkdir(parents=True)
     key = forgotten(mount, "a/b")
     inode = recalled(mount, key)
@@ -77,7 +77,7 @@ def test_its_directories_too(mount: Service, world: World) -> None:
     assert above_forgotten.path() == b"a"
 
 
-def forgotten_again(mount: Service, inode: Inode, above: Inode) -> int:
+def forgotten_again(mount: Operations, inode: Inode, above: Inode) -> int:
     mount.forget(inode.nodeid, 1)
     mount.forget(above.nodeid, 1)
     mount.forget(1, 1)
@@ -86,7 +86,7 @@ def forgotten_again(mount: Service, inode: Inode, above: Inode) -> int:
 
 
 @pytest.mark.parametrize("path", ["a/b/f", "a/b"])
-def test_where_the_host_has_moved_it(path: str, mount: Service, world: World) -> None:
+def test_where_the_host_has_moved_it(path: str, mount: Operations, world: World) -> None:
     (world.source / "a/b").mkdir(parents=True)
     (world.source / "a/b/f").write_text("x")
     key = forgotten(mount, path)
@@ -101,7 +101,7 @@ def test_where_the_host_has_moved_it(path: str, mount: Service, world: World) ->
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_what_is_removed_is_stale(kind: str, mount: Service, world: World) -> None:
+def test_what_is_removed_is_stale(kind: str, mount: Operations, world: World) -> None:
     path = world.source / "x"
     make, remove = (path.touch, path.unlink) if kind == "file" else (path.mkdir, path.rmdir)
     make()
@@ -112,7 +112,7 @@ def test_what_is_removed_is_stale(kind: str, mount: Service, world: World) -> No
     refused(mount, key)
 
 
-def test_what_left_the_export_is_stale(mount: Service, world: World, tmp_path: Path) -> None:
+def test_what_left_the_export_is_stale(mount: Operations, world: World, tmp_path: Path) -> None:
     (world.source / "f").touch()
     (world.source / "d").mkdir()
     for name in ("f", "d"):
@@ -126,14 +126,16 @@ def test_what_left_the_export_is_stale(mount: Service, world: World, tmp_path: P
         mount.forget(held.nodeid, 1)
 
 
-def test_unknown_nodes_are_stale(mount: Service) -> None:
+def test_unknown_nodes_are_stale(mount: Operations) -> None:
     for nodeid in (2, 4711, 1 << 62, (1 << 63) - 1):
         with pytest.raises(OSError, match=r".") as error:
             mount.lookup(USER, nodeid, b".")
         assert error.value.errno == errno.ESTALE
 
 
-def test_memory_is_bounded(mount: Service, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(
+    mount: Operations, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forgotten_objects, "FORGOTTEN_LIMIT", 3)
     keys = []
     for name in "abcde":
@@ -145,7 +147,7 @@ def test_memory_is_bounded(mount: Service, world: World, monkeypatch: pytest.Mon
         mount.forget(recalled(mount, key).nodeid, 1)
 
 
-def test_synthetic_nodeids_are_stable(mount: Service, world: World) -> None:
+def test_synthetic_nodeids_are_stable(mount: Operations, world: World) -> None:
     """An object whose number was taken when it came keeps its own nodeid, also when forgotten."""
     (world.source / "x").touch()
     old = mount.lookup(USER, 1, b"x").inode

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from fsd.guests.history import LONGEST, PARKED_LIMIT, PATIENCE
 from fsd.guests.ledger import KEPT_LIMIT
 from protocol import frames, fuse
@@ -27,14 +27,14 @@ CREATE = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o644, 0, 0)
 class Watched:
     """A guest that watches the root, and its agent, which re-enacts when the test says so."""
 
-    def __init__(self, world: World, guest: GuestKernel, service: Service) -> None:
-        self.world, self.guest, self.service = world, guest, service
+    def __init__(self, world: World, guest: GuestKernel, operations: Operations) -> None:
+        self.world, self.guest, self.operations = world, guest, operations
         self.connect()
-        world.mark(service.guest, mask=STRUCTURE)
+        world.mark(operations.guest, mask=STRUCTURE)
 
     def connect(self) -> None:
         hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)
-        self.service.guest.connect(AGENT_PID, hello)
+        self.operations.guest.connect(AGENT_PID, hello)
 
     def touch(self, *names: str) -> None:
         for name in names:
@@ -43,7 +43,7 @@ class Watched:
     def deliver(self) -> list[frames.Order]:
         """All that has happened: the agent takes its orders, executes them, and asks for more."""
         orders = self.orders()
-        self.world.orders(self.service)
+        self.world.orders(self.operations)
         self.guest.loop.turn()
         return orders
 
@@ -53,7 +53,7 @@ class Watched:
         orders = []
         while True:
             self.world.pump()
-            orders += self.world.orders(self.service)
+            orders += self.world.orders(self.operations)
             if not self.world.export.arming._holding:
                 return orders
             assert time.monotonic() < deadline, "events are held"
@@ -68,14 +68,14 @@ class Watched:
 
     @property
     def counts(self) -> dict[str, int]:
-        return self.service.guest.counts
+        return self.operations.guest.counts
 
 
 @pytest.fixture
 def watched(world: World) -> Iterator[Watched]:
-    service = world.mount(agent=False)
-    kernel = GuestKernel(service)
-    yield Watched(world, kernel, service)
+    operations = world.mount(agent=False)
+    kernel = GuestKernel(operations)
+    yield Watched(world, kernel, operations)
     kernel.session.close()
 
 
@@ -163,10 +163,10 @@ def test_the_host_goes_on_with_the_same_name(watched: Watched) -> None:
     watched.world.pump()
     assert len(orders) == 1
     assert error(stat) is None
-    watched.world.orders(watched.service)  # the one is executed
+    watched.world.orders(watched.operations)  # the one is executed
     watched.guest.loop.turn()
     assert error(stat) is not None
-    assert watched.service.guest.depth
+    assert watched.operations.guest.depth
 
 
 # -- mutations -------------------------------------------------------------------------------------
@@ -241,12 +241,12 @@ def test_directories_are_asked_for_anew_meanwhile(watched: Watched) -> None:
     """Else the kernel, which knows them from the replayer, would take the lock without a word."""
     root = watched.world.root
     watched.touch("x")
-    assert not watched.service.guest.history.is_sought(root)
+    assert not watched.operations.guest.history.is_sought(root)
     assert error(watched.ask(Opcode.UNLINK, 1, b"x\0")) == errno.ESTALE
-    assert watched.service.guest.history.is_sought(root)
+    assert watched.operations.guest.history.is_sought(root)
     watched.deliver()
     assert error(watched.ask(Opcode.GETATTR, 1, GETATTR)) == 0
-    assert not watched.service.guest.history.is_sought(root)
+    assert not watched.operations.guest.history.is_sought(root)
 
 
 # -- how it ends -----------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_an_agent_that_is_slow(watched: Watched, monkeypatch: pytest.MonkeyPatch
     watched.touch(*(f"a{i}" for i in range(60)))
     stat = waiting(watched)
     watched.orders()
-    ledger = watched.service.guest.ledger
+    ledger = watched.operations.guest.ledger
     for waited in range(1, 20):
         now += PATIENCE
         ledger.failed(ledger.tasks[1].order.seq)
@@ -299,11 +299,11 @@ def test_an_agent_that_is_far_behind(watched: Watched, monkeypatch: pytest.Monke
     real = time.monotonic
     watched.touch("a", "b")
     watched.world.pump()
-    watched.world.orders(watched.service)
+    watched.world.orders(watched.operations)
     watched.touch("c")
     watched.world.pump()
     monkeypatch.setattr(time, "monotonic", lambda: real() + LONGEST + 1)
-    watched.service.guest.take(1)  # those were executed, late
+    watched.operations.guest.take(1)  # those were executed, late
     stat = watched.ask(Opcode.GETATTR, watched.find(b"c"), GETATTR)
     assert error(stat) == 0
     assert watched.counts["waits_cut"] == 1
@@ -311,7 +311,7 @@ def test_an_agent_that_is_far_behind(watched: Watched, monkeypatch: pytest.Monke
 
 def test_an_agent_that_is_not_there(watched: Watched) -> None:
     stat = waiting(watched)
-    watched.service.guest.disconnect()
+    watched.operations.guest.disconnect()
     watched.guest.loop.turn()
     assert error(stat) == 0
     watched.touch("y")

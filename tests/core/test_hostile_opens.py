@@ -103,12 +103,12 @@ def test_what_guests_forgot_goes_with_the_last_of_them(world: World) -> None:
     """It is remembered for their file handles: 50 MB, for nobody."""
     (world.source / "f").write_bytes(b"data")
     services = [world.mount(agent=False) for _ in range(2)]
-    for service in services:
-        kernel = GuestKernel(service)
+    for operations in services:
+        kernel = GuestKernel(operations)
         kernel.forget(kernel.lookup(b"f").nodeid, 1)
     assert world.table.forgotten.items()
-    for service, left in zip(services, (True, False), strict=True):
-        world.services.remove(service)
-        service.close()
-        world.export.remove_guest(service.guest)
+    for operations, left in zip(services, (True, False), strict=True):
+        world.services.remove(operations)
+        operations.close()
+        world.export.remove_guest(operations.guest)
         assert bool(world.table.forgotten.items()) is left

@@ -116,7 +116,7 @@ class Share:
         export = Export(str(self.source))
         try:
             resumption = Resumption(export, image.decode(data))
-            guest = export.add_replayer("mount")
+            guest = export.add_mount_guest("mount")
             resumption.mount(guest)
             resumption.finish()
             export.process(1 << 20)

@@ -294,7 +294,7 @@ def test_a_look_without_a_reference_stays_without_one(world: World) -> None:
     for i in range(50):
         entry = mount.entry(fh, b"%d" % i)
         assert entry is not None
-        world.table.release(entry.inode)  # as the door does when the kernel took no reference
+        world.table.release(entry.inode)  # as the transport does when the kernel took no reference
     mount.release(fh)
     assert len(world.table) == 1
 

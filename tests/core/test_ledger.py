@@ -11,18 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fsd.export.channel import Session
+from fsd.export.channel import Channel
 from fsd.files.passthrough import Changes
 from fsd.fuse import handles as file_handles
-from fsd.fuse.channelfile import Channel
-from fsd.fuse.operations import Service
+from fsd.fuse.channelfile import ChannelFile
+from fsd.fuse.operations import Operations
 from protocol import frames
 from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
 from protocol.masks import Mask
 
 from .support import AGENT, ALL, USER, World, snapshot
 
-Call = Callable[[World, Service], object]
+Call = Callable[[World, Operations], object]
 
 
 def at(world: World, path: str) -> int:
@@ -99,7 +99,7 @@ def test_also_while_it_has_other_orders(tree: World, what: str) -> None:
     assert replay_all(mount, orders) == len(orders)
 
 
-def replay_all(mount: Service, orders: list[Order]) -> int:
+def replay_all(mount: Operations, orders: list[Order]) -> int:
     """Do what a true agent's kernel would: look up and call. Returns how many were answered."""
     opened: dict[int, int] = {}
     for order in orders:
@@ -412,23 +412,23 @@ def test_the_replayers_kernel_may_not_search_for_a_directory(world: World, name:
 def test_an_agent_that_waits_for_more_is_done(world: World) -> None:
     """An event is replayed when the agent asks again, not when it is answered."""
     mount = world.mount(agent=False)
-    session = Session(world.export, "agent", AGENT.pid, mount.guest)
-    channel = Channel(session)
-    session.receive(frames.encode(frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)))
+    channel = Channel(world.export, "agent", AGENT.pid, mount.guest)
+    file = ChannelFile(channel)
+    channel.receive(frames.encode(frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)))
     world.mark(mount.guest)
     (world.source / "x").mkdir()
     world.pump()
-    assert channel.is_ready
-    channel.read(1 << 20)
+    assert file.is_ready
+    file.read(1 << 20)
     mount.mkdir(AGENT, 1, b"x", 0o755)
     assert mount.guest.counts["replayed"] == 0
-    channel.wait(lambda: None)
+    file.wait(lambda: None)
     assert mount.guest.counts["replayed"] == 1
     assert mount.guest.depth == 0
 
 
 def test_what_it_opened_before_it_was_the_replayer_has_no_data_for_it(world: World) -> None:
-    """The libfuse door does not hear who reads and writes."""
+    """The libfuse transport does not hear who reads and writes."""
     (world.source / "file").write_text("host")
     (world.source / "d").mkdir()
     mount = world.mount(agent=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsd.events import listings
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 from fsd.guests.guest import Observer
 from fsd.linux import syscalls
 from protocol import frames
@@ -407,7 +407,7 @@ def test_an_absent_agents_events_wait_in_order_and_are_told_once(world: World) -
     assert world.orders(mount) == []
 
 
-def orders_to_the_end(world: World, mount: Service) -> list[Order]:
+def orders_to_the_end(world: World, mount: Operations) -> list[Order]:
     """All orders, with catching up where that is due, as the session does."""
     orders = []
     while mount.guest.depth or mount.guest.missing:

@@ -18,7 +18,7 @@ import pytest
 from fsd.checkpoint.restore_inodes import RestoredTable
 from fsd.checkpoint.take import inode_table
 from fsd.files.passthrough import Changes
-from fsd.fuse.operations import Caller, Service
+from fsd.fuse.operations import Caller, Operations
 from protocol import fuse
 from protocol.fuse import Opcode
 from protocol.masks import Mask
@@ -71,11 +71,11 @@ def tree(world: World) -> Iterator[Tree]:
 
 
 @pytest.fixture
-def mount(world: World) -> Service:
+def mount(world: World) -> Operations:
     return world.mount(agent=False)
 
 
-def node(mount: Service, path: str, who: Caller = USER) -> int:
+def node(mount: Operations, path: str, who: Caller = USER) -> int:
     """Looked up as a guest's kernel does."""
     nodeid = 1
     for name in path.split("/"):
@@ -83,7 +83,7 @@ def node(mount: Service, path: str, who: Caller = USER) -> int:
     return nodeid
 
 
-def names(mount: Service, fh: int) -> list[bytes]:
+def names(mount: Operations, fh: int) -> list[bytes]:
     """Of an open directory."""
     found = [entry.name for entry in mount.names(fh, 0, 4096)[1]]
     return [name for name in found if name not in (b".", b"..")]
@@ -98,7 +98,7 @@ def failure(call: Callable[[], object]) -> int:
     return 0
 
 
-def changes(mount: Service, directory: int, file: int) -> dict[str, Callable[[], object]]:
+def changes(mount: Operations, directory: int, file: int) -> dict[str, Callable[[], object]]:
     """Every request that changes something, on a file `f` of a directory."""
     return {
         "open": lambda: mount.open(USER, file, WRITING),
@@ -128,7 +128,7 @@ def changes(mount: Service, directory: int, file: int) -> dict[str, Callable[[],
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("look", ["before the mount", "after the mount"])
 def test_a_read_only_bind_mount(
-    world: World, mount: Service, tree: Tree, depth: int, look: str
+    world: World, mount: Operations, tree: Tree, depth: int, look: str
 ) -> None:
     """Whether it is there when the guest looks, or comes later."""
     top = world.source.joinpath(*"abc"[:depth])
@@ -151,7 +151,7 @@ def test_a_read_only_bind_mount(
     mount.release(fh)
 
 
-def test_a_mount_that_becomes_read_only(world: World, mount: Service, tree: Tree) -> None:
+def test_a_mount_that_becomes_read_only(world: World, mount: Operations, tree: Tree) -> None:
     a = world.source / "a"
     (a / "d").mkdir(parents=True)
     (a / "f").write_text("text")
@@ -166,7 +166,7 @@ def test_a_mount_that_becomes_read_only(world: World, mount: Service, tree: Tree
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_what_a_mount_masks_is_not_reached(
-    world: World, mount: Service, tree: Tree, warm: bool
+    world: World, mount: Operations, tree: Tree, warm: bool
 ) -> None:
     a = world.source / "a"
     (a / "sub").mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_what_a_mount_masks_is_not_reached(
     mount.release(fh)
 
 
-def test_the_upper_of_two_mounts_is_seen(world: World, mount: Service, tree: Tree) -> None:
+def test_the_upper_of_two_mounts_is_seen(world: World, mount: Operations, tree: Tree) -> None:
     a = world.source / "a"
     a.mkdir()
     tree.tmpfs(a)
@@ -226,7 +226,7 @@ def test_the_upper_of_two_mounts_is_seen(world: World, mount: Service, tree: Tre
     tree.unmount(a)
 
 
-def test_one_file_bound_over_another(world: World, mount: Service, tree: Tree) -> None:
+def test_one_file_bound_over_another(world: World, mount: Operations, tree: Tree) -> None:
     (world.source / "f").write_text("masked")
     (world.source / "other").write_text("other")
     masked, other = node(mount, "f"), node(mount, "other")
@@ -244,7 +244,7 @@ def test_one_file_bound_over_another(world: World, mount: Service, tree: Tree) -
     assert (world.source / "f").read_text() == "masked"
 
 
-def test_flags_of_a_mount(world: World, mount: Service, tree: Tree) -> None:
+def test_flags_of_a_mount(world: World, mount: Operations, tree: Tree) -> None:
     a = world.source / "a"
     a.mkdir()
     (a / "f").touch()
@@ -258,7 +258,7 @@ def test_flags_of_a_mount(world: World, mount: Service, tree: Tree) -> None:
     assert not os.ST_NOATIME & mount.statfs(1).f_flag
 
 
-def test_names_do_not_cross_mounts(world: World, mount: Service, tree: Tree) -> None:
+def test_names_do_not_cross_mounts(world: World, mount: Operations, tree: Tree) -> None:
     for name in ("a", "b"):
         (world.source / name).mkdir()
     (world.source / "a/f").touch()
@@ -299,7 +299,7 @@ def test_nothing_that_was_looked_at_keeps_a_mount(
     assert guest.ask(Opcode.LOOKUP, guest.lookup(b"a").nodeid, b"d\0")[0] == errno.ENOENT
 
 
-def test_a_directory_moved_on_its_mount(world: World, mount: Service, tree: Tree) -> None:
+def test_a_directory_moved_on_its_mount(world: World, mount: Operations, tree: Tree) -> None:
     """It is the same object still, where it is looked up, or while the guest has it open."""
     a = world.source / "a"
     a.mkdir()
@@ -322,7 +322,7 @@ def test_a_directory_moved_on_its_mount(world: World, mount: Service, tree: Tree
     tree.unmount(a)
 
 
-def test_free_space_is_that_of_the_node(world: World, mount: Service, tree: Tree) -> None:
+def test_free_space_is_that_of_the_node(world: World, mount: Operations, tree: Tree) -> None:
     a = world.source / "a"
     a.mkdir()
     tree.tmpfs(a)
@@ -474,19 +474,19 @@ def test_nodes_of_other_mounts_come_back(
     (a / "d").mkdir()
     (a / "f").write_text("text")
     tree.bind(a, b)
-    service = world.mount(agent=False)
+    operations = world.mount(agent=False)
     paths = ("a", "a/d", "a/f", "b", "b/d", "b/f")
-    before = {path: node(service, path) for path in paths}
+    before = {path: node(operations, path) for path in paths}
     numbers = {path: world.table.get(before[path]).number for path in paths}
     tree.unmount(b)
     tree.bind(a, b, "ro")
     new = restart(world)
-    service = new.mount(agent=False)
+    operations = new.mount(agent=False)
     assert {path: new.table.get(before[path]).number for path in paths} == numbers
-    service.setattr(USER, before["a/f"], Changes(mode=0o640), None)
-    change = partial(service.setattr, USER, before["b/f"], Changes(mode=0o600), None)
+    operations.setattr(USER, before["a/f"], Changes(mode=0o640), None)
+    change = partial(operations.setattr, USER, before["b/f"], Changes(mode=0o600), None)
     assert failure(change) == errno.EROFS
-    assert {path: node(service, path) for path in paths} == before
+    assert {path: node(operations, path) for path in paths} == before
     assert len(set(before.values())) == len(paths)
     new.close()
     tree.unmount(b)  # nothing keeps it
@@ -505,9 +505,12 @@ def test_nodes_of_a_mount_that_has_gone_do_not_come_back(
     tree.unmount(a)
     tree.tmpfs(a)
     (a / "f").write_text("second")
-    service = restart(world).mount(agent=False)
+    operations = restart(world).mount(agent=False)
     for nodeid in (first, masked):
-        assert failure(partial(service.open, USER, nodeid, READING)) in (errno.ESTALE, errno.ENOENT)
-    fh = service.open(USER, node(service, "a/f"), READING)
-    assert service.read(fh, 0, 9) == b"second"
-    service.release(fh)
+        assert failure(partial(operations.open, USER, nodeid, READING)) in (
+            errno.ESTALE,
+            errno.ENOENT,
+        )
+    fh = operations.open(USER, node(operations, "a/f"), READING)
+    assert operations.read(fh, 0, 9) == b"second"
+    operations.release(fh)

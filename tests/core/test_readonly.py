@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsd.files.passthrough import Changes, Identity
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 
 from .support import World
 
@@ -19,18 +19,18 @@ RDWR = os.O_RDWR
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Service:
+def operations(tmp_path: Path) -> Operations:
     (tmp_path / "f").write_bytes(b"content")
     (tmp_path / "d").mkdir()
     world = World(tmp_path, read_only=True)
     return world.mount(agent=False)
 
 
-def node(service: Service, name: bytes) -> int:
-    return service.lookup(USER, 1, name).inode.nodeid
+def node(operations: Operations, name: bytes) -> int:
+    return operations.lookup(USER, 1, name).inode.nodeid
 
 
-CHANGES: dict[str, Callable[[Service], object]] = {
+CHANGES: dict[str, Callable[[Operations], object]] = {
     "mknod": lambda s: s.mknod(USER, 1, b"new", 0o100600, 0),
     "mkdir": lambda s: s.mkdir(USER, 1, b"new", 0o700),
     "symlink": lambda s: s.symlink(USER, 1, b"new", b"target"),
@@ -53,18 +53,18 @@ CHANGES: dict[str, Callable[[Service], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_users_may_not(service: Service, change: str) -> None:
+def test_users_may_not(operations: Operations, change: str) -> None:
     try:
         with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
-            CHANGES[change](service)
-        assert sorted(os.listdir(service.export.source)) == ["d", "f"]
-        assert Path(service.export.source, "f").read_bytes() == b"content"
+            CHANGES[change](operations)
+        assert sorted(os.listdir(operations.export.source)) == ["d", "f"]
+        assert Path(operations.export.source, "f").read_bytes() == b"content"
     finally:
-        service.close()
-        service.export.close()
+        operations.close()
+        operations.export.close()
 
 
-DATA: dict[str, Callable[[Service, int], object]] = {
+DATA: dict[str, Callable[[Operations, int], object]] = {
     "write": lambda s, fh: s.write_from(USER, fh, [memoryview(b"x")], 0, kill=False),
     "fallocate": lambda s, fh: s.fallocate(USER, fh, 0, 0, 100),
     "copy": lambda s, fh: s.copy_file_range(USER, fh, 0, fh, 100, 7),
@@ -72,12 +72,12 @@ DATA: dict[str, Callable[[Service, int], object]] = {
 
 
 @pytest.mark.parametrize("change", DATA)
-def test_what_is_open_cannot_be_written(service: Service, change: str) -> None:
+def test_what_is_open_cannot_be_written(operations: Operations, change: str) -> None:
     try:
-        fh = service.open(USER, node(service, b"f"), os.O_RDONLY)
-        assert service.read(fh, 0, 100) == b"content"
+        fh = operations.open(USER, node(operations, b"f"), os.O_RDONLY)
+        assert operations.read(fh, 0, 100) == b"content"
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
-            DATA[change](service, fh)
+            DATA[change](operations, fh)
     finally:
-        service.close()
-        service.export.close()
+        operations.close()
+        operations.export.close()

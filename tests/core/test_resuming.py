@@ -402,8 +402,8 @@ def test_a_mount_goes_on_by_its_name(world: World, make_world: Callable[..., Wor
     (world.source / "d/c").touch()
     new = make_world()
     resumption = Resumption(new.export, saved)
-    service = new.mount("the guest")
-    assert resumption.mount(service.guest) == {new.node("d").nodeid: 3}
+    operations = new.mount("the guest")
+    assert resumption.mount(operations.guest) == {new.node("d").nodeid: 3}
     resumption.finish()
-    orders = [(order.op.name, order.name, order.name2) for order in new.orders(service)]  # type: ignore[attr-defined]
+    orders = [(order.op.name, order.name, order.name2) for order in new.orders(operations)]  # type: ignore[attr-defined]
     assert orders == [("CREATE", b"a", b""), ("RENAME", b"a", b"b"), ("CREATE", b"c", b"")]

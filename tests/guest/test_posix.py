@@ -1,4 +1,4 @@
-"""The POSIX map over this door: all its cases in a stock guest.
+"""The POSIX map over this transport: all its cases in a stock guest.
 
 What a case does on the host's side it does through a second device of the same server, which is
 another guest to it.

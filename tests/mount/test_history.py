@@ -1,5 +1,5 @@
-"""A guest's own requests and what the host has just done are one history, on both doors: what is in
-use keeps its name, and of a name that both have changed the last event agrees with what is there.
+"""A guest's own requests and what the host has just done are one history: what is in use
+keeps its name, and of a name that both have changed the last event agrees with what is there.
 """
 
 from __future__ import annotations

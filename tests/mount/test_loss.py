@@ -353,7 +353,7 @@ def test_a_full_outbox_while_the_agent_is_stopped(
 
 FAULTS = """
 import os
-from fsd.fuse.operations import Service
+from fsd.fuse.operations import Operations
 TRIGGER = {trigger!r}
 def broken(name, real):
     def method(self, *args, **keywords):
@@ -361,10 +361,10 @@ def broken(name, real):
             raise RuntimeError("injected into " + name)
         return real(self, *args, **keywords)
     return method
-for name in dir(Service):
-    real = getattr(Service, name)
+for name in dir(Operations):
+    real = getattr(Operations, name)
     if callable(real) and not name.startswith("_") and name != "close":
-        setattr(Service, name, broken(name, real))
+        setattr(Operations, name, broken(name, real))
 """
 
 OPERATIONS: dict[str, Callable[[Path], object]] = {

@@ -1,5 +1,5 @@
-"""The same over the /dev/fuse door, whose session is also the virtual machines': the POSIX map
-without exclusions, locks between processes, and what only this door can do.
+"""The same over the /dev/fuse transport, whose session is also the virtual machines': the POSIX map
+without exclusions, locks between processes, and what only this transport can do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the users of a mount may not get by it: suid bits, blocks reserved for root. Both doors."""
+"""What the users of a mount may not get by it: suid bits, blocks reserved for root."""
 
 from __future__ import annotations
 

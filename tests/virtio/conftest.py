@@ -14,7 +14,7 @@ import trio
 
 from fsd.transports.loop import TrioLoop
 from fsd.transports.polling import WINDOW
-from fsd.transports.virtiofs import Door, listen
+from fsd.transports.virtiofs import VirtiofsTransport, listen
 from harness.mounts import wait_until
 
 
@@ -110,8 +110,10 @@ class Server:
     async def _run(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            door = Door(self._session, name="test", tag=self._tag, busy_poll=self._busy_poll)
-            await door.serve(self._listener)
+            transport = VirtiofsTransport(
+                self._session, name="test", tag=self._tag, busy_poll=self._busy_poll
+            )
+            await transport.serve(self._listener)
 
     def _session(self, loop: TrioLoop) -> Echo:
         self.sessions.append(Echo(loop))

@@ -11,7 +11,7 @@ import trio
 
 from fsd.process.logs import log_to_stderr
 from fsd.process.systemd import Manager, Store, listen_fds
-from fsd.transports.virtiofs import Door, listen
+from fsd.transports.virtiofs import VirtiofsTransport, listen
 from tests.virtio.conftest import Echo
 
 
@@ -23,17 +23,17 @@ async def main(path: str) -> None:
     listener = listen(path) if fd < 0 else socket.socket(fileno=fd)
     if fd < 0:
         store.put("listen", listener.fileno())
-    door = Door(Echo, name="echo", store=store)
+    transport = VirtiofsTransport(Echo, name="echo", store=store)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(door.serve, listener)
+            nursery.start_soon(transport.serve, listener)
             manager.notify("READY=1")
             print(os.getpid(), flush=True)
             async for number in signals:
                 if number == signal.SIGUSR1:
                     raise RuntimeError("a fault of the server's, in a task of its own")
                 store.stopping()
-                door.leave()
+                transport.leave()
                 nursery.cancel_scope.cancel()
 
 
