@@ -28,7 +28,7 @@ from tests.mount.posix_support import fails, opened, write
 from tests.protocol import kernel
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = ["what", "who is affected", "what to do", "shown by"]
+COLUMNS = ["what", "affects", "what to do", "shown by"]
 FAN_REPORT_FID = 0x200
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
