@@ -38,10 +38,6 @@ MAY_IMPORT = {
 }
 # Module -> what it imports beside that. None may be added.
 EXCEPTIONS = {
-    ("fsd/cli/virtiofs.py", "fsd.fuse.nodes"): "Caching, CACHE_MODES",
-    ("fsd/cli/virtiofs.py", "fsd.fuse.session"): "SessionOptions",
-    ("fsd/cli/virtiofs.py", "fsd.transports.polling"): "WINDOW",
-    ("fsd/cli/virtiofs.py", "fsd.virtio.device"): "TAG_LENGTH",
     ("fsd/events/compare.py", "fsd.export.export"): "reading a directory is a method of Export",
     ("fsd/export/export.py", "fsd.fuse.hostlocks"): "LockWaiters",
     ("fsd/files/table.py", "fsd.events.listings"): "a slot of Inode",

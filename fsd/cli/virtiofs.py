@@ -15,15 +15,20 @@ from typing import Any
 
 import click
 
-from ..fuse.nodes import CACHE_MODES, Caching
-from ..fuse.session import SessionOptions
 from ..process import sandbox, systemd
 from ..process.keeper import KEEPER, Keeper
 from ..process.logs import log_to_stderr, log_to_syslog
 from ..process.seccomp import ACTIONS
-from ..servers.virtiofs import Options, StartError, listener_name, run
-from ..transports.polling import WINDOW
-from ..virtio.device import TAG_LENGTH
+from ..servers.virtiofs import (
+    BUSY_POLL,
+    CACHES,
+    TAG_BYTES,
+    Offer,
+    Options,
+    StartError,
+    listener_name,
+    run,
+)
 
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 """--print-capabilities: docs/interop/vhost-user.json of QEMU, and what libvirt asks for. There is
@@ -124,7 +129,7 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--tag", default="", help="The share's name, for VMMs that ask the device for it.")
 @click.option(
     "--cache",
-    type=click.Choice([*CACHE_MODES, "none"]),
+    type=click.Choice([*CACHES, "none"]),
     help="What guests keep. [default: file data, until the next open]",
 )
 @click.option("--readonly", is_flag=True, help="Guests may not change anything.")
@@ -163,7 +168,7 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--busy-poll",
     type=click.FloatRange(0, 10_000),
-    default=WINDOW * 1e6,
+    default=BUSY_POLL * 1e6,
     show_default=True,
     metavar="MICROSECONDS",
     help="Look so long for the next request before sleeping; 0 saves processor time.",
@@ -270,8 +275,8 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
     for twice in (paths, fds):
         if len(set(twice)) < len(twice):
             raise click.UsageError("the same socket is given twice; each guest has its own")
-    if len(given["tag"].encode()) > TAG_LENGTH:
-        raise click.UsageError(f"--tag: {TAG_LENGTH} bytes are the most")
+    if len(given["tag"].encode()) > TAG_BYTES:
+        raise click.UsageError(f"--tag: {TAG_BYTES} bytes are the most")
     if given["flock"] is not given["posix_lock"]:
         raise click.UsageError("-o flock and posix_lock: both or neither, with or without no_")
     handles = given["inode_file_handles"]
@@ -282,8 +287,8 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
         fds=fds,
         socket_group=given["socket_group"],
         tag=given["tag"],
-        session=SessionOptions(
-            caching=CACHE_MODES["never" if cache == "none" else cache] if cache else Caching(),
+        offer=Offer(
+            cache="never" if cache == "none" else cache,
             posix_acl=given["posix_acl"],
             xattr=given["xattr"] or given["posix_acl"],
             locks=given["flock"] is not False,

@@ -24,6 +24,7 @@ from ..checkpoint.saver import Saver
 from ..export import watchlimit
 from ..export.export import Export
 from ..files.slowcalls import THREADS
+from ..fuse.nodes import CACHE_MODES, Caching
 from ..fuse.session import SessionOptions
 from ..guests.mount import MountGuest
 from ..linux import syscalls
@@ -49,8 +50,42 @@ QUIET = 1.0
 """Seconds that a clean end waits for agents to do what they were told."""
 
 
+CACHES = tuple(CACHE_MODES)
+"""Names of what guests may keep."""
+BUSY_POLL = WINDOW
+"""Seconds that are spent looking for the next request, unless the user says otherwise."""
+TAG_BYTES = GuestTransport.TAG_BYTES
+"""Bytes of a share's name."""
+
+
 class StartError(Exception):
     """Why nothing can be shared, in one line for people."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What each guest is offered, in the command line's words (SessionOptions has ours)."""
+
+    cache: str | None = None
+    """One of CACHES; None: file data, until the next open."""
+    posix_acl: bool = False
+    xattr: bool = True
+    locks: bool = True
+    submounts: bool = False
+    readdirplus: bool = True
+    direct_io: bool = False
+
+    def for_session(self) -> SessionOptions:
+        """The same for a FUSE session."""
+        return SessionOptions(
+            caching=CACHE_MODES[self.cache] if self.cache else Caching(),
+            posix_acl=self.posix_acl,
+            xattr=self.xattr,
+            locks=self.locks,
+            submounts=self.submounts,
+            readdirplus=self.readdirplus,
+            direct_io=self.direct_io,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +97,7 @@ class Options:
     fds: tuple[int, ...] = ()
     socket_group: str | None = None
     tag: str = ""
-    session: SessionOptions = field(default_factory=SessionOptions)
+    offer: Offer = field(default_factory=Offer)
     read_only: bool = False
     file_handles: str = "prefer"
     sandbox: str = "namespace"
@@ -70,7 +105,7 @@ class Options:
     capabilities: frozenset[str] = NEEDED
     file_limit: int | None = None
     threads: int = 0
-    busy_poll: float = WINDOW
+    busy_poll: float = BUSY_POLL
     watch_limit: int | None = None
     overflow_after_loss: bool = False
     kept: Mapping[str, int] = field(default_factory=dict)
@@ -317,7 +352,7 @@ async def _serve(
         GuestTransport(
             name=name,
             tag=options.tag,
-            options=options.session,
+            options=options.offer.for_session(),
             store=store,
             busy_poll=options.busy_poll,
             threads=options.threads or THREADS,

@@ -33,7 +33,7 @@ from ..linux import syscalls
 from ..pacing.guard import Guard
 from ..process.systemd import Store
 from ..virtio.conversation import Conversation
-from ..virtio.device import Device, DeviceError, Left, Session
+from ..virtio.device import TAG_LENGTH, Device, DeviceError, Left, Session
 from ..virtio.eventfds import Reader, is_eventfd
 from ..virtio.mapping import is_memory
 from .loop import TrioLoop
@@ -228,6 +228,8 @@ class GuestTransport(VirtiofsTransport):
     what this one leaves. Needs ``export`` before anybody comes.
     """
 
+    TAG_BYTES = TAG_LENGTH
+    """Bytes of ``tag``."""
     export: Export
 
     def __init__(
