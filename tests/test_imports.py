@@ -38,7 +38,6 @@ MAY_IMPORT = {
 }
 # Module -> what it imports beside that. None may be added.
 EXCEPTIONS = {
-    ("fsd/events/compare.py", "fsd.export.export"): "reading a directory is a method of Export",
     ("fsd/export/export.py", "fsd.fuse.hostlocks"): "LockWaiters",
     ("fsd/files/table.py", "fsd.events.listings"): "a slot of Inode",
     ("fsd/fuse/record.py", "fsd.checkpoint.take"): "SavedInode",

@@ -10,21 +10,19 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
+from ..files.passthrough import PassthroughFS
 from ..files.table import Inode
 from ..linux import syscalls
 from ..pacing.chores import Job, finish
 from .event import RENAME, Event
 from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
-from .watcher import HOST
-
-if TYPE_CHECKING:
-    from ..export.export import Export
+from .reading import Reader
+from .watcher import HOST, HostWatcher
 
 Changes = dict[tuple[Inode, bytes], Missed]
 """What may have changed: directory and name -> what was known before, and the kinds of change."""
@@ -37,116 +35,218 @@ _KINDS = [int(k) for k in (Mask.ACCESS, Mask.MODIFY, Mask.ATTRIB)]
 _CLOSES = [int(k) for k in (Mask.CLOSE_WRITE, Mask.CLOSE_NOWRITE)]
 
 
-def difference(export: Export, node: Inode, known: Listing) -> Changes:
-    """``comparing`` in one go."""
-    return finish(comparing(export, node, known))
-
-
-def comparing(export: Export, node: Inode, known: Listing) -> Job[Changes]:
-    """Compare a directory with its listing, which is brought up to date. What cannot be looked at
-    is as it was, and compared later.
+class Comparer:
+    """Compares one export's directories. ``failed`` is called for each object that nobody could
+    look at, which says nothing of it.
     """
-    changes: Changes = {}
-    try:
-        now: dict[bytes, Known] = {}
-        for names in export.names_in(node):
-            now.update(names)
-            yield None
-        with syscalls.skipping_gone, export.table.directory(node) as dir_fd:
-            for name, after in now.items():
+
+    def __init__(
+        self,
+        fs: PassthroughFS,
+        watcher: HostWatcher,
+        reader: Reader,
+        failed: Callable[[Inode, OSError], None],
+    ) -> None:
+        self._fs = fs
+        self._table = fs.table
+        self._watcher = watcher
+        self._reader = reader
+        self._failed = failed
+
+    def difference(self, node: Inode, known: Listing) -> Changes:
+        """``comparing`` in one go."""
+        return finish(self.comparing(node, known))
+
+    def comparing(self, node: Inode, known: Listing) -> Job[Changes]:
+        """Compare a directory with its listing, which is brought up to date. What cannot be looked
+        at is as it was, and compared later.
+        """
+        changes: Changes = {}
+        try:
+            now: dict[bytes, Known] = {}
+            for names in self._reader.names_in(node):
+                now.update(names)
                 yield None
-                if (before := known.names.get(name)) is None:
-                    changes[node, name] = Missed(None, _CHANGE)
-                    continue
-                try:
-                    before, mask = _compared(export, dir_fd, name, before, after)
-                except OSError as error:
-                    export.look_later(node, error)
-                    now[name] = before
-                    continue
-                if before.may_be(after):
-                    inode = None if before.ino == UNKNOWN else before.inode
-                    now[name] = after._replace(kind=after.kind or before.kind, inode=inode)
-                if mask:
-                    changes[node, name] = Missed(before, mask)
-    except OSError as error:
-        export.look_later(node, error)
-        return {}
-    for name in known.names.keys() - now.keys():
-        changes[node, name] = Missed(known.names[name], _CHANGE)
-    known.names = now
-    return changes
+            with syscalls.skipping_gone, self._table.directory(node) as dir_fd:
+                for name, after in now.items():
+                    yield None
+                    if (before := known.names.get(name)) is None:
+                        changes[node, name] = Missed(None, _CHANGE)
+                        continue
+                    try:
+                        before, mask = self._compared(dir_fd, name, before, after)
+                    except OSError as error:
+                        self._failed(node, error)
+                        now[name] = before
+                        continue
+                    if before.may_be(after):
+                        inode = None if before.ino == UNKNOWN else before.inode
+                        now[name] = after._replace(kind=after.kind or before.kind, inode=inode)
+                    if mask:
+                        changes[node, name] = Missed(before, mask)
+        except OSError as error:
+            self._failed(node, error)
+            return {}
+        for name in known.names.keys() - now.keys():
+            changes[node, name] = Missed(known.names[name], _CHANGE)
+        known.names = now
+        return changes
 
+    def _compared(self, dir_fd: int, name: bytes, before: Known, after: Known) -> tuple[Known, int]:
+        """What was known, without a number where that stands for another object by now, and the
+        kinds of change. Raises OSError for what cannot be looked at.
+        """
+        try:
+            status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            # Any other object was made since, and so changed.
+            anything = changed_since(status, before.seen_ns)[1]
+            if anything and self._is_reborn(dir_fd, name, before):
+                before = before._replace(ino=0)
+        except OSError as error:
+            if not syscalls.is_gone(error):
+                raise
+            # Gone just now, which is an event.
+            return before, 0 if before.may_be(after) else _CHANGE
+        return before, _touched(status, before) if before.may_be(after) else _CHANGE
 
-def _compared(
-    export: Export, dir_fd: int, name: bytes, before: Known, after: Known
-) -> tuple[Known, int]:
-    """What was known, without a number where that stands for another object by now, and the kinds
-    of change. Raises OSError for what cannot be looked at.
-    """
-    try:
-        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        # Any other object was made since, and so changed.
-        anything = changed_since(status, before.seen_ns)[1]
-        if anything and _is_reborn(export, dir_fd, name, before):
-            before = before._replace(ino=0)
-    except OSError as error:
-        if not syscalls.is_gone(error):
-            raise
-        return before, 0 if before.may_be(after) else _CHANGE  # gone just now, which is an event
-    return before, _touched(status, before) if before.may_be(after) else _CHANGE
+    def comparing_at_once(self, node: Inode, known: Listing) -> Job[Changes]:
+        """The difference as of one moment: what the queue has of before is in it, and dropped."""
+        watcher = self._watcher
+        watched = (node, *(child for child in node.children.values() if not child.is_dir))
+        wds = {wd for inode in watched if (wd := watcher.wd_of(inode)) >= 0}
+        changes: Changes = {}
+        for _ in range(_ATTEMPTS):
+            watcher.discard(wds)
+            for place, now in (yield from self.comparing(node, known)).items():
+                before = changes.get(place)
+                changes[place] = Missed(before.before, before.mask | now.mask) if before else now
+            watcher.drain()
+            if not watcher.has_any(wds):
+                return changes
+        watcher.drop_told(watcher.wd_of(node), known.names)
+        return changes
 
+    def changed_lately(self, node: Inode, since_ns: int) -> Job[Changes]:
+        """What has come or changed in a directory since then, by the times of its files: all that
+        is left to tell a guest of which not even the names that it missed could be kept. What is
+        gone is not among it.
+        """
+        changes: Changes = {}
+        known = node.listing
+        with suppress(OSError), self._table.directory(node) as dir_fd:
+            for name, entry in list(known.names.items()) if known is not None else ():
+                with suppress(OSError):
+                    status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+                    content, anything = changed_since(status, since_ns)
+                    if anything and syscalls.born_ns(dir_fd, name) > since_ns - CLOCK_LAG_NS:
+                        changes[node, name] = Missed(None, 0)
+                    elif anything:
+                        changes[node, name] = Missed(entry, _CHANGE if content else _ATTRIB)
+                yield None
+        return changes
 
-def comparing_at_once(export: Export, node: Inode, known: Listing) -> Job[Changes]:
-    """The difference as of one moment: what the queue has of before is told by it, and dropped."""
-    watcher = export.watcher
-    watched = (node, *(child for child in node.children.values() if not child.is_dir))
-    wds = {wd for inode in watched if (wd := watcher.wd_of(inode)) >= 0}
-    changes: Changes = {}
-    for _ in range(_ATTEMPTS):
-        watcher.discard(wds)
-        for place, now in (yield from comparing(export, node, known)).items():
-            before = changes.get(place)
-            changes[place] = Missed(before.before, before.mask | now.mask) if before else now
-        watcher.drain()
-        if not watcher.has_any(wds):
-            return changes
-    watcher.drop_told(watcher.wd_of(node), known.names)
-    return changes
+    def _is_reborn(self, dir_fd: int, name: bytes, before: Known) -> bool:
+        """Whether the name stands for another object, with the inode number of the known one.
+        Raises OSError.
+        """
+        known = before.inode
+        if known is None or known.is_placeholder:
+            return syscalls.born_ns(dir_fd, name) > before.seen_ns
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            return self._table.identify(fd)[0] != known.identity
+        finally:
+            os.close(fd)
 
+    def told(self, changes: Changes) -> Iterator[Event]:
+        """Events that lead from what was known before to what the listings know now."""
+        gone: dict[tuple[int, int], tuple[Inode, bytes, Known]] = {}
+        new: dict[tuple[Inode, bytes], Known] = {}
+        kept: list[tuple[Inode, bytes, Known, int]] = []
+        removed: list[tuple[Inode, bytes, Known]] = []
+        for (node, name), (before, mask) in changes.items():
+            if not name:
+                kept.append((node, name, Known(node.identity[1], node.kind, 0, node), mask))
+                continue
+            after = node.listing.names.get(name) if node.listing is not None else None
+            if before is not None and after is not None and before.may_be(after):
+                kept.append((node, name, after, mask))
+                continue
+            if before is not None:
+                key = (before.ino, before.kind)
+                if key in gone:  # another hard link: it is not known which one moved
+                    removed.append((node, name, before))
+                else:
+                    gone[key] = (node, name, before)
+            if after is not None:
+                new[node, name] = after
+        for (node, name), after in list(new.items()):
+            source = gone.get((after.ino, after.kind))
+            # A name that is also taken anew is told as DELETE and CREATE: no order of moves is
+            # known.
+            if source is None or source[:2] in new or changes[node, name].before is not None:
+                continue
+            if self._came_since(node, name, source[2]):
+                continue
+            del gone[after.ino, after.kind], new[node, name]
+            yield self._moved(source[0], source[1], source[2], node, name)
+        for node, name, before in [*gone.values(), *removed]:
+            yield self._event(node, name, before, int(Mask.DELETE))
+        for (node, name), after in new.items():
+            yield self._event(node, name, after, int(Mask.CREATE))
+            if stat.S_ISREG(after.kind) and self._has_content(node, name):
+                kept.append((node, name, after, _CHANGE))
+        for node, name, after, mask in kept:
+            for kind in _KINDS:
+                if mask & kind:
+                    yield self._event(node, name, after, kind)
+            for kind in _CLOSES:
+                if mask & kind and name:
+                    yield self._event(node, name, after, kind)
 
-def changed_lately(export: Export, node: Inode, since_ns: int) -> Job[Changes]:
-    """What has come or changed in a directory since then, by the times of its files: all that is
-    left to tell a guest of which not even the names that it missed could be kept. What is gone is
-    not among it.
-    """
-    changes: Changes = {}
-    known = node.listing
-    with suppress(OSError), export.table.directory(node) as dir_fd:
-        for name, entry in list(known.names.items()) if known is not None else ():
-            with suppress(OSError):
-                status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-                content, anything = changed_since(status, since_ns)
-                if anything and syscalls.born_ns(dir_fd, name) > since_ns - CLOCK_LAG_NS:
-                    changes[node, name] = Missed(None, 0)
-                elif anything:
-                    changes[node, name] = Missed(entry, _CHANGE if content else _ATTRIB)
-            yield None
-    return changes
+    def _came_since(self, node: Inode, name: bytes, before: Known) -> bool:
+        try:
+            with self._table.directory(node) as dir_fd:
+                return self._is_reborn(dir_fd, name, before)
+        except OSError:  # by its number it is the same
+            return False
 
+    def _has_content(self, node: Inode, name: bytes) -> bool:
+        """Whether a new file may have been written to."""
+        try:
+            with self._table.directory(node) as dir_fd:
+                return bool(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size)
+        except OSError as error:
+            return not syscalls.is_gone(error)
 
-def _is_reborn(export: Export, dir_fd: int, name: bytes, before: Known) -> bool:
-    """Whether the name stands for another object, with the inode number of the known one. Raises
-    OSError.
-    """
-    known = before.inode
-    if known is None or known.is_placeholder:
-        return syscalls.born_ns(dir_fd, name) > before.seen_ns
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
-    try:
-        return export.table.identify(fd)[0] != known.identity
-    finally:
-        os.close(fd)
+    def _child(self, node: Inode, name: bytes, known: Known) -> Inode:
+        if known.inode is not None:
+            return self._table.current(known.inode)
+        child = node.children.get(name)
+        if child is not None and child.identity[1] == known.ino:
+            return child
+        try:
+            child = self._fs.peek(node, name).inode
+        except OSError:  # gone by now, or nobody could look: the event is about its name
+            child = None
+        if child is not None and child.identity[1] == known.ino:
+            return child
+        return self._table.placeholder(known.kind or stat.S_IFREG, node, name)
+
+    def _event(self, node: Inode, name: bytes, known: Known, kind: int) -> Event:
+        mask = kind | (int(Mask.ISDIR) if stat.S_ISDIR(known.kind) else 0)
+        child = self._child(node, name, known) if name else node
+        before = None if kind & Mask.CREATE else known  # it may be missed again
+        return Event(node, mask, name, 0, HOST, time.monotonic(), child, before=before)
+
+    def _moved(self, node: Inode, name: bytes, known: Known, node2: Inode, name2: bytes) -> Event:
+        event = self._event(node, name, known, RENAME)
+        event.node2, event.name2 = node2, name2
+        event.cookie = next(_cookies)
+        child = event.child
+        if child is not None and not child.is_placeholder:
+            self._table.place(child, node2, name2)
+        return event
 
 
 def _touched(status: os.stat_result, before: Known) -> int:
@@ -154,103 +254,6 @@ def _touched(status: os.stat_result, before: Known) -> int:
     if content and stat.S_ISREG(status.st_mode):
         return _CHANGE
     return int(Mask.ATTRIB) if anything and not stat.S_ISDIR(status.st_mode) else 0
-
-
-def told(export: Export, changes: Changes) -> Iterator[Event]:
-    """Events that lead from what was known before to what the listings know now."""
-    gone: dict[tuple[int, int], tuple[Inode, bytes, Known]] = {}
-    new: dict[tuple[Inode, bytes], Known] = {}
-    kept: list[tuple[Inode, bytes, Known, int]] = []
-    removed: list[tuple[Inode, bytes, Known]] = []
-    for (node, name), (before, mask) in changes.items():
-        if not name:
-            kept.append((node, name, Known(node.identity[1], node.kind, 0, node), mask))
-            continue
-        after = node.listing.names.get(name) if node.listing is not None else None
-        if before is not None and after is not None and before.may_be(after):
-            kept.append((node, name, after, mask))
-            continue
-        if before is not None:
-            key = (before.ino, before.kind)
-            if key in gone:  # another hard link: it is not known which one moved
-                removed.append((node, name, before))
-            else:
-                gone[key] = (node, name, before)
-        if after is not None:
-            new[node, name] = after
-    for (node, name), after in list(new.items()):
-        source = gone.get((after.ino, after.kind))
-        # A name that is also taken anew is told as DELETE and CREATE: no order of moves is known.
-        if source is None or source[:2] in new or changes[node, name].before is not None:
-            continue
-        if _came_since(export, node, name, source[2]):
-            continue
-        del gone[after.ino, after.kind], new[node, name]
-        yield _moved(export, source[0], source[1], source[2], node, name)
-    for node, name, before in [*gone.values(), *removed]:
-        yield _event(export, node, name, before, int(Mask.DELETE))
-    for (node, name), after in new.items():
-        yield _event(export, node, name, after, int(Mask.CREATE))
-        if stat.S_ISREG(after.kind) and _has_content(export, node, name):
-            kept.append((node, name, after, _CHANGE))
-    for node, name, after, mask in kept:
-        for kind in _KINDS:
-            if mask & kind:
-                yield _event(export, node, name, after, kind)
-        for kind in _CLOSES:
-            if mask & kind and name:
-                yield _event(export, node, name, after, kind)
-
-
-def _came_since(export: Export, node: Inode, name: bytes, before: Known) -> bool:
-    try:
-        with export.table.directory(node) as dir_fd:
-            return _is_reborn(export, dir_fd, name, before)
-    except OSError:  # by its number it is the same
-        return False
-
-
-def _has_content(export: Export, node: Inode, name: bytes) -> bool:
-    """Whether a new file may have been written to."""
-    try:
-        with export.table.directory(node) as dir_fd:
-            return bool(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size)
-    except OSError as error:
-        return not syscalls.is_gone(error)
-
-
-def _child(export: Export, node: Inode, name: bytes, known: Known) -> Inode:
-    if known.inode is not None:
-        return export.table.current(known.inode)
-    child = node.children.get(name)
-    if child is not None and child.identity[1] == known.ino:
-        return child
-    try:
-        child = export.fs.peek(node, name).inode
-    except OSError:  # gone by now, or nobody could look: the event is about its name
-        child = None
-    if child is not None and child.identity[1] == known.ino:
-        return child
-    return export.table.placeholder(known.kind or stat.S_IFREG, node, name)
-
-
-def _event(export: Export, node: Inode, name: bytes, known: Known, kind: int) -> Event:
-    mask = kind | (int(Mask.ISDIR) if stat.S_ISDIR(known.kind) else 0)
-    child = _child(export, node, name, known) if name else node
-    before = None if kind & Mask.CREATE else known  # it may be missed again
-    return Event(node, mask, name, 0, HOST, time.monotonic(), child, before=before)
-
-
-def _moved(
-    export: Export, node: Inode, name: bytes, known: Known, node2: Inode, name2: bytes
-) -> Event:
-    event = _event(export, node, name, known, RENAME)
-    event.node2, event.name2 = node2, name2
-    event.cookie = next(_cookies)
-    child = event.child
-    if child is not None and not child.is_placeholder:
-        export.table.place(child, node2, name2)
-    return event
 
 
 def _count() -> Iterator[int]:

@@ -299,7 +299,7 @@ class Channel:
             pass
         else:
             try:
-                with closing(self._export.names_in(inode)) as parts:
+                with closing(self._export.reader.names_in(inode)) as parts:
                     for names in parts:
                         for name, known in names.items():
                             if stat.S_ISDIR(known.kind):

@@ -13,8 +13,7 @@ import os
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,8 +24,9 @@ from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
 from ..events import listings
-from ..events.compare import Changes, changed_lately, comparing, comparing_at_once, told
+from ..events.compare import Changes, Comparer
 from ..events.event import RENAME, Event
+from ..events.reading import Reader
 from ..events.resolver import Resolver, listing
 from ..events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
 from ..files.passthrough import PassthroughFS
@@ -97,6 +97,8 @@ class Export:
         self.watcher = HostWatcher(
             self.table, watch_limit=self.watch_limit, max_queued_events=max_queued_events
         )
+        self.reader = Reader(self.table, self.watcher)
+        self.comparer = Comparer(self.fs, self.watcher, self.reader, self.look_later)
         self._resolver = Resolver(self.fs, self.watcher)
         self.interest = Interest()
         self.guests: list[Guest] = []
@@ -327,7 +329,7 @@ class Export:
         """
         known = listing(inode)
         try:
-            for names in self.names_in(inode):
+            for names in self.reader.names_in(inode):
                 if inode.listing is not known:
                     return  # nobody watches it any more
                 for name, entry in names.items():
@@ -337,39 +339,6 @@ class Export:
             self.look_later(inode, error)
         else:
             known.complete = True
-
-    def names_in(self, inode: Inode) -> Generator[dict[bytes, listings.Known]]:
-        """The names of a directory now, in parts; none where it is gone. Our own echo is no one's
-        event. Raises OSError where it cannot be read.
-        """
-        fd = -1
-        with (
-            syscalls.skipping_gone,
-            self.table.directory(inode) as path_fd,
-            self._own(inode, path_fd),
-        ):
-            fd = _open_quietly(syscalls.fd_path(path_fd))
-        if fd < 0:
-            return
-        try:
-            parts = listings.chunks(fd)
-            while True:
-                names = None
-                with syscalls.skipping_gone, self._own(inode, fd):
-                    names = next(parts, None)
-                if names is None:
-                    return
-                yield names
-        finally:
-            with self._own(inode, fd):
-                os.close(fd)
-
-    def _own(self, inode: Inode, fd: int) -> AbstractContextManager[None]:
-        """By the name that it has now: the news of a rename may be still to come."""
-        name = inode.name
-        with suppress(OSError):
-            name = os.path.basename(syscalls.shown_path(fd))
-        return self.watcher.looking(inode, name)
 
     def _set_care(self, inode: Inode) -> None:
         """A watched object's directory is watched too, so that its removal comes with a name."""
@@ -716,11 +685,11 @@ class Export:
 
     def _comparing(self, node: Inode, changes: Changes, *, at_once: bool = False) -> Job[None]:
         if node.is_dir and node.listing is not None and node.listing.complete:
-            compare = comparing_at_once if at_once else comparing
-            changes.update((yield from compare(self, node, node.listing)))
+            compare = self.comparer.comparing_at_once if at_once else self.comparer.comparing
+            changes.update((yield from compare(node, node.listing)))
 
     def _telling(self, changes: Changes) -> Job[None]:
-        for event in told(self, changes):
+        for event in self.comparer.told(changes):
             yield None
             self._route(event)
             if event.child is not None and event.name:
@@ -776,7 +745,8 @@ class Export:
         deadline = time.monotonic() + patience
         self._work_off(deadline, drain=True)
         root_fd = self.table.root_fd
-        with self._own(self.table.root, root_fd):  # as the end of this process would close it
+        # As the end of this process would close it.
+        with self.reader.looking(self.table.root, root_fd):
             path_fd = os.open(syscalls.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
             os.dup2(path_fd, root_fd, inheritable=False)
             os.close(path_fd)
@@ -851,7 +821,7 @@ class Export:
         changes: Changes = {}
         for node in nodes:
             if node.is_dir and node.listing is not None and node.listing.complete:
-                changes.update(finish(comparing_at_once(self, node, node.listing)))
+                changes.update(finish(self.comparer.comparing_at_once(node, node.listing)))
         finish(self._telling(changes))
 
     def come_back(self, token: bytes, received: int) -> Observer | None:
@@ -882,8 +852,8 @@ class Export:
             nodes = self.watcher.inodes() if whole else list(self.interest.marks(guest))
             for node in nodes:
                 if node is not None and node.is_dir:
-                    changes.update((yield from changed_lately(self, node, since_ns)))
-        for event in told(self, changes):
+                    changes.update((yield from self.comparer.changed_lately(node, since_ns)))
+        for event in self.comparer.told(changes):
             halves = self.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)
@@ -900,12 +870,3 @@ def _nobody() -> None:
 
 def _may_be_dir(entry: listings.Known) -> bool:
     return entry.kind in (stat.S_IFDIR, 0)
-
-
-def _open_quietly(path: str) -> int:
-    """Open a directory for reading, leaving its atime alone where that is allowed."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_NOATIME)
-    except PermissionError:  # not its owner
-        return os.open(path, flags)

@@ -364,13 +364,13 @@ def test_only_refused_directories_are_looked_at_and_seldom(
             world.mark(guest, f"d{n:02}", STRUCTURE)
     assert world.export.unwatched
     seen: set[bytes] = set()
-    real = world.export.names_in
+    real = world.export.reader.names_in
 
     def names_in(inode: object) -> Iterator[object]:
         seen.add(inode.path())  # type: ignore[attr-defined]
         return real(inode)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(world.export, "names_in", names_in)
+    monkeypatch.setattr(world.export.reader, "names_in", names_in)
     (world.source / "d24/x").mkdir()
     told: list[tuple[bytes, str]] = []
 

@@ -83,7 +83,7 @@ def test_the_names_of_a_directory_that_moved_are_read_without_an_event(tree: Wor
     observer, marked = _all_marked(tree)
     directory = marked["a/b/c"]
     (tree.source / "a/b/c").rename(tree.source / "d/moved")
-    for names in tree.export.names_in(directory):
+    for names in tree.export.reader.names_in(directory):
         assert b"file" in names
         (tree.source / "d/moved").rename(tree.source / "a/again")
     assert _kinds(tree, observer) <= MOVES
@@ -93,6 +93,6 @@ def test_others_look_at_directories_meanwhile(tree: World) -> None:
     """That is the host's."""
     observer, marked = _all_marked(tree)
     directory = marked["a/b/c"]
-    for _ in tree.export.names_in(directory):
+    for _ in tree.export.reader.names_in(directory):
         os.listdir(tree.source / "d")
     assert "open,isdir" in _kinds(tree, observer)

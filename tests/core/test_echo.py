@@ -267,7 +267,7 @@ def test_the_events_of_a_call_are_not_expected_within_anothers(world: World) -> 
     guest = world.observer()
     world.mark(guest)
     watcher = world.export.watcher
-    for inner in (watcher.drain, lambda: list(world.export.names_in(world.root))):
+    for inner in (watcher.drain, lambda: list(world.export.reader.names_in(world.root))):
         with watcher.attributed(guest, (world.root, b"new", Mask(ALL))):
             (world.source / "new").touch()
             with pytest.raises(RuntimeError):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsd.events.compare import Changes, difference, told
+from fsd.events.compare import Changes
 from fsd.events.event import RENAME, Event
 from fsd.events.listings import Listing
 from fsd.files.table import Inode
@@ -229,13 +229,13 @@ def known(world: World) -> Inode:
 
 
 def events(world: World, changes: Changes) -> list[Event]:
-    return list(told(world.export, changes))
+    return list(world.export.comparer.told(changes))
 
 
 def told_of(world: World) -> list[tuple[bytes, str]]:
     listing = world.root.listing
     assert isinstance(listing, Listing)
-    changes = difference(world.export, world.root, listing)
+    changes = world.export.comparer.difference(world.root, listing)
     return [(e.name, str(Mask(e.kind).name)) for e in events(world, changes)]
 
 
@@ -289,7 +289,7 @@ def test_a_directory_that_is_gone(world: World) -> None:
     node = world.mark(guest, "d", STRUCTURE)
     shutil.rmtree(world.source / "d")
     assert node.listing is not None
-    changes = difference(world.export, node, node.listing)
+    changes = world.export.comparer.difference(node, node.listing)
     assert {(e.name, e.kind) for e in events(world, changes)} == {
         (b"e", int(Mask.DELETE)), (b"f", int(Mask.DELETE)),
     }  # fmt: skip
@@ -306,7 +306,7 @@ def test_renames_between_directories_are_one_event(world: World) -> None:
     changes: Changes = {}
     for node in nodes:
         assert node.listing is not None
-        changes.update(difference(world.export, node, node.listing))
+        changes.update(world.export.comparer.difference(node, node.listing))
     (event,) = events(world, changes)
     assert event.kind == RENAME
     assert (event.node, event.name, event.node2, event.name2) == (nodes[0], b"x", nodes[1], b"y")
