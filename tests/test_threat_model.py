@@ -23,7 +23,7 @@ def test_a_cited_test_is_there(file: str) -> None:
 
 def test_the_sandboxs_tests_are_there() -> None:
     _, _, part = PAGE.partition("## What the sandbox leaves")
-    part, _, _ = part.partition("What somebody who took")
+    part, _, _ = part.partition("An attacker who took")
     text = (ROOT / "tests/test_sandbox.py").read_text()
     rows = [line for line in part.splitlines() if line.startswith("| ")][1:]
     names = [name for row in rows for name in re.findall(r"`([a-z_]+)`", row.split("|")[3])]
