@@ -56,29 +56,33 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="fsd-guest", description="Guest side of fsd: inotify on a shared directory works."
+        prog="fsd-guest", description="Guest side of fsd: makes inotify work on a shared directory."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    agent = commands.add_parser("agent", help="announce the host's changes on a mount")
+    agent = commands.add_parser("agent", help="replay the host's events on a mount")
     agent.add_argument("mountpoint")
     agent.set_defaults(run=_agent)
 
-    marks = commands.add_parser("marks", help="list every mark that programs hold on a mount")
+    marks = commands.add_parser("marks", help="list all marks that programs hold on a mount")
     marks.add_argument("mountpoint")
     marks.add_argument("--json", action="store_true")
     marks.set_defaults(run=_marks)
 
-    mark = commands.add_parser("mark", help="publish interest by hand, as the agent does")
+    mark = commands.add_parser("mark", help="set a mark by hand, as the agent does")
     mark.add_argument("action", choices=("add", "modify", "remove"))
     mark.add_argument("path", help="in a mount; with --socket, relative to the share's root")
     mark.add_argument("--mask", help="events: create,delete,modify,… or all")
     mark.add_argument("--socket", help="the server's Unix socket instead of a mount")
     mark.set_defaults(run=_mark)
 
-    watch = commands.add_parser("watch", help="print events straight from the server")
+    watch = commands.add_parser(
+        "watch", help="print events as the server sends them, without inotify"
+    )
     watch.add_argument("paths", nargs="+", metavar="PATH")
-    watch.add_argument("-r", "--recursive", action="store_true", help="directories below, too")
+    watch.add_argument(
+        "-r", "--recursive", action="store_true", help="watch the directories below, too"
+    )
     watch.add_argument("--mask", default="all", help="events (default: all)")
     watch.add_argument("--json", action="store_true", help="one JSON object a line")
     watch.add_argument("--socket", help="the server's Unix socket instead of a mount")
@@ -87,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="with --socket: for another server, should this one end (default: 60; 0: do not)",
+        help="with --socket: if the server ends, wait so long for another (default: 60; 0: do not)",
     )
     watch.set_defaults(run=_watch)
     add_commands(commands)
@@ -123,7 +127,7 @@ def _mount_of(mountpoint: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            reason = "no mount of fsd (or of another user)"
+            reason = "not an fsd mount, or another user's"
         raise Failure(f"{mountpoint}: {reason}") from None
 
 
@@ -160,7 +164,7 @@ def _marks(arguments: argparse.Namespace) -> int:
                 }
             )
     if unread:
-        print(f"fsd-guest: {unread} processes could not be looked at", file=sys.stderr)
+        print(f"fsd-guest: {unread} processes could not be read", file=sys.stderr)
     if arguments.json:
         json.dump(rows, sys.stdout)
         print()
@@ -202,7 +206,7 @@ class _Share:
         try:
             fsd = _open_hidden(self.root)
         except OSError:
-            raise Failure(f"{self._path}: not in a mount of fsd (or of another user)") from None
+            raise Failure(f"{self._path}: not in an fsd mount, or in another user's") from None
         try:
             return Client(FileChannel(fsd, "session"), role)
         finally:
@@ -227,7 +231,7 @@ def _mountpoint_of(path: str) -> str:
 def _mark(arguments: argparse.Namespace) -> int:
     action, path = arguments.action, arguments.path
     if action != "remove" and not arguments.mask:
-        raise Failure(f"mark {action}: --mask is missing, e.g. --mask create,delete")
+        raise Failure(f"mark {action}: --mask is missing; give for example --mask create,delete")
     mask = 0 if action == "remove" else int(masks.parse(arguments.mask))
     share = _Share(path, arguments.socket)
     client = share.connect(Role.BY_HAND)
@@ -237,7 +241,7 @@ def _mark(arguments: argparse.Namespace) -> int:
         marks = [m for g in guests if g["kind"] == "by hand" for m in g["armed"]]
         known = next((m for m in marks if m["nodeid"] == node.nodeid), None)
         if action != "add" and known is None:
-            raise Failure(f"mark {action} {path}: there is no mark by hand; add one first")
+            raise Failure(f"mark {action} {path}: no mark was set by hand here; add one first")
         if action == "add" and known is not None:
             mask |= int(masks.parse(",".join(known["mask"])))
         client.update(node.nodeid, node.generation, mask)

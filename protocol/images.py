@@ -39,7 +39,7 @@ def unpack(data: bytes, kind: str, version: int) -> bytes:
     """The body of an image of this kind and version. Raises ImageError."""
     if not data.startswith(_MAGIC):
         short = _MAGIC.startswith(data)
-        raise ImageError("the image is cut short" if short else "this is no image of fsd")
+        raise ImageError("the image is cut short" if short else "not an fsd image")
     if len(data) < _BODY:
         raise ImageError(f"the image is cut short: {len(data)} bytes, the header alone is {_BODY}")
     _, header_version, found_version, name, length = _HEADER.unpack_from(data)

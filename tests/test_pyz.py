@@ -88,8 +88,8 @@ def test_only_checkpoints_need_protobuf(archive: Path, python: str, tmp_path: Pa
             if not name.startswith("google"):
                 new.writestr(name, old.read(name))
     for name, says in (
-        ("marks", "no mount of fsd"),
-        ("agent", "no mount of fsd"),
+        ("marks", "not an fsd mount"),
+        ("agent", "not an fsd mount"),
         ("show", "checkpoints need the package protobuf"),
     ):
         command = [python, "-I", "-S", str(without), name, str(tmp_path)]

@@ -116,12 +116,12 @@ def test_version() -> None:
     ("arguments", "says"),
     [
         ([], "--shared-dir is missing"),
-        (["--shared-dir=/tmp"], "--socket-path, --fd or a socket of systemd's is missing"),
-        (["--shared-dir=/tmp", "--socket-path="], "it is empty"),
-        (["--shared-dir=/tmp", "--socket-path=/s", "--fd=3"], "exclude one another"),
-        (["--shared-dir=/tmp", "--fd=3", "--socket-group=root"], "exclude one another"),
+        (["--shared-dir=/tmp"], "--socket-path, --fd or a socket from systemd is missing"),
+        (["--shared-dir=/tmp", "--socket-path="], "the path is empty"),
+        (["--shared-dir=/tmp", "--socket-path=/s", "--fd=3"], "cannot be used together"),
+        (["--shared-dir=/tmp", "--fd=3", "--socket-group=root"], "cannot be used together"),
         (["--shared-dir=/tmp", "--socket-path=/s", "--socket-path=/s"], "given twice"),
-        (["--shared-dir=/tmp", "--socket-path=/s", "--tag=" + 37 * "x"], "36 bytes are the most"),
+        (["--shared-dir=/tmp", "--socket-path=/s", "--tag=" + 37 * "x"], "at most 36 bytes"),
         (["--cache=sometimes"], "--cache"),
         (["--sandbox=jail"], "--sandbox"),
         (["--inode-file-handles=yes"], "--inode-file-handles"),
@@ -135,8 +135,8 @@ def test_version() -> None:
         (["-o", "cache=sometimes"], "cache is one of"),
         (["-o", "xattrmap=:map::user.x.:"], "-o xattrmap"),
         (["-o", "writeback"], "-o writeback"),
-        (["--shared-dir=/tmp", "--socket-path=/s", "-o", "flock"], "both or neither"),
-        (["--announce-submounts", "--no-announce-submounts", *PLACES], "exclude one another"),
+        (["--shared-dir=/tmp", "--socket-path=/s", "-o", "flock"], "give both or neither"),
+        (["--announce-submounts", "--no-announce-submounts", *PLACES], "cannot be used together"),
     ],
 )
 def test_wrong_usage(arguments: list[str], says: str) -> None:
@@ -199,7 +199,7 @@ def test_socket_in_the_way(top: Path) -> None:
         DAEMON, f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"
     ]  # fmt: skip
     (top / "s").write_text("mine")
-    refused(run(arguments), "s: another server listens there, or a file that is no socket")
+    refused(run(arguments), "s: another server listens there, or a file that is not a socket")
     assert (top / "s").read_text() == "mine"
     refused(run([*arguments[:2], f"--socket-path={top / 'no' / 's'}"]), "No such file")
     refused(run([*arguments[:2], f"--socket-path={top / (120 * 'x')}"]), "too long")

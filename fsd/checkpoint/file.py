@@ -54,11 +54,11 @@ class StateFile:
         with open(fd, "rb") as file:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                raise ImageError("it is not a regular file")
+                raise ImageError("not a regular file")
             if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
                 raise ImageError("another user could have written it; chown or remove it")
             if status.st_size > SIZE_LIMIT:
-                raise ImageError(f"it is longer than {SIZE_LIMIT} bytes")
+                raise ImageError(f"longer than {SIZE_LIMIT} bytes")
             return file.read(SIZE_LIMIT)
 
     def write(self, data: bytes) -> None:

@@ -77,7 +77,7 @@ def decode(data: bytes) -> SavedExport:
     except ImageError:
         raise
     except (DecodeError, ValueError) as error:
-        raise ImageError(f"the image makes no sense: {error}") from None
+        raise ImageError(f"the image is inconsistent: {error}") from None
 
 
 # Rows and columns

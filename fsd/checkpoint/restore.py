@@ -69,9 +69,9 @@ class Resumption:
         now = identity_of(self._export)
         then = self._saved
         if (now.root_ino, now.root_handle) != (then.root_ino, then.root_handle):
-            raise ImageError(f"it is of another directory, {then.source}")
+            raise ImageError(f"it belongs to another directory, {then.source}")
         if now.file_system != then.file_system:
-            raise ImageError(f"it is of another file system, where {then.source} was")
+            raise ImageError(f"it belongs to another file system, which {then.source} was on")
 
     # Who goes on
 
@@ -90,7 +90,7 @@ class Resumption:
 
     def _observer(self, saved: SavedGuest) -> Observer:
         if len(saved.token) != TOKEN_SIZE or saved.token in self._export.waiting:
-            raise ImageError("a guest that nobody could be")
+            raise ImageError("an impossible guest")
         guest = self._export.add_observer(saved.name)
         guest.token = saved.token
         self._export.waiting[saved.token] = guest
@@ -137,7 +137,7 @@ class Resumption:
         event.node2, event.name2 = self._optional(saved.node2), saved.name2
         event.replaced, event.exchanged = self._optional(saved.replaced), saved.exchanged
         if event.kind == Mask.MOVED_FROM | Mask.MOVED_TO and event.node2 is None:
-            raise ImageError("a rename to nowhere")
+            raise ImageError("a rename without a target")
         return event
 
     def _take_listings(self) -> None:
@@ -170,7 +170,7 @@ class Resumption:
         wds = {self._get(nodeid): wd for nodeid, wd in self._saved.watches}
         numbers = set(wds.values())
         if len(numbers) != len(self._saved.watches) or not all(0 < n < _WD_LIMIT for n in numbers):
-            raise ImageError("watch descriptors that no kernel gives")
+            raise ImageError("impossible watch descriptors")
         return wds
 
     # The end

@@ -86,7 +86,7 @@ class RestoredTable:
         try:
             return self.inodes[nodeid]
         except KeyError:
-            raise ImageError(f"nodeid {nodeid} is named and not saved") from None
+            raise ImageError(f"nodeid {nodeid} is used but not saved") from None
 
     def get(self, nodeid: int) -> Inode:
         """A saved inode. Raises ImageError where none has the nodeid."""
@@ -224,4 +224,4 @@ def _check_handle(handle: bytes) -> None:
 def check_name(name: bytes) -> None:
     """Raises ImageError for what is no name of an entry in a directory."""
     if not name or len(name) > 255 or b"/" in name or b"\0" in name or name in (b".", b".."):
-        raise ImageError(f"{name[:40]!r} is no name")
+        raise ImageError(f"{name[:40]!r} is not a file name")

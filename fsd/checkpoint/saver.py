@@ -108,7 +108,7 @@ def _read(state: State, complain: Callable[[str], None], *, expected: bool) -> S
 
 def _refused(state: State, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else error
-    return f"image {state.path} is not restored: {reason}; starting without"
+    return f"image {state.path} cannot be restored: {reason}; starting without it"
 
 
 @dataclass

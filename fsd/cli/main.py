@@ -59,39 +59,50 @@ cli.add_command(virtiofs)
 def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
     """Not an empty one, which would be the working directory."""
     if path == "":
-        raise click.BadParameter("it is empty", ctx, parameter)
+        raise click.BadParameter("the path is empty", ctx, parameter)
     return path
 
 
 @cli.command()
 @click.argument("source", callback=_path)
 @click.argument("mountpoint", callback=_path)
-@click.option("--daemon", is_flag=True, help="Return when the mount is usable; go on behind.")
-@click.option("--no-agent", is_flag=True, help="Start no agent: host changes are not announced.")
 @click.option(
-    "--socket", "socket_path", callback=_path, help="Listen there for guests without a mount."
+    "--daemon", is_flag=True, help="Run in the background; return once the mount is ready."
 )
-@click.option("--max-queued-events", type=_POSITIVE, help="Queue of host inotify.")
+@click.option(
+    "--no-agent", is_flag=True, help="Start no agent; watching programs then get no host events."
+)
+@click.option(
+    "--socket",
+    "socket_path",
+    callback=_path,
+    help="Listen on this Unix socket for guests without a mount.",
+)
+@click.option(
+    "--max-queued-events", type=_POSITIVE, help="Length of the inotify queue on the host."
+)
 @click.option(
     "--max-watches",
     type=_POSITIVE,
-    help="Host watches to use at most (default: 3/4 of the host's limit).",
+    help="Use at most this many host watches (default: 3/4 of the host's limit).",
 )
 @click.option(
     "--overflow-after-loss",
     is_flag=True,
-    help="Tell observers (fsd-guest watch) IN_Q_OVERFLOW even where a comparison makes up for it.",
+    help="Send observers (fsd-guest watch) IN_Q_OVERFLOW even if a comparison recovers the loss.",
 )
 @click.option(
-    "--allow-other/--no-allow-other", default=None, help="Other users (default: root's mounts)."
+    "--allow-other/--no-allow-other",
+    default=None,
+    help="Let other users use the mount (default: if root mounts it).",
 )
 @click.option(
     "--restore/--no-restore",
     default=None,
-    help="Go on where the last server of this mount stopped (default: if it left an image).",
+    help="Restore the state of this mount's last server (default: if it left an image).",
 )
 @click.option(
-    "--state-dir", callback=_path, help="Where images are (default: /var/lib/fsd, or XDG's)."
+    "--state-dir", callback=_path, help="Directory of the images (default: /var/lib/fsd, or XDG's)."
 )
 @click.option("--raw", is_flag=True, hidden=True, help="Without libfuse; root only.")
 @click.option(
@@ -112,7 +123,7 @@ def mount(
     state_dir: str | None,
     log_level: str,
 ) -> None:
-    """Share SOURCE at MOUNTPOINT; inotify there sees what changes in SOURCE."""
+    """Share SOURCE at MOUNTPOINT; inotify there reports what changes in SOURCE."""
     log_to_stderr(log_level)
     options = Options(
         source=os.path.abspath(source),
@@ -174,20 +185,20 @@ def _first(group: BaseExceptionGroup[StartError]) -> StartError:
 
 @cli.command()
 @click.argument("mountpoint", callback=_path)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def checkpoint(mountpoint: str, as_json: bool) -> None:
     """Save the state of the server of MOUNTPOINT now.
 
-    The next `fsd mount` of the same source at the same place goes on from there: it knows the same
-    files by the same nodes, and tells its guests what has changed since. A server saves its state
-    by itself when it ends, and every few seconds while somebody would come back to it.
+    The next `fsd mount` of the same source at the same mountpoint restores it: files keep their
+    nodes, and guests get what has changed since. A server also saves its state when it ends, and
+    every few seconds while there is a guest that can reconnect.
     """
     path = os.path.abspath(mountpoint)
     try:
         done = json.loads(Path(path, ".fsd", "checkpoint").read_text())
     except OSError as error:
         known = isinstance(error, FileNotFoundError | NotADirectoryError)
-        reason = "no mount of fsd (or of another user)" if known else error.strerror
+        reason = "not an fsd mount, or another user's" if known else error.strerror
         raise click.ClickException(f"{path}: {reason}") from None
     if as_json:
         print(json.dumps(done))
@@ -200,9 +211,9 @@ def checkpoint(mountpoint: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("mountpoint", required=False, callback=_path)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(mountpoint: str | None, as_json: bool) -> None:
-    """Show the state of one mount, or of all."""
+    """Show the state of one mount, or of all mounts."""
     here = [mount.path for mount in deadmount.mounts() if mount.type == deadmount.TYPE]
     paths = [os.path.abspath(mountpoint)] if mountpoint else here
     states: dict[str, dict[str, Any]] = {}
@@ -211,9 +222,9 @@ def status(mountpoint: str | None, as_json: bool) -> None:
             states[path] = json.loads(Path(path, ".fsd", "status").read_text())
         except OSError as error:
             known = isinstance(error, FileNotFoundError | NotADirectoryError)
-            reason = "no mount of fsd (or of another user)" if known else error.strerror
+            reason = "not an fsd mount, or another user's" if known else error.strerror
             if error.errno == errno.ENOTCONN:
-                reason = "its server has died; fsd mount makes the mount anew"
+                reason = "the server of this mount has died; run fsd mount again"
             if mountpoint:
                 raise click.ClickException(f"{path}: {reason}") from None
     if as_json:

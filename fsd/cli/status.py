@@ -15,7 +15,7 @@ _ROWS = (
     ("own echo", "echo"), ("coalesced", "coalesced"), ("replayed", "replayed"),
     ("failed", "failed"), ("refused", "refused"), ("missed", "missed"),
     ("overflows", "overflows"), ("resyncs", "resyncs"), ("requests waited", "waited"),
-    ("waits cut short", "waits_cut"), ("told again", "repeated"),
+    ("waits cut short", "waits_cut"), ("repeated", "repeated"),
 )  # fmt: skip
 _BESIDE = 4
 """Guests shown side by side: their columns fit an ordinary terminal."""

@@ -37,20 +37,20 @@ LEVELS = {
     "error": "error", "warn": "warning", "info": "info", "debug": "debug", "trace": "debug",
     "off": "critical",
 }  # fmt: skip
-_SOCKETS = "--socket-path, --fd or a socket of systemd's"
+_SOCKETS = "--socket-path, --fd or a socket from systemd"
 _REFUSED = {
-    "--writeback": "the guest would not see sizes and times that the host gives to files",
-    "--no-killpriv-v2": "suid bits are cleared by the server in any case",
-    "--security-label": "there are no labels at the creation of files",
-    "--xattrmap": "names of attributes are not translated",
+    "--writeback": "the guest would not see file sizes and times that the host changes",
+    "--no-killpriv-v2": "the server always clears suid bits",
+    "--security-label": "new files get no security labels",
+    "--xattrmap": "attribute names are not mapped",
     "--uid-map": "users are not mapped",
     "--gid-map": "groups are not mapped",
     "--translate-uid": "users are not mapped",
     "--translate-gid": "groups are not mapped",
-    "--migration-mode": "there is no migration",
-    "--migration-on-error": "there is no migration",
-    "--migration-verify-handles": "there is no migration",
-    "--migration-confirm-paths": "there is no migration",
+    "--migration-mode": "migration is not supported",
+    "--migration-on-error": "migration is not supported",
+    "--migration-verify-handles": "migration is not supported",
+    "--migration-confirm-paths": "migration is not supported",
 }
 """Options of virtiofsd's that are not honoured, and why."""
 _FLAGS = {
@@ -123,28 +123,35 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--shared-dir", help="The directory to share.")
-@click.option("--socket-path", "--socket", multiple=True, help="Listen there; one for each guest.")
-@click.option("--socket-group", help="A group that may connect, too.")
-@click.option("--fd", multiple=True, type=int, help="A socket that is open already.")
+@click.option(
+    "--socket-path",
+    "--socket",
+    multiple=True,
+    help="Listen on this Unix socket; one for each guest.",
+)
+@click.option("--socket-group", help="Let this group connect, too.")
+@click.option("--fd", multiple=True, type=int, help="Use this open socket.")
 @click.option("--tag", default="", help="The share's name, for VMMs that ask the device for it.")
 @click.option(
     "--cache",
     type=click.Choice([*CACHES, "none"]),
-    help="What guests keep. [default: file data, until the next open]",
+    help="What guests may cache. [default: file data, until the next open]",
 )
-@click.option("--readonly", is_flag=True, help="Guests may not change anything.")
-@click.option("--xattr", is_flag=True, help="Extended attributes.")
-@click.option("--posix-acl", is_flag=True, help="ACLs (and extended attributes).")
-@click.option("--allow-direct-io", is_flag=True, help="O_DIRECT holds on the host, too.")
-@click.option("--no-readdirplus", is_flag=True, help="Listings come without attributes.")
-@click.option("--announce-submounts", is_flag=True, help="Tell guests where mounts begin.")
-@click.option("--no-announce-submounts", is_flag=True, help="Do not. [default]")
+@click.option("--readonly", is_flag=True, help="Let guests read only.")
+@click.option("--xattr", is_flag=True, help="Support extended attributes.")
+@click.option("--posix-acl", is_flag=True, help="Support POSIX ACLs (and extended attributes).")
+@click.option("--allow-direct-io", is_flag=True, help="Apply O_DIRECT on the host, too.")
+@click.option("--no-readdirplus", is_flag=True, help="Send directory listings without attributes.")
+@click.option(
+    "--announce-submounts", is_flag=True, help="Show guests where the host's mounts begin."
+)
+@click.option("--no-announce-submounts", is_flag=True, help="Do not show them. [default]")
 @click.option(
     "--inode-file-handles",
     default="prefer",
     show_default=True,
     type=click.Choice(["never", "prefer", "fallback", "mandatory"]),
-    help="Reach files by handle.",
+    help="Open files by file handle.",
 )
 @click.option(
     "--sandbox",
@@ -158,12 +165,21 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice([*ACTIONS, "none"]),
     default="refuse",
     show_default=True,
-    help="What a system call comes to that is none of ours.",
+    help="What to do with system calls that are not on the allow list.",
 )
-@click.option("--modcaps", help="Capabilities to keep or not: +sys_admin:-mknod.")
-@click.option("--rlimit-nofile", type=click.IntRange(0), help="Descriptors; 0 leaves the limit.")
 @click.option(
-    "--thread-pool-size", type=click.IntRange(0), default=0, help="Threads that wait for disks."
+    "--modcaps", help="Change the capabilities that the server keeps, e.g. +sys_admin:-mknod."
+)
+@click.option(
+    "--rlimit-nofile",
+    type=click.IntRange(0),
+    help="Limit of open descriptors; 0 leaves it as it is.",
+)
+@click.option(
+    "--thread-pool-size",
+    type=click.IntRange(0),
+    default=0,
+    help="Threads for slow calls, for each guest; 0: four.",
 )
 @click.option(
     "--busy-poll",
@@ -171,22 +187,23 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
     default=BUSY_POLL * 1e6,
     show_default=True,
     metavar="MICROSECONDS",
-    help="Look so long for the next request before sleeping; 0 saves processor time.",
+    help="Poll this long for the next request before sleeping; 0 saves processor time.",
 )
 @click.option(
     "--keep",
     is_flag=True,
-    help="Start a server again that has ended: guests go on. SIGUSR2 has it replaced.",
+    help="Restart the server if it exits; guests keep running. SIGUSR2 replaces it with the "
+    "installed version.",
 )
 @click.option(
     "--max-watches",
     type=click.IntRange(1),
-    help="Host watches to use at most. [default: 3/4 of the host's limit]",
+    help="Use at most this many host watches. [default: 3/4 of the host's limit]",
 )
 @click.option(
     "--overflow-after-loss",
     is_flag=True,
-    help="Tell observers (fsd-guest watch) IN_Q_OVERFLOW even where a comparison makes up for it.",
+    help="Send observers (fsd-guest watch) IN_Q_OVERFLOW even if a comparison recovers the loss.",
 )
 @click.option("--log-level", type=click.Choice([*LEVELS]), default="info", show_default=True)
 @click.option("--syslog", is_flag=True, help="Log to syslog instead of stderr.")
@@ -202,15 +219,15 @@ def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
     is_eager=True,
     expose_value=False,
     callback=_print_capabilities,
-    help="Print what management layers ask for, as JSON.",
+    help="Print the capabilities that management layers ask for, as JSON.",
 )
 @click.version_option(None, "-V", "--version", package_name="fsd", prog_name="fsd-virtiofsd")
 @_refused
 def virtiofs(**given: Any) -> int:
     """Share a directory with virtual machines over virtiofs.
 
-    Started as virtiofsd (Rust) is; the guest's inotify sees what the host changes once
-    `fsd-guest agent` runs there.
+    Takes the options of virtiofsd (Rust). Once `fsd-guest agent` runs in the guest, inotify there
+    reports what changes on the host.
     """  # fmt: skip
     _take_compat(given)
     is_kept = bool(os.environ.pop(KEEPER, ""))
@@ -260,25 +277,27 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
         raise click.UsageError("--shared-dir is missing")
     paths, fds = tuple(given["socket_path"]), tuple(given["fd"])
     if "" in paths:
-        raise click.UsageError("--socket-path: it is empty")
+        raise click.UsageError("--socket-path: the path is empty")
     if paths and fds:
-        raise click.UsageError("--socket-path and --fd exclude one another")
+        raise click.UsageError("--socket-path and --fd cannot be used together")
     if fds and given["socket_group"]:
-        raise click.UsageError("--socket-group and --fd exclude one another")
+        raise click.UsageError("--socket-group and --fd cannot be used together")
     if given["announce_submounts"] and given["no_announce_submounts"]:
         raise click.UsageError(
-            "--announce-submounts and --no-announce-submounts exclude one another"
+            "--announce-submounts and --no-announce-submounts cannot be used together"
         )
     fds = fds or (() if paths else tuple(inherited.sockets))
     if not paths and not fds:
         raise click.UsageError(f"{_SOCKETS} is missing")
     for twice in (paths, fds):
         if len(set(twice)) < len(twice):
-            raise click.UsageError("the same socket is given twice; each guest has its own")
+            raise click.UsageError("the same socket is given twice; each guest needs its own")
     if len(given["tag"].encode()) > TAG_BYTES:
-        raise click.UsageError(f"--tag: {TAG_BYTES} bytes are the most")
+        raise click.UsageError(f"--tag: too long, at most {TAG_BYTES} bytes")
     if given["flock"] is not given["posix_lock"]:
-        raise click.UsageError("-o flock and posix_lock: both or neither, with or without no_")
+        raise click.UsageError(
+            "-o flock and posix_lock: give both or neither, and both with or without no_"
+        )
     handles = given["inode_file_handles"]
     cache = given["cache"]
     return Options(
@@ -316,7 +335,7 @@ def _capabilities(changes: str | None) -> frozenset[str]:
     for change in changes.split(":") if changes else ():
         sign, name = change[:1], change[1:].upper()
         if sign not in ("+", "-") or name not in sandbox.CAPABILITIES:
-            raise click.UsageError(f"--modcaps: {change!r} is no +capability or -capability")
+            raise click.UsageError(f"--modcaps: {change!r} is not +capability or -capability")
         if sign == "+":
             kept.add(name)
         else:

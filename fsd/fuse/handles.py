@@ -655,7 +655,7 @@ class FileService:
             handle.flags = flags
             return handle
         except OSError as error:
-            log.warning("an open file is lost", nodeid=nodeid, error=str(error))
+            log.warning("an open file was lost", nodeid=nodeid, error=str(error))
             return LostHandle(errno.ESTALE)
 
     def _hold(self, inode: Inode) -> None:

@@ -88,7 +88,7 @@ class SessionRecord:
             for (kind, number), record in self._journal.records.items():
                 self._read(kind, number, record.value, record.count)
         except (struct.error, ValueError, TypeError) as error:  # of another version
-            log.error("a guest's session cannot be taken over", share=name, error=str(error))
+            log.error("cannot take over a guest's session", share=name, error=str(error))
             self.clear()
         self._journal.records.clear()
         self.fds = self._descriptors()
@@ -106,7 +106,7 @@ class SessionRecord:
         try:
             return Journal(fd)
         except (JournalError, OSError) as error:
-            log.error("a guest's session cannot be taken over", share=self._name, error=str(error))
+            log.error("cannot take over a guest's session", share=self._name, error=str(error))
             os.close(fd)
             self._store.drop(f"{self._name}-session")
             return None
@@ -276,7 +276,7 @@ def _packed_files(files: Mapping[int, int]) -> socket.socket:
             try:
                 ours.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
             except OSError as error:
-                log.error("open files are lost", count=len(numbers) - start, error=str(error))
+                log.error("open files were lost", count=len(numbers) - start, error=str(error))
                 break
     return theirs
 

@@ -260,7 +260,11 @@ class FuseSession:
         if request.opcode in _FORGETS:
             request.drop()
         elif not safe or request.opcode in _ONCE or self._changes_more(request):
-            log.warning("a request may be done in part", guest=self._guest, opcode=request.opcode)
+            log.warning(
+                "a request may have been carried out in part",
+                guest=self._guest,
+                opcode=request.opcode,
+            )
             request.fail(errno.EIO)
         else:
             self.serve(readable, writable, done)
@@ -345,7 +349,7 @@ class FuseSession:
         self._agree(Agreed(min(minor, fuse.MINOR), agreed))
         if self._kept is not None:
             self._kept.agree(Agreed(self._minor, agreed))
-        log.debug("guest's kernel is here", version=f"{major}.{minor}", flags=Init(agreed).name)
+        log.debug("guest's kernel connected", version=f"{major}.{minor}", flags=Init(agreed).name)
         return fuse.INIT_OUT.pack(
             fuse.MAJOR, self._minor, readahead, agreed & 0xFFFF_FFFF, _MAX_BACKGROUND,
             _MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_PAGES, 0, agreed >> 32, 0, 0,

@@ -23,7 +23,7 @@ class Daemon:
                 said = pipe.read()
             if said == _READY:
                 os._exit(0)
-            reason = os.fsdecode(said) or "the server ended before the mount was ready"
+            reason = os.fsdecode(said) or "the server exited before the mount was ready"
             print(f"fsd: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         os.close(read_fd)

@@ -83,7 +83,7 @@ class Journal:
     def _load(self) -> None:
         head = os.pread(self.fd, _FILE.size, 0)
         if len(head) < _FILE.size or _FILE.unpack(head)[0] != _MAGIC:
-            raise JournalError("no journal of this version")
+            raise JournalError("not a journal of this version")
         base = _FILE.unpack(head)[1]
         if base not in _BASES:
             raise JournalError(f"records at {base:#x}")

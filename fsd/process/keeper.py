@@ -111,7 +111,7 @@ class Keeper:
         if time.monotonic() - self._started > LIVED or self._was_told:
             self._young = 0
         self._young += 1
-        log.warning("the server has ended, and is started again", status=code)
+        log.warning("the server exited, starting it again", status=code)
         return self._young <= DEATHS
 
     # What it is told

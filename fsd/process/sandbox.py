@@ -95,7 +95,7 @@ def supervise(inside: Callable[[int], int], on_ready: Callable[[], object]) -> i
         came = signal.sigtimedwait({*ending, signal.SIGCHLD}, wait)
         if came is None:
             # Not waited for: to close a file on a dead file system cannot be interrupted.
-            log.error("ended the server, which hangs in a system call", seconds=_END)
+            log.error("killed the server: it hung in a system call", seconds=_END)
             os.kill(child, signal.SIGKILL)
             return 1
         if came.si_signo in ending:

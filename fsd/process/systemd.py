@@ -39,7 +39,7 @@ class Manager:
         except OSError as error:
             manager.close()
             reason = error.strerror or error
-            log.warning("no one hears NOTIFY_SOCKET", address=address, reason=reason)
+            log.warning("cannot connect to NOTIFY_SOCKET", address=address, reason=reason)
             return
         self._socket = manager
         self.stores = os.environ.get("FDSTORE", "0") not in ("", "0")
@@ -51,7 +51,7 @@ class Manager:
             try:
                 self._socket.sendmsg([state.encode()], rights)
             except OSError as error:
-                log.warning("the service manager cannot be told", state=state, reason=str(error))
+                log.warning("cannot notify the service manager", state=state, reason=str(error))
                 self.stores = False  # it is gone
 
 

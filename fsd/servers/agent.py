@@ -51,7 +51,7 @@ class AgentProcess:
             except OSError as error:  # no process or descriptor is to be had now
                 if not came_up:
                     raise AgentError(f"the agent cannot be started: {error.strerror}") from None
-                log.warning("agent cannot be started, trying again", error=error.strerror)
+                log.warning("agent cannot be started, will try again", error=error.strerror)
             else:
                 assert process.stdout is not None
                 ready, said = await _first_words(process.stdout)
@@ -67,7 +67,7 @@ class AgentProcess:
                     reason = said.decode(errors="replace").strip().rpartition("\n")[2]
                     failure = f"the agent did not start (exit status {status})"
                     raise AgentError(f"{failure}: {reason}" if reason else failure)
-                log.warning("agent ended, starting another", status=status)
+                log.warning("agent exited, starting another", status=status)
             if trio.current_time() - begun > STABLE:
                 pause = FIRST_PAUSE
             await trio.sleep(pause)

@@ -56,6 +56,6 @@ class Snapshots:
             self._complained = False
         except OSError as error:
             if not self._complained:
-                log.warning("no image is kept", path=error.filename, error=error.strerror)
+                log.warning("state cannot be saved", path=error.filename, error=error.strerror)
             self._complained = True
         await trio.sleep(max(self._every, taken / SHARE))

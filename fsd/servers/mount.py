@@ -104,7 +104,9 @@ def check(options: Options) -> None:
         raise StartError(f"{error.filename}: {error.strerror}") from None
     inside = mountpoint.resolve().is_relative_to(source.resolve())
     if inside or source.resolve().is_relative_to(mountpoint.resolve()):
-        raise StartError(f"source {source} and mountpoint {mountpoint} contain one another")
+        raise StartError(
+            f"source {source} and mountpoint {mountpoint} must not contain one another"
+        )
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except OSError as error:
@@ -112,9 +114,7 @@ def check(options: Options) -> None:
             f"/dev/fuse: {error.strerror}; load the fuse module or allow this user to open it"
         ) from None
     if os.geteuid() != 0 and not os.access(mountpoint, os.W_OK):
-        raise StartError(
-            f"mountpoint {mountpoint}: no permission to write to it, which mounting asks"
-        )
+        raise StartError(f"mountpoint {mountpoint}: mounting needs permission to write to it")
 
 
 def reductions(options: Options) -> list[str]:
@@ -122,13 +122,13 @@ def reductions(options: Options) -> list[str]:
     lines = []
     if os.geteuid() != 0:
         lines.append(
-            "not root: only your own processes can use and watch this mount, hosts' "
-            "IN_DELETE_SELF of directories may come late, and umount needs -z while the agent runs"
+            "not root: only your own processes can use and watch this mount; programs on the host "
+            "may get IN_DELETE_SELF of directories late; umount needs -z while the agent runs"
         )
     if os.path.lexists(os.path.join(os.fsencode(options.source), FSD_NAME)):
         lines.append(
             f"source {options.source} has an entry named .fsd, which cannot be reached through the "
-            "mount: its own hidden directory has that name; rename the entry to share it"
+            "mount: the mount's hidden directory has that name; rename the entry to share it"
         )
     return lines
 
@@ -199,7 +199,7 @@ class Mounted:
             try:
                 saver.save()
             except OSError as error:
-                self._complain(f"image {self._state.path} is not written: {error.strerror}")
+                self._complain(f"image {self._state.path} cannot be written: {error.strerror}")
 
     def _open_export(self) -> Export:
         options = self._options
@@ -315,7 +315,7 @@ class Mounted:
             except AgentError as error:
                 raise StartError(str(error)) from None
         if starting.cancelled_caught:
-            raise StartError(f"{mountpoint} is not usable after {READY_TIMEOUT:.0f} s")
+            raise StartError(f"{mountpoint} is not ready after {READY_TIMEOUT:.0f} s")
 
 
 def _serves(export: Export, guest: MountGuest, device: int) -> None:

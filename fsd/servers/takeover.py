@@ -70,7 +70,7 @@ class ImageMemory:
             try:
                 return Journal(fd)
             except JournalError as error:
-                log.error("what the server before has left cannot be used", reason=str(error))
+                log.error("the previous server's state cannot be used", reason=str(error))
                 self._store.drop(name)
                 os.close(fd)
         journal = Journal()
@@ -152,7 +152,7 @@ def open_export(
         try:
             resumption = Resumption(export, state)
         except ImageError as error:
-            log.error("what the server before has left cannot be used", reason=str(error))
+            log.error("the previous server's state cannot be used", reason=str(error))
             export.close()
             continue
         memory.mark(last=False)
@@ -163,7 +163,9 @@ def open_export(
             try:
                 transport.resume(resumption)
             except ValueError as error:
-                log.error("a guest cannot go on", share=transport.name, reason=str(error))
+                log.error(
+                    "a guest's session cannot be continued", share=transport.name, reason=str(error)
+                )
         resumption.finish(inotify if state is saved and is_last else -1)
         return export
     export = make()
@@ -177,7 +179,7 @@ def _read(memory: ImageMemory) -> SavedExport | None:
     try:
         return None if data is None else image.decode(data)
     except ImageError as error:
-        log.error("what the server before has left cannot be used", reason=str(error))
+        log.error("the previous server's state cannot be used", reason=str(error))
         return None
 
 

@@ -166,7 +166,7 @@ def _check(options: Options) -> None:
     if not os.access(source, os.R_OK | os.X_OK):
         raise StartError(f"shared directory {source}: no permission to read it")
     if options.sandbox == "chroot" and os.geteuid() != 0:
-        raise StartError("--sandbox=chroot needs root; take --sandbox=namespace or none")
+        raise StartError("--sandbox=chroot needs root; use --sandbox=namespace or none")
 
 
 def _limit_files(limit: int | None) -> None:
@@ -211,7 +211,7 @@ def _sources(options: Options, store: Store, cleanup: ExitStack) -> list[Source]
         try:
             listener = listen(path, options.socket_group)
         except LookupError:
-            raise StartError(f"there is no group {options.socket_group}") from None
+            raise StartError(f"--socket-group: there is no group {options.socket_group}") from None
         except OSError as error:
             raise StartError(f"socket {path}: {_why(error, path)}") from None
         cleanup.callback(listener.close)
@@ -229,10 +229,10 @@ def listener_name(path: str) -> str:
 
 def _why(error: OSError, path: str) -> str:
     if "too long" in str(error):
-        return "the path is too long; 107 bytes are the most"
+        return "the path is too long, at most 107 bytes"
     reason = error.strerror or str(error)
     if os.path.exists(path) and "in use" in reason:
-        return "another server listens there, or a file that is no socket has the name"
+        return "another server listens there, or a file that is not a socket has this name"
     return reason
 
 
@@ -277,8 +277,8 @@ def _inside(
         if options.file_handles == "mandatory" and not export.table.by_handle:
             export.close()
             raise StartError(
-                f"{options.source}: its file system or this user's rights give no file handles, "
-                "which --inode-file-handles=mandatory asks"
+                f"{options.source}: its file system or this user's rights allow no file handles, "
+                "which --inode-file-handles=mandatory requires"
             )
         return export
 
@@ -311,7 +311,7 @@ def enter(options: Options) -> str:
             filtering = Filter(options.seccomp)
         except OSError as error:
             raise StartError(
-                f"system calls cannot be filtered: {error}; install libseccomp2 or give "
+                f"system calls cannot be filtered: {error}; install libseccomp2 or use "
                 "--seccomp=none"
             ) from None
     try:
@@ -335,8 +335,8 @@ def enter(options: Options) -> str:
 
 def _no_namespaces(error: OSError) -> StartError:
     return StartError(
-        f"the sandbox cannot be made: {error.strerror}; where containers forbid it, "
-        "take --sandbox=chroot or none"
+        f"the sandbox cannot be made: {error.strerror}; if a container forbids it, "
+        "use --sandbox=chroot or none"
     )
 
 

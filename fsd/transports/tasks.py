@@ -29,7 +29,7 @@ def end_in_time(last: Callable[[], object] = lambda: None) -> None:
     def end() -> None:
         time.sleep(END)
         hanging = ", ".join(running()) or "the server itself"
-        log.error("ended without waiting any longer", hangs=hanging, seconds=END)
+        log.error("exiting without waiting any longer", hangs=hanging, seconds=END)
         with Guard("the end"):
             last()
         os._exit(1)
@@ -54,5 +54,5 @@ async def accept(listener: trio.socket.SocketType, **about: object) -> trio.sock
         except OSError as error:
             if error.errno not in _REFUSED:
                 raise
-            log.warning("a connection waits", error=error.strerror, **about)
+            log.warning("cannot accept a connection yet", error=error.strerror, **about)
             await trio.sleep(FULL_PAUSE)

@@ -167,7 +167,7 @@ class VirtiofsTransport:
             if self.known is not None:
                 known, said = self.known
                 known.setblocking(False)
-                log.info("going on with a VMM", share=self.name)
+                log.info("continuing with a VMM", share=self.name)
                 with Guard("serving a VMM", share=self.name):
                     await self._serve(trio.socket.from_stdlib_socket(known), said)
                 if not listens:
@@ -209,7 +209,7 @@ class VirtiofsTransport:
             self._left = served.left
         if self.conversation is not None:
             self.conversation.end()
-        log.info("VMM has gone", share=self.name)
+        log.info("VMM disconnected", share=self.name)
         await _close_elsewhere(served.unclosed)
         await self._pause(served)
 

@@ -83,7 +83,7 @@ class Conversation:
             if connection < 0:
                 raise LookupError("there is no connection")
         except (JournalError, ValueError, LookupError, OSError) as error:
-            log.error("a guest's device cannot be taken over", share=self._name, error=str(error))
+            log.error("cannot take over a guest's device", share=self._name, error=str(error))
             for _, fd in taken:
                 os.close(fd)
             self.end()

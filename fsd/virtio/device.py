@@ -564,7 +564,7 @@ class Device:
     def _bad_chain(self, index: int, error: ChainError) -> None:
         self.counts["bad_chains"] += 1
         if self.counts["bad_chains"] == 1:  # a guest shall not fill the log
-            log.warning("bad request, more will only be counted", queue=index, error=str(error))
+            log.warning("bad request; further ones are only counted", queue=index, error=str(error))
 
 
 def _end(session: Session) -> None:

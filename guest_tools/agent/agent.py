@@ -45,7 +45,7 @@ class Agent:
         except OSError as error:
             raise ChannelError(self._explain(error)) from None
         except (ValueError, LookupError, TypeError):
-            raise ChannelError(f"{self._mountpoint}: its status is not one of fsd's") from None
+            raise ChannelError(f"{self._mountpoint}: its .fsd/status is not from fsd") from None
         self._sending = threading.Lock()
         calls = _trace_calls() if self._keeps_names else None
         self._scanner = Scanner(
@@ -107,7 +107,7 @@ class Agent:
         if error.errno == errno.EBUSY:
             return f"{self._mountpoint}: another agent is connected; one is enough"
         if error.errno == errno.ENOENT and os.path.isdir(self._mountpoint):
-            return f"{self._mountpoint} is no mount of fsd (or of another user)"
+            return f"{self._mountpoint} is not an fsd mount, or another user's"
         return f"{self._mountpoint}: {error.strerror}"
 
     def _open_root(self) -> tuple[int, bool]:
@@ -218,7 +218,7 @@ class Agent:
             self._refusals.add(number)
             _say(
                 f"mark on node {message.nodeid} refused: {os.strerror(number)}; "
-                "more of the same are not shown, see fsd-guest marks"
+                "further ones of this kind are not shown, see fsd-guest marks"
             )
 
 
@@ -234,8 +234,8 @@ def _trace_calls() -> MarkCalls | None:
         return MarkCalls()
     except OSError as error:
         _say(
-            f"no trace of the calls that set marks: {error.strerror}; marks on names "
-            "that the kernel has kept may be found up to 30 s late"
+            f"cannot trace the calls that set marks: {error.strerror}; marks on names "
+            "that the kernel has cached may be found up to 30 s late"
         )
         return None
 
@@ -246,7 +246,7 @@ def _end_of_a_thread(what: threading.ExceptHookArgs) -> None:
     """
     name = what.thread.name if what.thread is not None else "?"
     reason = f"{what.exc_type.__name__}: {what.exc_value}"
-    _say(f"the agent ends, to be started again: its thread '{name}' died of {reason}")
+    _say(f"the agent exits and has to be restarted: its thread '{name}' failed: {reason}")
     os._exit(FAILED)
 
 

@@ -55,7 +55,7 @@ def checkpoint(
     try:
         if take_events and not _is_stopped(pid):
             raise Failure(
-                f"process {pid} runs, and would read its events itself: stop it first "
+                f"process {pid} is running and would read its events itself; stop it first "
                 f"(kill -STOP {pid})"
             )
         with Mounts(pid) as mounts:
@@ -64,7 +64,7 @@ def checkpoint(
             if take_events:
                 state = reader.take(state)
             if any(isinstance(file, Inotify) for file in state.files) and not _shows_flags():
-                warn("IN_ONESHOT and IN_EXCL_UNLINK are not saved: Linux shows them from 5.19 on")
+                warn("IN_ONESHOT and IN_EXCL_UNLINK are not saved: Linux shows them since 5.19")
             for file in state.files:
                 if not isinstance(file, Epoll) and file.queue.size > len(file.queue.events):
                     warn(
@@ -96,7 +96,7 @@ def _pidfd(pid: int) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise Failure(f"{pid} is no process (a thread, perhaps)") from None
+        raise Failure(f"{pid} is not a process (perhaps a thread)") from None
 
 
 def _is_stopped(pid: int) -> bool:
@@ -161,9 +161,7 @@ class _Reader:
             if texts == before:
                 return texts
             before = texts
-        raise Failure(
-            f"process {self._pid} goes on changing: stop it meanwhile (kill -STOP {self._pid})"
-        )
+        raise Failure(f"process {self._pid} keeps changing; stop it first (kill -STOP {self._pid})")
 
     def _texts(self) -> dict[int, tuple[str, str]]:
         texts = {}
@@ -261,8 +259,8 @@ class _Reader:
         if wanted:
             lost = sum(not self._mounts.decodable(sdev) for sdev, _ in wanted)
             self._warn(
-                f"{len(wanted)} watched files have no path that is known, of which {lost} cannot "
-                "be found again by handle; --search DIR looks for them"
+                f"{len(wanted)} watched files have no known path, and {lost} of them cannot be "
+                "found by handle; give --search DIR to search for them"
             )
 
     def _object(self, mark: MarkInfo) -> Object:

@@ -26,10 +26,10 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "checkpoint", help="save a process's inotify, fanotify and epoll state"
     )
     save.add_argument("--pid", type=int, required=True)
-    save.add_argument("--take-events", action="store_true", help="save queued events, which the "
-                      "process then lacks; it must be stopped")  # fmt: skip
-    save.add_argument("--search", action="append", default=[], metavar="DIR", help="look there for "
-                      "watched files whose path is not known")  # fmt: skip
+    save.add_argument("--take-events", action="store_true", help="take the queued events from the "
+                      "process, which must be stopped, and save them")  # fmt: skip
+    save.add_argument("--search", action="append", default=[], metavar="DIR", help="search "
+                      "there for watched files whose path is unknown")  # fmt: skip
     save.add_argument("directory", metavar="DIR", help="new or empty")
     save.set_defaults(run=_checkpoint)
 
@@ -40,11 +40,11 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
     restore = commands.add_parser("restore", help="run a command with a checkpoint's descriptors")
     restore.add_argument(
-        "--strict", action="store_true", help="do not run it if anything is missing"
+        "--strict", action="store_true", help="do not run the command if anything is missing"
     )
     restore.add_argument("--overflow", choices=("auto", "always", "never"), default="auto",
-                         help="start instances with IN_Q_OVERFLOW: where something is lost, "
-                         "always, never")  # fmt: skip
+                         help="when instances start with IN_Q_OVERFLOW: where something is lost "
+                         "(auto), always, never")  # fmt: skip
     restore.add_argument("directory", metavar="DIR")
     restore.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ARGUMENT…")
     restore.set_defaults(run=_restore)
@@ -57,8 +57,8 @@ def _protobuf() -> Iterator[None]:
         yield
     except ImportError as error:
         raise Failure(
-            f"{error}: checkpoints need the package protobuf (pip install protobuf), which "
-            "fsd-guest.pyz brings along"
+            f"{error}: checkpoints need the package protobuf (pip install protobuf, or use "
+            "fsd-guest.pyz, which contains it)"
         ) from None
 
 
@@ -102,14 +102,14 @@ def _restore(arguments: argparse.Namespace) -> int:
         from . import images
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     if not words:
-        raise Failure("restore: what command? fsd-guest restore DIR -- COMMAND…")
+        raise Failure("restore: the command is missing; fsd-guest restore DIR -- COMMAND…")
     state = images.read(arguments.directory)
     restorer = Restorer(state, arguments.overflow)
     restorer.restore()
     for problem in restorer.problems:
         _say(problem)
     _say(
-        f"restored {restorer.watches} watches and {restorer.entries} entries of epoll sets; "
+        f"restored {restorer.watches} watches and {restorer.entries} epoll entries; "
         f"{len(restorer.problems)} problems"
     )
     if restorer.problems and arguments.strict:

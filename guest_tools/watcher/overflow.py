@@ -29,7 +29,7 @@ def add_overflow(fd: int, next_wd: int) -> None:
         limit = int(text.read())
     if limit > LONGEST:
         raise Failure(
-            f"{_LIMIT_PATH} is {limit}: too long a queue to be filled (at most {LONGEST})"
+            f"{_LIMIT_PATH} is {limit}: the queue is too long to fill (at most {LONGEST})"
         )
     memory = os.memfd_create("overflow")
     # Opened again, as the kernel tells nothing of what is done through the descriptor of a memfd.

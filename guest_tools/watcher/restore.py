@@ -75,7 +75,7 @@ class Restorer:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (OSError, ValueError):
             raise Failure(
-                f"descriptor {wanted - 1} is beyond this process's limit of {hard}: "
+                f"descriptor {wanted - 1} is beyond this process's limit of {hard}; "
                 f"raise it (ulimit -Hn {wanted})"
             ) from None
 

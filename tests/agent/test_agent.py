@@ -301,7 +301,7 @@ def test_a_thread_that_dies_ends_the_agent(share_no_agent: Mount) -> None:
             assert process.wait(20) == 1
         assert process.stderr is not None
         (line,) = process.stderr.read().decode().splitlines()
-        assert "its thread 'scanner' died of RuntimeError: as a bug would" in line
+        assert "its thread 'scanner' failed: RuntimeError: as a bug would" in line
     with agent(share), watching(share) as watcher:  # the next one, as of a supervisor
         (share.source / "new").mkdir()
         seen(share, watcher, "new", "CREATE,ISDIR")
@@ -371,7 +371,7 @@ def test_a_trap_is_refused(tmp_path: Path, words: list[str], kind: str) -> None:
             subprocess.run(["umount", trap], check=True)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "no mount of fsd" in done.stderr or "not in a mount of fsd" in done.stderr
+    assert "not an fsd mount" in done.stderr or "not in an fsd mount" in done.stderr
     assert all((victim / name).read_text() == "[]" for name in names)
     if kind == "files":
         assert all((trap / ".fsd" / name).read_text() == "[]" for name in names)

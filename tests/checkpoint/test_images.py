@@ -370,5 +370,5 @@ def test_the_archive_writes_the_same(sample: Path, tmp_path: Path, python: str) 
         path = f"{name}.img"
         assert (tmp_path / "saved" / path).read_bytes() == (sample / path).read_bytes()
     with remote(*alone, "restore", tmp_path / "saved", "--") as again:
-        assert "restored 5 watches and 1 entries of epoll sets; 0 problems" in again.stderr
+        assert "restored 5 watches and 1 epoll entries; 0 problems" in again.stderr
         assert len(again.marks(3)) == 5

@@ -68,8 +68,8 @@ def test_status_json(share: Mount) -> None:
 
 
 def test_status_of_what_is_no_mount(tmp_path: Path) -> None:
-    refused(run([FSD, "status", tmp_path]), "no mount of fsd")
-    refused(run([FSD, "status", tmp_path / "missing"]), "no mount of fsd")
+    refused(run([FSD, "status", tmp_path]), "not an fsd mount")
+    refused(run([FSD, "status", tmp_path / "missing"]), "not an fsd mount")
 
 
 def test_status_of_nothing(tmp_path: Path) -> None:

@@ -205,4 +205,4 @@ async def test_a_connection_waits_for_a_descriptor(
             await until(lambda: not transport._channels)
             nursery.cancel_scope.cancel()
     transport.close()
-    assert {log["event"] for log in logs} == {"a connection waits"}
+    assert {log["event"] for log in logs} == {"cannot accept a connection yet"}

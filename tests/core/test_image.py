@@ -290,8 +290,8 @@ def test_a_start_goes_on_without_a_bad_image(damage: bytes | None, tmp_path: Pat
     said: list[str] = []
     export = open_export(lambda: Export(str(source)), state, said.append)
     (line,) = said
-    assert line.startswith(f"image {state.path} is not restored: ")
-    assert line.endswith("; starting without")
+    assert line.startswith(f"image {state.path} cannot be restored: ")
+    assert line.endswith("; starting without it")
     assert "\n" not in line
     assert export.guests == []
     assert len(export.watcher) == 0

@@ -373,8 +373,8 @@ def test_guests_that_nobody_could_be(tokens: list[bytes], world: World, make_wor
         ({"watches": [(1, 0)]}, "watch descriptors"),
         ({"watches": [(1, 1 << 31)]}, "watch descriptors"),
         ({"watches": [(1, 3), (1, 4)]}, "watch descriptors"),
-        ({"watches": [(5, 3)]}, "named and not saved"),
-        ({"listed": [5]}, "named and not saved"),
+        ({"watches": [(5, 3)]}, "used but not saved"),
+        ({"listed": [5]}, "used but not saved"),
     ],
 )
 def test_refused(

@@ -173,8 +173,8 @@ def test_without_a_trace_it_is_found_by_the_slow_scan(case: Case) -> None:
         agent.signal()
         agent.wait()
         assert said == [
-            "fsd-guest: no trace of the calls that set marks: No such file or directory; marks on "
-            "names that the kernel has kept may be found up to 30 s late"
+            "fsd-guest: cannot trace the calls that set marks: No such file or directory; marks on "
+            "names that the kernel has cached may be found up to 30 s late"
         ]
         assert instances == []
         assert after is not None

@@ -43,7 +43,7 @@ def test_every_bit_counts(bit: int) -> None:
 @pytest.mark.parametrize(
     ("data", "kind", "version", "words"),
     [
-        (b"PK\3\4" + bytes(100), "server", 3, "no image of fsd"),
+        (b"PK\3\4" + bytes(100), "server", 3, "not an fsd image"),
         (IMAGE + b"x", "server", 3, "1 bytes after its end"),
         (IMAGE[:-1] + b"Y", "server", 3, "checksum"),
         (IMAGE, "watcher", 3, "of kind 'server', not 'watcher'"),
