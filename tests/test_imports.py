@@ -41,8 +41,6 @@ EXCEPTIONS = {
     ("fsd/export/export.py", "fsd.fuse.hostlocks"): "LockWaiters",
     ("fsd/files/table.py", "fsd.events.listings"): "a slot of Inode",
     ("fsd/fuse/record.py", "fsd.checkpoint.take"): "SavedInode",
-    ("fsd/process/seccomp.py", "fsd.events.watcher"): "the ioctls of inotify",
-    ("fsd/process/seccomp.py", "fsd.files.fileflags"): "the ioctls of files",
     ("fsd/transports/virtiofs.py", "fsd.checkpoint.restore"): "Resumption",
 }
 # Where guest_tools knows protobuf; the one is imported when a command needs it, the other by it.

@@ -29,6 +29,7 @@ from protocol.masks import SELF, STRUCTURE, Mask
 
 from ..files.table import Inode, InodeTable
 from ..linux import syscalls
+from ..linux.ioctls import FIONREAD, SETNEXTWD
 from ..linux.queuelimit import limited_to
 from .queuednames import QueuedNames
 from .sharedwatches import SharedWatches
@@ -38,11 +39,6 @@ _LONGEST_EVENT = 16 + 256
 """Bytes: read(2) fails with room for less than the next."""
 LONG_BACKLOG = 8192
 """Events that wait, some 0.3 s of work, from which on requests read no more for their own sake."""
-_FIONREAD = 0x541B
-_SETNEXTWD = 0x40044900
-"""INOTIFY_IOC_SETNEXTWD of <linux/inotify.h>: the number of the next watch, if it is free."""
-IOCTLS = (_FIONREAD, _SETNEXTWD)
-"""What is asked of an inotify instance by ioctl(2)."""
 _MASK_ADD = 0x2000_0000
 """IN_MASK_ADD of inotify(7)."""
 _HIGHEST_WD = (1 << 31) - 1
@@ -294,7 +290,7 @@ class HostWatcher:
     def _set_next_wd(self, wd: int) -> None:
         if self._sets_wd and wd != self._next_wd:
             try:
-                fcntl.ioctl(self.fd, _SETNEXTWD, wd)
+                fcntl.ioctl(self.fd, SETNEXTWD, wd)
             except OSError:  # no CONFIG_CHECKPOINT_RESTORE: other numbers do as well
                 self._sets_wd = False
 
@@ -361,7 +357,7 @@ class HostWatcher:
         if self._is_handed_over:
             return 0
         try:
-            (size,) = struct.unpack("i", fcntl.ioctl(self.fd, _FIONREAD, b"\0\0\0\0"))
+            (size,) = struct.unpack("i", fcntl.ioctl(self.fd, FIONREAD, b"\0\0\0\0"))
         except OSError:
             return 0
         return int(size)

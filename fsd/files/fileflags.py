@@ -1,7 +1,7 @@
 """The ioctls that guests may make on files, and the flags of files that these may change.
 
-Apart because it is a rule of its own: numbers and flags of linux/fs.h, and which of them carry
-rights that the host has not given.
+Apart because it is a rule of its own: the flags of linux/fs.h, and which of them carry rights that
+the host has not given.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ import fcntl
 import os
 import struct
 
-GETFLAGS, SETFLAGS, GETVERSION = 0x8008_6601, 0x4008_6602, 0x8008_7601
-FSGETXATTR, FSSETXATTR = 0x801C_581F, 0x401C_5820
-ARGUMENTS = {GETFLAGS: 8, SETFLAGS: 8, GETVERSION: 8, FSGETXATTR: 28, FSSETXATTR: 28}
-"""What guests may ask of a file's file system: number and bytes of the argument. That of FLAGS and
-VERSION is an int, though its number says long."""
+from ..linux.ioctls import FILES, FSGETXATTR, FSSETXATTR, GETFLAGS, SETFLAGS
+
 CHANGING = (SETFLAGS, FSSETXATTR)
 _FLAGS = struct.Struct("=I")
 _XATTR = struct.Struct("=IIIII")  # struct fsxattr: xflags, extsize, nextents, projid, cowextsize
@@ -42,13 +39,13 @@ def check(fd: int, command: int, data: bytes) -> None:
 
 
 def _may_set_flags(fd: int, data: bytes) -> bool:
-    (now,) = _FLAGS.unpack_from(fcntl.ioctl(fd, GETFLAGS, bytes(ARGUMENTS[GETFLAGS])))
+    (now,) = _FLAGS.unpack_from(fcntl.ioctl(fd, GETFLAGS, bytes(FILES[GETFLAGS])))
     (wanted,) = _FLAGS.unpack_from(data)
     return not (now ^ wanted) & ~(_MAY_CHANGE | _SHOWN)
 
 
 def _may_set_xattr(fd: int, data: bytes) -> bool:
-    now = _XATTR.unpack_from(fcntl.ioctl(fd, FSGETXATTR, bytes(ARGUMENTS[FSGETXATTR])))
+    now = _XATTR.unpack_from(fcntl.ioctl(fd, FSGETXATTR, bytes(FILES[FSGETXATTR])))
     xflags, extsize, _, project, cow_extsize = _XATTR.unpack_from(data)
     return (extsize, project, cow_extsize) == (now[1], *now[3:]) and not (
         (now[0] ^ xflags) & ~(_MAY_CHANGE_X | _SHOWN_X)

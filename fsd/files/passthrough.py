@@ -536,7 +536,7 @@ class PassthroughFS:
         return self._handle(inode, fd, os.O_RDONLY)
 
     def ioctl(self, handle: Handle, who: Identity, command: int, data: bytes) -> bytes:
-        """IOCTL, one of fsd.files.fileflags: permission to change flags is the caller's."""
+        """IOCTL, one of fsd.linux.ioctls.FILES: permission to change flags is the caller's."""
         fileflags.check(handle.fd, command, data)
         with self._acting_as(who, judged=False):
             return fcntl.ioctl(handle.fd, command, data)

@@ -29,7 +29,7 @@ from ..files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from ..files.table import Inode
 from ..guests.ledger import UnexpectedCall
 from ..guests.mount import MountGuest
-from ..linux import syscalls
+from ..linux import ioctls, syscalls
 from ..linux.directories import DirEntry
 from . import record
 from .hidden import HiddenFiles, HiddenHandle
@@ -497,8 +497,8 @@ class FileService:
         return self.file(fh)
 
     def ioctl(self, who: Caller, fh: int, command: int, data: bytes) -> bytes:
-        """IOCTL. Raises OSError ENOTTY for all but those of fsd.files.fileflags."""
-        size = fileflags.ARGUMENTS.get(command)
+        """IOCTL. Raises OSError ENOTTY for all but those of fsd.linux.ioctls.FILES."""
+        size = ioctls.FILES.get(command)
         handle = self.handle(fh)
         if size is None or isinstance(handle, HiddenHandle):
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))

@@ -8,8 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 
-from ..events import watcher
-from ..files import fileflags
+from ..linux import ioctls
 
 ALLOWED = """
 accept4 brk capget capset clock_getres clock_gettime clock_nanosleep close close_range
@@ -33,7 +32,7 @@ access chmod chown epoll_create getdents inotify_init lchown link lstat mkdir mk
 readlink rename rmdir select stat symlink time unlink utime utimes
 """
 """Older forms of the same, which some architectures have."""
-IOCTLS = (*fileflags.ARGUMENTS, *watcher.IOCTLS, 0x5401, 0x5421, 0x5450, 0x5451)
+IOCTLS = (*ioctls.FILES, *ioctls.INOTIFY, 0x5401, 0x5421, 0x5450, 0x5451)
 """Requests of ioctl(2): what guests may ask for, the watcher's own; and TCGETS, FIONBIO, FIONCLEX,
 FIOCLEX, which are Python's for open, setblocking and set_inheritable."""
 _CLONE_THREAD = 0x10000

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import structlog
 
-from fsd.files import fileflags
 from fsd.fuse.operations import Operations
 from fsd.fuse.session import SessionOptions
+from fsd.linux import ioctls
 from protocol import fuse
 from protocol.fuse import Opcode
 
@@ -173,7 +173,7 @@ def _clear_flags(fd: int) -> None:
 NUMBERS = (
     *range(8), 0xFFFF_FFFF, 1 << 31, (1 << 31) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1,
     4096, 1 << 20, 0o100644, 0o40755, 0o20666, 0o60666, 0o10600, 0o107777, os.O_TMPFILE,
-    os.O_RDWR | os.O_CREAT, os.O_TRUNC | os.O_WRONLY, *fileflags.ARGUMENTS,
+    os.O_RDWR | os.O_CREAT, os.O_TRUNC | os.O_WRONLY, *ioctls.FILES,
 )  # fmt: skip
 GOOD_NAMES = (b"f", b"dir", b"dir2", b"new", b"new2", b"out", b"absolute", b"user.x", b"g")
 BAD_NAMES = (
@@ -260,7 +260,7 @@ def bent(rng: random.Random) -> Bent:
     if rng.random() < 0.6:  # small numbers mean something, mostly
         numbers = [rng.choice((0, 0, 1, 2, 3, 8)) for _ in range(16)]
     if opcode == Opcode.IOCTL:
-        numbers[1] = rng.choice(list(fileflags.ARGUMENTS)) << 32
+        numbers[1] = rng.choice(list(ioctls.FILES)) << 32
     return Bent(
         opcode,
         rng.randrange(9),

@@ -18,9 +18,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fsd.files import fileflags
 from fsd.fuse.session import SessionOptions
-from fsd.linux import syscalls
+from fsd.linux import ioctls, syscalls
 from fsd.process.sandbox import CAPABILITIES
 from protocol import frames, fuse
 from protocol.fuse import Fattr, Opcode
@@ -447,7 +446,7 @@ def test_a_guest_does_not_leave_its_project(tmp_path: Path) -> None:
 
             for uid in (0, USER):
                 guest.uid = guest.gid = uid
-                error, now = ioctl(fh, node.nodeid, fileflags.FSGETXATTR, bytes(28))
+                error, now = ioctl(fh, node.nodeid, ioctls.FSGETXATTR, bytes(28))
                 assert error == 0
                 xflags, extsize, extents, project, cow = struct.unpack("=5I8x", now)
                 assert project == 77
@@ -457,17 +456,17 @@ def test_a_guest_does_not_leave_its_project(tmp_path: Path) -> None:
                     (xflags | 0x800, 1 << 20, extents, project, cow),
                 ):
                     data = struct.pack("=5I8x", *bent)
-                    assert ioctl(fh, node.nodeid, fileflags.FSSETXATTR, data)[0] == errno.EPERM
-                error, now = ioctl(top, 1, fileflags.GETFLAGS, bytes(8))
+                    assert ioctl(fh, node.nodeid, ioctls.FSSETXATTR, data)[0] == errno.EPERM
+                error, now = ioctl(top, 1, ioctls.GETFLAGS, bytes(8))
                 (flags,) = struct.unpack("=Q", now)
                 assert flags & 0x2000_0000, "PROJINHERIT"
                 data = struct.pack("=Q", flags & ~0x2000_0000)
-                assert ioctl(top, 1, fileflags.SETFLAGS, data)[0] == errno.EPERM
+                assert ioctl(top, 1, ioctls.SETFLAGS, data)[0] == errno.EPERM
             guest.uid = guest.gid = USER
             data = struct.pack("=5I8x", xflags | 0x80, extsize, extents, project, cow)
-            assert ioctl(fh, node.nodeid, fileflags.FSSETXATTR, data)[0] == 0  # NODUMP
+            assert ioctl(fh, node.nodeid, ioctls.FSSETXATTR, data)[0] == 0  # NODUMP
             data = struct.pack("=5I8x", xflags | 0x08, extsize, extents, project, cow)
-            assert ioctl(fh, node.nodeid, fileflags.FSSETXATTR, data)[0] == errno.EPERM  # IMMUTABLE
+            assert ioctl(fh, node.nodeid, ioctls.FSSETXATTR, data)[0] == errno.EPERM  # IMMUTABLE
         world.close()
 
 

@@ -7,7 +7,7 @@ import stat
 import struct
 from collections.abc import Callable
 
-from fsd.files import fileflags
+from fsd.linux import ioctls
 from protocol import fuse
 from protocol.fuse import Fattr, Opcode
 
@@ -369,7 +369,7 @@ def copy_file_range(guest: Guest) -> None:
 @operation(3)
 def ioctl(guest: Guest) -> None:
     nodeid, fh = guest.handle(directory=guest.rng.random() < 0.2)
-    known = list(fileflags.ARGUMENTS)
+    known = list(ioctls.FILES)
     command = guest.rng.choice(known) if guest.rng.random() < 0.8 else guest.number() & 0xFFFF_FFFF
     data = guest.rng.choice((bytes(8), struct.pack("q", 0x30), bytes(32), b""))
     sizes = [guest.rng.choice((len(data), 8, 28, 0xFFFF_FFFF)) for _ in range(2)]
