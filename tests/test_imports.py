@@ -40,7 +40,6 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     ("fsd/export/export.py", "fsd.fuse.hostlocks"): "LockWaiters",
     ("fsd/files/table.py", "fsd.events.listings"): "a slot of Inode",
-    ("fsd/fuse/record.py", "fsd.checkpoint.take"): "SavedInode",
     ("fsd/transports/virtiofs.py", "fsd.checkpoint.restore"): "Resumption",
 }
 # Where guest_tools knows protobuf; the one is imported when a command needs it, the other by it.

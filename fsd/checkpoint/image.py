@@ -14,19 +14,9 @@ from google.protobuf.message import DecodeError, Message
 from protocol import frames, images
 from protocol.images import ImageError
 
+from ..files.saved import SavedForgotten, SavedInode, SavedLink, SavedTable
 from .server_pb2 import Guest, Server
-from .take import (
-    GuestKind,
-    SavedEvent,
-    SavedExport,
-    SavedForgotten,
-    SavedGuest,
-    SavedInode,
-    SavedLink,
-    SavedMissed,
-    SavedName,
-    SavedTable,
-)
+from .take import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedMissed, SavedName
 
 KIND = "server"
 VERSION = 1

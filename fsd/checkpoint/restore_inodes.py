@@ -20,9 +20,9 @@ from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 
 from ..files.forgotten import Forgotten
+from ..files.saved import GONE, SavedInode, SavedTable
 from ..files.table import ROOT_ID, Inode, InodeTable
 from ..linux import syscalls
-from .take import GONE, SavedInode, SavedTable
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
 """Errors that say nothing of the object, and pass."""

@@ -21,57 +21,14 @@ from ..events.event import Event
 from ..events.listings import CLOCK_LAG_NS, Known, Listing
 from ..events.sharedwatches import SharedWatches
 from ..events.watcher import HostWatcher
-from ..files.table import Identity, Inode, InodeTable
+from ..files.saved import SavedTable, inode_table, saved_inode
+from ..files.table import Identity, Inode
 from ..guests.guest import Guest, HandMarks, Observer
 from ..guests.mount import MountGuest
 from ..linux import syscalls
 
 if TYPE_CHECKING:
     from ..export.export import Export
-
-GONE = -1
-"""Device of what is no object of the host any more."""
-
-
-class SavedInode(NamedTuple):
-    """One inode: what a guest calls it, which object it was, where that was."""
-
-    nodeid: int
-    generation: int
-    device: int  # 0 = the root's, on its mount; GONE
-    ino: int
-    handle: bytes
-    kind: int  # S_IFMT bits
-    nlink: int
-    parent: int  # 0 = not known
-    name: bytes
-
-
-class SavedLink(NamedTuple):
-    """Another name of an inode: a hard link that was looked up."""
-
-    directory: int
-    name: bytes
-    nodeid: int
-
-
-class SavedForgotten(NamedTuple):
-    """An object that nobody refers to, but for a file handle perhaps (fsd.files.forgotten)."""
-
-    nodeid: int
-    device: int  # 0 = the root's
-    ino: int
-    handle: bytes
-    parent: int
-    name: bytes
-
-
-class SavedTable(NamedTuple):
-    """The inode table. The root has no row."""
-
-    inodes: list[SavedInode]
-    links: list[SavedLink]
-    forgotten: list[SavedForgotten]
 
 
 class SavedName(NamedTuple):
@@ -299,48 +256,3 @@ def _as_it_is(dir_fd: int, name: bytes, known: Known) -> Known:
         now = Known(status.st_ino, stat.S_IFMT(status.st_mode), known.seen_ns)
         return known if is_same and known.may_be(now) else now
     return known
-
-
-def inode_table(table: InodeTable) -> SavedTable:
-    """Every inode that is known, with its place; the references of guests are saved with them."""
-    inodes: list[SavedInode] = []
-    links: list[SavedLink] = []
-    for inode in table:
-        if inode is not table.root:
-            inodes.append(saved_inode(table, inode))
-        for name, child in inode.children.items():
-            if child.name != name or child.parent is not inode:
-                links.append(SavedLink(inode.nodeid, name, child.nodeid))
-    forgotten = [
-        SavedForgotten(nodeid, _saved_device(table, identity), *identity[1:3], parent, name)
-        for nodeid, (identity, parent, name) in table.forgotten.items()
-    ]
-    return SavedTable(inodes, links, forgotten)
-
-
-def _saved_device(table: InodeTable, identity: Identity) -> int:
-    device, _, _, mount = identity
-    return GONE if device < 0 else 0 if table.mounts.is_own(mount, device) else device
-
-
-def saved_inode(table: InodeTable, inode: Inode) -> SavedInode:
-    """One inode, as it is known now."""
-    _, ino, handle, _ = inode.identity
-    parent = inode.parent
-    known = (
-        parent is not None
-        and parent.nodeid < FSD_DIR
-        and table.holds(parent)
-        and parent.children.get(inode.name) is inode
-    )
-    return SavedInode(
-        inode.nodeid,
-        inode.generation,
-        _saved_device(table, inode.identity),
-        ino,
-        handle,
-        stat.S_IFMT(inode.kind),
-        inode.nlink,
-        parent.nodeid if parent is not None and known else 0,
-        inode.name if known else b"",
-    )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import structlog
 
-from ..checkpoint.take import SavedInode, saved_inode
+from ..files.saved import SavedInode, saved_inode
 from ..files.table import Inode, InodeTable
 from ..process.journal import Journal, JournalError
 from ..process.systemd import Store

@@ -21,16 +21,9 @@ from protocol.masks import EVENTS
 from ..checkpoint import image
 from ..checkpoint.restore import Resumption
 from ..checkpoint.saver import Saver
-from ..checkpoint.take import (
-    GuestKind,
-    SavedExport,
-    SavedGuest,
-    SavedInode,
-    SavedName,
-    SavedTable,
-    identity_of,
-)
+from ..checkpoint.take import GuestKind, SavedExport, SavedGuest, SavedName, identity_of
 from ..export.export import Export
+from ..files.saved import SavedInode, SavedTable
 from ..files.table import ROOT_ID, Inode
 from ..fuse.record import SessionRecord
 from ..process.journal import Journal, JournalError

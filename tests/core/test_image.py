@@ -22,15 +22,12 @@ from fsd.checkpoint.take import (
     GuestKind,
     SavedEvent,
     SavedExport,
-    SavedForgotten,
     SavedGuest,
-    SavedInode,
-    SavedLink,
     SavedMissed,
     SavedName,
-    SavedTable,
 )
 from fsd.export.export import Export
+from fsd.files.saved import SavedForgotten, SavedInode, SavedLink, SavedTable
 from protocol import frames, images
 from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from fsd.checkpoint.restore_inodes import RestoredTable
-from fsd.checkpoint.take import inode_table
 from fsd.files.passthrough import Changes
+from fsd.files.saved import inode_table
 from fsd.fuse.operations import Caller, Operations
 from protocol import fuse
 from protocol.fuse import Opcode

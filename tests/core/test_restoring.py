@@ -14,7 +14,7 @@ import pytest
 
 from fsd.checkpoint import restore_inodes
 from fsd.checkpoint.restore_inodes import RestoredTable
-from fsd.checkpoint.take import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
+from fsd.files.saved import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
 from fsd.files.table import Inode, InodeTable
 from protocol.frames import FSD_DIR
 from protocol.handles import NodeKey
