@@ -38,7 +38,6 @@ MAY_IMPORT = {
 }
 # Module -> what it imports beside that. None may be added.
 EXCEPTIONS = {
-    ("fsd/export/export.py", "fsd.fuse.hostlocks"): "LockWaiters",
     ("fsd/files/table.py", "fsd.events.listings"): "a slot of Inode",
     ("fsd/transports/virtiofs.py", "fsd.checkpoint.restore"): "Resumption",
 }

@@ -29,9 +29,9 @@ from ..events.event import RENAME, Event
 from ..events.reading import Reader
 from ..events.resolver import Resolver, listing
 from ..events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
+from ..files.locks import LockWaiters
 from ..files.passthrough import PassthroughFS
 from ..files.table import Inode, InodeTable
-from ..fuse.hostlocks import LockWaiters
 from ..guests.guest import (
     BY_HAND,
     FIRST,

@@ -24,6 +24,7 @@ from protocol.masks import Mask
 from ..events.watcher import Expected
 from ..export.export import Export
 from ..files import appends, fileflags
+from ..files.locks import Lock
 from ..files.passthrough import Entry, Handle, Identity
 from ..files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from ..files.table import Inode
@@ -33,7 +34,7 @@ from ..linux import ioctls, syscalls
 from ..linux.directories import DirEntry
 from . import record
 from .hidden import HiddenFiles, HiddenHandle
-from .hostlocks import GuestLocks, Lock
+from .hostlocks import GuestLocks
 from .record import Opened, SessionRecord
 
 log = structlog.get_logger()
@@ -538,7 +539,7 @@ class FileService:
         """SETLK. Raises BlockingIOError where a lock is in the way."""
         self._refuse_replayer(who, "setlk")
         handle = self.file(fh)
-        if lock[0] == fcntl.F_WRLCK and handle.flags & os.O_ACCMODE == os.O_RDONLY:
+        if lock.kind == fcntl.F_WRLCK and handle.flags & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         self.locks.set(handle, owner, lock)
 

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import itertools
 import os
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,19 +19,13 @@ from itertools import islice
 from protocol.masks import Mask
 
 from ..events.watcher import SERVER, HostWatcher
+from ..files import locks
+from ..files.locks import OFFSET_MAX, Lock, LockWaiters
 from ..files.passthrough import Handle
 from ..files.table import Inode
 from ..linux import syscalls
 from .record import Owner, SessionRecord
 
-_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
-_FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, len, pid
-_OFFSET_MAX = (1 << 63) - 1
-_OPERATIONS = {
-    fcntl.F_RDLCK: fcntl.LOCK_SH,
-    fcntl.F_WRLCK: fcntl.LOCK_EX,
-    fcntl.F_UNLCK: fcntl.LOCK_UN,
-}
 OWNERS_LIMIT = 1 << 16
 """Owners of one guest that hold locks, be it by a file's own descriptor or by one of their own."""
 
@@ -40,15 +33,6 @@ OWNERS_LIMIT = 1 << 16
 SEARCHED = 1024
 """Owners among which the process is searched that has a lock: one in the way of another that is not
 found has no process number. Each is a system call."""
-WOKEN = 16
-"""Requests that are tried again at once when a guest gives a lock up: thousands may wait, and each
-try is a system call."""
-
-
-class Lock(tuple[int, int, int, int]):
-    """(type, start, inclusive end, pid) as FUSE and fcntl(2) have them; pid 0 = not known."""
-
-    __slots__ = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -57,32 +41,6 @@ class _Owner:
     fd: int
     handle: Handle | None  # whose descriptor it is; None = our own
     pid: int
-
-
-class LockWaiters:
-    """Who waits for a lock on an object: tried again when a guest gives one up."""
-
-    def __init__(self) -> None:
-        self._waiters: dict[Inode, dict[object, Callable[[], None]]] = {}
-
-    def add(self, inode: Inode, retry: Callable[[], None]) -> Callable[[], None]:
-        """Call ``retry`` whenever it may succeed; returns what ends that."""
-        waiters = self._waiters.setdefault(inode, {})
-        waiters[me := object()] = retry
-
-        def remove() -> None:
-            waiters.pop(me, None)
-            if not waiters and self._waiters.get(inode) is waiters:
-                del self._waiters[inode]
-
-        return remove
-
-    def wake(self, inode: Inode) -> None:
-        """A lock of the object was given up: who has waited longest is called. The others may get
-        theirs a pause later.
-        """
-        for retry in list(islice(self._waiters.get(inode, {}).values(), WOKEN)):
-            retry()
 
 
 class GuestLocks:
@@ -107,32 +65,34 @@ class GuestLocks:
 
     def get(self, handle: Handle, owner: int, lock: Lock) -> Lock:
         """GETLK: a lock that is in the way of this one, else its type is F_UNLCK."""
-        mine = self._owner(handle, owner, lock[3])
-        kind, start, end, pid = self._ask(mine.fd, lock)
+        mine = self._owner(handle, owner, lock.pid)
+        kind, start, end, pid = locks.blocking(mine.fd, lock)
         if kind == fcntl.F_UNLCK:
-            return Lock((kind, 0, 0, 0))
+            return Lock(kind, 0, 0, 0)
         for other in islice(self._owners[handle.inode].values(), SEARCHED):
-            # Of the holder itself nothing is in the way.
-            if other is not mine and self._ask(other.fd, Lock((kind, start, end, 0)))[0] == 2:
+            if other is mine:
+                continue
+            in_its_way = locks.blocking(other.fd, Lock(kind, start, end, 0))
+            if in_its_way.kind == fcntl.F_UNLCK:  # it is the holder
                 pid = other.pid
-        return Lock((kind, start, end, max(pid, 0)))
+        return Lock(kind, start, end, max(pid, 0))
 
     def set(self, handle: Handle, owner: int, lock: Lock) -> None:
         """SETLK. Raises BlockingIOError where a lock is in the way."""
-        if lock[0] == fcntl.F_UNLCK:
+        if lock.kind == fcntl.F_UNLCK:
             known = self._owners.get(handle.inode, {}).get(owner)
             if known is not None:
-                self._set(known.fd, lock)
+                locks.set_lock(known.fd, lock)
                 self.waiters.wake(handle.inode)
             return
-        mine = self._owner(handle, owner, lock[3])
+        mine = self._owner(handle, owner, lock.pid)
         try:
-            self._set(mine.fd, lock)
+            locks.set_lock(mine.fd, lock)
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
             self._widen(mine, handle)
-            self._set(mine.fd, lock)
+            locks.set_lock(mine.fd, lock)
         if self.kept is not None:
             fh = mine.handle.fh if mine.handle is not None else 0
             self.kept.owns(mine.number, Owner(handle.inode.nodeid, owner, mine.pid, fh), mine.fd)
@@ -168,7 +128,7 @@ class GuestLocks:
         if mine.handle is None:
             self._close(inode, mine.fd)
         else:
-            self._set(mine.fd, Lock((fcntl.F_UNLCK, 0, _OFFSET_MAX, 0)))
+            locks.set_lock(mine.fd, Lock(fcntl.F_UNLCK, 0, OFFSET_MAX, 0))
         self.waiters.wake(inode)
 
     def released(self, handle: Handle) -> None:
@@ -210,9 +170,9 @@ class GuestLocks:
     def _widen(self, mine: _Owner, handle: Handle) -> None:
         """The owner's description is not open for this type of lock: move to one that is."""
         fd = self._open(handle, os.O_RDWR)
-        for lock in _held(mine.fd):
-            self._set(mine.fd, Lock((fcntl.F_UNLCK, *lock[1:])))
-            self._set(fd, lock)
+        for lock in locks.held(mine.fd):
+            locks.set_lock(mine.fd, lock._replace(kind=fcntl.F_UNLCK))
+            locks.set_lock(fd, lock)
         if mine.handle is None:
             self._close(handle.inode, mine.fd)
         mine.fd, mine.handle = fd, None
@@ -237,42 +197,10 @@ class GuestLocks:
         with self._watcher.attributed(SERVER, *closed):
             os.close(fd)
 
-    @staticmethod
-    def _set(fd: int, lock: Lock) -> None:
-        fcntl.fcntl(fd, _F_OFD_SETLK, _pack(lock))
-
-    @staticmethod
-    def _ask(fd: int, lock: Lock) -> Lock:
-        answer = fcntl.fcntl(fd, _F_OFD_GETLK, _pack(lock))
-        kind, _, start, length, pid = _FLOCK.unpack(answer)
-        return Lock((kind, start, start + length - 1 if length else _OFFSET_MAX, pid))
-
     # flock
 
     def flock(self, handle: Handle, kind: int) -> None:
         """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way."""
-        if kind not in _OPERATIONS:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        fcntl.flock(handle.fd, _OPERATIONS[kind] | fcntl.LOCK_NB)
+        locks.flock(handle.fd, kind)
         if kind == fcntl.F_UNLCK:
             self.waiters.wake(handle.inode)
-
-
-def _pack(lock: Lock) -> bytes:
-    kind, start, end, _pid = lock
-    if kind not in _OPERATIONS or not 0 <= start <= end <= _OFFSET_MAX:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    return _FLOCK.pack(kind, os.SEEK_SET, start, 0 if end == _OFFSET_MAX else end - start + 1, 0)
-
-
-def _held(fd: int) -> list[Lock]:
-    """The OFD locks of a descriptor: proc_pid_fdinfo(5)."""
-    locks = []
-    with open(syscalls.fdinfo_path(fd)) as info:
-        for line in info:
-            fields = line.split()
-            if fields[:1] == ["lock:"] and fields[2] == "OFDLCK":
-                kind = fcntl.F_WRLCK if fields[4] == "WRITE" else fcntl.F_RDLCK
-                end = _OFFSET_MAX if fields[8] == "EOF" else int(fields[8])
-                locks.append(Lock((kind, int(fields[7]), end, 0)))
-    return locks

@@ -12,7 +12,7 @@ from itertools import islice
 from protocol import fuse
 from protocol.fuse import Opcode
 
-from .hostlocks import Lock
+from ..files.locks import Lock
 from .operations import Operations
 from .pending import Loop, Waiting
 from .request import Request
@@ -41,7 +41,7 @@ class Locks:
 
     def _getlk(self, request: Request) -> bytes:
         fh, owner, start, end, kind, pid, _flags = fuse.LK_IN.unpack(request.body)
-        lock = Lock((kind, start, end, pid))
+        lock = Lock(kind, start, end, pid)
         kind, start, end, pid = self._operations.getlk(request.who, fh, owner, lock)
         return fuse.LK_OUT.pack(start, end, kind, pid)
 
@@ -54,7 +54,7 @@ class Locks:
         if flags & fuse.LK_FLOCK:
             self._operations.flock(request.who, fh, kind)
         else:
-            self._operations.setlk(request.who, fh, owner, Lock((kind, start, end, pid)))
+            self._operations.setlk(request.who, fh, owner, Lock(kind, start, end, pid))
 
     def _setlkw(self, request: Request) -> bytes | None:
         try:

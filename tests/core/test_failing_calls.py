@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from fsd.export import export as export_module
+from fsd.files.locks import Lock
 from fsd.files.passthrough import Changes
-from fsd.fuse.hostlocks import Lock
 from fsd.guests.guest import Observer
 from fsd.pacing import windows
 from protocol.handles import NodeKey
@@ -169,7 +169,7 @@ class Scenario:
         attempt(mount.lseek, fh, 0, os.SEEK_DATA)
         attempt(mount.copy_file_range, USER, fh, 0, fh, 4, 2)
         attempt(mount.ioctl, USER, fh, 0x8008_6601, b"")
-        lock = Lock((fcntl.F_WRLCK, 0, 9, 1))
+        lock = Lock(fcntl.F_WRLCK, 0, 9, 1)
         attempt(mount.setlk, USER, fh, 1, lock)
         attempt(mount.getlk, USER, fh, 2, lock)
         attempt(mount.flock, USER, fh, fcntl.F_WRLCK)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fsd.fuse.hostlocks import WOKEN, GuestLocks
+from fsd.files.locks import WOKEN
+from fsd.fuse.hostlocks import GuestLocks
 from fsd.fuse.locks import TRIES
 from fsd.fuse.openfiles import LONG_POLL
 from protocol import frames, fuse
