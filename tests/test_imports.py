@@ -39,7 +39,6 @@ MAY_IMPORT = {
 # Module -> what it imports beside that. None may be added.
 EXCEPTIONS = {
     ("fsd/files/table.py", "fsd.events.listings"): "a slot of Inode",
-    ("fsd/transports/virtiofs.py", "fsd.checkpoint.restore"): "Resumption",
 }
 # Where guest_tools knows protobuf; the one is imported when a command needs it, the other by it.
 PROTOBUF = (

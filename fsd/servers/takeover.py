@@ -154,7 +154,7 @@ def open_export(
             transport.export = export
         for transport in going.values():
             try:
-                transport.resume(resumption)
+                transport.resume(resumption.mount, resumption.table.inodes)
             except ValueError as error:
                 log.error(
                     "a guest's session cannot be continued", share=transport.name, reason=str(error)

@@ -11,7 +11,7 @@ import grp
 import os
 import socket
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -22,13 +22,14 @@ import trio
 
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
-from ..checkpoint.restore import Resumption
 from ..export.export import Export
 from ..files.slowcalls import THREADS
+from ..files.table import Inode
 from ..fuse.operations import Operations
 from ..fuse.record import SessionRecord
 from ..fuse.session import FuseSession, SessionOptions
 from ..guests.guest import Guest
+from ..guests.mount import MountGuest
 from ..linux import syscalls
 from ..pacing.guard import Guard
 from ..process.systemd import Store
@@ -259,11 +260,14 @@ class GuestTransport(VirtiofsTransport):
         self._present = ExportSession(self.export, self.name, loop, self._options)
         return self._present
 
-    def resume(self, resumption: Resumption) -> None:
-        """The guest of an earlier process goes on. Raises ValueError for what makes no sense."""
+    def resume(self, restore: Callable[[MountGuest], object], inodes: Mapping[int, Inode]) -> None:
+        """The guest of an earlier process goes on: ``restore`` gives it back what was its own,
+        ``inodes`` are those of the share by the nodeids that they had. Raises ValueError for what
+        makes no sense.
+        """
         session = self._new_session(self.loop)
-        resumption.mount(session.guest)
-        session.resume(resumption.table.inodes)
+        restore(session.guest)
+        session.resume(inodes)
         self.session = session
 
     @property
