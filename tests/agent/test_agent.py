@@ -168,7 +168,7 @@ def test_without_openat2_events_are_the_same(share_no_agent: Mount, error: int) 
 
 def test_the_limit_is_raised() -> None:
     code = (
-        "import resource; from guest_tools import descriptors;"
+        "import resource; from guest_tools.agent import descriptors;"
         "print(*descriptors.raise_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -276,7 +276,7 @@ def test_watchers_that_fork_do_not_end_events(share_no_agent: Mount) -> None:
 
 DYING = """
 import sys
-from guest_tools import scanner
+from guest_tools.agent import scanner
 from guest_tools.cli import main
 real = scanner.Scanner._watch_exits
 def die(self, poll):

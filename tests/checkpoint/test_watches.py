@@ -284,7 +284,7 @@ def test_handles_that_identify_and_do_not_lead_anywhere(watcher: Remote, tmp_pat
         watcher(f"[watch(3, path, {CREATE}) for path in {[str(top / 'old'), str(top / 'new')]!r}]")
         before = watcher.marks(3)
         blind = save(watcher, tmp_path / "blind")
-        assert "2 watched files have no path that is known, of which 2 cannot be found" in blind
+        assert "2 watched files have no known path, and 2 of them cannot be found" in blind
         kinds = [w["handle"]["kind"] for w in shown(tmp_path / "blind")["files"][0]["watches"]]
         assert kinds == ["encodable only"] * 2
         with restored(tmp_path / "blind") as again:
@@ -439,7 +439,7 @@ def test_an_ordinary_user(tree: Path) -> None:
         words = [*prefix, "checkpoint", "--pid", str(watcher.pid), str(tree.parent / "blind")]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        assert "3 watched files have no path that is known" in done.stderr
+        assert "3 watched files have no known path" in done.stderr
         words[-1:] = ["--search", str(tree), str(tree.parent / "saved")]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")

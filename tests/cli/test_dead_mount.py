@@ -45,7 +45,7 @@ def test_the_same_command_again(places: tuple[Path, Path], options: list[str]) -
     for _ in range(2):
         killed(source, mountpoint, *options)
         asked = run([FSD, "status", mountpoint])
-        refused(asked, f"{mountpoint}: its server has died; fsd mount makes the mount anew")
+        refused(asked, f"{mountpoint}: the server of this mount has died; run fsd mount again")
     said = start(source, mountpoint, *options)
     assert said == [f"fsd: mountpoint {mountpoint}: its server had died; unmounted it"]
     assert mounts_at(mountpoint) == ["fuse.fsd"]

@@ -57,8 +57,8 @@ def _counted(share: Mount) -> dict[str, dict[str, int]]:
         (["add", "--mask", "bogus"], "unknown event 'bogus'"),
         (["add", "--mask", ""], "--mask"),
         (["add"], "--mask is missing"),
-        (["modify", "--mask", "create"], "no mark by hand"),
-        (["remove"], "no mark by hand"),
+        (["modify", "--mask", "create"], "no mark was set by hand"),
+        (["remove"], "no mark was set by hand"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
