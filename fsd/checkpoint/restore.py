@@ -18,10 +18,10 @@ from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask
 
 from ..events.event import Event
-from ..events.listings import Known, Missed
-from ..events.resolver import listing
+from ..events.missed import Missed
 from ..events.watcher import HOST
-from ..files.table import Inode
+from ..files.inode import Inode
+from ..files.listing import Known, listing
 from ..guests.guest import BY_HAND, MARKS_LIMIT, TOKEN_SIZE, Guest, Observer
 from ..guests.mount import MountGuest
 from ..linux import syscalls

@@ -20,8 +20,9 @@ from protocol.frames import FSD_DIR
 from protocol.images import ImageError
 
 from ..files.forgotten import Forgotten
+from ..files.inode import ROOT_ID, Identity, Inode
 from ..files.saved import GONE, SavedInode, SavedTable
-from ..files.table import ROOT_ID, Inode, InodeTable
+from ..files.table import InodeTable
 from ..linux import syscalls
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
@@ -76,7 +77,9 @@ class RestoredTable:
             _check_handle(handle)
             if nodeid not in self.inodes and ROOT_ID < nodeid < FSD_DIR:
                 mounts = table.mounts
-                identity = (device or mounts.device, ino, handle, 0 if device else mounts.own)
+                identity = Identity(
+                    device or mounts.device, ino, handle, 0 if device else mounts.own
+                )
                 table.remember(nodeid, Forgotten(identity, parent, name))
         for inode in self.inodes.values():
             if inode.is_dir and inode.parent is None and inode is not table.root:
@@ -105,11 +108,11 @@ class RestoredTable:
             raise ImageError(f"nodeid {nodeid} has generation {generation}, type {kind:o}")
         _check_handle(handle)
         mounts = self._table.mounts
-        identity = (mounts.device, ino, handle, mounts.own)
+        identity = Identity(mounts.device, ino, handle, mounts.own)
         if device < 0:
-            identity = (GONE, nodeid, b"", 0)
+            identity = Identity(GONE, nodeid, b"", 0)
         elif device:  # on another mount, whose number may be another by now
-            identity = (device, ino, handle, -nodeid)
+            identity = Identity(device, ino, handle, -nodeid)
         try:
             inode = self._table.adopt(nodeid, generation, identity, kind)
         except ValueError as error:
@@ -133,16 +136,16 @@ class RestoredTable:
             return True
         # A handle proves the object wherever it is met again; without one, or on another mount,
         # nothing does.
-        if not self._table.is_own(inode.identity) or not inode.identity[2]:
-            self._table.identify_as(inode, (GONE, inode.nodeid, b"", 0))
+        if not self._table.is_own(inode.identity) or not inode.identity.handle:
+            self._table.identify_as(inode, Identity(GONE, inode.nodeid, b"", 0))
         return False
 
     def _find_directory(self, inode: Inode) -> bool:
         fd = self._table.open_by_handle(inode)
         try:
             status = os.fstat(fd)
-            if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity[1], inode.kind):
-                self._table.identify_as(inode, (GONE, inode.nodeid, b"", 0))
+            if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity.ino, inode.kind):
+                self._table.identify_as(inode, Identity(GONE, inode.nodeid, b"", 0))
                 return False
             self._table.verify_place(inode)
         except OSError:  # nobody could look where it is
@@ -159,9 +162,12 @@ class RestoredTable:
             fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
         try:
             identity, status = self._table.identify(fd)
-            if stat.S_IFMT(status.st_mode) != inode.kind or identity[1:3] != inode.identity[1:3]:
+            known = inode.identity
+            if (identity.ino, identity.handle) != (known.ino, known.handle):
                 return False
-            if not identity[2] and not self._is_older(fd, status):
+            if stat.S_IFMT(status.st_mode) != inode.kind:
+                return False
+            if not identity.handle and not self._is_older(fd, status):
                 return False
             self._table.identify_as(inode, identity)
             if inode.is_dir and self._table.must_pin(identity):

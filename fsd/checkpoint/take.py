@@ -18,11 +18,12 @@ from protocol import frames
 from protocol.frames import FSD_DIR
 
 from ..events.event import Event
-from ..events.listings import CLOCK_LAG_NS, Known, Listing
+from ..events.missed import CLOCK_LAG_NS
 from ..events.sharedwatches import SharedWatches
 from ..events.watcher import HostWatcher
+from ..files.inode import Identity, Inode
+from ..files.listing import Known, Listing
 from ..files.saved import SavedTable, inode_table, saved_inode
-from ..files.table import Identity, Inode
 from ..guests.guest import Guest, HandMarks, Observer
 from ..guests.mount import MountGuest
 from ..linux import syscalls
@@ -251,7 +252,7 @@ def _as_it_is(dir_fd: int, name: bytes, known: Known) -> Known:
     """The entry of a name, looked at. Raises OSError where nobody could look."""
     with syscalls.skipping_gone:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        handle = known.inode.identity[2] if known.inode is not None else b""
+        handle = known.inode.identity.handle if known.inode is not None else b""
         is_same = not handle or syscalls.file_handle(dir_fd, name) == handle
         now = Known(status.st_ino, stat.S_IFMT(status.st_mode), known.seen_ns)
         return known if is_same and known.may_be(now) else now

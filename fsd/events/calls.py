@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from protocol.inotify import RawEvent
 from protocol.masks import STRUCTURE, Mask
 
-from ..files.table import Inode, is_below
+from ..files.inode import Inode, is_below
 from ..pacing import windows
 from .watcher import Arrival
 

@@ -15,12 +15,13 @@ from contextlib import suppress
 
 from protocol.masks import Mask
 
+from ..files.inode import Inode
+from ..files.listing import UNKNOWN, Known, Listing
 from ..files.passthrough import PassthroughFS
-from ..files.table import Inode
 from ..linux import syscalls
 from ..pacing.chores import Job, finish
 from .event import RENAME, Event
-from .listings import CLOCK_LAG_NS, UNKNOWN, Known, Listing, Missed, changed_since
+from .missed import CLOCK_LAG_NS, Missed, changed_since
 from .reading import Reader
 from .watcher import HOST, HostWatcher
 
@@ -166,7 +167,7 @@ class Comparer:
         removed: list[tuple[Inode, bytes, Known]] = []
         for (node, name), (before, mask) in changes.items():
             if not name:
-                kept.append((node, name, Known(node.identity[1], node.kind, 0, node), mask))
+                kept.append((node, name, Known(node.identity.ino, node.kind, 0, node), mask))
                 continue
             after = node.listing.names.get(name) if node.listing is not None else None
             if before is not None and after is not None and before.may_be(after):
@@ -223,13 +224,13 @@ class Comparer:
         if known.inode is not None:
             return self._table.current(known.inode)
         child = node.children.get(name)
-        if child is not None and child.identity[1] == known.ino:
+        if child is not None and child.identity.ino == known.ino:
             return child
         try:
             child = self._fs.peek(node, name).inode
         except OSError:  # gone by now, or nobody could look: the event is about its name
             child = None
-        if child is not None and child.identity[1] == known.ino:
+        if child is not None and child.identity.ino == known.ino:
             return child
         return self._table.placeholder(known.kind or stat.S_IFREG, node, name)
 

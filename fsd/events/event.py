@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from protocol.masks import Mask
 
-from ..files.table import Inode
-from .listings import Known
+from ..files.inode import Inode
+from ..files.listing import Known
 from .watcher import Origin
 
 RENAME = int(Mask.MOVED_FROM | Mask.MOVED_TO)

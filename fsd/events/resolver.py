@@ -26,13 +26,13 @@ from contextlib import suppress
 from protocol.frames import FSD_NAME
 from protocol.masks import EVENTS, SELF, STRUCTURE, Mask
 
+from ..files.inode import Inode
+from ..files.listing import Known, listing, of_inode
 from ..files.passthrough import PassthroughFS
-from ..files.table import Inode
 from ..linux import syscalls
 from ..pacing import windows
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
 from .event import RENAME, Event
-from .listings import Known, Listing, of_inode
 from .watcher import Arrival, HostWatcher
 
 _CREATE = int(Mask.CREATE)
@@ -118,7 +118,7 @@ class Resolver:
             return True
         bits = arrival.raw.mask & _TOUCHES
         parent = directory.parent
-        if parent is None or parent.identity[3] != directory.identity[3]:
+        if parent is None or parent.identity.mount != directory.identity.mount:
             return False  # where a mount begins, the directory above hears nothing
         return self._watcher.reports(parent, bits, arrival.number)
 
@@ -292,7 +292,7 @@ class Resolver:
         if known is None:
             is_last = self._leaving(wd, event.name, 1) == 1
             return inode if is_last and inode is not event.child else None
-        return inode if (inode.identity[1], inode.kind) == (known.ino, known.kind) else None
+        return inode if (inode.identity.ino, inode.kind) == (known.ino, known.kind) else None
 
     def _is_exchange(
         self, child: Inode, replaced: Inode, moved: Inode | None, *, beside: bool
@@ -460,7 +460,7 @@ class Resolver:
                 return None
             known = listing(event.node).names.get(event.name)
             if known is not None and known.inode is None:
-                if known.ino != inode.identity[1]:
+                if known.ino != inode.identity.ino:
                     return None
             else:
                 here = inode.name == event.name and inode.parent in (event.node, None)
@@ -506,7 +506,7 @@ class Resolver:
         if before is not None and before.inode is not None:
             return self._table.current(before.inode)
         child = node.children.get(name)
-        if child is not None and before is not None and child.identity[1] != before.ino:
+        if child is not None and before is not None and child.identity.ino != before.ino:
             return None
         return child
 
@@ -565,10 +565,3 @@ def _is_unlinked(event: Event) -> bool:
     if child is None or child.is_dir or child.is_placeholder:
         return False
     return child.parent is None or child.parent.children.get(child.name, child) is not child
-
-
-def listing(node: Inode) -> Listing:
-    """The directory's listing, made when first needed."""
-    if node.listing is None:
-        node.listing = Listing()
-    return node.listing

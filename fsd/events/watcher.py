@@ -27,7 +27,8 @@ from protocol.fdinfo import parse_fdinfo
 from protocol.inotify import RawEvent, parse_events
 from protocol.masks import SELF, STRUCTURE, Mask
 
-from ..files.table import Inode, InodeTable
+from ..files.inode import Inode
+from ..files.table import InodeTable
 from ..linux import syscalls
 from ..linux.ioctls import FIONREAD, SETNEXTWD
 from ..linux.queuelimit import limited_to
@@ -235,7 +236,7 @@ class HostWatcher:
         other = self._by_wd.get(wd)
         if other is None:
             return self._shared.join(wd, is_taken=False) if wd in self._shared else wd
-        if other is inode or other.identity[:3] != inode.identity[:3]:
+        if other is inode or not other.identity.is_object_of(inode.identity):
             return wd
         return self._shared.join(wd, is_taken=True)
 

@@ -23,8 +23,8 @@ from protocol.masks import EVENTS, Mask
 
 from ..events.event import Event
 from ..events.watcher import HOST
+from ..files.inode import Inode
 from ..files.passthrough import Entry
-from ..files.table import Inode
 from ..guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
 from ..guests.mount import MountGuest
 from ..pacing import windows

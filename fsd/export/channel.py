@@ -20,7 +20,7 @@ from protocol.frames import Role
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS
 
-from ..files.table import Inode
+from ..files.inode import Inode
 from ..guests.guest import MARKS_LIMIT, Guest, HandMarks, Observer, new_token
 from ..guests.mount import MountGuest
 from ..pacing.chores import Job, Pause, begin

@@ -23,15 +23,17 @@ from protocol import masks
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from ..events import listings
 from ..events.compare import Changes, Comparer
 from ..events.event import RENAME, Event
+from ..events.missed import CLOCK_LAG_NS
 from ..events.reading import Reader
-from ..events.resolver import Resolver, listing
+from ..events.resolver import Resolver
 from ..events.watcher import DIRECTORY, HOST, MARKED, SERVER, HostWatcher
+from ..files.inode import Inode
+from ..files.listing import Known, listing, of_inode
 from ..files.locks import LockWaiters
 from ..files.passthrough import PassthroughFS
-from ..files.table import Inode, InodeTable
+from ..files.table import InodeTable
 from ..guests.guest import (
     BY_HAND,
     FIRST,
@@ -60,7 +62,7 @@ _OWN = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 _CREATE, _ISDIR = int(Mask.CREATE), int(Mask.ISDIR)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
 _UNMOUNT = int(Mask.UNMOUNT)
-_SETTLING = 2 * listings.CLOCK_LAG_NS / 1e9
+_SETTLING = 2 * CLOCK_LAG_NS / 1e9
 """Seconds without a change after which file times tell later changes from earlier ones."""
 COMPARE_EVERY = 2.0
 """Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
@@ -424,7 +426,7 @@ class Export:
             if announce and name not in known:
                 mask = _CREATE | (_ISDIR if child.is_dir else 0)
                 event = Event(node, mask, name, 0, HOST, time.monotonic(), child)
-                names[name] = listings.of_inode(child)
+                names[name] = of_inode(child)
                 self._route(event)
             if child.is_dir and child.kind == (entry.kind or child.kind):
                 self.table.pin(child)
@@ -868,5 +870,5 @@ def _nobody() -> None:
     """Nobody keeps the state."""
 
 
-def _may_be_dir(entry: listings.Known) -> bool:
+def _may_be_dir(entry: Known) -> bool:
     return entry.kind in (stat.S_IFDIR, 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
-from ..files.table import Inode
+from ..files.inode import Inode
 
 if TYPE_CHECKING:
     from ..guests.guest import Guest

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..events.compare import Changes
 from ..events.event import Event
-from ..files.table import Inode
+from ..files.inode import Inode
 from ..guests.ledger import Ways
 from ..guests.mount import MountGuest
 from ..pacing import windows

@@ -15,7 +15,7 @@ from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
 from ..events.event import Event
-from ..files.table import Inode
+from ..files.inode import Inode
 from ..guests.mount import MountGuest
 from .lookups import Kept
 from .seen import Seen, look

@@ -14,7 +14,8 @@ from protocol.masks import Mask
 
 from ..events.event import RENAME, Event
 from ..files.attributes import StatLike
-from ..files.table import Inode, InodeTable
+from ..files.inode import Inode
+from ..files.table import InodeTable
 from ..linux import syscalls
 
 _ATTRIB, _MODIFY = int(Mask.ATTRIB), int(Mask.MODIFY)

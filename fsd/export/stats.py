@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from protocol import masks
 
-from ..files.table import Inode
+from ..files.inode import Inode
 from ..guests.guest import Guest, HandMarks, Observer
 from ..guests.mount import MountGuest
 

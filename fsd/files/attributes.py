@@ -6,7 +6,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from .table import Inode
+from .inode import Inode
 
 
 class Attr(NamedTuple):

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import ItemsView
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from .table import Identity
+from .inode import Identity
 
 FORGOTTEN_LIMIT = 16_384
 """Objects that are remembered; some 6 MB at worst. Small objects by the ten thousand leave the
@@ -26,7 +25,7 @@ class Forgotten(NamedTuple):
     name: bytes
 
 
-_UNKNOWN = Forgotten((0, 0, b"", 0), 0, b"")
+_UNKNOWN = Forgotten(Identity(0, 0, b"", 0), 0, b"")
 
 
 class ForgottenObjects:

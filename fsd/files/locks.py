@@ -15,7 +15,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ..linux import syscalls
-from .table import Inode
+from .inode import Inode
 
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: type, whence, start, len, pid

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .table import Inode
+    from .inode import Inode
 
 NAMES_LIMIT = 16
 """Of one file, those seen last: some 200 bytes each, and each is a look where it is not there."""

@@ -22,22 +22,10 @@ from ..linux import directories, syscalls
 from ..linux.directories import DirEntry
 from . import fileflags
 from .attributes import StatLike
+from .caller import Caller
+from .inode import Inode
 from .successors import Successors
-from .table import Inode, InodeTable
-
-
-class Identity(NamedTuple):
-    """Who asks: what creating a file needs.
-
-    ``groups`` None: a process of this machine, and /proc has them. Else a guest's, whose kernel
-    has checked permissions and names just those that matter.
-    """
-
-    uid: int
-    gid: int
-    pid: int
-    groups: tuple[int, ...] | None = None
-    umask: int = 0
+from .table import InodeTable
 
 
 class Entry(NamedTuple):
@@ -180,13 +168,13 @@ class PassthroughFS:
         return entry
 
     @contextmanager
-    def _creating(self, parent: Inode, name: bytes, who: Identity) -> Iterator[int]:
+    def _creating(self, parent: Inode, name: bytes, who: Caller) -> Iterator[int]:
         self._check_name(name)
         with self.table.directory(parent) as dir_fd, self._acting_as(who):
             yield dir_fd
 
     @staticmethod
-    def _acting_as(who: Identity, *, judged: bool = True) -> AbstractContextManager[None]:
+    def _acting_as(who: Caller, *, judged: bool = True) -> AbstractContextManager[None]:
         groups: Sequence[int] = who.groups or ()
         if who.groups is None and (who.uid or who.gid):
             groups = syscalls.supplementary_groups(who.pid)
@@ -194,11 +182,11 @@ class PassthroughFS:
         return syscalls.acting_as(who.uid, who.gid, groups, umask=who.umask, judged=judged)
 
     @staticmethod
-    def _mode(mode: int, who: Identity) -> int:
+    def _mode(mode: int, who: Caller) -> int:
         """Of a new file: what another has made must not run as the server's user."""
         return mode & ~0o6000 if syscalls.takes_for_itself(who.uid) else mode
 
-    def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Identity) -> Entry:
+    def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Caller) -> Entry:
         """MKNOD. Device nodes are for root to make, as natively; a guest's kernel opens its own
         devices by them.
         """
@@ -208,13 +196,13 @@ class PassthroughFS:
             os.mknod(name, self._mode(mode, who), rdev, dir_fd=dir_fd)
         return self._made(parent, name, stat.S_IFMT(mode) or stat.S_IFREG)
 
-    def mkdir(self, parent: Inode, name: bytes, mode: int, who: Identity) -> Entry:
+    def mkdir(self, parent: Inode, name: bytes, mode: int, who: Caller) -> Entry:
         """MKDIR."""
         with self._creating(parent, name, who) as dir_fd:
             os.mkdir(name, mode, dir_fd=dir_fd)
         return self._made(parent, name, stat.S_IFDIR)
 
-    def symlink(self, parent: Inode, name: bytes, target: bytes, who: Identity) -> Entry:
+    def symlink(self, parent: Inode, name: bytes, target: bytes, who: Caller) -> Entry:
         """SYMLINK."""
         with self._creating(parent, name, who) as dir_fd:
             os.symlink(target, name, dir_fd=dir_fd)
@@ -231,7 +219,7 @@ class PassthroughFS:
         return self.referenced(entry)
 
     def create(
-        self, parent: Inode, name: bytes, mode: int, flags: int, who: Identity, open_file: OpenFile
+        self, parent: Inode, name: bytes, mode: int, flags: int, who: Caller, open_file: OpenFile
     ) -> tuple[Entry, Handle]:
         """CREATE: make (or open) a regular file."""
         exclusive = flags & os.O_EXCL
@@ -251,7 +239,7 @@ class PassthroughFS:
             raise
         return entry, self._handle(entry.inode, fd, flags)
 
-    def tmpfile(self, parent: Inode, mode: int, flags: int, who: Identity) -> tuple[Entry, Handle]:
+    def tmpfile(self, parent: Inode, mode: int, flags: int, who: Caller) -> tuple[Entry, Handle]:
         """TMPFILE: a regular file without a name."""
         flags = flags & ~_DROPPED_FLAGS | flags & os.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC
         with self.table.directory(parent) as dir_fd, self._acting_as(who):
@@ -264,7 +252,7 @@ class PassthroughFS:
         return entry, self._handle(entry.inode, fd, flags)
 
     def _open_existing(
-        self, parent: Inode, name: bytes, flags: int, who: Identity, open_file: OpenFile
+        self, parent: Inode, name: bytes, flags: int, who: Caller, open_file: OpenFile
     ) -> int:
         """Open what a CREATE has found there. No guest's kernel has checked permissions."""
         with self.table.directory(parent) as dir_fd:
@@ -282,7 +270,7 @@ class PassthroughFS:
             os.link(syscalls.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self._made(parent, name, inode.kind)
 
-    def unlink(self, parent: Inode, name: bytes, who: Identity, keep: Keep) -> None:
+    def unlink(self, parent: Inode, name: bytes, who: Caller, keep: Keep) -> None:
         """UNLINK."""
         self._check_name(name)
         with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
@@ -290,14 +278,14 @@ class PassthroughFS:
             os.unlink(name, dir_fd=dir_fd)
         self._gone(parent, name)
 
-    def rmdir(self, parent: Inode, name: bytes, who: Identity, _keep: Keep) -> None:
+    def rmdir(self, parent: Inode, name: bytes, who: Caller, _keep: Keep) -> None:
         """RMDIR."""
         self._check_name(name)
         with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
             os.rmdir(name, dir_fd=dir_fd)
         self._gone(parent, name)
 
-    def _removing(self, who: Identity, *dir_fds: int) -> AbstractContextManager[None]:
+    def _removing(self, who: Caller, *dir_fds: int) -> AbstractContextManager[None]:
         """As the caller where a directory is sticky: the guest's kernel has judged whose the file
         is that it knows by the name, and the name may stand for another's by now.
         """
@@ -325,7 +313,7 @@ class PassthroughFS:
         new: Inode,
         new_name: bytes,
         flags: int,
-        who: Identity,
+        who: Caller,
         keep: Keep,
     ) -> None:
         """RENAME, RENAME2."""
@@ -358,7 +346,7 @@ class PassthroughFS:
             self._unlinked(other)
 
     @staticmethod
-    def _check_movable(dir_fd: int, name: bytes, who: Identity) -> None:
+    def _check_movable(dir_fd: int, name: bytes, who: Caller) -> None:
         """Raises PermissionError for a directory that the caller cannot write, whatever its groups:
         it cannot move elsewhere (vfs_rename in fs/namei.c). The guest's kernel has judged the one
         that it knows by the name.
@@ -535,7 +523,7 @@ class PassthroughFS:
             fd = os.open(syscalls.fd_path(path_fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._handle(inode, fd, os.O_RDONLY)
 
-    def ioctl(self, handle: Handle, who: Identity, command: int, data: bytes) -> bytes:
+    def ioctl(self, handle: Handle, who: Caller, command: int, data: bytes) -> bytes:
         """IOCTL, one of fsd.linux.ioctls.FILES: permission to change flags is the caller's."""
         fileflags.check(handle.fd, command, data)
         with self._acting_as(who, judged=False):

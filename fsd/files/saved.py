@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from protocol.frames import FSD_DIR
 
-from .table import Identity, Inode, InodeTable
+from .inode import Identity, Inode
+from .table import InodeTable
 
 GONE = -1
 """Device of what is no object of the host any more."""
@@ -68,7 +69,9 @@ def inode_table(table: InodeTable) -> SavedTable:
             if child.name != name or child.parent is not inode:
                 links.append(SavedLink(inode.nodeid, name, child.nodeid))
     forgotten = [
-        SavedForgotten(nodeid, _saved_device(table, identity), *identity[1:3], parent, name)
+        SavedForgotten(
+            nodeid, _saved_device(table, identity), identity.ino, identity.handle, parent, name
+        )
         for nodeid, (identity, parent, name) in table.forgotten.items()
     ]
     return SavedTable(inodes, links, forgotten)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from protocol.masks import Mask
 
-from .table import Inode
+from .inode import Inode
 
 LONG = 4 << 20
 """Bytes up to which a file is allocated, cut, removed or copied at once: some milliseconds."""

@@ -11,7 +11,8 @@ import math
 import os
 import time
 
-from .table import Inode, InodeTable
+from .inode import Inode
+from .table import InodeTable
 
 HOLD = 1.0
 """Seconds between two requests of one system call that are waited for: far more than they take."""

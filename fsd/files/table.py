@@ -16,12 +16,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
 from protocol.frames import FSD_DIR, FSD_NAME, STAGING
 from protocol.handles import NodeKey
@@ -30,17 +28,11 @@ from ..linux import syscalls
 from ..linux.mounts import Mounts
 from ..pacing import windows
 from .forgotten import Forgotten, ForgottenObjects
+from .inode import ROOT_ID, Identity, Inode, is_below
 from .othernames import OtherNames
 
-if TYPE_CHECKING:
-    from ..events.listings import Listing
-
-ROOT_ID = 1
 _MOVES = 3
 """Tries to find an object that the host may move all the while."""
-PATH_LEVELS = 256
-"""Names of a path that are walked or shown. People's trees are less deep; of those that a guest
-makes deeper, each use of a directory would cost its depth."""
 WALKED_LEVELS = 2048
 """The same where each use of a directory must walk its path, as something is mounted below the
 share: as many as fit into PATH_MAX. A use costs some 1 ms then; what is deeper is ENAMETOOLONG."""
@@ -58,97 +50,16 @@ _CANNOT_OPEN_HANDLES = (
 _NO_SUCH_PATH = (errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
 """Of openat2(2), where something else, or a mount, is on a path that was known."""
 
-Identity = tuple[int, int, bytes, int]
-"""(st_dev, st_ino, file handle or b"", number of the mount)."""
-
-
-class Inode:
-    """One object of the export, as long as a guest, an event or a handle needs it."""
-
-    __slots__ = (
-        "attr_given", "children", "fd", "generation", "identity", "kind", "listing", "lookups",
-        "name", "nlink", "nodeid", "number", "open_fds", "parent", "pins", "warm_until",
-    )  # fmt: skip
-
-    def __init__(self, nodeid: int, generation: int, identity: Identity, kind: int) -> None:
-        self.nodeid = nodeid
-        self.number = nodeid  # the st_ino that guests see
-        self.generation = generation
-        self.identity = identity
-        self.kind = kind  # S_IFMT bits
-        self.lookups = 0  # references of the guest's kernel (FUSE lookup count)
-        self.pins = 0  # references of the server: interest, orders, open handles
-        self.parent: Inode | None = None
-        self.name = b""
-        self.children: dict[bytes, Inode] = {}  # of a directory: names that were looked up
-        self.fd = -1  # O_PATH pin, only where handles cannot be opened
-        self.nlink = 1  # as last seen
-        self.attr_given = False  # to a kernel, for longer than a moment
-        self.open_fds: list[int] = []  # of open file handles: reach it after its unlink
-        self.listing: Listing | None = None  # of a watched directory
-        self.warm_until = 0.0  # time.monotonic(): the kernel has just had a directory's dentries
-
-    @property
-    def key(self) -> NodeKey:
-        """Identity on the wire."""
-        return NodeKey(self.nodeid, self.generation)
-
-    @property
-    def is_dir(self) -> bool:
-        """Whether it is a directory."""
-        return self.kind == stat.S_IFDIR
-
-    @property
-    def is_placeholder(self) -> bool:
-        """Whether it stands for an object that was gone before the server could look."""
-        return self.identity[0] < 0
-
-    def __repr__(self) -> str:
-        return f"<Inode {self.nodeid}.{self.generation} {self.shown_path()!r}>"
-
-    def path(self) -> bytes:
-        """Path below the root as last known, however long it is."""
-        return self._end_of_path(sys.maxsize)[0]
-
-    def shown_path(self) -> bytes:
-        """The same for people: of a deep one its end, after "..."."""
-        path, is_whole = self._end_of_path()
-        return path if is_whole else b".../" + path
-
-    def short_path(self, levels: int = PATH_LEVELS) -> bytes | None:
-        """Path below the root as last known; None where that is too deep to be walked each time."""
-        path, is_whole = self._end_of_path(levels)
-        return path if is_whole else None
-
-    def _end_of_path(self, levels: int = PATH_LEVELS) -> tuple[bytes, bool]:
-        """The last names of the path, and whether that is all of it."""
-        parts: list[bytes] = []
-        node: Inode | None = self
-        while node is not None and node.name and len(parts) < levels:
-            parts.append(node.name)
-            node = node.parent
-        return b"/".join(reversed(parts)), node is None or not node.name
-
-
-def is_below(directory: Inode, top: Inode) -> bool:
-    """Whether a directory is ``top``, or below it as far as is known."""
-    node: Inode | None = directory
-    while node is not None:
-        if node is top:
-            return True
-        node = node.parent
-    return False
-
 
 def _hidden_directory(nodeid: int, name: bytes) -> Inode:
-    inode = Inode(nodeid, 1, (-2, nodeid, b"", 0), stat.S_IFDIR)
+    inode = Inode(nodeid, 1, Identity(-2, nodeid, b"", 0), stat.S_IFDIR)
     inode.name = name
     return inode
 
 
 def _matches(found: Identity, known: Identity) -> bool:
     """Whether an object is that one, whose mount may have had another number before a restart."""
-    return found[:3] == known[:3] and known[3] in (0, found[3])
+    return found.is_object_of(known) and known.mount in (0, found.mount)
 
 
 class LookupCountError(AssertionError):
@@ -262,7 +173,7 @@ class InodeTable:
         """The very object, wherever it is; None where it is gone."""
         with syscalls.skipping_gone:
             if self.handle_opens(record.identity):
-                handle = record.identity[2]
+                handle = record.identity.handle
                 fd = syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
                 try:
                     return self._at_path(fd)
@@ -293,7 +204,7 @@ class InodeTable:
             if error.errno != errno.EOPNOTSUPP:  # without its handle it would be another object
                 raise
             handle, mount = b"", self._mount_of(fd)
-        return (status.st_dev, status.st_ino, handle, mount), status
+        return Identity(status.st_dev, status.st_ino, handle, mount), status
 
     def _mount_of(self, fd: int) -> int:
         return syscalls.mount_id(fd) if self.mounts.below else self.mounts.own
@@ -363,7 +274,7 @@ class InodeTable:
     def placeholder(self, kind: int, parent: Inode | None, name: bytes) -> Inode:
         """An inode for an object that is gone already; it is no one else's identity."""
         nodeid = self._synthetic()
-        inode = Inode(nodeid, 1, (-1, nodeid, b"", 0), kind)
+        inode = Inode(nodeid, 1, Identity(-1, nodeid, b"", 0), kind)
         inode.parent, inode.name = parent, name
         return self.revive(inode)
 
@@ -398,7 +309,7 @@ class InodeTable:
 
     def handle_opens(self, identity: Identity) -> bool:
         """Whether an object can be opened by its handle."""
-        return self.by_handle and identity[3] == self._own and bool(identity[2])
+        return self.by_handle and identity.mount == self._own and bool(identity.handle)
 
     def numbering(self, directory: Inode) -> Callable[[bytes, int], int] | None:
         """What makes unique numbers of those in the host's listing of a directory, each with its
@@ -421,13 +332,13 @@ class InodeTable:
 
     def is_own(self, identity: Identity) -> bool:
         """Whether an object is on the share's own mount."""
-        return identity[3] == self._own
+        return identity.mount == self._own
 
     def must_pin(self, identity: Identity) -> bool:
         """Whether a directory can be found again by a descriptor only. On another mount none is
         kept: the host may unmount it.
         """
-        return not (self.by_handle and identity[2]) and self.is_own(identity)
+        return not (self.by_handle and identity.handle) and self.is_own(identity)
 
     def _new(self, identity: Identity, kind: int) -> Inode:
         device, ino, handle, mount = identity
@@ -458,7 +369,7 @@ class InodeTable:
             self._next_synthetic = nodeid + 1
         inode = Inode(nodeid, generation, identity, kind)
         if self.is_own(identity):
-            inode.number = self.mounts.number(identity[3], identity[0], identity[1])
+            inode.number = self.mounts.number(identity.mount, identity.device, identity.ino)
         self._by_node[nodeid] = inode
         self._by_identity[identity] = inode
         return inode
@@ -476,7 +387,7 @@ class InodeTable:
     def retire(self, inode: Inode) -> None:
         """The inode's object is gone for good: what is found with the same identity is another."""
         if self.holds(inode):
-            self.identify_as(inode, (-1, inode.nodeid, b"", 0))
+            self.identify_as(inode, Identity(-1, inode.nodeid, b"", 0))
 
     def forget(self, nodeid: int, count: int) -> None:
         """FUSE FORGET: the guest's kernel drops ``count`` references."""
@@ -549,8 +460,8 @@ class InodeTable:
 
     def _check_answers(self, inode: Inode) -> None:
         """Raises OSError EIO for what is on a file system below the share that does not answer."""
-        if self.mounts.remote and inode.identity[3] in self.mounts.remote:
-            self.mounts.check(inode.identity[3])
+        if self.mounts.remote and inode.identity.mount in self.mounts.remote:
+            self.mounts.check(inode.identity.mount)
 
     def open_directory(self, inode: Inode) -> int:
         """An O_PATH descriptor of a directory: to be closed, unless it is the inode's own ``fd``.
@@ -607,7 +518,7 @@ class InodeTable:
     def _open_by_verified_handle(self, inode: Inode) -> int:
         fd = self.open_by_handle(inode)
         try:
-            if os.fstat(fd).st_ino != inode.identity[1]:  # restored from an image that lies
+            if os.fstat(fd).st_ino != inode.identity.ino:  # restored from an image that lies
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         except OSError:
             os.close(fd)
@@ -675,7 +586,7 @@ class InodeTable:
         """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        handle = inode.identity[2]
+        handle = inode.identity.handle
         if not inode.is_dir:  # of which the kernel looks for no name
             return syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
         now = time.monotonic()
@@ -741,7 +652,9 @@ class InodeTable:
             return os.dup(inode.fd if inode.fd >= 0 else inode.open_fds[-1])
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return syscalls.open_by_handle(self.root_fd, inode.identity[2], os.O_PATH | os.O_NOFOLLOW)
+        return syscalls.open_by_handle(
+            self.root_fd, inode.identity.handle, os.O_PATH | os.O_NOFOLLOW
+        )
 
     def _open_where(self, fd: int, inode: Inode) -> int:
         """The object at the path that the kernel knows for a descriptor; -1 where that is another,

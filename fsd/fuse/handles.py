@@ -24,10 +24,11 @@ from protocol.masks import Mask
 from ..events.watcher import Expected
 from ..export.export import Export
 from ..files import appends, fileflags
+from ..files.caller import Caller
+from ..files.inode import Inode
 from ..files.locks import Lock
-from ..files.passthrough import Entry, Handle, Identity
+from ..files.passthrough import Entry, Handle
 from ..files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
-from ..files.table import Inode
 from ..guests.ledger import UnexpectedCall
 from ..guests.mount import MountGuest
 from ..linux import ioctls, syscalls
@@ -39,7 +40,6 @@ from .record import Opened, SessionRecord
 
 log = structlog.get_logger()
 _T = TypeVar("_T")
-Caller = Identity
 _REOPENING = (
     os.O_ACCMODE | os.O_APPEND | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOCK
 )  # fmt: skip
@@ -152,7 +152,7 @@ class FileService:
         for number in numbers[1:]:
             handle = self._handles.get(number)
             inodes.append(getattr(handle, "inode", None))
-        found = {inode.identity[3] for inode in inodes if inode is not None}
+        found = {inode.identity.mount for inode in inodes if inode is not None}
         if is_name and inodes[0] is not None:
             found.add(self._point(inodes[0], body.partition(b"\0")[0]))
         return found
@@ -414,13 +414,13 @@ class FileService:
 
     def _there(self, what: str, work: Callable[[int], Any], handle: Handle, events: Events) -> Any:
         """Work on a file of another file system."""
-        mount = handle.inode.identity[3] if self._is_elsewhere(handle) else 0
+        mount = handle.inode.identity.mount if self._is_elsewhere(handle) else 0
         return self.slowly(what, work, handle.fd, expected=events, mount=mount)
 
     def _is_elsewhere(self, handle: Handle) -> bool:
         """Whether it is on a file system that may not answer."""
         mounts = self._table.mounts
-        return bool(mounts.remote) and handle.inode.identity[3] in mounts.remote
+        return bool(mounts.remote) and handle.inode.identity.mount in mounts.remote
 
     def write_from(
         self,

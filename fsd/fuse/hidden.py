@@ -18,8 +18,9 @@ from ..export.channel import Channel
 from ..export.export import Export
 from ..export.stats import snapshot
 from ..files.attributes import Attr, StatLike
-from ..files.passthrough import Entry, Identity
-from ..files.table import Inode
+from ..files.caller import Caller
+from ..files.inode import Identity, Inode
+from ..files.passthrough import Entry
 from ..guests.mount import MountGuest
 
 CHANNELS_LIMIT = 64
@@ -51,7 +52,7 @@ class HiddenFiles:
         self._guest = guest
         self._modes = {frames.FSD_DIR: stat.S_IFDIR | 0o700, **dict(_NAMES.values())}
         self._inodes = {
-            nodeid: Inode(nodeid, 1, (-2, nodeid, b"", 0), stat.S_IFMT(mode))
+            nodeid: Inode(nodeid, 1, Identity(-2, nodeid, b"", 0), stat.S_IFMT(mode))
             for nodeid, mode in self._modes.items()
         }
         self._born = time.time_ns()
@@ -59,7 +60,7 @@ class HiddenFiles:
         self.control: HiddenHandle | None = None
         self._channels = 0
 
-    def check(self, who: Identity) -> None:
+    def check(self, who: Caller) -> None:
         """Nobody else can even see it. Raises OSError ENOENT. A number of another machine's user
         says nothing about the server's own user.
         """
@@ -84,7 +85,7 @@ class HiddenFiles:
         attr = Attr(mode, nodeid, 0, 1, uid, gid, 0, 0, 4096, 0, born, born, born)
         return self._inodes[nodeid], attr
 
-    def open(self, nodeid: int, who: Identity, flags: int) -> HiddenHandle:
+    def open(self, nodeid: int, who: Caller, flags: int) -> HiddenHandle:
         """OPEN, OPENDIR. A second agent gets EBUSY.
 
         Only O_RDWR opens a channel. Opened for reading it is an empty file: so does the kernel

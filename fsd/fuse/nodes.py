@@ -18,10 +18,11 @@ from protocol import fuse
 from protocol.frames import FSD_DIR
 
 from ..files.attributes import StatLike
+from ..files.caller import Caller
 from ..files.forgotten import FORGOTTEN_LIMIT
+from ..files.inode import ROOT_ID, Inode
 from ..files.passthrough import Entry
-from ..files.table import ROOT_ID, Inode
-from .operations import Caller, Operations
+from .operations import Operations
 from .record import SessionRecord
 
 NODES_LIMIT = 1 << 21
@@ -263,7 +264,7 @@ class Nodes:
 
     @staticmethod
     def _mount(inode: Inode) -> tuple[int, int]:
-        return inode.identity[3], inode.identity[0]
+        return inode.identity.mount, inode.identity.device
 
     def ino(self, inode: Inode) -> int:
         """The st_ino that the guest sees: the host's, where that is unique in the mount. A mount
@@ -272,7 +273,7 @@ class Nodes:
         if self._submounts and not inode.is_placeholder:
             parent = inode.parent
             if inode.is_dir or parent is None or self._mount(parent) == self._mount(inode):
-                return inode.identity[1]
+                return inode.identity.ino
         return inode.number
 
     def numbering(self, directory: Inode) -> Callable[[bytes, int], int] | None:

@@ -12,8 +12,8 @@ from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
 from ..files.appends import Bypass
+from ..files.inode import Inode
 from ..files.passthrough import Entry, Handle
-from ..files.table import Inode
 from .channelfile import READY, ChannelFile
 from .hidden import HiddenHandle
 from .nodes import Caching, Nodes

@@ -18,18 +18,19 @@ from protocol.masks import Mask
 
 from ..files import xattrs
 from ..files.attributes import StatLike, placeholder_attr
+from ..files.caller import Caller
+from ..files.inode import ROOT_ID, Inode
 from ..files.passthrough import Change, Changes, Entry, Handle
 from ..files.slowcalls import LONG
-from ..files.table import ROOT_ID, Inode
 from ..guests.ledger import UnexpectedCall
 from ..linux import syscalls
-from .handles import AnyHandle, Caller, Events, FileService, IdleHandle, opening, writing
+from .handles import AnyHandle, Events, FileService, IdleHandle, opening, writing
 from .removal import Removal
 
 _UNLINKED = Mask.ATTRIB | Mask.DELETE_SELF
 _NEW, _NEW_TRUNC = Mask.CREATE | opening(0), Mask.CREATE | opening(os.O_TRUNC)
 
-__all__ = ["AnyHandle", "Caller", "IdleHandle", "Operations"]
+__all__ = ["AnyHandle", "IdleHandle", "Operations"]
 
 
 class Operations(FileService):

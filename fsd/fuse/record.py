@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import structlog
 
+from ..files.inode import Inode
 from ..files.saved import SavedInode, saved_inode
-from ..files.table import Inode, InodeTable
+from ..files.table import InodeTable
 from ..process.journal import Journal, JournalError
 from ..process.systemd import Store
 

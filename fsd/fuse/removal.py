@@ -8,8 +8,8 @@ from collections.abc import Callable
 from protocol.masks import Mask
 
 from ..events.watcher import Expected
+from ..files.inode import Inode
 from ..files.slowcalls import LONG
-from ..files.table import Inode
 
 
 class Removal:

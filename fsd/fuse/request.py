@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from protocol import fuse
 
-from ..files.passthrough import Identity
+from ..files.caller import Caller
 
 BODY_LIMIT = (1 << 20) + 4096
 """Bytes of a request without file data. A BATCH_FORGET fills the transport's buffer; the longest
@@ -127,7 +127,7 @@ class Request:
                     raise fuse.DecodeError(f"extensions of {8 * extensions} bytes in {length}")
                 groups = fuse.supplementary_groups(self.body[start:])
                 self.body = self.body[:start]
-        self.who = Identity(uid, gid, pid, groups)
+        self.who = Caller(uid, gid, pid, groups)
 
     def reply(self, payload: bytes) -> None:
         """Success. What does not fit into the guest's buffers is EIO."""

@@ -22,8 +22,8 @@ import structlog
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 
+from ..files.inode import Inode
 from ..files.slowcalls import Later, Outcome, SlowCall, Work
-from ..files.table import Inode
 from ..guests.history import Undelivered
 from .handles import Events
 from .leaving import give_back

@@ -19,9 +19,10 @@ from protocol import frames
 from protocol.masks import EVENTS, Mask
 
 from ..events.event import Event
-from ..events.listings import Missed, of_inode
+from ..events.missed import Missed
 from ..events.watcher import Origin
-from ..files.table import Inode
+from ..files.inode import Inode
+from ..files.listing import of_inode
 
 if TYPE_CHECKING:
     from .ledger import Ways

@@ -28,8 +28,8 @@ from protocol.masks import STRUCTURE, Mask
 
 from ..events.event import Event
 from ..events.watcher import HostWatcher
-from ..files.passthrough import Identity
-from ..files.table import Inode
+from ..files.caller import Caller
+from ..files.inode import Inode
 
 if TYPE_CHECKING:
     from .mount import MountGuest
@@ -208,7 +208,7 @@ class History:
 
     # Requests of the guest's programs
 
-    def begins_lookup(self, who: Identity, directory: Inode) -> None:
+    def begins_lookup(self, who: Caller, directory: Inode) -> None:
         """Before a LOOKUP. Raises Undelivered."""
         walk = self._walk(who)
         if walk is None:
@@ -220,27 +220,27 @@ class History:
         else:
             self._await(walk)
 
-    def looked_up(self, who: Identity, directory: Inode, name: bytes, found: Inode) -> None:
+    def looked_up(self, who: Caller, directory: Inode, name: bytes, found: Inode) -> None:
         """After it."""
         place = directory, name
         if self._walk(who) is None and self._may_wait(who, place):
             self._remember(who, self._begun(_Walk((place,), found.nodeid)))
 
-    def asks(self, who: Identity, nodeid: int) -> None:
+    def asks(self, who: Caller, nodeid: int) -> None:
         """Before GETATTR. Raises Undelivered."""
         walk = self._walk(who)
         if walk is not None and walk.nodeid in (0, nodeid):
             self._await(walk)
 
     @contextmanager
-    def coming(self, who: Identity, again: bool) -> Iterator[None]:
+    def coming(self, who: Caller, again: bool) -> Iterator[None]:
         """Serve a call that comes for the first time, or ``again``."""
         try:
             yield
         except OSError as error:
             raise self.in_words(who, error, again=again) from None
 
-    def in_words(self, who: Identity, error: OSError, *, again: bool = False) -> OSError:
+    def in_words(self, who: Caller, error: OSError, *, again: bool = False) -> OSError:
         """How a call fails: on ESTALE the guest's kernel begins it anew, once. After that, it is
         something that programs know.
         """
@@ -248,7 +248,7 @@ class History:
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return error
 
-    def _has_come_again(self, who: Identity) -> bool:
+    def _has_come_again(self, who: Caller) -> bool:
         """Whether it has; else it is remembered that it will."""
         walk = self._walk(who)
         if walk is not None and not walk.nodeid:
@@ -257,7 +257,7 @@ class History:
             self._remember(who, _retried())
         return False
 
-    def opens(self, who: Identity, inode: Inode) -> bool:
+    def opens(self, who: Caller, inode: Inode) -> bool:
         """Before OPEN and OPENDIR. Returns whether it has come again: an ESTALE would be passed on
         to the program. Raises Undelivered, OSError ESTALE.
         """
@@ -271,7 +271,7 @@ class History:
         del self._walks[who.pid]
         return not walk.nodeid
 
-    def changes(self, who: Identity, *places: Place) -> bool:
+    def changes(self, who: Caller, *places: Place) -> bool:
         """Before a mutation of names. Returns whether it has come again. Raises OSError ESTALE: it
         is to.
         """
@@ -296,18 +296,18 @@ class History:
             for walk in self._walks.values()
         )
 
-    def _send_back(self, who: Identity, walk: _Walk) -> None:
+    def _send_back(self, who: Caller, walk: _Walk) -> None:
         self._remember(who, walk)
         self._guest.counts["sent_back"] += 1
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    def _remember(self, who: Identity, walk: _Walk) -> None:
+    def _remember(self, who: Caller, walk: _Walk) -> None:
         self._walks.pop(who.pid, None)
         self._walks[who.pid] = walk
         if len(self._walks) > WALKS_LIMIT:
             del self._walks[next(iter(self._walks))]
 
-    def _walk(self, who: Identity) -> _Walk | None:
+    def _walk(self, who: Caller) -> _Walk | None:
         if not self._walks:
             return None
         walk = self._walks.get(who.pid)
@@ -318,7 +318,7 @@ class History:
 
     # Waiting
 
-    def _may_wait(self, who: Identity, *places: Place) -> bool:
+    def _may_wait(self, who: Caller, *places: Place) -> bool:
         """Whether changes of these names are to be delivered, and are worth waiting for."""
         guest = self._guest
         if not self._is_served or not guest.pid or not who.pid or guest.is_paused:

@@ -22,8 +22,8 @@ from protocol.masks import Mask
 
 from ..events.event import Event
 from ..files.attributes import StatLike, placeholder_attr, with_nlink
+from ..files.inode import Inode
 from ..files.passthrough import Entry, PassthroughFS
-from ..files.table import Inode
 from ..linux import syscalls
 
 

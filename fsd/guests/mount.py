@@ -22,8 +22,8 @@ from protocol.masks import EVENTS, Mask
 
 from ..events.event import RENAME, Event
 from ..events.watcher import HostWatcher
+from ..files.inode import Inode
 from ..files.passthrough import PassthroughFS
-from ..files.table import Inode
 from ..linux.openers import File, Openers
 from ..linux.syscalls import RENAME_EXCHANGE
 from ..pacing import windows
@@ -625,7 +625,7 @@ class _Held(NamedTuple):
 
 
 def _file(inode: Inode) -> File:
-    return inode.identity[0], inode.identity[1]
+    return inode.identity.device, inode.identity.ino
 
 
 def _path(way: Way) -> bytes:

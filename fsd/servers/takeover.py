@@ -23,8 +23,8 @@ from ..checkpoint.restore import Resumption
 from ..checkpoint.saver import Saver
 from ..checkpoint.take import GuestKind, SavedExport, SavedGuest, SavedName, identity_of
 from ..export.export import Export
+from ..files.inode import ROOT_ID, Inode
 from ..files.saved import SavedInode, SavedTable
-from ..files.table import ROOT_ID, Inode
 from ..fuse.record import SessionRecord
 from ..process.journal import Journal, JournalError
 from ..process.systemd import Store
@@ -88,7 +88,7 @@ class ImageMemory:
 
     def note_name(self, directory: Inode, name: bytes, child: Inode) -> None:
         """A name has come."""
-        row = _ARRIVED.pack(directory.nodeid, child.identity[1], child.kind, time.time_ns())
+        row = _ARRIVED.pack(directory.nodeid, child.identity.ino, child.kind, time.time_ns())
         self._names.put(_NAME, self._next, row + name)
         self._next += 1
         while self._first < self._written:

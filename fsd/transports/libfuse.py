@@ -26,13 +26,14 @@ from protocol.frames import FSD_DIR
 
 from ..files.appends import Bypass, Ends
 from ..files.attributes import StatLike
+from ..files.caller import Caller
+from ..files.inode import Inode
 from ..files.passthrough import Changes, Entry, Handle
 from ..files.slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
-from ..files.table import Inode
 from ..fuse.channelfile import READY, ChannelFile
 from ..fuse.handles import Events
 from ..fuse.hidden import HiddenHandle
-from ..fuse.operations import Caller, Operations
+from ..fuse.operations import Operations
 from ..guests.history import PATIENCE as ORDERS_PATIENCE
 from ..guests.history import Undelivered, Wait
 

@@ -23,8 +23,8 @@ import trio
 from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
 
 from ..export.export import Export
+from ..files.inode import Inode
 from ..files.slowcalls import THREADS
-from ..files.table import Inode
 from ..fuse.operations import Operations
 from ..fuse.record import SessionRecord
 from ..fuse.session import FuseSession, SessionOptions

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fsd.events import listings, watcher
+from fsd.events import missed, watcher
 from fsd.export.export import Export
-from fsd.files.passthrough import Identity
-from fsd.files.table import Inode
+from fsd.files.caller import Caller
+from fsd.files.inode import Inode
 from fsd.fuse.operations import Operations
 from fsd.guests.guest import OUTBOX_LIMIT, Guest, Observer
 from protocol import frames, masks
@@ -20,8 +20,8 @@ from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
 AGENT_PID = 4_000_000_001  # above any pid of this machine
-USER = Identity(os.geteuid(), os.getegid(), os.getpid())
-AGENT = Identity(os.geteuid(), os.getegid(), AGENT_PID)
+USER = Caller(os.geteuid(), os.getegid(), os.getpid())
+AGENT = Caller(os.geteuid(), os.getegid(), AGENT_PID)
 ALL = int(EVENTS)
 STRUCTURE = int(masks.STRUCTURE)
 DIRECTORY = int(watcher.DIRECTORY)
@@ -196,5 +196,5 @@ def snapshot(source: Path) -> dict[bytes, tuple[object, ...]]:
 def settle(source: Path) -> None:
     """Wait until what was done is older than the clock lag that comparisons allow for."""
     newest = max(os.lstat(path).st_ctime_ns for path in [source, *source.rglob("*")])
-    while time.time_ns() < newest + 2 * listings.CLOCK_LAG_NS:
+    while time.time_ns() < newest + 2 * missed.CLOCK_LAG_NS:
         time.sleep(0.005)

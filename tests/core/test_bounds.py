@@ -16,6 +16,7 @@ from fsd.export import arming, channel, export
 from fsd.export.channel import Channel
 from fsd.files import forgotten
 from fsd.files.forgotten import Forgotten, ForgottenObjects
+from fsd.files.inode import Identity
 from fsd.fuse import hidden
 from fsd.guests import guest as guests
 from fsd.guests import mount as mount_guest
@@ -536,13 +537,13 @@ def test_forgetting_takes_the_same_time_however_many_were_forgotten(
     limit = 131_072
     monkeypatch.setattr(forgotten, "FORGOTTEN_LIMIT", limit)
     for n in range(limit):
-        objects.add(n, Forgotten((1, n, b"x", 1), 1, b"name"))
+        objects.add(n, Forgotten(Identity(1, n, b"x", 1), 1, b"name"))
     for _ in range(2):
         for n in range(limit):
             objects.drop(n)
         begun = time.process_time()
         for n in range(limit + 20_000):
-            objects.add(n, Forgotten((1, n, b"x", 1), 1, b"name"))
+            objects.add(n, Forgotten(Identity(1, n, b"x", 1), 1, b"name"))
         assert time.process_time() - begun < 10  # it took minutes
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fsd.events.calls import AHEAD, Calls, Place, Rename
 from fsd.events.watcher import HOST, Arrival
-from fsd.files.table import Inode
+from fsd.files.inode import Identity, Inode
 from fsd.pacing.windows import TWIN_WINDOW
 from protocol.inotify import RawEvent
 from protocol.masks import Mask
@@ -42,7 +42,7 @@ class Watched:
 
     def make(self, kind: int = stat.S_IFREG, *, watched: bool = True) -> Inode:
         number, self._next = self._next, self._next + 1
-        inode = Inode(number, 1, (1, number, b"", 0), kind)
+        inode = Inode(number, 1, Identity(1, number, b"", 0), kind)
         if watched:
             self._by_wd[number] = inode
         return inode

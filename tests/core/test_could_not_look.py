@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fsd.events import listings
+from fsd.events import reading
 from fsd.export import export as export_module
 from fsd.linux import directories
 from protocol.masks import Mask
@@ -180,8 +180,8 @@ def test_a_name_of_unknown_type_is_a_name(tree: World, monkeypatch: pytest.Monke
         return [entry._replace(type=0) for entry in real(fd, size)]
 
     monkeypatch.setattr(directories, "read", typeless)
-    monkeypatch.setattr(listings, "_kind", lambda *_: 0)
-    names = listings.read(fd)
+    monkeypatch.setattr(reading, "_kind", lambda *_: 0)
+    names = reading.read(fd)
     os.close(fd)
     assert set(names) == {b"a", b"b", b"c"}
     assert {known.kind for known in names.values()} == {0}

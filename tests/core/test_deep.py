@@ -11,7 +11,7 @@ import pytest
 from fsd.checkpoint import take
 from fsd.checkpoint.restore import Resumption
 from fsd.export.channel import Channel
-from fsd.files.table import PATH_LEVELS, Inode
+from fsd.files.inode import PATH_LEVELS, Inode
 from protocol import frames
 
 from .support import ALL, USER, WHOLE, World

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.files.table import Inode
+from fsd.files.inode import Inode
 from fsd.guests.guest import Observer
 from fsd.pacing import windows
 from harness.dentries import drop_dentries

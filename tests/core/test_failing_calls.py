@@ -308,6 +308,6 @@ def test_the_table_knows_its_exceptions() -> None:
         "files.passthrough",
         "events.watcher",
         "events.compare",
-        "events.listings",
+        "events.reading",
     }
     assert known <= set(modules())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fsd.files import forgotten as forgotten_objects
-from fsd.files.table import Inode
+from fsd.files.inode import Inode
 from fsd.fuse.operations import Operations
 from protocol.handles import NodeKey
 
@@ -154,7 +154,7 @@ def test_synthetic_nodeids_are_stable(mount: Operations, world: World) -> None:
     for _ in range(100):
         (world.source / "x").unlink()
         (world.source / "x").touch()
-        if (world.source / "x").stat().st_ino == old.identity[1]:
+        if (world.source / "x").stat().st_ino == old.identity.ino:
             break
     else:
         pytest.skip("this file system does not reuse inode numbers")
@@ -203,7 +203,7 @@ def test_a_file_system_that_only_makes_handles(overlay: Path) -> None:
         (overlay / "d/f").touch()
         key = forgotten(mount, "d/f")
         inode = recalled(mount, key)
-        assert inode.identity[2], "no handle at all"
+        assert inode.identity.handle, "no handle at all"
         assert inode.key == key
         mount.forget(inode.nodeid, 1)
         generations = set()

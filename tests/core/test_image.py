@@ -120,14 +120,14 @@ class Share:
             guest.take(1 << 20)
             for nodeid in dict(export.table.forgotten.items()):
                 with suppress(OSError):
-                    assert export.table.recall(nodeid).identity[1] in self.inos
+                    assert export.table.recall(nodeid).identity.ino in self.inos
             for observer in list(export.waiting.values()):
                 observer.take(1 << 20)
                 export.catch_up(observer)
             for inode in export.watcher.inodes():
                 with export.table.opened(inode) as fd:
-                    assert os.fstat(fd).st_ino == inode.identity[1]
-                    assert inode.identity[1] in self.inos
+                    assert os.fstat(fd).st_ino == inode.identity.ino
+                    assert inode.identity.ino in self.inos
             assert not export.counts["faults"]
         except ImageError:
             pass

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fsd.files import successors
+from fsd.files.caller import Caller
 from fsd.files.passthrough import Changes
 from fsd.files.table import LookupCountError
-from fsd.fuse.operations import Caller
 from fsd.linux import syscalls
 from protocol.handles import NodeKey
 from protocol.masks import Mask
@@ -32,7 +32,7 @@ def reuse(world: World, kind: str = "file") -> tuple[NodeKey, NodeKey, int]:
     for _ in range(200):
         make()
         old = world.export.fs.lookup(world.root, b"x").inode
-        key, ino = old.key, old.identity[1]
+        key, ino = old.key, old.identity.ino
         remove()
         make()
         if path.stat().st_ino == ino:
@@ -70,7 +70,7 @@ def test_a_mark_on_the_old_object_is_not_one_on_the_new(world: World) -> None:
         path.unlink()
         path.touch()
         new = world.node("x")
-        if path.stat().st_ino == old.identity[1]:
+        if path.stat().st_ino == old.identity.ino:
             break
         path.unlink()
     else:
@@ -398,4 +398,4 @@ def test_a_handle_is_of_one_object(world: World) -> None:
     fd = os.open(world.source / "x", os.O_PATH)
     handle = syscalls.file_handle(fd)
     os.close(fd)
-    assert handle == world.node("x").identity[2]
+    assert handle == world.node("x").identity.handle

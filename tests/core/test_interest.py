@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsd.export.interest import Interest
-from fsd.files.table import Inode
+from fsd.files.inode import Identity, Inode
 from fsd.guests.guest import Observer
 from protocol import masks
 from protocol.handles import NodeKey
@@ -285,7 +285,7 @@ def test_marks_do_not_become_slow_by_their_number(world: World) -> None:
 # The algebra alone
 
 _guests = [Observer(str(i)) for i in range(4)]
-_nodes = [Inode(i, 1, (0, i, b"", 0), 0o040000) for i in range(2, 5)]
+_nodes = [Inode(i, 1, Identity(0, i, b"", 0), 0o040000) for i in range(2, 5)]
 
 
 @given(

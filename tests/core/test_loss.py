@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.events import listings
+from fsd.events import missed, reading
 from fsd.fuse.operations import Operations
 from fsd.guests.guest import Observer
 from fsd.linux import syscalls
@@ -139,7 +139,7 @@ def test_overflow_and_a_watch_on_a_file(make_world: Worlds) -> None:
     assert told == {b"changed", b"mode"}
 
 
-@pytest.mark.parametrize("lag_ns", [0, listings.CLOCK_LAG_NS])
+@pytest.mark.parametrize("lag_ns", [0, missed.CLOCK_LAG_NS])
 def test_watches_that_ended_unseen_in_an_overflow_are_noticed(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch, lag_ns: int
 ) -> None:
@@ -586,7 +586,7 @@ def test_read_knows_names_kinds_and_numbers(tmp_path: Path) -> None:
     os.close(os.open(odd, os.O_CREAT))
     fd = os.open(tmp_path, os.O_RDONLY)
     begin = time.time_ns()
-    found = listings.read(fd)
+    found = reading.read(fd)
     os.close(fd)
     assert {name: known.kind for name, known in found.items()} == {
         b"dir": 0o040000, b"file": 0o100000, b"link": 0o120000, b"fifo": 0o010000,
@@ -610,4 +610,4 @@ def test_changed_since(mtime: int, ctime: int, expected: tuple[bool, bool]) -> N
     status = os.stat_result(
         (0o100644, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0.0, mtime / 1e9, ctime / 1e9, 0, mtime, ctime)
     )
-    assert listings.changed_since(status, 10**9) == expected
+    assert missed.changed_since(status, 10**9) == expected

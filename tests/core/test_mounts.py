@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from fsd.checkpoint.restore_inodes import RestoredTable
+from fsd.files.caller import Caller
 from fsd.files.passthrough import Changes
 from fsd.files.saved import inode_table
-from fsd.fuse.operations import Caller, Operations
+from fsd.fuse.operations import Operations
 from protocol import fuse
 from protocol.fuse import Opcode
 from protocol.masks import Mask

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fsd.files.passthrough import Changes, Identity
+from fsd.files.caller import Caller
+from fsd.files.passthrough import Changes
 from fsd.fuse.operations import Operations
 
 from .support import World
 
-USER = Identity(0, 0, 4242, ())
+USER = Caller(0, 0, 4242, ())
 RDWR = os.O_RDWR
 
 

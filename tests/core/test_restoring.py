@@ -14,15 +14,16 @@ import pytest
 
 from fsd.checkpoint import restore_inodes
 from fsd.checkpoint.restore_inodes import RestoredTable
+from fsd.files.inode import Identity, Inode
 from fsd.files.saved import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
-from fsd.files.table import Inode, InodeTable
+from fsd.files.table import InodeTable
 from protocol.frames import FSD_DIR
 from protocol.handles import NodeKey
 from protocol.images import ImageError
 
 from .support import World
 
-Identify = Callable[[int], tuple[tuple[int, int, bytes, int], os.stat_result]]
+Identify = Callable[[int], tuple[Identity, os.stat_result]]
 Restart = Callable[[World], tuple[World, dict[int, Inode]]]
 
 
@@ -217,11 +218,9 @@ def test_without_handles_the_age_tells(world: World, make_world: Callable[[], Wo
         new.table.by_handle = False
         identify = new.table.identify
 
-        def bare(
-            fd: int, identify: Identify = identify
-        ) -> tuple[tuple[int, int, bytes, int], os.stat_result]:
+        def bare(fd: int, identify: Identify = identify) -> tuple[Identity, os.stat_result]:
             identity, status = identify(fd)
-            return (*identity[:2], b"", identity[3]), status
+            return identity._replace(handle=b""), status
 
         new.table.identify = bare  # type: ignore[method-assign]
         restored = RestoredTable(new.table, SavedTable([row], [], []), saved_ns)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from fsd.events.compare import Changes
 from fsd.events.event import RENAME, Event
-from fsd.events.listings import Listing
-from fsd.files.table import Inode
+from fsd.files.inode import Inode
+from fsd.files.listing import Listing
 from protocol.masks import Mask
 
 from .support import STRUCTURE, WHOLE, World, plain, settle

@@ -1,0 +1,28 @@
+"""What somebody was not told of: names with the kinds of their events, and what file times say."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from ..files.listing import Known
+
+CLOCK_LAG_NS = 20_000_000
+"""File times lag the clock by up to a tick of the kernel (10 ms at HZ=100), twice for safety."""
+
+
+class Missed(NamedTuple):
+    """A name with events that were not told: what was known before, and their kinds."""
+
+    before: Known | None
+    mask: int
+
+    def followed_by(self, later: Missed) -> Missed:
+        """Both of the same name: what was known before the first counts."""
+        return Missed(self.before, self.mask | later.mask)
+
+
+def changed_since(status: os.stat_result, seen_ns: int) -> tuple[bool, bool]:
+    """Whether (content, anything) changed after that time. ctime cannot be set by anyone."""
+    since = seen_ns - CLOCK_LAG_NS
+    return status.st_mtime_ns > since, status.st_ctime_ns > since
