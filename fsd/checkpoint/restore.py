@@ -159,7 +159,7 @@ class Resumption:
             if node is None or node.listing is None or saved.name in node.listing.names:
                 continue
             try:
-                with self._export.table.directory(node) as dir_fd:
+                with self._export.table.reach.directory(node) as dir_fd:
                     os.stat(saved.name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
                 if not syscalls.is_gone(error):

@@ -21,6 +21,7 @@ from protocol.images import ImageError
 
 from ..files.forgotten import Forgotten
 from ..files.inode import ROOT_ID, Identity, Inode
+from ..files.recall import verify_place
 from ..files.saved import GONE, SavedInode, SavedTable
 from ..files.table import InodeTable
 from ..linux import syscalls
@@ -68,7 +69,7 @@ class RestoredTable:
         for inode in self.inodes.values():
             if inode is table.root or inode.is_placeholder:
                 continue
-            if not inode.is_dir and table.handle_opens(inode.identity):
+            if not inode.is_dir and table.reach.handle_opens(inode.identity):
                 continue  # verified at each use: its handle leads to it, or to nothing
             if not self._find(inode):
                 self.gone.add(inode)
@@ -130,24 +131,24 @@ class RestoredTable:
 
     def _find(self, inode: Inode) -> bool:
         """Whether the object is still there; afterwards it is reached as any other."""
-        if self._table.handle_opens(inode.identity):
+        if self._table.reach.handle_opens(inode.identity):
             return _patiently(partial(self._find_directory, inode))
         if _patiently(partial(self._find_by_path, inode)):
             return True
         # A handle proves the object wherever it is met again; without one, or on another mount,
         # nothing does.
-        if not self._table.is_own(inode.identity) or not inode.identity.handle:
+        if not self._table.reach.is_own(inode.identity) or not inode.identity.handle:
             self._table.identify_as(inode, Identity(GONE, inode.nodeid, b"", 0))
         return False
 
     def _find_directory(self, inode: Inode) -> bool:
-        fd = self._table.open_by_handle(inode)
+        fd = self._table.reach.open_by_handle(inode)
         try:
             status = os.fstat(fd)
             if (status.st_ino, stat.S_IFMT(status.st_mode)) != (inode.identity.ino, inode.kind):
                 self._table.identify_as(inode, Identity(GONE, inode.nodeid, b"", 0))
                 return False
-            self._table.verify_place(inode)
+            verify_place(self._table, inode)
         except OSError:  # nobody could look where it is
             self._table.lose(inode)
         finally:
@@ -158,10 +159,10 @@ class RestoredTable:
         parent = inode.parent
         if parent is None or (parent.fd < 0 and parent in self.gone):
             return False
-        with self._table.directory(parent) as parent_fd:
+        with self._table.reach.directory(parent) as parent_fd:
             fd = os.open(inode.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent_fd)
         try:
-            identity, status = self._table.identify(fd)
+            identity, status = self._table.reach.identify(fd)
             known = inode.identity
             if (identity.ino, identity.handle) != (known.ino, known.handle):
                 return False
@@ -170,7 +171,7 @@ class RestoredTable:
             if not identity.handle and not self._is_older(fd, status):
                 return False
             self._table.identify_as(inode, identity)
-            if inode.is_dir and self._table.must_pin(identity):
+            if inode.is_dir and self._table.reach.must_pin(identity):
                 inode.fd = os.dup(fd)
         except ValueError:
             return False

@@ -122,7 +122,7 @@ def identity_of(export: Export) -> SavedExport:
     """Of which directory an image is, and nothing else."""
     table = export.table
     _, ino, handle, _ = table.root.identity
-    fsid = os.fstatvfs(table.root_fd).f_fsid
+    fsid = os.fstatvfs(table.reach.root_fd).f_fsid
     return SavedExport(export.source, ino, handle, fsid)
 
 
@@ -206,7 +206,7 @@ class _Taking:
         names = {name: entry for name, entry in known.names.items() if entry.seen_ns > since}
         if not names:
             return {}
-        with syscalls.skipping_gone, self._table.directory(node) as dir_fd:
+        with syscalls.skipping_gone, self._table.reach.directory(node) as dir_fd:
             return {name: _as_it_is(dir_fd, name, entry) for name, entry in names.items()}
         return {}
 

@@ -68,7 +68,7 @@ class Comparer:
             for names in self._reader.names_in(node):
                 now.update(names)
                 yield None
-            with syscalls.skipping_gone, self._table.directory(node) as dir_fd:
+            with syscalls.skipping_gone, self._table.reach.directory(node) as dir_fd:
                 for name, after in now.items():
                     yield None
                     if (before := known.names.get(name)) is None:
@@ -134,7 +134,7 @@ class Comparer:
         """
         changes: Changes = {}
         known = node.listing
-        with suppress(OSError), self._table.directory(node) as dir_fd:
+        with suppress(OSError), self._table.reach.directory(node) as dir_fd:
             for name, entry in list(known.names.items()) if known is not None else ():
                 with suppress(OSError):
                     status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
@@ -155,7 +155,7 @@ class Comparer:
             return syscalls.born_ns(dir_fd, name) > before.seen_ns
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
-            return self._table.identify(fd)[0] != known.identity
+            return self._table.reach.identify(fd)[0] != known.identity
         finally:
             os.close(fd)
 
@@ -207,7 +207,7 @@ class Comparer:
 
     def _came_since(self, node: Inode, name: bytes, before: Known) -> bool:
         try:
-            with self._table.directory(node) as dir_fd:
+            with self._table.reach.directory(node) as dir_fd:
                 return self._is_reborn(dir_fd, name, before)
         except OSError:  # by its number it is the same
             return False
@@ -215,7 +215,7 @@ class Comparer:
     def _has_content(self, node: Inode, name: bytes) -> bool:
         """Whether a new file may have been written to."""
         try:
-            with self._table.directory(node) as dir_fd:
+            with self._table.reach.directory(node) as dir_fd:
                 return bool(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size)
         except OSError as error:
             return not syscalls.is_gone(error)

@@ -35,7 +35,7 @@ class Reader:
         fd = -1
         with (
             syscalls.skipping_gone,
-            self._table.directory(inode) as path_fd,
+            self._table.reach.directory(inode) as path_fd,
             self.looking(inode, path_fd),
         ):
             fd = _open_quietly(syscalls.fd_path(path_fd))

@@ -546,14 +546,14 @@ class Resolver:
             return 1
         links = self._links(child)
         if not links and may_be_marked:
-            with suppress(OSError), self._table.opened(child):
+            with suppress(OSError), self._table.reach.opened(child):
                 links = 1
         return links + 1
 
     def _links(self, inode: Inode) -> int:
         """Link count now: 0 where the object is gone, one less than before where nobody looks."""
         try:
-            with self._table.opened(inode) as fd:
+            with self._table.reach.opened(inode) as fd:
                 return os.fstat(fd).st_nlink
         except OSError as error:
             return 0 if syscalls.is_gone(error) else max(inode.nlink - 1, 1)

@@ -185,7 +185,7 @@ class HostWatcher:
             return
         if self._limit is not None and inode not in self._wd_of and len(self) >= self._limit:
             raise OSError(errno.ENOSPC, "limit on host watches reached")
-        with self._table.reached(inode) as fd:
+        with self._table.reach.opened_by_any_name(inode) as fd:
             path = syscalls.fd_path(fd)
             if inode in self._old_wds:
                 self._set_next_wd(self._old_wds[inode])
@@ -217,9 +217,9 @@ class HostWatcher:
         else:
             self._mask_of.pop(inode, None)
         if inode.is_dir and mask & _LOOKS:
-            self._table.overheard.add(inode)
+            self._table.reach.overheard.add(inode)
         else:
-            self._table.overheard.discard(inode)
+            self._table.reach.overheard.discard(inode)
 
     def _add(self, path: str, mask: int) -> int:
         wd: int = self._manager.add_watch(path, mask, quiet=True)[path]
@@ -539,7 +539,7 @@ class HostWatcher:
         own watch nor of that on the directory that it is in, wherever that is. Does not nest.
         """
         self._check_no_call()
-        if not self._table.overheard:
+        if not self._table.reach.overheard:
             return _UNWATCHED
         wd = self.wd_of(inode)
 

@@ -274,7 +274,7 @@ class Channel:
     def _walking(self, names: list[bytes]) -> Job[Inode]:
         """The inode that names lead to, pinned. As InodeTable.walk."""
         table = self._export.table
-        inode, dir_fd = table.root, os.dup(table.root_fd)
+        inode, dir_fd = table.root, os.dup(table.reach.root_fd)
         table.pin(inode)
         try:
             for name in names:

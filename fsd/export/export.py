@@ -746,7 +746,7 @@ class Export:
         """
         deadline = time.monotonic() + patience
         self._work_off(deadline, drain=True)
-        root_fd = self.table.root_fd
+        root_fd = self.table.reach.root_fd
         # As the end of this process would close it.
         with self.reader.looking(self.table.root, root_fd):
             path_fd = os.open(syscalls.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
@@ -808,7 +808,7 @@ class Export:
         watched, refused = self.watcher.mask_of, self.unwatched
         missing = [i for i in self.interest.inodes() if not watched(i) and i not in refused]
         # What is reached by its path alone may only have moved: the comparison finds it again.
-        dead = [inode for inode in missing if self.table.handle_opens(inode.identity)]
+        dead = [inode for inode in missing if self.table.reach.handle_opens(inode.identity)]
         if compare:
             self._compare([*self.watcher.inodes(), *dead])
         for inode in missing:

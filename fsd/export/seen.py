@@ -43,10 +43,10 @@ GONE = Seen(-1, 0, 0)
 def look(table: InodeTable, inode: Inode) -> Seen | None:
     """A file as it is now, or GONE; None where nobody could look."""
     try:
-        with table.reached(inode) as fd:
+        with table.reach.opened_by_any_name(inode) as fd:
             return Seen.of(os.fstat(fd))
     except OSError as error:
-        is_gone = syscalls.is_gone(error) and table.handle_opens(inode.identity)
+        is_gone = syscalls.is_gone(error) and table.reach.handle_opens(inode.identity)
         return GONE if is_gone else None
 
 

@@ -24,6 +24,7 @@ from . import fileflags
 from .attributes import StatLike
 from .caller import Caller
 from .inode import Inode
+from .recall import verify_place
 from .successors import Successors
 from .table import InodeTable
 
@@ -133,13 +134,13 @@ class PassthroughFS:
         if name == b"..":
             above = parent
             if parent is not self.table.root:
-                self.table.verify_place(parent)
+                verify_place(self.table, parent)
                 above = parent.parent or self.table.root
             if above is self.table.outside:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             return Entry(above, self.getattr(above))
         self._check_name(name)
-        dir_fd = self.table.open_directory(parent)
+        dir_fd = self.table.reach.open_directory(parent)
         try:
             return self.peek_at(dir_fd, parent, name, is_guest=is_guest)
         finally:
@@ -170,7 +171,7 @@ class PassthroughFS:
     @contextmanager
     def _creating(self, parent: Inode, name: bytes, who: Caller) -> Iterator[int]:
         self._check_name(name)
-        with self.table.directory(parent) as dir_fd, self._acting_as(who):
+        with self.table.reach.directory(parent) as dir_fd, self._acting_as(who):
             yield dir_fd
 
     @staticmethod
@@ -242,7 +243,7 @@ class PassthroughFS:
     def tmpfile(self, parent: Inode, mode: int, flags: int, who: Caller) -> tuple[Entry, Handle]:
         """TMPFILE: a regular file without a name."""
         flags = flags & ~_DROPPED_FLAGS | flags & os.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC
-        with self.table.directory(parent) as dir_fd, self._acting_as(who):
+        with self.table.reach.directory(parent) as dir_fd, self._acting_as(who):
             fd = os.open(".", flags, self._mode(mode, who), dir_fd=dir_fd)
         try:
             entry = self.referenced(Entry(*self.table.intern_nameless(fd, parent)))
@@ -255,7 +256,7 @@ class PassthroughFS:
         self, parent: Inode, name: bytes, flags: int, who: Caller, open_file: OpenFile
     ) -> int:
         """Open what a CREATE has found there. No guest's kernel has checked permissions."""
-        with self.table.directory(parent) as dir_fd:
+        with self.table.reach.directory(parent) as dir_fd:
             path_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
@@ -266,14 +267,14 @@ class PassthroughFS:
     def link(self, inode: Inode, parent: Inode, name: bytes) -> Entry:
         """LINK."""
         self._check_name(name)
-        with self._used(inode) as fd, self.table.directory(parent) as dir_fd:
+        with self._used(inode) as fd, self.table.reach.directory(parent) as dir_fd:
             os.link(syscalls.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self._made(parent, name, inode.kind)
 
     def unlink(self, parent: Inode, name: bytes, who: Caller, keep: Keep) -> None:
         """UNLINK."""
         self._check_name(name)
-        with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
+        with self.table.reach.directory(parent) as dir_fd, self._removing(who, dir_fd):
             keep(dir_fd, name)
             os.unlink(name, dir_fd=dir_fd)
         self._gone(parent, name)
@@ -281,7 +282,7 @@ class PassthroughFS:
     def rmdir(self, parent: Inode, name: bytes, who: Caller, _keep: Keep) -> None:
         """RMDIR."""
         self._check_name(name)
-        with self.table.directory(parent) as dir_fd, self._removing(who, dir_fd):
+        with self.table.reach.directory(parent) as dir_fd, self._removing(who, dir_fd):
             os.rmdir(name, dir_fd=dir_fd)
         self._gone(parent, name)
 
@@ -319,7 +320,7 @@ class PassthroughFS:
         """RENAME, RENAME2."""
         self._check_name(name)
         self._check_name(new_name)
-        directory = self.table.directory
+        directory = self.table.reach.directory
         with (
             directory(old) as old_fd,
             directory(new) as new_fd,
@@ -368,12 +369,12 @@ class PassthroughFS:
         if inode.open_fds:
             return os.fstat(inode.open_fds[-1])
         if inode.is_dir:
-            with self.table.directory(inode) as fd:
+            with self.table.reach.directory(inode) as fd:
                 return os.fstat(fd)
-        status = self.table.stat_by_name(inode)
+        status = self.table.reach.stat_by_name(inode)
         if status is not None:
             return status
-        with self.table.opened(inode) as fd:
+        with self.table.reach.opened(inode) as fd:
             return os.fstat(fd)
 
     def getattr_by_path(self, inode: Inode) -> os.stat_result:
@@ -456,9 +457,9 @@ class PassthroughFS:
 
     def statfs(self, inode: Inode) -> os.statvfs_result:
         """STATFS, of the file system that an object is on."""
-        if self.table.is_own(inode.identity):
-            return os.fstatvfs(self.table.root_fd)
-        with self.table.opened(inode) as fd:
+        if self.table.reach.is_own(inode.identity):
+            return os.fstatvfs(self.table.reach.root_fd)
+        with self.table.reach.opened(inode) as fd:
             return os.fstatvfs(fd)
 
     # Files
@@ -470,7 +471,7 @@ class PassthroughFS:
         Raises OSError ESTALE where another has its name: the kernel then looks the name up again.
         """
         try:
-            fd = self.table.open(inode)
+            fd = self.table.reach.open(inode)
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
@@ -504,7 +505,7 @@ class PassthroughFS:
     def reopen(self, inode: Inode, flags: int) -> Handle:
         """The very object again, for a handle that another process had. Raises OSError."""
         _check_regular(inode.kind)
-        with self.table.opened(inode) as path_fd:
+        with self.table.reach.opened(inode) as path_fd:
             fd = os.open(syscalls.fd_path(path_fd), flags | os.O_CLOEXEC)
         return self._handle(inode, fd, flags)
 
@@ -519,7 +520,7 @@ class PassthroughFS:
 
     def opendir(self, inode: Inode) -> Handle:
         """OPENDIR."""
-        with self.table.directory(inode) as path_fd:
+        with self.table.reach.directory(inode) as path_fd:
             fd = os.open(syscalls.fd_path(path_fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._handle(inode, fd, os.O_RDONLY)
 

@@ -140,7 +140,7 @@ class FileService:
             what = f"look at {mounts.remote[mount]}"
             path = mounts.path_of(mount)
             ask = partial(mounts.ask, mount, path)
-            self.slowly(what, ask, self._table.root_fd, mount=mount, patience=self.patience)
+            self.slowly(what, ask, self._table.reach.root_fd, mount=mount, patience=self.patience)
 
     def _mounts_of(self, nodeid: int, body: bytes, *, is_name: bool) -> set[int]:
         """On which mounts is what a request is about: also what it might name by number."""
@@ -230,7 +230,7 @@ class FileService:
             return do()
         except OSError as error:
             is_lost = error.errno in (errno.ESTALE, errno.ENOENT) and not inode.is_dir
-            if not is_lost or self._table.handle_opens(inode.identity):
+            if not is_lost or self._table.reach.handle_opens(inode.identity):
                 raise
         self.export.watcher.drain()
         self.export.route(_EVENTS)
@@ -521,7 +521,7 @@ class FileService:
 
     def syncfs(self) -> None:
         """SYNCFS: of the share's own file system."""
-        self.slowly("syncfs", syscalls.syncfs, self._table.root_fd)
+        self.slowly("syncfs", syscalls.syncfs, self._table.reach.root_fd)
 
     def file_fd(self, fh: int) -> int:
         """The descriptor to fsync; -1 where there is nothing to sync."""

@@ -21,6 +21,7 @@ from ..files.attributes import StatLike, placeholder_attr
 from ..files.caller import Caller
 from ..files.inode import ROOT_ID, Inode
 from ..files.passthrough import Change, Changes, Entry, Handle
+from ..files.recall import recall
 from ..files.slowcalls import LONG
 from ..guests.ledger import UnexpectedCall
 from ..linux import syscalls
@@ -48,7 +49,7 @@ class Operations(FileService):
                 return entry
             return self._fs.lookup(self._table.get(nodeid), name)
         if name in (b".", b".."):  # of a file handle, whose node may be forgotten
-            node = self._table.recall(nodeid)
+            node = recall(self._table, nodeid)
             try:
                 return self._fs.lookup(node, name)
             finally:

@@ -274,7 +274,7 @@ def _inside(
         )
         export.source = options.source
         export.descriptors = share(len(sources))
-        if options.file_handles == "mandatory" and not export.table.by_handle:
+        if options.file_handles == "mandatory" and not export.table.reach.by_handle:
             export.close()
             raise StartError(
                 f"{options.source}: its file system or this user's rights allow no file handles, "

@@ -19,6 +19,7 @@ import pytest
 
 from fsd.events import reading
 from fsd.export import export as export_module
+from fsd.files.recall import recall
 from fsd.linux import directories
 from protocol.masks import Mask
 
@@ -144,7 +145,7 @@ def test_requests_without_descriptors(tree: World) -> None:
             lambda: mount.open(USER, file.nodeid, os.O_RDONLY),
             lambda: mount.mkdir(USER, sub.nodeid, b"new", 0o755),
             lambda: mount.unlink(USER, sub.nodeid, b"a"),
-            lambda: tree.table.recall(sub.nodeid),
+            lambda: recall(tree.table, sub.nodeid),
         ]
         for request in requests:
             with pytest.raises(OSError, match="Too many open files"):

@@ -62,7 +62,7 @@ def test_directories_that_are_pinned_count(
     world: World, guest: GuestKernel, other: GuestKernel
 ) -> None:
     """Where nothing is reached by its handle: as for an ordinary user."""
-    world.table.by_handle = False
+    world.table.reach.by_handle = False
     for n in range(SHARE + 1):
         (world.source / f"d{n}").mkdir()
     nodes = [guest.lookup(b"d%d" % n).nodeid for n in range(SHARE)]

@@ -68,7 +68,7 @@ class Scenario:
         for file in FILES:
             (self.source / file).write_text("content")
         self.world = World(self.source)
-        self.world.table.by_handle = handles
+        self.world.table.reach.by_handle = handles
         self.mount = self.world.mount(agent=False)
         self.mount.guest.device = os.stat(self.source).st_dev
         self.nodes = {p: self.world.node(p) for p in (*MARKS, *FILES, "e", "s")}

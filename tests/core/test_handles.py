@@ -21,7 +21,7 @@ from .support import USER, World
 @pytest.fixture(params=["handles", "paths"])
 def mount(request: pytest.FixtureRequest, world: World) -> Operations:
     """The host's file system opens handles, or only makes them."""
-    world.table.by_handle = request.param == "handles"
+    world.table.reach.by_handle = request.param == "handles"
     return world.mount(agent=False)
 
 
@@ -91,7 +91,7 @@ def test_where_the_host_has_moved_it(path: str, mount: Operations, world: World)
     (world.source / "a/b/f").write_text("x")
     key = forgotten(mount, path)
     (world.source / path).rename(world.source / "moved")
-    if not world.table.by_handle:
+    if not world.table.reach.by_handle:
         refused(mount, key)  # nothing leads to it; a look-up of its name does
         assert world.node("moved").key == key
         return
@@ -197,7 +197,7 @@ def overlay(tmp_path: Path) -> Iterator[Path]:
 def test_a_file_system_that_only_makes_handles(overlay: Path) -> None:
     world = World(overlay)
     try:
-        assert not world.table.by_handle
+        assert not world.table.reach.by_handle
         mount = world.mount(agent=False)
         (overlay / "d").mkdir()
         (overlay / "d/f").touch()

@@ -27,6 +27,7 @@ from fsd.checkpoint.take import (
     SavedName,
 )
 from fsd.export.export import Export
+from fsd.files.recall import recall
 from fsd.files.saved import SavedForgotten, SavedInode, SavedLink, SavedTable
 from protocol import frames, images
 from protocol.images import ImageError
@@ -120,12 +121,12 @@ class Share:
             guest.take(1 << 20)
             for nodeid in dict(export.table.forgotten.items()):
                 with suppress(OSError):
-                    assert export.table.recall(nodeid).identity.ino in self.inos
+                    assert recall(export.table, nodeid).identity.ino in self.inos
             for observer in list(export.waiting.values()):
                 observer.take(1 << 20)
                 export.catch_up(observer)
             for inode in export.watcher.inodes():
-                with export.table.opened(inode) as fd:
+                with export.table.reach.opened(inode) as fd:
                     assert os.fstat(fd).st_ino == inode.identity.ino
                     assert inode.identity.ino in self.inos
             assert not export.counts["faults"]

@@ -47,7 +47,7 @@ class Spy:
         monkeypatch.setattr(manager, "rm_watch", rm_watch)
 
     def _of(self, world: World, path: str) -> Inode:
-        identity, _ = world.table.identify(int(path.rpartition("/")[2]))
+        identity, _ = world.table.reach.identify(int(path.rpartition("/")[2]))
         inode = world.table._by_identity[identity]
         wd = len(self.inodes) + 1  # the kernel counts from 1; one inode has one for its time
         self.inodes.setdefault(wd, inode)

@@ -17,7 +17,7 @@ from .support import USER, World
 @pytest.fixture
 def names_alone(world: World) -> World:
     """As an ordinary user's server has it."""
-    world.table.by_handle = False
+    world.table.reach.by_handle = False
     return world
 
 

@@ -15,8 +15,8 @@ import pytest
 from fsd.checkpoint import restore_inodes
 from fsd.checkpoint.restore_inodes import RestoredTable
 from fsd.files.inode import Identity, Inode
+from fsd.files.reach import Reach
 from fsd.files.saved import GONE, SavedForgotten, SavedInode, SavedLink, SavedTable, inode_table
-from fsd.files.table import InodeTable
 from protocol.frames import FSD_DIR
 from protocol.handles import NodeKey
 from protocol.images import ImageError
@@ -36,7 +36,7 @@ def restart(request: pytest.FixtureRequest, make_world: Callable[[], World]) -> 
         keys = {inode.key for inode in world.table}
         world.close()
         new = make_world()
-        new.table.by_handle = request.param == "handles"
+        new.table.reach.by_handle = request.param == "handles"
         restored = RestoredTable(new.table, saved, now)
         for inode in restored.inodes.values():
             inode.lookups += 1
@@ -78,7 +78,7 @@ def test_every_node_comes_back(old: World, restart: Restart) -> None:
     hard = inodes[new.node("a/g").nodeid]
     assert new.node("a/b/h") is hard
     assert hard.nlink == 2
-    with new.table.opened(new.node("a/b/c/f")) as fd:
+    with new.table.reach.opened(new.node("a/b/c/f")) as fd:
         assert os.fstat(fd).st_ino == (new.source / "a/b/c/f").stat().st_ino
 
 
@@ -93,7 +93,7 @@ def test_what_moved_keeps_its_node(old: World, restart: Restart) -> None:
     assert world.node("d").key == before["a/b/c"]
     assert world.node("d/f").key == before["a/b/c/f"]
     assert world.node("e").key == before["a/g"]
-    if world.table.by_handle:  # where it is now is known without a look-up
+    if world.table.reach.by_handle:  # where it is now is known without a look-up
         assert world.node("d").path() == b"d"
 
 
@@ -215,14 +215,14 @@ def test_without_handles_the_age_tells(world: World, make_world: Callable[[], Wo
     row = ROW._replace(nodeid=ino, ino=ino)
     for saved_ns, found in ((time.time_ns() + 10**9, True), (time.time_ns() - 10**9, False)):
         new = make_world()
-        new.table.by_handle = False
-        identify = new.table.identify
+        new.table.reach.by_handle = False
+        identify = new.table.reach.identify
 
         def bare(fd: int, identify: Identify = identify) -> tuple[Identity, os.stat_result]:
             identity, status = identify(fd)
             return identity._replace(handle=b""), status
 
-        new.table.identify = bare  # type: ignore[method-assign]
+        new.table.reach.identify = bare  # type: ignore[method-assign]
         restored = RestoredTable(new.table, SavedTable([row], [], []), saved_ns)
         assert (restored.get(ino) not in restored.gone) == found
 
@@ -234,7 +234,7 @@ def test_a_handle_of_another_object(old: World, make_world: Callable[[], World])
     rows = [row._replace(handle=handles[g]) if row.nodeid == f else row for row in saved.inodes]
     new = make_world()
     restored = RestoredTable(new.table, SavedTable(rows, [], []), time.time_ns())
-    with pytest.raises(OSError, match=r"Stale|No such"), new.table.opened(restored.get(f)):
+    with pytest.raises(OSError, match=r"Stale|No such"), new.table.reach.opened(restored.get(f)):
         pass
     assert new.node("a/g") is restored.get(g)
 
@@ -262,15 +262,15 @@ def test_what_cannot_be_looked_at_for_a_reason_of_its_own_stops_no_restore(
     old: World, restart: Restart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a file system below the share has died."""
-    real = InodeTable.identify
+    real = Reach.identify
 
-    def identify(table: InodeTable, fd: int) -> Any:
+    def identify(reach: Reach, fd: int) -> Any:
         if os.readlink(f"/proc/self/fd/{fd}").endswith("/a/g"):
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-        return real(table, fd)
+        return real(reach, fd)
 
     before = paths(old)
-    monkeypatch.setattr(InodeTable, "identify", identify)
+    monkeypatch.setattr(Reach, "identify", identify)
     new, _ = restart(old)
     monkeypatch.undo()
     assert paths(new)["a/b/c/f"] == before["a/b/c/f"]

@@ -40,7 +40,7 @@ def restart(request: pytest.FixtureRequest, make_world: Worlds) -> Callable[...,
         world.close()
         meanwhile(world.source)
         new = make_world()
-        new.table.by_handle = request.param == "handles"
+        new.table.reach.by_handle = request.param == "handles"
         Resumption(new.export, saved).finish()
         return new
 
