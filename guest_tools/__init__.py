@@ -1,1 +1,1 @@
-"""What runs in a guest: agent, mark reader, replayer, commands; on the standard library alone."""
+"""The programs that run in a guest: the agent and the fsd-guest commands. Standard library only."""

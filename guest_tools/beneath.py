@@ -1,7 +1,7 @@
-"""Reaches files below a directory without leaving its mount, whatever is linked or mounted there.
+"""Opens files below a directory without leaving its mount, whatever is linked or mounted there.
 
-The one way in which the agent goes from a directory to a file. Apart from ``kernel`` because the
-rule is more than a system call: openat2(2) where the kernel has it, else one component at a time.
+The agent reaches every file in this way. Apart from ``kernel`` because the rule takes more than one
+system call: openat2(2) if the kernel has it, else one component at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RESOLVE = 0x01 | 0x02 | 0x04 | 0x08
 _ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = _ANY | os.O_DIRECTORY
 _PATH_LIMIT = 4000
-"""Bytes of a path that one system call gets: below PATH_MAX."""
+"""Bytes of a path passed to one system call: below PATH_MAX."""
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.argtypes = (  # which makes the call a third faster
     ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t,
@@ -30,16 +30,16 @@ _syscall.argtypes = (  # which makes the call a third faster
 
 
 def check_name(name: bytes) -> None:
-    """Raises OSError (EINVAL) where this is not the name of one entry of a directory."""
+    """Raises OSError (EINVAL) if this is not the name of one entry of a directory."""
     if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
         raise OSError(errno.EINVAL, "not a name", name)
 
 
 def reach(dir_fd: int, path: bytes, *, directory: bool = False) -> int:
-    """An O_PATH descriptor of what ``path`` leads to from ``dir_fd``, a symbolic link itself.
+    """An O_PATH descriptor of the file at ``path`` below ``dir_fd``; of a symbolic link itself.
 
     ``directory``: it has to be one. Raises OSError: EINVAL for a path with an empty component, a
-    dot or a dot-dot; ELOOP or ENOTDIR where a link is on the way; EXDEV where a mount is.
+    dot or a dot-dot; ELOOP or ENOTDIR if a link is on the way; EXDEV if a mount is.
     """
     names = path.split(b"/")
     for name in names:
@@ -61,13 +61,13 @@ def reach(dir_fd: int, path: bytes, *, directory: bool = False) -> int:
 
 
 def reopen(fd: int, flags: int) -> int:
-    """The file of an O_PATH descriptor, opened: no name is looked up for it. Raises OSError."""
+    """Open the file of an O_PATH descriptor without looking up a name. Raises OSError."""
     return os.open(b"/proc/self/fd/%d" % fd, flags | os.O_CLOEXEC)
 
 
 def open_file(dir_fd: int, path: bytes, flags: int) -> int:
-    """Open the regular file or directory that ``path`` leads to, see ``reach``. Raises OSError:
-    EINVAL for anything else, such as a device, whose opening could do something elsewhere.
+    """Open the regular file or directory at ``path``, see ``reach``. Raises OSError: EINVAL for
+    anything else, such as a device, where opening could have an effect elsewhere.
     """
     fd = reach(dir_fd, path)
     try:
@@ -77,7 +77,7 @@ def open_file(dir_fd: int, path: bytes, flags: int) -> int:
 
 
 def open_reached(fd: int, flags: int) -> int:
-    """Open what was reached, if it is a regular file or a directory. Raises OSError."""
+    """Open an O_PATH descriptor's file if it is a regular file or directory. Raises OSError."""
     if not kernel.is_file_or_directory(fd):
         raise OSError(errno.EINVAL, "neither a file nor a directory")
     return reopen(fd, flags)
@@ -85,7 +85,7 @@ def open_reached(fd: int, flags: int) -> int:
 
 @functools.cache
 def has_openat2() -> bool:
-    """Whether there is openat2(2): not before Linux 5.6, nor where a seccomp filter forbids it."""
+    """Whether openat2(2) works: not before Linux 5.6, nor if a seccomp filter forbids it."""
     root = os.open("/", _DIRECTORY)
     try:
         os.close(openat2(root, b".", _DIRECTORY))
@@ -109,8 +109,8 @@ def _how(flags: int) -> bytes:
 
 
 def _step(dir_fd: int, name: bytes, flags: int) -> int:
-    """The same for one name without openat2: what was opened has to be on the same mount. Device
-    numbers do not tell, as a directory of the share may be bound over another one.
+    """The same for one name without openat2: the file has to be on the same mount. Device numbers
+    do not show that, as a directory of the share may be bound over another one.
     """
     fd = os.open(name, flags, dir_fd=dir_fd)
     try:
@@ -123,7 +123,7 @@ def _step(dir_fd: int, name: bytes, flags: int) -> int:
 
 
 def _joined(names: list[bytes]) -> Iterator[bytes]:
-    """Names joined to paths that one system call takes."""
+    """Names joined to paths that fit one system call."""
     start, size = 0, 0
     for end, name in enumerate(names):
         if size + len(name) >= _PATH_LIMIT and end > start:

@@ -19,16 +19,16 @@ from .beneath import open_file, reach
 
 _READ = 128 * 1024
 _BUSY_WAIT = 2.0
-"""Seconds to wait for an agent that is just going; longer means that it stays."""
+"""Seconds to wait for an agent that is just exiting; after that it counts as running."""
 
 
 class ChannelError(Exception):
-    """Why there is no channel, in one line for people."""
+    """Why there is no channel, in one line for the user."""
 
 
 def open_hidden(root_fd: int) -> int:
-    """An O_PATH descriptor of the hidden directory below a mount's root. Raises OSError, ENOENT
-    where there is none: no other file system has its inode number.
+    """An O_PATH descriptor of the hidden directory below a mount's root. Raises OSError: ENOENT if
+    there is none. No other file system has its inode number.
     """
     try:
         fd = reach(root_fd, FSD_NAME, directory=True)
@@ -71,13 +71,13 @@ class FileChannel:
         os.pwrite(self._fd, data, 0)
 
     def receive(self) -> bytes:
-        """The next bytes, waiting as long as it takes. Raises ChannelError at the end.
+        """Wait for the next bytes without a limit. Raises ChannelError at the end.
 
-        A read is answered within the server's bound, fast for what comes soon; after it, poll
-        sleeps without end, where a signal reaches it at once. Over virtiofs, where nothing could
-        wake it, it does not sleep, and the reads go on waiting.
+        The server answers a read within its bound, quickly if bytes come soon. After an empty
+        answer poll(2) sleeps without end; a signal ends it at once. Over virtiofs nothing could
+        wake poll, so it does not sleep, and the reads continue.
         """
-        ended = False  # POLLHUP: what a last read brings, and then no more
+        ended = False  # POLLHUP: one last read, then the end
         while True:
             data = os.pread(self._fd, _READ, 0)
             if data:
@@ -113,7 +113,7 @@ class SocketChannel:
         self._socket.sendall(data)
 
     def receive(self) -> bytes:
-        """The next bytes. Raises ChannelError where the server closed."""
+        """The next bytes. Raises ChannelError if the server closed the connection."""
         data = self._socket.recv(_READ)
         if not data:
             raise ChannelError("the server closed the channel")
@@ -121,7 +121,7 @@ class SocketChannel:
 
 
 class Client:
-    """An observer's conversation on a channel: requests answered, events in between kept."""
+    """An observer's side of a channel: sends requests, and keeps events that arrive meanwhile."""
 
     def __init__(self, channel: FileChannel | SocketChannel, role: Role = Role.OBSERVER) -> None:
         self._channel = channel
@@ -141,12 +141,12 @@ class Client:
             raise
 
     def keep(self) -> None:
-        """Ask to be known again by a server after this one; before anything else is asked."""
+        """Send Keep, so that the next server knows us; call before any other request."""
         self._keep(b"", 0)
 
     def come_back(self, old: Client) -> bool:
-        """As the one who had ``old``, to another server. Whether that knows us: then marks hold,
-        and what happened since comes as events.
+        """Continue at another server as the observer that had ``old``. Returns whether the server
+        knows it: then marks hold, and changes since then come as events.
         """
         self._events.extend(old._events)
         self._keep(old.token or b"", old._received)
@@ -162,7 +162,7 @@ class Client:
                 break
 
     def close(self) -> None:
-        """Leave; the server drops our marks."""
+        """End the session; the server drops our marks."""
         self._channel.close()
 
     def _messages(self) -> Iterator[frames.Message]:
@@ -194,7 +194,7 @@ class Client:
         self._ask(frames.Update(self._requests, nodeid, generation, mask))
 
     def directories(self, node: frames.Result) -> list[bytes]:
-        """Names of the directories in a directory. Raises OSError where it cannot be read."""
+        """Names of the directories in a directory. Raises OSError if it cannot be read."""
         self._requests += 1
         ask = frames.List(self._requests, node.nodeid, node.generation)
         self._channel.send(frames.encode(ask))
@@ -226,7 +226,7 @@ class Client:
         return state
 
     def events(self) -> Iterator[frames.Event]:
-        """Events as they come, without end."""
+        """Events as they arrive, without end."""
         while True:
             if self._events:  # also those that came while the caller asked something
                 yield self._events.popleft()

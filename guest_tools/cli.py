@@ -26,7 +26,7 @@ from .watcher.commands import add_commands
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status (0 done, 1 failed, 2 wrong usage)."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+        if isinstance(stream, io.TextIOWrapper):  # None if it was closed
             stream.reconfigure(errors="surrogateescape")  # paths are any bytes
     arguments = _parser().parse_args(argv)
     try:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Failure, ChannelError, ImageError, ProtocolError, masks.MaskError) as error:
         print(f"fsd-guest: {error}", file=sys.stderr)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads: no complaint at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader is gone
     except OSError as error:
         print(
             f"fsd-guest: {error.filename or arguments.command}: {error.strerror}", file=sys.stderr
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line."""
+    """Reports wrong usage in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """End the process with status 2."""
+        """Exit with status 2."""
         print(f"fsd-guest: {message}; see '{self.prog} --help'", file=sys.stderr)
         sys.exit(2)
 
@@ -114,7 +114,7 @@ def _open_hidden(mountpoint: str) -> int:
 
 
 def _mount_of(mountpoint: str) -> dict[str, Any]:
-    """What the server's statistics say of a mount. Raises Failure."""
+    """The mount's part of the server's statistics. Raises Failure."""
     try:
         fsd = _open_hidden(mountpoint)
         try:
@@ -142,7 +142,7 @@ def _marks(arguments: argparse.Namespace) -> int:
         try:
             texts = list(notify_texts(pid))
         except OSError as error:
-            unread += error.errno in PASSING  # another user's are none of ours
+            unread += error.errno in PASSING  # processes of other users are ignored
             continue
         unread += any(isinstance(text, OSError) and text.errno in PASSING for _, text in texts)
         marks = (
@@ -192,7 +192,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
 
 class _Share:
-    """Where paths lie: below a mount's root, or below the root of a socket's export."""
+    """What paths are relative to: a mount's root, or the root of a socket's export."""
 
     def __init__(self, path: str, socket_path: str | None) -> None:
         self._path = path
@@ -200,7 +200,7 @@ class _Share:
         self.root = "/" if socket_path else _mountpoint_of(path)
 
     def connect(self, role: Role) -> Client:
-        """A conversation with the server."""
+        """Open a session with the server."""
         if self._socket_path:
             return Client(SocketChannel(self._socket_path), role)
         try:
@@ -213,7 +213,7 @@ class _Share:
             os.close(fsd)
 
     def inner(self, path: str) -> bytes:
-        """The path as the share's root sees it."""
+        """The path relative to the share's root."""
         if self.root == "/":
             return os.fsencode(path.lstrip("/"))
         return os.fsencode(os.path.relpath(os.path.abspath(path), self.root))

@@ -1,13 +1,13 @@
-"""What ends a command, and which errors pass: apart because all of the modules use them."""
+"""The exception that ends a command, and which errors are temporary. For all other modules."""
 
 from __future__ import annotations
 
 import errno
 
 GONE = frozenset({errno.ENOENT, errno.ESRCH})
-"""What /proc answers for a process or a descriptor that is not there (any more)."""
+"""Errors of /proc for a process or a descriptor that does not exist (any more)."""
 PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
-"""Errors that say nothing of what was asked for: ask again later."""
+"""Errors that say nothing about the file itself: try again later."""
 
 
 class Failure(Exception):

@@ -1,4 +1,4 @@
-"""System calls that Python's library lacks, for the agent."""
+"""System calls for the agent that Python's library lacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BOTH = (_Timespec * 2)(_SET, _SET)
 
 
 def check(result: int) -> int:
-    """The result of a system call. Raises OSError where it failed."""
+    """The result of a system call. Raises OSError if it failed."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -45,17 +45,17 @@ def check(result: int) -> int:
 
 
 def clone_mount(path: str) -> int:
-    """A private copy of the mount at ``path``, which does not keep that one busy: open_tree(2)."""
+    """A private copy of the mount at ``path``, which does not keep it busy: open_tree(2)."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
     return check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
 
 
 def make_writable(mount_fd: int) -> None:
-    """Let this mount alone be written, where ``mount -o ro`` has made the file system read-only.
+    """Make only this mount writable, if ``mount -o ro`` has made the file system read-only.
 
-    ``mount -o ro`` sets a flag on the mount and one on the file system. The first is taken from
-    this mount: mount_setattr(2), Linux 5.12. The second is taken too: fspick(2); other mounts of
-    it keep their own flag, so that their users go on getting EROFS. Raises OSError.
+    ``mount -o ro`` sets a flag on the mount and one on the file system. mount_setattr(2), Linux
+    5.12, clears the first on this mount. fspick(2) clears the second; other mounts of the file
+    system keep their own flag, so their users still get EROFS. Raises OSError.
     """
     attributes = struct.pack("=4Q", 0, _MOUNT_ATTR_RDONLY, 0, 0)
     size = ctypes.c_size_t(len(attributes))
@@ -82,7 +82,7 @@ def mount_privately(kind: str) -> int:
 
 
 def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int) -> int:
-    """open_by_handle_at(2); ``mount_fd``: not O_PATH, or AT_FDCWD. Raises OSError, EPERM where the
+    """open_by_handle_at(2); ``mount_fd``: not O_PATH, or AT_FDCWD. Raises OSError: EPERM if the
     process lacks CAP_DAC_READ_SEARCH.
     """
     data = struct.pack("=Ii", len(handle), kind) + handle
@@ -90,9 +90,9 @@ def open_by_handle(mount_fd: int, kind: int, handle: bytes, flags: int) -> int:
 
 
 def touch(fd: int, *, atime: bool, mtime: bool) -> None:
-    """utimensat(2) of the file of an O_PATH descriptor, be it a symbolic link. Raises OSError.
+    """utimensat(2) on the file of an O_PATH descriptor, also a symbolic link. Raises OSError.
 
-    What times are set decides the event: atime alone is IN_ACCESS, mtime alone IN_MODIFY, both
+    The times that are set decide the event: only atime is IN_ACCESS, only mtime IN_MODIFY, both
     IN_ATTRIB (include/linux/fsnotify.h, fsnotify_change).
     """
     times = _BOTH if atime and mtime else _ATIME if atime else _MTIME
@@ -105,7 +105,7 @@ def touch(fd: int, *, atime: bool, mtime: bool) -> None:
 
 def is_file_or_directory(fd: int) -> bool:
     """Whether a descriptor's file is a regular file or a directory, as the kernel has it: statx(2)
-    with AT_STATX_DONT_SYNC, which asks no server. Raises OSError.
+    with AT_STATX_DONT_SYNC, which makes no request to the server. Raises OSError.
     """
     buffer = ctypes.create_string_buffer(256)
     flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
@@ -113,7 +113,7 @@ def is_file_or_directory(fd: int) -> bool:
         check(_libc.statx(fd, b"", flags, _STATX_TYPE, buffer))
         (mode,) = struct.unpack_from("=H", buffer, 28)
     except (AttributeError, OSError) as error:
-        # An old C library, an old kernel, a filter; the library's stand-in says EINVAL.
+        # An old C library, an old kernel, a filter; the library's replacement fails with EINVAL.
         missing = (errno.ENOSYS, errno.EPERM, errno.EINVAL)
         if isinstance(error, OSError) and error.errno not in missing:
             raise
@@ -122,9 +122,8 @@ def is_file_or_directory(fd: int) -> bool:
 
 
 def ask_for(dir_fd: int, name: bytes) -> None:
-    """Have the kernel ask the server for what a name stands for, though it keeps that: statx(2),
-    which asks for the attributes (AT_STATX_FORCE_SYNC), and at ESTALE for the name (LOOKUP_REVAL of
-    fs/namei.c). Raises OSError.
+    """Make the kernel ask the server about a cached name: statx(2) with AT_STATX_FORCE_SYNC asks
+    for the attributes, and upon ESTALE for the name (LOOKUP_REVAL of fs/namei.c). Raises OSError.
     """
     flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_FORCE_SYNC
     check(_libc.statx(dir_fd, name, flags, _STATX_TYPE, ctypes.create_string_buffer(256)))

@@ -1,6 +1,6 @@
 """Which inodes of a mount the guest's programs watch: the kernel's marks, read from /proc.
 
-No file of the mount is touched: only /proc/PID/fd links and /proc/PID/fdinfo texts.
+No file of the mount is touched, only /proc/PID/fd links and /proc/PID/fdinfo texts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WHOLE = NodeKey(0, 0)
 _FAN_OPEN_EXEC = 0x1000
 _FAN_RENAME = 0x1000_0000
 _THREADS = 64
-"""Threads of a process among which one is looked for that has not ended."""
+"""Threads of a process among which to look for one that has not ended."""
 _TGID = re.compile(rb"^Tgid:\t(\d+)$", re.M)
 _NOTIFY_FDS = ("anon_inode:inotify", "anon_inode:[fanotify]")
 
@@ -36,20 +36,20 @@ class Mark(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A mount as fdinfo names it: the kernel's s_dev, and the ids of its mounts."""
+    """A mount as fdinfo shows it: the kernel's s_dev, and the ids of its mounts."""
 
     sdev: int
     mount_ids: frozenset[int]
 
 
 def device_of(status: os.stat_result) -> Device:
-    """The device of anything on the mount, from its stat."""
+    """The device of any file on the mount, from its stat."""
     major, minor = os.major(status.st_dev), os.minor(status.st_dev)
     return Device(major << 20 | minor, mount_ids(major, minor))
 
 
 def mount_ids(major: int, minor: int) -> frozenset[int]:
-    """The ids under which a device is mounted here; none once it is not."""
+    """The ids under which a device is mounted here; none when it is not mounted."""
     with open("/proc/self/mountinfo", "rb") as mountinfo:
         rows = [line.split(b" ", 3) for line in mountinfo]
     return frozenset(int(row[0]) for row in rows if row[2] == b"%d:%d" % (major, minor))
@@ -61,7 +61,7 @@ def pids() -> list[int]:
 
 
 def process_of(thread: int) -> int:
-    """The process of a thread; the number itself where that is gone, or cannot be told."""
+    """The process of a thread; the number itself if the process is unknown."""
     try:
         with open(f"/proc/{thread}/status", "rb", buffering=0) as status:
             found = _TGID.search(status.read(4096))
@@ -71,8 +71,8 @@ def process_of(thread: int) -> int:
 
 
 def started(pid: int) -> int:
-    """When a process started, in clock ticks since the boot, by which it is told from another that
-    has its number later; 0 where it has ended. Raises OSError where that cannot be told.
+    """When a process started, in clock ticks since boot, to distinguish it from a later process
+    with the same number; 0 if it has ended. Raises OSError if that is not known.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -86,9 +86,9 @@ def started(pid: int) -> int:
 
 
 def notify_texts(pid: int) -> Iterator[tuple[int, str | OSError]]:
-    """The fdinfo of each inotify and fanotify descriptor that a process (or thread) has, or why it
-    cannot be read, which may be one of another kind then. Raises OSError where its descriptors
-    cannot be listed: ProcessLookupError where it has ended.
+    """The fdinfo of each inotify and fanotify descriptor of a process (or thread), or the error of
+    reading it; then it may be a descriptor of another kind. Raises OSError if its descriptors
+    cannot be listed: ProcessLookupError if it has ended.
     """
     try:
         directory, fds = _descriptors(pid)
@@ -110,8 +110,8 @@ def notify_texts(pid: int) -> Iterator[tuple[int, str | OSError]]:
 
 
 def _descriptors(pid: int) -> tuple[str, list[str]]:
-    """Where a process's descriptors are, and their numbers. Its first thread may have ended, and
-    has none then: the others go on with them.
+    """Where a process's descriptors are, and their numbers. If its first thread has ended, that one
+    has none, and another thread's are listed.
     """
     directory = f"/proc/{pid}"
     fds = os.listdir(f"{directory}/fd")
@@ -126,7 +126,7 @@ def _descriptors(pid: int) -> tuple[str, list[str]]:
 
 
 def marks_in(text: str, device: Device) -> Iterator[Mark]:
-    """The marks on the mount that the fdinfo of a descriptor lists."""
+    """The marks on the mount in the fdinfo of one descriptor."""
     for mark in parse_fdinfo(text):
         node = _node(mark, device)
         mask = _event_bits(mark)

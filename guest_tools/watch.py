@@ -1,4 +1,4 @@
-"""Events straight from the server, also from the server after it: `fsd-guest watch`."""
+"""`fsd-guest watch`: events as the server sends them, also from the next server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ARRIVED = int(Mask.CREATE | Mask.MOVED_TO)
 
 
 class Watch:
-    """Marks on paths, and their events. ``connect`` makes the channel, now and for another server;
-    ``inner`` says where a path is in the share.
+    """Marks on paths, and their events. ``connect`` opens the channel, now and for another server.
+    ``inner`` converts a path to one relative to the share's root.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class Watch:
         self._paths: dict[int, tuple[int, str]] = {}  # by nodeid: generation, path
 
     def keep(self, patience: float) -> None:
-        """Go on with another server, should this one end: if it comes within ``patience`` seconds.
-        To be called before any path is added.
+        """Continue with another server if this one exits and the next one comes within ``patience``
+        seconds. To be called before any path is added.
         """
         self._patience = patience
         self._client.keep()
 
     def close(self) -> None:
-        """Leave; the server drops the marks."""
+        """End the session; the server drops the marks."""
         self._client.close()
 
     def add(self, path: str) -> None:
-        """Set a mark; where it is recursive, on the directories below too. Raises OSError."""
+        """Set a mark; if recursive, also on the directories below. Raises OSError."""
         node = self._client.resolve(self._inner(path))
         self._client.update(node.nodeid, node.generation, self._mask)
         self._paths[node.nodeid] = (node.generation, path)
@@ -60,8 +60,8 @@ class Watch:
                 self.add(os.path.join(path, os.fsdecode(name)))
 
     def events(self) -> Iterator[tuple[str, frames.Event]]:
-        """Events as they come, with the path of what was watched. Raises ChannelError where the
-        server has gone, and no other comes.
+        """Events as they arrive, with the watched path. Raises ChannelError if the server exits and
+        no other comes.
         """
         while True:
             try:
@@ -77,7 +77,7 @@ class Watch:
                 self._return(error)
 
     def _return(self, error: Exception) -> None:
-        """To the server that comes after the one which has gone."""
+        """Reconnect to the next server."""
         old = self._client
         old.close()
         deadline = time.monotonic() + self._patience
@@ -94,7 +94,7 @@ class Watch:
         for nodeid, (generation, path) in list(self._paths.items()):
             try:
                 self._client.update(nodeid, generation, self._mask)
-            except OSError:  # not the same node there, or gone
+            except OSError:  # another node there, or gone
                 del self._paths[nodeid]
                 with suppress(OSError):
                     self.add(path)

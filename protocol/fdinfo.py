@@ -26,7 +26,7 @@ class MarkInfo(NamedTuple):
     wd: int  # -1 for fanotify
     ino: int  # 0 for mount and superblock marks
     sdev: int  # 0 for mount marks
-    mnt_id: int  # 0 but for mount marks
+    mnt_id: int  # 0 except for mount marks
     mask: int
     ignored_mask: int
     handle_type: int
@@ -35,7 +35,7 @@ class MarkInfo(NamedTuple):
 
 
 def parse_fdinfo(text: str) -> Iterator[MarkInfo]:
-    """Marks in the text of one fdinfo file; a line that is not a mark is passed over."""
+    """Marks in the text of one fdinfo file; other lines are skipped."""
     for line in text.splitlines():
         family, _, rest = line.partition(" ")
         if family not in ("inotify", "fanotify") or " mask:" not in line:
@@ -59,7 +59,7 @@ def parse_fdinfo(text: str) -> Iterator[MarkInfo]:
 
 
 class TargetInfo(NamedTuple):
-    """One entry of an epoll set. ``tfd`` is the number that it was added under."""
+    """One entry of an epoll set. ``tfd`` is the number under which it was added."""
 
     tfd: int
     events: int
@@ -95,7 +95,7 @@ def parse_flags(text: str) -> int:
 
 
 def parse_fanotify(text: str) -> tuple[int, int]:
-    """The two arguments of fanotify_init(2) that a group was made with. Raises ValueError."""
+    """The two arguments of fanotify_init(2) with which a group was made. Raises ValueError."""
     found = re.search(r"^fanotify flags:([0-9a-f]+) event-flags:([0-9a-f]+)$", text, re.MULTILINE)
     if not found:
         raise ValueError("no fanotify flags in fdinfo")

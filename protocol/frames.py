@@ -1,4 +1,4 @@
-"""fsd's own messages: versioned, length-framed, sans-IO (docs/protocol.md is the norm).
+"""fsd's own messages: versioned, length-framed, sans-IO. docs/protocol.md is the specification.
 
 A frame is {u32 length of the whole frame, u16 type, u16 zero} and a body: the fixed fields of the
 message, then each bytes field as {u16 length, bytes}. Everything is little-endian. The same frames
@@ -14,7 +14,8 @@ from typing import NamedTuple, Union
 
 VERSION = 1
 MAX_FRAME = 64 * 1024
-"""Longest frame accepted: two paths of PATH_MAX, two names and room. Statistics come in parts."""
+"""Longest accepted frame: two paths of PATH_MAX, two names, and some room. Statistics come in
+parts."""
 
 ROOT = 1
 """The root of the mount, FUSE_ROOT_ID."""
@@ -23,20 +24,20 @@ FSD_DIR = 1 << 63 | 1  # .fsd itself
 CONTROL = 1 << 63 | 2  # .fsd/control, the replayer's channel
 SESSION = 1 << 63 | 3  # .fsd/session, a channel for an observer
 STATUS = 1 << 63 | 4  # .fsd/status, the server's statistics as JSON
-STAGING = 1 << 63 | 5  # .fsd/staging, where names move in from and out to
-ALIAS = 1 << 63 | 6  # .fsd/alias, any node by its decimal number, apart from its real name
+STAGING = 1 << 63 | 5  # .fsd/staging, where names are moved out of and into
+ALIAS = 1 << 63 | 6  # .fsd/alias: any node, named by its nodeid in decimal
 CHECKPOINT = 1 << 63 | 7  # .fsd/checkpoint, saves the server's state when it is opened
 FSD_NAME = b".fsd"
 ALL_PROCESSES = 0
-"""In place of a process in a Hint."""
+"""In a Hint: all processes."""
 
 
 class ProtocolError(ValueError):
-    """The peer sent what is no frame of this protocol. The session ends; nothing else does."""
+    """The peer sent bytes that are no frame of this protocol. Only the session ends."""
 
 
 class Role(IntEnum):
-    """What a session is for. BY_HAND sets marks that outlive it, for trying things out."""
+    """The purpose of a session. BY_HAND sets marks that outlive the session, for experiments."""
 
     REPLAYER = 1
     OBSERVER = 2
@@ -44,7 +45,7 @@ class Role(IntEnum):
 
 
 class Op(IntEnum):
-    """What a replay order asks the agent to do on the mount."""
+    """What an order asks the agent to do on the mount."""
 
     CREATE = 1
     REMOVE = 2
@@ -63,10 +64,11 @@ class Hello(NamedTuple):
 
 
 class Update(NamedTuple):
-    """fsnotify_update: the aggregated mask of one inode; 0 = no longer interested.
+    """fsnotify_update: the aggregated mask of one inode; 0: no events any more.
 
-    nodeid 0 stands for the whole file system. A request other than 0 is answered at once; an
-    agent's updates have request 0 and wait for its ScanEnd; of these only failures are answered.
+    nodeid 0 stands for the whole file system. A request other than 0 is answered at once. An
+    agent's updates have request 0 and take effect at its ScanEnd; only failures of these are
+    answered.
     """
 
     request: int
@@ -77,7 +79,7 @@ class Update(NamedTuple):
 
 class ScanEnd(NamedTuple):
     """The agent has read the marks of all processes hinted up to ``hint`` (``full``: of all
-    processes). The Updates before it are what changed, and are applied as one.
+    processes). The Updates before it are the changes, and are applied as one.
     """
 
     hint: int
@@ -113,14 +115,15 @@ class StatsRequest(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """The guest leaves; a waiting read is answered at once."""
+    """The guest ends the session; a waiting read is answered at once."""
 
 
 class Keep(NamedTuple):
-    """Ask to be known again by a server after this one; the first message after Hello, if at all.
+    """Ask to be known to the next server; if sent, the first message after Hello.
 
-    Without a token: from now on, keep my marks and events. With one: I am who had it, and have
-    received so many events since. Answered by Kept: the same token if that is so, else a new one.
+    Without a token: keep my marks and events from now on. With one: I am the guest that got this
+    token, and have received so many events since. Answered by Kept: the same token if the server
+    knows it, else a new one.
     """
 
     request: int
@@ -147,7 +150,7 @@ class Result(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One notification, the RFC's fields: on which node, what, which name in it."""
+    """One event with the RFC's fields: on which node, which event, which name in it."""
 
     nodeid: int
     generation: int
@@ -159,10 +162,10 @@ class Event(NamedTuple):
 class Order(NamedTuple):
     """One system call for the agent to make on the mount.
 
-    CREATE name in node (mode: file type); REMOVE it (mode tells rmdir from unlink);
-    RENAME to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB;
-    nodeid2: through what that OPEN opened; generation2 1: the name is gone, open it apart);
-    OPEN (arg 1: for writing); CLOSE what order ``arg`` opened. An empty name means the
+    CREATE name in node (mode: file type); REMOVE it (mode decides between rmdir and unlink); RENAME
+    to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB; nodeid2:
+    through the file that this OPEN opened; generation2 1: the name is gone, open it separately);
+    OPEN (arg 1: for writing); CLOSE the file that order ``arg`` opened. An empty name means the
     directory itself. The paths lead to node and node2 from the root, as of the event.
     """
 
@@ -181,8 +184,8 @@ class Order(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """Process ``pid`` has just looked up directories: its fdinfo is worth reading. ALL_PROCESSES
-    stands for more than the server has kept.
+    """Process ``pid`` has just looked up directories: its fdinfo is worth reading. ALL_PROCESSES:
+    there were more processes than the server keeps.
     """
 
     hint: int
@@ -198,7 +201,7 @@ class Name(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Answer to Keep: by what the guest is known."""
+    """Answer to Keep: the token that the guest is known by."""
 
     request: int
     token: bytes
@@ -244,7 +247,7 @@ _BY_TYPE = {cls: (code, fixed, tails) for code, cls, fixed, tails in _TABLE}
 
 
 def encode(message: Message) -> bytes:
-    """One frame. Raises ProtocolError where a field does not fit."""
+    """One frame. Raises ProtocolError if a field does not fit."""
     code, fixed, tails = _BY_TYPE[type(message)]
     count = len(message) - tails
     try:
@@ -296,12 +299,12 @@ class FrameReader:
         self._broken = False
 
     def feed(self, data: bytes) -> None:
-        """Add received bytes. Behind a bad frame nothing is kept."""
+        """Add received bytes. After a bad frame they are dropped."""
         if not self._broken:
             self._buffer += data
 
     def __iter__(self) -> Iterator[Message]:
-        """Messages that are complete. Raises ProtocolError; the stream is unusable then."""
+        """Complete messages. Raises ProtocolError; the stream is unusable then."""
         if self._broken:
             raise ProtocolError("the stream is broken by an earlier frame")
         while (frame := self._next()) is not None:

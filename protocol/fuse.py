@@ -1,9 +1,9 @@
-"""The messages of FUSE as include/uapi/linux/fuse.h lays them out, 7.31 to 7.45. Sans-IO.
+"""The messages of FUSE as include/uapi/linux/fuse.h defines them, 7.31 to 7.45. Sans-IO.
 
-A request is InHeader, its opcode's struct, names (NUL-terminated) or data, and extensions; a reply
-is OutHeader and its opcode's struct or data. Field names and their order are the kernel's; padding
-is not shown. Integers are little-endian, as on every machine that fsd serves; a guest of the other
-byte order shows in INIT's opcode and is refused.
+A request is InHeader, its opcode's struct, names (NUL-terminated) or data, and extensions. A reply
+is OutHeader and its opcode's struct or data. Fields have the kernel's names and order; padding is
+left out. Integers are little-endian, as on every machine that fsd serves; INIT's opcode shows if a
+guest has the other byte order, and it is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAJOR = 7
 MINOR = 45
 """The newest version whose messages are here."""
 OLDEST_MINOR = 31
-"""The oldest that is spoken: Linux 5.4, where virtiofs begins."""
+"""The oldest supported version: Linux 5.4, the first with virtiofs."""
 ROOT_ID = 1
 
 _T = TypeVar("_T")
@@ -178,7 +178,7 @@ NOTIFY_INVAL_INODE = 2
 
 
 class Wire(Generic[_T]):
-    """The layout of one struct, and the tuple that stands for it."""
+    """The layout of one struct, and the tuple that represents it."""
 
     __slots__ = ("_make", "_struct", "name", "size")
 
@@ -189,7 +189,7 @@ class Wire(Generic[_T]):
         self._make = make
 
     def unpack(self, data: bytes, offset: int = 0) -> _T:
-        """The struct at ``offset``. Raises DecodeError where the data is too short."""
+        """The struct at ``offset``. Raises DecodeError if the data is too short."""
         try:
             return self._make(self._struct.unpack_from(data, offset))
         except struct.error:
@@ -223,7 +223,7 @@ class OutHeader(NamedTuple):
 
 
 class InitIn(NamedTuple):
-    """struct fuse_init_in, up to ``flags``; ``flags2`` is there where flags has INIT_EXT."""
+    """struct fuse_init_in, up to ``flags``; ``flags2`` follows if flags has INIT_EXT."""
 
     major: int
     minor: int
@@ -349,7 +349,7 @@ class WriteIn(NamedTuple):
 
     @property
     def appends(self) -> bool:
-        """Whether the descriptor does. Pages that are written back have a place of their own."""
+        """Whether the write appends. Pages that are written back have an offset of their own."""
         return bool(self.flags & os.O_APPEND) and not self.write_flags & WRITE_CACHE
 
 
@@ -503,7 +503,7 @@ COPY_FILE_RANGE_OUT = Wire("fuse_copy_file_range_out", "Q", _first)
 DIRENT = Wire("fuse_dirent", "QQII", _fields)
 """ino, off, namelen, type; the name follows, then zeros up to a multiple of 8."""
 NOTIFY_INVAL_INODE_OUT = Wire("fuse_notify_inval_inode_out", "Qqq", _fields)
-"""ino, off, len; the attributes alone where off is negative."""
+"""ino, off, len; only the attributes if off is negative."""
 NOTIFY_POLL_OUT = Wire("fuse_notify_poll_wakeup_out", "Q", _first)
 EXT_HEADER = Wire("fuse_ext_header", "II", _fields)
 """size with this header, type; fuse_secctx_header where type is at most MAX_NR_SECCTX."""
@@ -514,7 +514,7 @@ _PAD = (b"", b"\0" * 7, b"\0" * 6, b"\0" * 5, b"\0" * 4, b"\0" * 3, b"\0" * 2, b
 
 
 def names(data: bytes, offset: int, count: int) -> list[bytes]:
-    """``count`` NUL-terminated names from ``offset``. Raises DecodeError where one is missing."""
+    """``count`` NUL-terminated names from ``offset``. Raises DecodeError if one is missing."""
     found = data[offset:].split(b"\0", count)
     if len(found) <= count:
         raise DecodeError(f"{count} names expected, here are {len(found) - 1}")
@@ -522,7 +522,7 @@ def names(data: bytes, offset: int, count: int) -> list[bytes]:
 
 
 def name(data: bytes, offset: int = 0) -> bytes:
-    """One NUL-terminated name. Raises DecodeError where its end is missing."""
+    """One NUL-terminated name. Raises DecodeError if the NUL is missing."""
     end = data.find(b"\0", offset)
     if end < 0:
         raise DecodeError("a name without its end")
@@ -530,7 +530,7 @@ def name(data: bytes, offset: int = 0) -> bytes:
 
 
 def forgets(data: bytes) -> list[ForgetOne]:
-    """What BATCH_FORGET lists. Raises DecodeError where that is less than it says."""
+    """The entries of BATCH_FORGET. Raises DecodeError if there are fewer than its header states."""
     count = BATCH_FORGET_IN.unpack(data)
     if BATCH_FORGET_IN.size + count * FORGET_ONE.size > len(data):
         raise DecodeError(f"{count} forgets do not fit into {len(data)} bytes")

@@ -1,7 +1,7 @@
-"""File handles of FUSE inodes: how a guest's kernel names the server's own node.
+"""File handles of FUSE inodes: the form in which a guest's kernel shows the server's nodes.
 
-fs/fuse/inode.c, fuse_encode_fh: fileid type 0x81 (FILEID_INO64_GEN) carries
-{nodeid high, nodeid low, generation}, each a native u32.
+fs/fuse/inode.c, fuse_encode_fh: fileid type 0x81 (FILEID_INO64_GEN) contains {nodeid high, nodeid
+low, generation}, each a native u32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class NodeKey(NamedTuple):
 
 
 def encode_fh(key: NodeKey) -> bytes:
-    """The f_handle bytes by which open_by_handle_at(2) finds the inode on the mount."""
+    """The f_handle bytes with which open_by_handle_at(2) finds the inode on the mount."""
     return _FH.pack(key.nodeid >> 32, key.nodeid & 0xFFFF_FFFF, key.generation)
 
 

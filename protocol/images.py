@@ -1,7 +1,7 @@
-"""The envelope of every image that is kept on disk: what it is, and that it is whole.
+"""The envelope of every image on disk: its kind, version and checksum.
 
-Apart because the server's image and a watcher's have nothing in common but this. What is inside is
-its owner's; a checksum shows damage, not who wrote it.
+Apart because it is all that the server's image and a watcher's have in common. The checksum shows
+damage, not who wrote the image.
 
     image  = header, checksum, body
     header = magic, header's version, kind of the body, body's version, body's length
@@ -23,7 +23,7 @@ _BODY = _HEADER.size + _DIGEST_SIZE
 
 
 class ImageError(ValueError):
-    """What was read is no image that this program can use; the text says why, for people."""
+    """The bytes are not an image that this program can use; the text says why, for the user."""
 
 
 def pack(kind: str, version: int, body: bytes) -> bytes:

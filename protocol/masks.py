@@ -1,7 +1,7 @@
-"""The algebra of inotify masks: kernel values, names, and what a request may carry.
+"""The algebra of inotify masks: kernel values, names, and the bits that a request may have.
 
-Apart because server, guest tools and tests all speak in these masks.
-Values: include/uapi/linux/inotify.h (equal to FS_* of include/linux/fsnotify_backend.h).
+Apart because server, guest tools and tests all use these masks. Values:
+include/uapi/linux/inotify.h (equal to FS_* of include/linux/fsnotify_backend.h).
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ _GROUPS = {"close": CLOSE, "move": MOVE, "all": EVENTS, "all_events": EVENTS}
 
 
 class MaskError(ValueError):
-    """A mask that asks for nothing, or for what does not exist. ``errno`` is EINVAL."""
+    """A mask without an event, or with an unknown bit. ``errno`` is EINVAL."""
 
     errno = errno.EINVAL
 
 
 def requested(bits: int) -> Mask:
-    """Strip the kernel's own bits from a requested mask; 0 means no longer interested.
+    """Remove the bits that the kernel handles from a requested mask; 0 means no events any more.
 
-    Raises MaskError where bits were given and no event is left, or unknown bits are set.
+    Raises MaskError if bits were given and no event is left, or if unknown bits are set.
     """
     if bits == 0:
         return Mask(0)
@@ -78,9 +78,9 @@ def requested(bits: int) -> Mask:
 
 
 def parse(text: str) -> Mask:
-    """Mask of words as people write them: ``create,delete``, ``IN_MODIFY|IN_ISDIR``.
+    """The mask of a list of words: ``create,delete``, ``IN_MODIFY|IN_ISDIR``.
 
-    Raises MaskError with the word that is not known.
+    Raises MaskError with the unknown word.
     """
     mask = Mask(0)
     for word in text.replace("|", ",").split(","):

@@ -1,12 +1,11 @@
 """The two wire layouts of the kernel RFC "Inotify support in FUSE and virtiofs" (2021).
 
-Not spoken by fsd; kept as codecs with test vectors, for peers and for comparison.
-v1 was posted: request {u64 mask; u64 group; u32 action; u32 padding}, the inode in the FUSE header;
-notification {u64 inode; u64 mask; u32 namelen; u32 cookie; name}.
-v2 was never posted: request {u64 mask}, aggregated, 0 = remove;
-notification {u64 inode; u64 parent; u64 mask; u32 namelen; u32 generation; u8 notify_parent;
-u8 padding[7]; name}.
-The name is not NUL-terminated here; namelen counts exactly its bytes.
+fsd does not speak them; they are codecs with test vectors, for peers and for comparison. v1 was
+posted: request {u64 mask; u64 group; u32 action; u32 padding}, the inode in the FUSE header;
+notification {u64 inode; u64 mask; u32 namelen; u32 cookie; name}. v2 was never posted: request {u64
+mask}, aggregated, 0 = remove; notification {u64 inode; u64 parent; u64 mask; u32 namelen; u32
+generation; u8 notify_parent; u8 padding[7]; name}. The name is not NUL-terminated here; namelen
+counts exactly its bytes.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def encode_event_v1(event: EventV1) -> bytes:
 
 
 def decode_event_v1(data: bytes) -> EventV1:
-    """Raises ProtocolError where namelen and size disagree."""
+    """Raises ProtocolError if namelen and size disagree."""
     inode, mask, length, cookie = _fixed(_EVENT_V1, data, "v1 event")
     return EventV1(inode, mask, cookie, _name(_EVENT_V1, data, length, "v1 event"))
 
@@ -123,7 +122,7 @@ def encode_event_v2(event: EventV2) -> bytes:
 
 
 def decode_event_v2(data: bytes) -> EventV2:
-    """Raises ProtocolError where namelen and size disagree, or notify_parent is no bool."""
+    """Raises ProtocolError if namelen and size disagree, or if notify_parent is not 0 or 1."""
     inode, parent, mask, length, generation, notify = _fixed(_EVENT_V2, data, "v2 event")
     if notify not in (0, 1):
         raise ProtocolError(f"v2 event: notify_parent {notify}")

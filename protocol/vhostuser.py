@@ -1,7 +1,8 @@
 """vhost-user messages, as a back-end receives and answers them: sans-IO.
 
-The norm is QEMU's docs/interop/vhost-user.rst; names and numbers are its. Syntax only: whether a
-message makes sense now is the device's business. Numbers are in the machine's byte order.
+The specification is QEMU's docs/interop/vhost-user.rst, with its names and numbers. Syntax only:
+whether a message is valid in the current state is for the device to decide. Numbers are in the
+machine's byte order.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ MAX_REGIONS = 8
 MAX_CONFIG = 256
 """VHOST_USER_MAX_CONFIG_SIZE: bytes of configuration space that one message carries."""
 MAX_PAYLOAD = 4096
-"""No message has more; what claims to is cut off before anything is stored."""
+"""No message is longer; a longer one is rejected before anything is stored."""
 INDEX_MASK, NO_FD = 0xFF, 0x100  # in the u64 of SET_VRING_KICK, _CALL and _ERR
 
 
 class VhostUserError(ValueError):
-    """The front-end sent what is no vhost-user message. The connection ends; nothing else does."""
+    """The front-end sent bytes that are no vhost-user message. Only the connection ends."""
 
 
 class Type(IntEnum):
-    """VhostUserRequest: what a front-end may ask."""
+    """VhostUserRequest: the requests of a front-end."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -60,7 +61,7 @@ class Type(IntEnum):
 
 
 class Flag(IntFlag):
-    """Bits of the header's flags, beside the version."""
+    """Bits of the header's flags, except the version."""
 
     REPLY = 1 << 2
     NEED_REPLY = 1 << 3
@@ -81,7 +82,7 @@ class Protocol(IntFlag):
 
 
 F_PROTOCOL_FEATURES = 1 << 30
-"""The virtio feature bit that stands for Protocol being spoken."""
+"""The virtio feature bit for the Protocol features."""
 
 
 class Empty(NamedTuple):
@@ -137,7 +138,7 @@ class Config(NamedTuple):
 
 
 class Inflight(NamedTuple):
-    """VhostUserInflight: where in a file it is noted what is being done; sizes in bytes, but
+    """VhostUserInflight: where in a file requests under way are recorded; sizes in bytes, but
     ``queue_size`` in entries.
     """
 
@@ -148,7 +149,7 @@ class Inflight(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """The payload of a message that this module does not know, or that nobody offered."""
+    """The payload of a message that this module does not know, or that was not offered."""
 
     data: bytes
 
@@ -157,7 +158,7 @@ Payload = Union[Empty, U64, VringState, VringAddr, Region, Regions, Config, Infl
 
 
 class Request(NamedTuple):
-    """A message of the front-end. ``fds`` belong to whoever takes the request."""
+    """A message of the front-end. ``fds`` belong to the code that takes the request."""
 
     type: int
     flags: int
@@ -166,7 +167,7 @@ class Request(NamedTuple):
 
     @property
     def needs_reply(self) -> bool:
-        """Whether REPLY_ACK is asked for."""
+        """Whether the front-end asks for REPLY_ACK."""
         return bool(self.flags & Flag.NEED_REPLY)
 
 
@@ -183,7 +184,7 @@ _FIXED: dict[type[Payload], struct.Struct] = {
     Region: _SINGLE,
     Inflight: struct.Struct("=QQHH"),
 }
-# What each message carries, and how many descriptors at least and at most.
+# The content of each message, and its smallest and largest number of descriptors.
 _TABLE: dict[int, tuple[type[Payload], int, int]] = {
     Type.GET_FEATURES: (Empty, 0, 0),
     Type.SET_FEATURES: (U64, 0, 0),
@@ -277,8 +278,8 @@ def _payload(kind: type[Payload], code: int, data: bytes) -> Payload:
 
 
 class RequestReader:
-    """Makes requests of what is read. Read ``wanted`` bytes at most each time: descriptors come
-    with the bytes of their message, so that no read may go beyond it.
+    """Assembles requests from the bytes read. Read ``wanted`` bytes at most each time: descriptors
+    come with the bytes of their message, so no read may cross a message boundary.
     """
 
     def __init__(self) -> None:
@@ -293,9 +294,10 @@ class RequestReader:
         return whole - len(self._data)
 
     def receive(self, data: bytes, fds: tuple[int, ...] = ()) -> Request | None:
-        """Bytes and descriptors that were read; the request once it is complete.
+        """Add bytes and descriptors that were read; returns the request once it is complete.
 
-        Raises VhostUserError; the stream is unusable then, and ``take_fds`` has what to close.
+        Raises VhostUserError; the stream is unusable then, and ``take_fds`` returns the descriptors
+        to close.
         """
         self._fds += fds
         if len(data) > self.wanted:
@@ -313,13 +315,13 @@ class RequestReader:
         return Request(code, flags, payload, self.take_fds())
 
     def take_fds(self) -> tuple[int, ...]:
-        """Descriptors of a message that is not complete: the caller's from now on."""
+        """Descriptors of an incomplete message; the caller owns them from now on."""
         fds, self._fds = self._fds, ()
         return fds
 
 
 def encode_payload(payload: Payload) -> bytes:
-    """A payload as it is sent."""
+    """The bytes of a payload."""
     if isinstance(payload, Regions):
         regions = b"".join(_REGION.pack(*region) for region in payload.regions)
         return _COUNT.pack(len(payload.regions), 0) + regions

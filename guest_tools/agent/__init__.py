@@ -1,1 +1,1 @@
-"""The agent: publishes what a mount's programs watch, and repeats the host's events there."""
+"""The agent: publishes what a mount's programs watch, and replays the host's events there."""

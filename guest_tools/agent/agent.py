@@ -1,4 +1,7 @@
-"""The agent: publishes what a mount's programs watch, and re-enacts the host's events on it."""
+"""The agent process: its channel to the server, its life, and the replaying thread.
+
+Apart from the scanner, which finds the marks, and the replayer, which makes the calls.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ from .replayer import Replayer
 from .scanner import Scanner
 
 FAILED = 1
-"""Exit status of an agent that is to be started again; 0 is for a mount that has gone."""
+"""Exit status of an agent that should be restarted. 0: the mount is gone."""
 _GONE = (errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED)
-"""What the mount answers when its server has gone for good."""
+"""Errors of the mount after its server has exited for good."""
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end it, when nothing is left behind."""
+"""Signals upon which the agent cleans up and exits."""
 _PATIENCE = 1.0
-"""Seconds for the server to take our leave."""
+"""Seconds for the server to answer our Bye."""
 
 
 class Agent:
-    """One mount's agent. Raises ChannelError where it cannot take the channel."""
+    """One mount's agent. Raises ChannelError if the channel cannot be opened."""
 
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = os.path.abspath(mountpoint)
@@ -62,7 +65,7 @@ class Agent:
 
     def _connect(self) -> None:
         if self._is_private and os.fstatvfs(self._root_fd).f_flag & os.ST_RDONLY:
-            with suppress(OSError):  # then opening the channel fails, and says so
+            with suppress(OSError):  # then opening the channel fails with an error
                 kernel.make_writable(self._root_fd)
         fsd_fd = open_hidden(self._root_fd)
         try:
@@ -79,7 +82,7 @@ class Agent:
         self._reader = frames.FrameReader()
 
     def _come_back(self) -> None:
-        """To the server that has come after ours: it knows nothing of this channel."""
+        """Reconnect to the next server, which does not know this channel."""
         with self._sending:
             replayer, channel = self._replayer, self._channel
             self._connect()
@@ -95,7 +98,7 @@ class Agent:
         self._channel.send(frames.encode(hello))
 
     def _send(self, data: bytes) -> None:
-        """The scanner's frames. If the server has gone, the reader sees that, too."""
+        """Send a frame of the scanner. If the server is gone, the reading thread notices, too."""
         with self._sending:
             try:
                 self._channel.send(data)
@@ -111,8 +114,9 @@ class Agent:
         return f"{self._mountpoint}: {error.strerror}"
 
     def _open_root(self) -> tuple[int, bool]:
-        """The mount's root; and whether it is of a private copy, so that umount finds the mount
-        idle, nothing is mounted on it, and replaying may write where users of the mount may not.
+        """The mount's root, and whether it is the root of a private copy. On a copy umount finds
+        the mount idle, nothing is mounted, and replaying may write where users of the mount may
+        not.
         """
         try:
             return kernel.clone_mount(self._mountpoint), True
@@ -122,8 +126,8 @@ class Agent:
         return os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), False
 
     def _open_mountpoint(self) -> int:
-        """The root as users of the mount have it. Raises OSError where something else is there, or
-        where they may not write.
+        """The root as users of the mount have it. Raises OSError if something else is mounted
+        there, or if users may not write.
         """
         fd = os.open(self._mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         same = os.path.samestat(os.fstat(fd), os.fstat(self._root_fd))
@@ -137,12 +141,12 @@ class Agent:
         device = self._device.sdev
         try:
             return bool(mount_ids(device >> 20, device & 0xFFFFF))
-        except OSError:  # it could not be looked at
+        except OSError:  # it could not be read
             return True
 
     def run(self) -> int:
-        """Serve until the mount goes; prints a line when it is ready. Returns 0, the exit status
-        that says so: whoever started the agent need not start another.
+        """Serve until the mount is gone; prints a line when ready. Returns the exit status 0, upon
+        which the agent need not be restarted.
         """
         os.chdir("/")
         os.umask(0)
@@ -168,7 +172,8 @@ class Agent:
                 raise
             return 0
         except ChannelError:
-            # Whoever ends us may have the channel closed at once: the signal tells that apart.
+            # The program that ends us may close the channel at the same time: the signal makes the
+            # difference.
             self._ender.join(None if self._ended else _PATIENCE)
             raise
         finally:
@@ -176,7 +181,7 @@ class Agent:
             self._replayer.close()
 
     def _serve(self) -> None:
-        """Until an error. Raises ConnectionResetError where the server was started again."""
+        """Serve until an error. Raises ConnectionResetError if the server was restarted."""
         while True:
             self._reader.feed(self._channel.receive())
             messages = list(self._reader)
@@ -190,10 +195,10 @@ class Agent:
             self._replayer.batch_done()
 
     def _end_on_signal(self) -> None:
-        """A thread: a signal's handler would not run before the server has answered our read."""
+        """A thread: a signal handler would not run before the server has answered our read."""
         number = signal.sigwait(_ENDING)
         self._ended = True
-        # The server answers our read upon it; one that does not go on keeps this thread alone.
+        # The server then answers our read; a server that hangs blocks this thread only.
         bye = threading.Thread(target=self._say_bye, daemon=True)
         bye.start()
         bye.join(_PATIENCE)
@@ -223,7 +228,7 @@ class Agent:
 
 
 def _keeps_names(fsd_fd: int) -> bool:
-    """Whether this kernel keeps names of the mount, so that a look-up may make no request."""
+    """Whether this kernel caches names of the mount, so that a look-up may cause no request."""
     with open(open_file(fsd_fd, b"status", os.O_RDONLY)) as status:
         guests = json.load(status)["guests"]
     return any(guest["kind"] == "mount" and guest.get("keeps_names") for guest in guests)
@@ -241,8 +246,8 @@ def _trace_calls() -> MarkCalls | None:
 
 
 def _end_of_a_thread(what: threading.ExceptHookArgs) -> None:
-    """End the process, and say why: without that thread it would only seem to work. Whoever
-    supervises the agent starts another, which learns everything anew.
+    """Exit with a message: without that thread the agent would only seem to work. The program that
+    supervises the agent restarts it, and it reads everything again.
     """
     name = what.thread.name if what.thread is not None else "?"
     reason = f"{what.exc_type.__name__}: {what.exc_value}"
@@ -251,6 +256,6 @@ def _end_of_a_thread(what: threading.ExceptHookArgs) -> None:
 
 
 def _say(text: str) -> None:
-    """A line for people, if anybody can be reached."""
+    """Print a line on stderr, if that is possible."""
     with suppress(OSError, ValueError):
         print(f"fsd-guest: {text}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""How many descriptors the agent may have, and what they are for.
+"""How many descriptors the agent may have, and how they are divided.
 
-Apart because two threads share them: what one keeps must never leave the other without.
+Apart because two threads share them: neither may take the other's.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ from contextlib import suppress
 from typing import NamedTuple
 
 WANTED = 65_536
-"""Descriptors that root asks for, beyond its hard limit: twice what is kept at most."""
+"""Descriptors that root requests beyond its hard limit: twice the number that is held at most."""
 OPENED = 16_384
-"""Files kept open for programs of the host, at most: each costs the guest's kernel and the server
-about a KiB."""
+"""Largest number of files kept open for programs of the host: each costs the guest's kernel and the
+server about a KiB."""
 EXITS = 1_024
-"""Processes whose exit is waited for by a descriptor of each, at most: more than have marks on any
-usual machine. The exits of others are seen by the slow timer."""
+"""Largest number of processes whose exit is awaited with a descriptor: more than have marks on a
+usual machine. The slow timer notices the exits of others."""
 
 
 class Shares(NamedTuple):
-    """What each use of descriptors may take; a quarter of the limit is left for the rest."""
+    """How many descriptors each use may take; a quarter of the limit is left for the rest."""
 
     opened: int
     exits: int
 
 
 def raise_limit() -> Shares:
-    """Raise this process's limit as far as may be. Returns what each use may take of it."""
+    """Raise this process's limit as far as possible. Returns how many descriptors each use may
+    take.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = [(hard, hard)]
     if hard != resource.RLIM_INFINITY and hard < WANTED:

@@ -1,7 +1,7 @@
-"""The system calls by which programs set and remove marks, as the guest's kernel traces them.
+"""Traces the system calls by which programs set and remove marks.
 
-Where the kernel keeps names, a program can set a mark without any request that the server could
-give a hint of. The agent then learns of it here: Documentation/trace/ftrace.rst, events.rst.
+Where the kernel caches names, a program can set a mark without any request, so the server cannot
+send a hint. The agent then learns of it here: Documentation/trace/ftrace.rst, events.rst.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _TRACEFS = "/sys/kernel/tracing"
 _PREFIX = "fsd-agent-"
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PID_NS_INIT_INO in linux/nsfs.h
 _SETTINGS = (
-    ("options/raw", b"1"),  # "TID CPU TIME type: N": no names of commands, which may be anything
-    ("buffer_size_kb", b"64"),  # of each processor; what does not fit is reported as lost
+    ("options/raw", b"1"),  # "TID CPU TIME type: N": without command names, which may be anything
+    ("buffer_size_kb", b"64"),  # per processor; what does not fit is reported as lost
 )
 _READ = 1 << 16
 _READS = 16
 
 
 class MarkCalls:
-    """Calls that succeeded, from an instance of tracefs that is removed by ``close``.
+    """Successful calls, from an instance of tracefs that ``close`` removes.
 
-    As long as it is there, each system call of the machine takes some 50 ns more: the kernel has
-    one switch for all of them. Calls of 32-bit programs on a 64-bit kernel are not traced. Raises
-    OSError where the kernel has no such trace, or the process may not use it.
+    While it exists, each system call of the machine takes about 50 ns more: the kernel has one
+    switch for all of them. Calls of 32-bit programs on a 64-bit kernel are not traced. Raises
+    OSError if the kernel has no such trace or the process may not use it.
     """
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class MarkCalls:
             raise
 
     def _remove_old(self) -> None:
-        """Instances that killed agents have left; those in use are busy."""
+        """Remove instances left by killed agents; those in use are busy."""
         for name in os.listdir(self._instances_fd):
             if name.startswith(_PREFIX):
                 with suppress(OSError):
                     os.rmdir(name, dir_fd=self._instances_fd)
 
     def _start(self) -> None:
-        # First of all, for it makes the instance busy.
+        # First, because it makes the instance busy.
         self._pipe_fd = self._open("trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
         for path, value in _SETTINGS:
             self._write(path, value)
@@ -80,8 +80,8 @@ class MarkCalls:
         return self._pipe_fd
 
     def read(self) -> tuple[set[int], bool]:
-        """The threads that have made such calls since the last read, and whether some were lost.
-        Not more than is read within some ms: who goes on making calls would keep us here.
+        """The threads that made such calls since the last read, and whether some were lost. Reads
+        for some ms at most, because a thread may make calls without end.
         """
         threads: set[int] = set()
         lost = False
@@ -101,7 +101,7 @@ class MarkCalls:
         return threads, lost
 
     def close(self) -> None:
-        """Trace no more. Nobody may be waiting for ``fileno``, or the instance stays."""
+        """Stop tracing. No thread may be waiting for ``fileno``, or the instance stays."""
         pipe_fd, self._pipe_fd = self._pipe_fd, -1
         if pipe_fd >= 0:
             os.close(pipe_fd)
@@ -113,7 +113,7 @@ class MarkCalls:
 
 
 def _open_instances() -> int:
-    """The directory of instances; in a private mount of tracefs where it is not mounted."""
+    """The directory of instances; in a private mount of tracefs if it is not mounted."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
         return os.open(f"{_TRACEFS}/instances", flags)

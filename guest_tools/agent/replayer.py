@@ -1,8 +1,8 @@
 """The replayer: makes the real system calls on the mount that its orders name.
 
-One thread does all of it, and it is the one that opened `control`: the server knows it by the
-thread id in the FUSE request header, and answers it from the ledger. An order is not trusted: what
-it names is reached by ``beneath``, which never leaves the mount.
+A single thread does all of it, the one that opened `control`: the server recognises it by the
+thread id in the FUSE request header, and answers it from the ledger. Orders are not trusted: files
+are opened through ``beneath``, which never leaves the mount.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ..beneath import check_name, open_reached, reach
 
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _RETRIES = 3
-"""Tries of one order: a user's own look-up of the same name can come between two of its steps."""
+"""Attempts per order: a user's own look-up of the same name can come between two of its steps."""
 _DIRECTORIES = 64
-"""Directories of a batch that are open at a time; the next one costs the others a second look."""
+"""Directories of a batch that are open at a time; beyond that they are looked up again."""
 _CLOSED_SOON = 64
-"""Files beyond the limit that may be open, as the batch that opens them closes them."""
+"""Files beyond the limit that may be open if the batch that opens them also closes them."""
 _RENAME_EXCHANGE = 2
 _HIDDEN = {STAGING: b".fsd/staging", ALIAS: b".fsd/alias"}
 _NAMELESS = (Op.TOUCH, Op.OPEN)
-"""Orders that may concern a directory itself."""
+"""Orders that may be about a directory itself."""
 
 
 class _Name(NamedTuple):
@@ -51,14 +51,14 @@ class _File(NamedTuple):
 
 
 class _View:
-    """A way into the mount, owner of its descriptors. Events carry the mount they are made on."""
+    """A way into the mount; owns its descriptors. Events carry the mount of their call."""
 
     def __init__(self, root_fd: int) -> None:
         self.root_fd = root_fd
         self._hidden: dict[int, int] = {}
 
     def hidden(self, nodeid: int) -> int:
-        """The hidden directory of that node."""
+        """The hidden directory with that nodeid."""
         if nodeid not in _HIDDEN:
             raise OSError(errno.EINVAL, "no hidden directory")
         fd = self._hidden.get(nodeid)
@@ -67,19 +67,20 @@ class _View:
         return fd
 
     def close(self) -> None:
-        """Let go of the mount."""
+        """Close the descriptors of the mount."""
         for fd in (self.root_fd, *self._hidden.values()):
             os.close(fd)
 
 
 class Replayer:
-    """Executes orders on one mount, ``root_fd`` being its root.
+    """Executes orders on one mount, whose root is ``root_fd``.
 
     While ``visibly`` is set it works through ``open_mountpoint`` instead, which raises OSError:
-    marks of fanotify may know the mount, and tell paths. That mount is busy until ``batch_done``.
-    What is covered there by another mount is reached through ``root_fd``, if that is a private copy
-    of the mount, or not at all. Owner of the descriptors that it opened for OPEN: ``opened_limit``
-    at most, beyond which an OPEN is refused with EMFILE, unless its CLOSE is at hand.
+    fanotify marks may depend on the mount, and report paths. That mount is busy until
+    ``batch_done``. What is covered there by another mount is reached through ``root_fd``, if that
+    is a private copy of the mount, or not at all. Owns the descriptors that it opened for OPEN, at
+    most ``opened_limit``; beyond, an OPEN is refused with EMFILE, unless its CLOSE is in the same
+    batch.
     """
 
     def __init__(
@@ -109,20 +110,20 @@ class Replayer:
         }
 
     def batch_begins(self, messages: Iterable[Message]) -> None:
-        """These are the messages that come next, until ``batch_done``."""
+        """These messages come next, until ``batch_done``."""
         self._closed_soon = {
             message.arg
             for message in messages
             if isinstance(message, Order) and message.op == Op.CLOSE
         }
         if self.visibly and self._visible is self._private:
-            with suppress(OSError):  # not where it was: those who watch inodes are served
+            with suppress(OSError):  # not where it was: watches on inodes still work
                 self._visible = _View(self._open_mountpoint())
         self._view = self._visible
 
     def execute(self, order: Order) -> int:
-        """Make the call. Returns 0, or the errno with which the guest's kernel refused it, or with
-        which the order was refused here: EINVAL for one that makes no sense.
+        """Make the call. Returns 0, or the errno with which the guest's kernel refused it, or
+        EINVAL for an invalid order.
         """
         if order.op == Op.CLOSE:
             self._close(order.arg)
@@ -134,19 +135,19 @@ class Replayer:
         if len(self._directories) >= _DIRECTORIES:
             self._leave_directories()
         self._walking = False
-        exchange = order.op == Op.RENAME and order.arg  # of which the other may be a directory
+        exchange = order.op == Op.RENAME and order.arg  # in which the other may be a directory
         if exchange or (stat.S_ISDIR(order.mode) and order.op in (Op.REMOVE, Op.RENAME)):
             self._leave_directories()
-            # A rename of a directory is refused where the kernel believes the one to be in the
-            # other; a walk tells it where they are.
+            # The kernel refuses to rename a directory if it believes the source to be inside the
+            # target or the reverse; a walk updates its view.
             self._walking = order.op == Op.RENAME
         number = 0
         for _ in range(_RETRIES):
             try:
                 dir_fd = self._directory(order.nodeid, order.generation, order.path)
                 if number == errno.ESTALE and order.name:
-                    # The kernel keeps the name from before anybody watched. By a path it would ask
-                    # again by itself, but not by the descriptor of what was reached.
+                    # The kernel caches the name from before the mark. By path it would look the
+                    # name up again, but not by a descriptor that was opened before.
                     kernel.ask_for(dir_fd, order.name)
                 number = self._actions[Op(order.op)](order, dir_fd) or 0
                 break
@@ -178,10 +179,10 @@ class Replayer:
         return fd
 
     def _by_handle(self, nodeid: int, generation: int) -> int:
-        """Open a directory that the kernel holds, without a request; -1 where it does not.
+        """Open a directory that the kernel holds, without a request; -1 if it does not hold it.
 
-        For a dentry that the kernel has dropped, it would look for the name in the parent, where
-        watchers would see it read: the server refuses that look-up.
+        If the kernel has dropped the dentry, it would look for the name in the parent, whose
+        watchers would see the read: the server refuses that look-up.
         """
         if self._walking or self._view is not self._private:
             return -1
@@ -192,7 +193,7 @@ class Replayer:
             return -1
 
     def batch_done(self) -> None:
-        """No order is at hand: let go of the directories, and of the mountpoint."""
+        """The batch is finished: close its directories, and the mountpoint."""
         self._leave_directories()
         self._closed_soon.clear()
         if self._visible is not self._private:
@@ -208,9 +209,10 @@ class Replayer:
         kind = stat.S_IFMT(order.mode)
         if kind == stat.S_IFDIR:
             if order.name2:
-                # The kernel may know it already, and somebody may work in it or have mounted
-                # something there. To find it elsewhere moves it away (d_splice_alias), and so does
-                # the reply to mkdir; to find nothing under its name would detach all that.
+                # The kernel may know it already, and programs may work in it or have mounted
+                # something there. A look-up in another place moves it there (d_splice_alias), and
+                # the reply to mkdir moves it back; if its name were not found, all that would be
+                # detached.
                 with suppress(OSError):
                     os.close(reach(self._view.hidden(order.nodeid2), order.name2))
             os.mkdir(order.name, dir_fd=dir_fd)
@@ -222,8 +224,9 @@ class Replayer:
     @staticmethod
     def _remove(order: Order, dir_fd: int) -> None:
         if order.nodeid == ALIAS:
-            # It has no name left. Seen with a link count of 0, and then found missing, its dentry
-            # is dropped, and that is its IN_DELETE_SELF (dentry_unlink_inode in fs/dcache.c).
+            # It has no name left. The kernel sees it with a link count of 0 and then finds it
+            # missing, so it drops the dentry, which causes IN_DELETE_SELF (dentry_unlink_inode in
+            # fs/dcache.c).
             os.close(reach(dir_fd, order.name))
             with suppress(FileNotFoundError):
                 os.close(reach(dir_fd, order.name))
@@ -235,8 +238,8 @@ class Replayer:
     def _rename(self, order: Order, dir_fd: int) -> None:
         dir_fd2 = self._directory(order.nodeid2, order.generation2, order.path2)
         if stat.S_ISDIR(order.mode) or order.arg:
-            # The kernel may know a directory at another place by now. It moves it here on a
-            # look-up, but not on one that holds the locks of a rename (d_splice_alias, ESTALE).
+            # The kernel may know a directory at another place by now. A look-up moves it here, but
+            # not a look-up that holds the locks of a rename (d_splice_alias, ESTALE).
             for fd, name in ((dir_fd, order.name), (dir_fd2, order.name2)):
                 with suppress(FileNotFoundError):
                     os.close(reach(fd, name))
@@ -248,7 +251,7 @@ class Replayer:
         if opened is not None:
             fd = opened.fd
         if fd is not None and order.arg in (Mask.ACCESS, Mask.MODIFY):
-            with suppress(OSError):  # of another file by now
+            with suppress(OSError):  # now of another file
                 _move_a_byte(fd, order.arg)
                 return
         if order.generation2 and order.arg in (Mask.ACCESS, Mask.MODIFY):
@@ -261,7 +264,7 @@ class Replayer:
 
     @staticmethod
     def _touch_apart(order: Order, dir_fd: int) -> None:
-        """By a descriptor whose name is gone: looked up once more, it is not there."""
+        """Through a descriptor whose name is gone: a second look-up does not find it."""
         with _reached(dir_fd, order.name) as file:
             with suppress(FileNotFoundError):
                 os.close(reach(dir_fd, order.name))
@@ -269,7 +272,7 @@ class Replayer:
             mode = os.O_WRONLY if modifies else os.O_RDONLY
             try:
                 fd = open_reached(file, mode | os.O_NONBLOCK | os.O_NOCTTY)
-            except OSError:  # programs here run it: all are told then
+            except OSError:  # a program here executes it: all writers get ETXTBSY
                 kernel.touch(file, atime=not modifies, mtime=modifies)
                 return
         try:
@@ -278,7 +281,7 @@ class Replayer:
             os.close(fd)
 
     def _open(self, order: Order, dir_fd: int) -> int:
-        """Returns ETXTBSY for what is open for reading instead, as programs here run it."""
+        """Returns ETXTBSY if it was opened for reading instead because a program executes it."""
         room = self._opened_limit - len(self._files)
         if room <= (-_CLOSED_SOON if order.seq in self._closed_soon else 0):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -295,7 +298,7 @@ class Replayer:
                     raise
                 number = errno.ETXTBSY
                 fd = open_reached(file, flags & ~os.O_WRONLY)
-        self._close(order.seq)  # of which an honest server has none
+        self._close(order.seq)  # which an honest server never causes
         name = _Name(order.nodeid, order.name, bool(order.arg))
         self._files[order.seq] = _File(fd, name)
         if self._view is not self._private and not stat.S_ISDIR(order.mode):
@@ -311,7 +314,7 @@ class Replayer:
         os.close(file.fd)
 
     def close(self) -> None:
-        """Close what is still open for the host's programs."""
+        """Close the files that are still open for the host's programs."""
         for file in self._files.values():
             with suppress(OSError):
                 os.close(file.fd)
@@ -328,7 +331,7 @@ def _move_a_byte(fd: int, event: int) -> None:
 
 
 def _check(order: Order) -> None:
-    """Raises OSError (EINVAL) for an order that no honest server gives."""
+    """Raises OSError (EINVAL) for an order that no honest server sends."""
     if order.op not in (Op.CREATE, Op.REMOVE, Op.RENAME, Op.TOUCH, Op.OPEN):
         raise OSError(errno.EINVAL, "no such order")
     if order.name or order.op not in _NAMELESS:
@@ -341,7 +344,7 @@ def _check(order: Order) -> None:
 
 @contextmanager
 def _reached(dir_fd: int, name: bytes) -> Iterator[int]:
-    """An O_PATH descriptor of what a name stands for, or of the directory itself."""
+    """An O_PATH descriptor of the named file, or of the directory itself."""
     if not name:
         yield dir_fd
         return

@@ -1,8 +1,8 @@
-"""The scanner: keeps the server informed of what the guest's programs watch.
+"""The scanner: a thread that keeps the server informed of what the guest's programs watch.
 
-Woken by the server's hints (a process has just looked something up), by the kernel's trace of the
-calls that set marks where names are kept, by the exit of a watching process, and by a slow timer as
-safety net. At rest it sleeps.
+It is woken by the server's hints (a process has just looked something up), by the kernel's trace of
+the calls that set marks where names are cached, by the exit of a watching process, and by a slow
+timer as a safety net. When idle it sleeps.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _WRITE = 32 * 1024
 
 
 class Scanner(threading.Thread):
-    """Reads marks and sends what changed. ``send`` writes frames to the server.
+    """Reads marks and sends the changes. ``send`` writes frames to the server.
 
-    ``exits``: how many processes' exits may be waited for by a descriptor of each. ``calls`` tells
-    of marks set on names that the kernel keeps; ``blind`` says that it does keep names, and that
+    ``exits``: how many processes may be watched for their exit with a descriptor each. ``calls``
+    reports marks set on names that the kernel caches. ``blind``: the kernel does cache names, and
     there is no such trace.
     """
 
@@ -54,9 +54,9 @@ class Scanner(threading.Thread):
         self._calls = calls
         self._blind = blind
         self._ending = False
-        self._lock = threading.Lock()  # for what comes from the other thread:
+        self._lock = threading.Lock()  # for data from the other thread:
         self._hinted: dict[int, set[int]] = {}  # threads, by the number of their hint
-        self._is_new = False  # the server, which is to be told everything
+        self._is_new = False  # a new server needs all marks
         self._is_active = False  # events flow
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         is_traced = calls is not None
@@ -81,24 +81,24 @@ class Scanner(threading.Thread):
 
     @property
     def knows_fanotify(self) -> bool:
-        """Whether some mark is fanotify's: it may know the mount and paths, not only the inode."""
+        """Whether any mark is fanotify's: these may depend on mount and path."""
         return self._watchers.knows_fanotify
 
     def orders_came(self) -> None:
-        """Events are flowing: see now and then whether anybody still wants them."""
+        """Events are flowing: check now and then whether the marks still exist."""
         if not self._is_active:
             self._is_active = True
             self._poke()
 
     def anew(self) -> None:
-        """Another server, which was told nothing yet."""
+        """Prepare for another server, which has no marks yet."""
         with self._lock:
             self._is_new = True
             self._hinted.clear()
         self._poke()
 
     def end(self) -> None:
-        """Have the thread end, and leave nothing behind."""
+        """Make the thread end and clean up."""
         self._ending = True
         if self.is_alive():
             self._poke()
@@ -115,7 +115,7 @@ class Scanner(threading.Thread):
             os.write(self._pipe[1], b"!")
 
     def run(self) -> None:
-        """The thread: until the mount is gone, or ``end``."""
+        """The thread: runs until the mount is gone, or ``end``."""
         try:
             self._run()
         finally:
@@ -134,7 +134,7 @@ class Scanner(threading.Thread):
                 if mountinfo.fileno() in ready and not self._still_mounted():
                     self._leave()
                     os._exit(0)
-                now = time.monotonic()  # what is read below was there by then
+                now = time.monotonic()  # data read below existed by then
                 if self._take_calls() | self._exited(ready, poll):
                     self._schedule.look_at_all(now)
                 if self._pipe[0] in ready:
@@ -147,7 +147,7 @@ class Scanner(threading.Thread):
                 self._answer(now)
 
     def _wait(self, poll: select.poll) -> list[int]:
-        """Sleep until something is due or comes. Returns the descriptors that are ready."""
+        """Sleep until something is due or arrives. Returns the descriptors that are ready."""
         if self._calls is not None:  # one call is enough to wake us
             poll.register(self._calls.fileno(), 0 if self._schedule.is_called else select.POLLIN)
         wait = self._schedule.next() - time.monotonic()
@@ -155,7 +155,7 @@ class Scanner(threading.Thread):
         return [fd for fd, _ in ready]
 
     def _take_calls(self) -> bool:
-        """Note the processes whose marks have changed. Whether any others may have."""
+        """Note the processes whose marks have changed. Returns whether any others may have."""
         if self._calls is None:
             return False
         threads, lost = self._calls.read()
@@ -163,7 +163,7 @@ class Scanner(threading.Thread):
         return lost
 
     def _take_given(self, now: float) -> None:
-        """Take over what the other thread gave."""
+        """Take over what the other thread passed on."""
         with self._lock:
             is_new, self._is_new = self._is_new, False
             given, self._hinted = self._hinted, {}
@@ -222,8 +222,8 @@ class Scanner(threading.Thread):
         self._schedule.done(look, gone, began, time.monotonic(), complete=complete)
 
     def scan(self, processes: list[int], *, full: bool) -> bool:
-        """Read the marks of these processes and send what has changed. Returns False where not all
-        could be read or sent, and it is worth another try.
+        """Read the marks of these processes and send the changes. Returns False if not all could be
+        read or sent, and another attempt is worthwhile.
         """
         complete = self._watchers.look(processes, full=full)
         if self._answered < 0 and not complete:
@@ -233,13 +233,13 @@ class Scanner(threading.Thread):
         return complete
 
     def _answer(self, now: float) -> None:
-        """Answer hints, where it is time."""
+        """Answer hints, if it is time."""
         answered = self._schedule.answer(now)
         if 0 <= self._answered < answered and not self._tell(answered):
             self._schedule.look_at_all(now + RETRY)
 
     def _tell(self, answered: int) -> bool:
-        """Send what has changed, and up to which hint it is known. Returns whether it was sent."""
+        """Send the changes, and the last hint that they cover. Returns whether they were sent."""
         wanted = self._watchers.wanted()
         changed = {node: mask for node, mask in wanted.items() if self._published.get(node) != mask}
         changed.update((node, 0) for node in self._published if node not in wanted)

@@ -1,7 +1,7 @@
-"""When the agent looks at which process: the scanner's timetable.
+"""The scanner's timetable: when to read which process.
 
-Apart from the scanner's thread, so that it can be tried with any clock: all times are
-time.monotonic() seconds, and nothing here sleeps or looks.
+Apart from the scanner's thread, so that tests can use any clock: all times are time.monotonic()
+seconds, and nothing here sleeps or reads processes.
 """
 
 from __future__ import annotations
@@ -14,37 +14,36 @@ from typing import NamedTuple
 from protocol.frames import ALL_PROCESSES
 
 STEPS = (0.0, 0.0005, 0.002, 0.008, 0.016, 0.024, 0.032, 0.064, 0.12, 0.5, 1.0, 2.5)
-"""Seconds after a process's last hint at which to look at it: the mark comes just after the
-look-up, mostly. The server keeps its provisional watches for a little longer."""
+"""Seconds after a process's last hint at which to read it: the mark usually comes right after the
+look-up. The server keeps its provisional watches a little longer."""
 TRACED_STEPS = (0.12,)
-"""The same where the calls that set marks are traced: for those of 32-bit programs, which are
-not."""
+"""The same if the calls that set marks are traced: for those of 32-bit programs, which are not."""
 SPACING = 0.008
-"""Seconds between looks at a process that goes on looking things up. It is reached by and by: what
-has just begun sets its marks now."""
+"""Seconds between readings of a process that keeps looking things up, grown to gradually: a process
+that has just begun sets its marks now."""
 SETTLE = 0.008
-"""Seconds after a hint until a look that finds no mark says that none was set: from the answer to a
+"""Seconds after a hint until a reading without a mark shows that none was set: from the answer to a
 look-up to the mark it takes microseconds, unless the process has to wait for a processor."""
 ANSWERS = 0.03
-"""Seconds between answers to a server that goes on giving hints: each costs both a message."""
+"""Seconds between answers to a server that keeps sending hints: each costs both sides a message."""
 SHARE, ALL_SHARE = 9.0, 3.0
-"""A look at a process is followed by at least this many times its own duration of rest for that
-process, and for all."""
+"""After a reading, the process rests for at least this many times the duration of the reading; so
+do all together."""
 FULL_EVERY = 30.0
-"""Seconds between full looks while something happens; at rest there are none, unless marks may be
-set that nothing tells of."""
+"""Seconds between full scans while something happens. When idle there are none, unless marks may be
+set that nothing reports."""
 RECHECK = 2.0
-"""Seconds after which the known watchers are read again, while events flow to them."""
+"""Seconds after which the known watchers are read again, while they get events."""
 RETRY = 0.5
-"""Seconds after which what could not be looked at is looked at again."""
+"""Seconds after which a failed reading is repeated."""
 HOT_LIMIT = 4096
-"""Processes looked at one by one, at most; beyond that, all are looked at."""
+"""Largest number of processes read one by one; beyond that, all are scanned."""
 OPEN_LIMIT = 256
-"""Hints that are told apart while they are not answered; the rest is answered as one."""
+"""Largest number of unanswered hints that are kept apart; the rest is answered as one."""
 
 
 class Look(NamedTuple):
-    """What is to be looked at now."""
+    """What to read now."""
 
     pids: frozenset[int]
     full: bool = False  # all processes, these among them
@@ -70,12 +69,12 @@ class _Hint:
     def __init__(self) -> None:
         self.number = 0
         self.settled = 0.0
-        self.pids: set[int] = set()  # still to be looked at, from ``settled`` on
+        self.pids: set[int] = set()  # still to be read, from ``settled`` on
 
 
 class Schedule:
-    """``is_traced``: the calls that set marks are told by ``call``; ``blind``: marks may be set
-    that neither a hint nor a call tells of.
+    """``is_traced``: ``call`` reports the calls that set marks. ``blind``: marks may be set that
+    neither a hint nor a call reports.
     """
 
     def __init__(self, now: float, *, is_traced: bool = False, blind: bool = False) -> None:
@@ -89,20 +88,20 @@ class Schedule:
         self._rest = 0.0
         self._full_at = now + FULL_EVERY
         self._full_rest = 0.0
-        self._is_behind = False  # a full look is wanted, no matter what happens
+        self._is_behind = False  # a full scan is needed, whatever happens
         self._recheck_at = inf
         self.exits_unseen = False
-        """Some processes with marks may end without our being told."""
+        """Some processes with marks may exit unnoticed."""
         self._answered = 0
         self._answer_at = 0.0
 
     @property
     def hot(self) -> int:
-        """How many processes are looked at one by one."""
+        """How many processes are read one by one."""
         return len(self._hot)
 
     def hint(self, number: int, pids: Collection[int], now: float) -> None:
-        """The server says that these processes have looked something up; ALL_PROCESSES is all."""
+        """The server reports that these processes have looked something up; ALL_PROCESSES: all."""
         if not self._open and not self._hot:
             self._hinted_since = now
         if len(self._open) < OPEN_LIMIT:
@@ -120,33 +119,33 @@ class Schedule:
             hot.hinted, hot.step = now, 0
 
     def call(self, pids: Iterable[int]) -> None:
-        """These have set or removed marks: they are looked at as soon as may be."""
+        """These have set or removed marks: they are read as soon as possible."""
         self._called.update(pids)
 
     @property
     def is_called(self) -> bool:
-        """Whether such a look is due."""
+        """Whether such a reading is due."""
         return bool(self._called)
 
     def look_at_all(self, at: float) -> None:
-        """Look at all processes then."""
+        """Scan all processes at that time."""
         self._is_behind = True
         self._full_at = min(self._full_at, at)
 
     def events_flow(self, now: float) -> None:
-        """See in a while whether the known watchers still want them."""
+        """Check in a while whether the known watchers still exist."""
         if self._recheck_at == inf:
             self._recheck_at = now + RECHECK
 
     def anew(self, now: float) -> None:
-        """Another server, which has given no hints yet: it is told all at once."""
+        """Prepare for another server, which has sent no hints yet and needs all marks."""
         self._open.clear()
         self._answered, self._answer_at = 0, 0.0
         self._rest = self._full_rest = 0.0
         self.look_at_all(now)
 
     def next(self) -> float:
-        """When to call ``take``; inf at rest."""
+        """When to call ``take``; inf when idle."""
         due = min((self._due(hot) for hot in self._hot.values()), default=inf)
         if self._called:
             due = 0.0
@@ -161,12 +160,12 @@ class Schedule:
 
     @property
     def _wants_full(self) -> bool:
-        """Whether all processes are to be looked at now and then, or soon."""
+        """Whether all processes are to be scanned now and then, or soon."""
         busy = bool(self._hot) or self._recheck_at < inf
         return busy or self._blind or self._is_behind or self.exits_unseen
 
     def take(self, now: float) -> Look | None:
-        """What to look at now; then call ``done``. None where it is not time yet."""
+        """What to read now; then call ``done``. None if nothing is due."""
         if now < self.next():
             return None
         if self._wants_full and now >= max(self._full_at, self._full_rest):
@@ -177,9 +176,8 @@ class Schedule:
 
     def done(self, look: Look, gone: Collection[int], began: float, now: float, *,
              complete: bool) -> None:  # fmt: skip
-        """It was looked at from ``began`` to ``now``. ``gone``: processes that have ended.
-        ``complete``: all that there is was read.
-        """
+        """It was read from ``began`` to ``now``. ``gone``: processes that have exited.
+        ``complete``: everything could be read."""
         took = now - began
         self._rest = now + ALL_SHARE * took
         self._called -= look.pids
@@ -208,7 +206,7 @@ class Schedule:
         hot.rest = now + max(SHARE * took, min(SPACING, (now - hot.began) / 4))
 
     def _settle(self, look: Look, gone: Collection[int], began: float) -> None:
-        """Note for each hint which of its processes have been looked at late enough."""
+        """Note for each hint which of its processes have been read late enough."""
         for hint in self._open:
             hint.pids.difference_update(gone)
             if began < hint.settled:
@@ -220,8 +218,8 @@ class Schedule:
                 hint.pids -= look.pids
 
     def answer(self, now: float) -> int:
-        """The last hint that can be answered: all of its processes have been looked at since, and
-        so has the trace of calls.
+        """The last hint that can be answered: all of its processes have been read since, and so has
+        the trace of calls.
         """
         answered = self._answered
         while self._open and now >= max(self._open[0].settled, self._answer_at):

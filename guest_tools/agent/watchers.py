@@ -1,7 +1,7 @@
-"""The marks that each process of the guest holds, as it was last seen.
+"""The marks that each process of the guest holds, as last read.
 
-Apart from the scanner, which decides when to look. What could not be looked at is never gone: it
-keeps the marks that it had. Only what was read without them, or has ended, has lost them.
+Apart from the scanner, which decides when to read. A process that cannot be read keeps the marks
+that it had. It loses them only if they are missing in a complete reading, or if it has exited.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ..errors import PASSING
 from ..marks import Device, Mark, marks_in, notify_texts, started
 
 KEPT = 1 << 20
-"""Marks kept apart by instance, some 200 MiB of them. What is beyond is kept together until the
-next full look."""
+"""Marks kept separately by instance, about 200 MiB. Further ones are kept together until the next
+full scan."""
 ELSEWHERE = 4096
-"""Texts without a mark on the mount that need not be read closely again: 0.5 MB."""
+"""Texts without a mark on the mount that need not be parsed again: 0.5 MB."""
 _CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
 
 
 class _Marks(NamedTuple):
-    """The marks of an instance; processes that share one, or have equal ones, share this."""
+    """The marks of an instance; processes that share one, or have equal ones, share this object."""
 
     digest: bytes  # of the text that lists them
     masks: dict[NodeKey, int]
@@ -36,7 +36,7 @@ class _Marks(NamedTuple):
 class _Process(NamedTuple):
     """A process with marks."""
 
-    started: int  # 0: it could not be told
+    started: int  # 0: unknown
     marks: dict[int, _Marks]  # by descriptor
 
 
@@ -53,9 +53,9 @@ class Watchers:
         self.knows_fanotify = False
         """Whether some mark is fanotify's."""
         self.is_changed = False
-        """Whether the last look found anything else than the one before."""
+        """Whether the last reading differed from the one before."""
         self.gone: set[int] = set()
-        """Processes that had ended at the last look."""
+        """Processes that had exited at the last reading."""
 
     @property
     def pids(self) -> list[int]:
@@ -63,7 +63,7 @@ class Watchers:
         return list(self._processes)
 
     def wanted(self) -> dict[NodeKey, int]:
-        """What events all of them need replayed, by node."""
+        """The events that all of them need replayed, by node."""
         wanted = dict(self._crowd)
         for marks in self._known.values():
             for node, mask in marks.masks.items():
@@ -71,8 +71,8 @@ class Watchers:
         return wanted
 
     def look(self, pids: Iterable[int], *, full: bool) -> bool:
-        """Read the marks of these processes anew; ``full``: there are no others. Returns False
-        where something could not be read that a later try may read.
+        """Read the marks of these processes; ``full``: there are no others. Returns False if
+        something could not be read that a later attempt may read.
         """
         before, crowd = self._processes, self._crowd
         if full:
@@ -103,7 +103,7 @@ class Watchers:
         return complete
 
     def _read(self, pid: int, before: _Process | None) -> tuple[_Process | None, bool]:
-        """A process as it is now, None where it has no marks; and whether all could be read."""
+        """A process as it is now, None if it has no marks; and whether everything could be read."""
         had = before.marks if before is not None else {}
         marks: dict[int, _Marks] = {}
         kept: dict[int, _Marks] = {}
@@ -134,7 +134,7 @@ class Watchers:
                 errors.append(error)
                 begun = before.started if before is not None else 0
             if before is not None and before.started and begun != before.started:
-                kept = {}  # of another process, whose number this one has
+                kept = {}  # of another process that had this number
         complete = not any(error.errno in PASSING for error in errors)
         marks.update(kept)
         return (_Process(begun, marks) if marks else None), complete
@@ -168,7 +168,7 @@ class Watchers:
 
 
 def _needed(mark: Mark) -> int:
-    """The events that a mark needs replayed. fanotify hears of data only through an open file."""
+    """The events that a mark needs replayed. fanotify reports data only through an open file."""
     if mark.wd < 0 and mark.mask & (Mask.ACCESS | Mask.MODIFY):
         return mark.mask | int(Mask.OPEN | _CLOSE)
     return mark.mask

@@ -1,1 +1,1 @@
-"""A watcher's own state, inotify, fanotify and epoll: saved, shown and made again."""
+"""The inotify, fanotify and epoll state of a process: saved, shown and made again."""

@@ -1,4 +1,4 @@
-"""Reads the notification state of a process, which goes on running and notices nothing."""
+"""Reads the notification state of a process, which keeps running and notices nothing."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ _LINKS = {
 }
 _FLAGS = int(Mask.ONESHOT | Mask.EXCL_UNLINK)
 _TRIES = 10
-"""Readings of a process that goes on changing; each takes a millisecond or so."""
+"""Readings of a process that keeps changing; each takes about a millisecond."""
 
 
 def checkpoint(
     pid: int, *, take_events: bool = False, search: Iterable[str] = (), warn: Callable[[str], None]
 ) -> State:
-    """The state of a process. ``take_events``: read the queued events, too, which the process then
-    lacks; it must be stopped. ``search``: directories to be searched for watched files whose path
-    the kernel does not tell. ``warn`` gets what could not be saved. Raises Failure, OSError.
+    """The state of a process. ``take_events``: read the queued events as well, which the process
+    then loses; it must be stopped. ``search``: directories to search for watched files whose path
+    the kernel does not give. ``warn`` gets one line for each thing that could not be saved. Raises
+    Failure, OSError.
     """
     pidfd = _pidfd(pid)
     try:
@@ -77,7 +78,7 @@ def checkpoint(
 
 
 def _shows_flags() -> bool:
-    """Whether this kernel's fdinfo has IN_ONESHOT and IN_EXCL_UNLINK: Linux 5.19."""
+    """Whether this kernel's fdinfo shows IN_ONESHOT and IN_EXCL_UNLINK: Linux 5.19."""
     memory, instance = os.memfd_create("trial"), notify.inotify_init(os.O_CLOEXEC)
     try:
         notify.add_watch(instance, notify.fd_path(memory), Mask.MODIFY | _FLAGS)
@@ -100,7 +101,7 @@ def _pidfd(pid: int) -> int:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether every thread is."""
+    """Whether all its threads are stopped."""
     states = set()
     for thread in os.listdir(f"/proc/{pid}/task"):
         with suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat", errors="replace") as stat:
@@ -139,7 +140,7 @@ class _Reader:
         return State(self._pid, command, os.uname().release, filesystems, files, descriptors)
 
     def _filesystems(self, files: list[File]) -> list[FileSystem]:
-        """Those that marks are on."""
+        """The file systems that marks are on."""
         sdevs: dict[int, None] = {}
         for file in files:
             if isinstance(file, Inotify):
@@ -154,7 +155,7 @@ class _Reader:
         return [filesystem for filesystem in known if filesystem]
 
     def _stable_texts(self) -> dict[int, tuple[str, str]]:
-        """For each descriptor its kind and its fdinfo, as they are at one moment."""
+        """For each descriptor its kind and its fdinfo, as of one moment."""
         before = None
         for _ in range(_TRIES):
             texts = self._texts()
@@ -224,7 +225,7 @@ class _Reader:
         return Fanotify(number, flags, owner, init_flags, event_flags, saved, queue)
 
     def take(self, state: State) -> State:
-        """The same state with the queued events in it; the process has them no more."""
+        """The same state with the queued events added; the process loses them."""
         files: list[File] = []
         for file in state.files:
             if not isinstance(file, Inotify) or not file.queue.size:
@@ -232,7 +233,7 @@ class _Reader:
                 continue
             own = notify.take_descriptor(self._pidfd, state.fds(file.id)[0])
             try:
-                # The process does not read now. What came since the reading is taken, too.
+                # The process does not read now. Events that came since the reading are taken, too.
                 size = notify.bytes_queued(own)
                 events = os.read(own, size) if size else b""
             finally:

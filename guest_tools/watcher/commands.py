@@ -1,6 +1,6 @@
-"""fsd-guest checkpoint, show and restore.
+"""The commands fsd-guest checkpoint, show and restore.
 
-Apart from the other commands because these need protobuf: it is imported when one of them runs.
+Apart from the other commands because they need protobuf, which is imported when one of them runs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from ..errors import Failure
 
 EVENTS_VARIABLE = "FSD_EVENTS"
-"""Tells the command where the saved events are: NUMBER:DESCRIPTOR,…, a memfd for each instance."""
+"""Environment variable with the saved events: NUMBER:DESCRIPTOR,…, a memfd for each instance."""
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add the three to the parser of ``fsd-guest``."""
+    """Add the three commands to the parser of ``fsd-guest``."""
     save = commands.add_parser(
         "checkpoint", help="save a process's inotify, fanotify and epoll state"
     )
@@ -52,7 +52,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
 @contextmanager
 def _protobuf() -> Iterator[None]:
-    """Around the import of what needs it."""
+    """For the import of modules that need protobuf."""
     try:
         yield
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""Epoll sets: which file each entry really points to.
+"""Epoll sets: which file each entry really refers to.
 
-An entry remembers the number that it was added under, not more: that descriptor may be closed, or
-another file's by now, and several entries may bear one number. The kernel alone knows the file, and
-answers whether it is a given descriptor's: kcmp(2), KCMP_EPOLL_TFD. The n-th line of a number in
-fdinfo is the entry with ``toff`` n, for both walk the same tree.
+An entry stores only the number under which it was added. That descriptor may be closed or belong to
+another file by now, and several entries may have the same number. Only the kernel knows the file,
+and tests whether it is that of a given descriptor: kcmp(2), KCMP_EPOLL_TFD. The n-th line of a
+number in fdinfo is the entry with ``toff`` n, because both walk the same tree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .state import Target
 
 def targets(pid: int, fd: int, text: str, file_of: Callable[[int, int], int]) -> list[Target]:
     """Entries of the set that ``pid`` has as ``fd``, in fdinfo's order. ``text``: its fdinfo;
-    ``file_of``: the number that a file (process, descriptor) bears in the state, or 0.
+    ``file_of``: the number in the state of the file of (process, descriptor), or 0.
     """
     seen: Counter[int] = Counter()
     found = []
@@ -49,7 +49,7 @@ def targets(pid: int, fd: int, text: str, file_of: Callable[[int, int], int]) ->
 
 
 def _holders(pid: int, slot: Slot, entry: TargetInfo) -> Iterator[tuple[int, int]]:
-    """Processes and descriptors that refer to an entry's file; the likely ones come first."""
+    """Processes and descriptors that refer to an entry's file, the likely ones first."""
     own = _descriptors(pid)
     for fd in sorted(own, key=lambda fd: fd != entry.tfd):
         if _is_target(pid, fd, pid, slot):
@@ -58,7 +58,7 @@ def _holders(pid: int, slot: Slot, entry: TargetInfo) -> Iterator[tuple[int, int
         if other in (pid, os.getpid()):
             continue
         for fd in _descriptors(other):
-            # kcmp may not be asked of every process: first what stat tells.
+            # kcmp is not allowed for every process: use stat first.
             if _could_be(other, fd, entry) and _is_target(other, fd, pid, slot):
                 yield other, fd
 
@@ -81,7 +81,7 @@ def _could_be(pid: int, fd: int, entry: TargetInfo) -> bool:
 def _is_target(pid: int, fd: int, epoll_pid: int, slot: Slot) -> bool:
     try:
         return is_target(pid, fd, epoll_pid, slot)
-    except OSError:  # closed meanwhile, or not ours to ask about
+    except OSError:  # closed meanwhile, or access is denied
         return False
 
 

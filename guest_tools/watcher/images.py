@@ -1,15 +1,15 @@
-"""A checkpoint on disk: three files in a directory, made in one step.
+"""A checkpoint on disk: three files in a directory, created in one step.
 
-    process.img   whose state it is, on which file systems, and the digests of the other two
-    files.img     the instances and sets, as CRIU's file of that name: file_entry messages
-    fdinfo.img    their descriptors, as CRIU's: fdinfo_entry messages
+    process.img   which process, on which file systems, and the digests of the other two
+    files.img     the instances and sets, like CRIU's file of that name: file_entry messages
+    fdinfo.img    their descriptors, like CRIU's: fdinfo_entry messages
 
-Inside the envelope of ``protocol.images`` the last two are what CRIU's tools read (pycriu/images):
+Inside the envelope of ``protocol.images`` the last two are in CRIU's format (pycriu/images):
 
     IMAGE = MAGIC_COMMON MAGIC { SIZE MESSAGE }, numbers of 32 bits, little-endian
 
-Apart because only this module knows protobuf, and imports it: the rest of the guest tools runs
-where there is none. Whatever is not exactly what ``write`` makes is an ImageError.
+Apart because only this module needs protobuf: the rest of the guest tools runs without it. Bytes
+that ``write`` could not have produced raise ImageError.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ M = TypeVar("M", bound=Message)
 
 
 def check_free(directory: str) -> None:
-    """Raises OSError where ``write`` could not put a checkpoint: only what is empty is replaced."""
+    """Raises OSError if ``write`` could not put a checkpoint here: the directory must be new or
+    empty.
+    """
     parent = os.path.dirname(os.path.abspath(directory))
     try:
         if os.listdir(directory):
@@ -73,7 +75,7 @@ def check_free(directory: str) -> None:
 
 
 def bodies(state: State) -> tuple[bytes, bytes, bytes]:
-    """What process.img, files.img and fdinfo.img hold."""
+    """The contents of process.img, files.img and fdinfo.img."""
     files = _stream(FILES, (_file_entry(file) for file in state.files))
     fdinfo = _stream(FDINFO, _fdinfo_entries(state))
     files_sha256, fdinfo_sha256 = digests(files, fdinfo)
@@ -92,12 +94,12 @@ def bodies(state: State) -> tuple[bytes, bytes, bytes]:
 
 
 def digests(files: bytes, fdinfo: bytes) -> tuple[bytes, bytes]:
-    """What process.img says of the other two."""
+    """The digests of the other two files, for process.img."""
     return hashlib.sha256(files).digest(), hashlib.sha256(fdinfo).digest()
 
 
 def write(directory: str, state: State) -> None:
-    """Put a state into a directory that is new or empty: all of it or nothing. Raises OSError."""
+    """Write a state to a directory that is new or empty: all of it or nothing. Raises OSError."""
     check_free(directory)
     target = os.path.abspath(directory)
     scratch = tempfile.mkdtemp(prefix=".checkpoint-", dir=os.path.dirname(target))
@@ -399,7 +401,7 @@ def _path(entry: pb.fh_entry | pb.fanotify_mount_mark_entry) -> bytes:
 
 
 def _text(value: str) -> str:
-    """A string; protobuf's C library gives bytes where it is not UTF-8."""
+    """A string; protobuf's C library returns bytes if it is not UTF-8."""
     if not hasattr(value, "encode"):
         _refuse("a string is not UTF-8")
     return value

@@ -1,6 +1,6 @@
-"""System calls on inotify, fanotify and epoll descriptors, another process's included.
+"""System calls on inotify, fanotify and epoll descriptors, also those of another process.
 
-Apart from ``kernel``, which is the agent's: only checkpoint and restore want these.
+Apart from ``kernel``, which the agent uses: only checkpoint and restore need these.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def fdinfo(fd: int) -> str:
 
 
 def take_descriptor(pidfd: int, fd: int) -> int:
-    """A descriptor here for the file of a descriptor there: pidfd_getfd(2), Linux 5.6. Raises
-    OSError, EPERM where the process may not be traced.
+    """A descriptor here for the file of a descriptor of another process: pidfd_getfd(2), Linux 5.6.
+    Raises OSError: EPERM if the process may not be traced.
     """
     return _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0))
 
@@ -68,8 +68,8 @@ class Slot(ctypes.Structure):
 
 
 def compare_files(pid: int, fd: int, other_pid: int, other_fd: int) -> int:
-    """0 if two descriptors refer to one open file, else an order, -1 or 1: kcmp(2). Raises OSError,
-    ENOSYS where the kernel lacks CONFIG_KCMP.
+    """0 if two descriptors refer to one open file, else an order, -1 or 1: kcmp(2). Raises OSError:
+    ENOSYS if the kernel lacks CONFIG_KCMP.
     """
     fds = ctypes.c_ulong(fd), ctypes.c_ulong(other_fd)
     order = _check(_libc.syscall(_SYS_KCMP, pid, other_pid, _KCMP_FILE, *fds))
@@ -77,9 +77,7 @@ def compare_files(pid: int, fd: int, other_pid: int, other_fd: int) -> int:
 
 
 def is_target(pid: int, fd: int, epoll_pid: int, slot: Slot) -> bool:
-    """Whether a descriptor refers to the file that an entry of an epoll set points to: kcmp(2).
-    Raises OSError.
-    """
+    """Whether a descriptor refers to the file of an epoll entry: kcmp(2). Raises OSError."""
     arguments = ctypes.c_ulong(fd), ctypes.byref(slot)
     return _check(_libc.syscall(_SYS_KCMP, pid, epoll_pid, _KCMP_EPOLL_TFD, *arguments)) == 0
 
@@ -88,19 +86,19 @@ def is_target(pid: int, fd: int, epoll_pid: int, slot: Slot) -> bool:
 
 
 def bytes_queued(fd: int) -> int:
-    """How many bytes of events wait to be read: FIONREAD."""
+    """How many bytes of events are queued: FIONREAD."""
     (size,) = struct.unpack("=i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
     return int(size)
 
 
 class Owner(NamedTuple):
-    """Who gets the signal of a file with O_ASYNC: fcntl(2), F_SETOWN_EX and F_SETSIG."""
+    """The receiver of the signal of a file with O_ASYNC: fcntl(2), F_SETOWN_EX and F_SETSIG."""
 
     uid: int
     euid: int
     signum: int
     pid_type: int  # F_OWNER_TID 0, F_OWNER_PID 1, F_OWNER_PGRP 2
-    pid: int  # 0: nobody
+    pid: int  # 0: no process
 
 
 def owner(fd: int) -> Owner:
@@ -116,7 +114,7 @@ def owner(fd: int) -> Owner:
 
 
 def set_owner(fd: int, owner: Owner) -> None:
-    """Make this the owner, as far as this process may. Raises OSError."""
+    """Set the owner, as far as this process may. Raises OSError."""
     fcntl.fcntl(fd, _F_SETSIG, owner.signum)
     fcntl.fcntl(fd, _F_SETOWN_EX, struct.pack("=ii", owner.pid_type, owner.pid))
 
@@ -135,7 +133,7 @@ def add_watch(fd: int, path: str, mask: int) -> int:
 
 
 def why_not(error: OSError) -> str:
-    """Why a file cannot be watched, for people."""
+    """Why a file cannot be watched, for the user."""
     if error.errno == errno.ENOSPC:  # inotify(7)
         return "the user's limit of watches (fs.inotify.max_user_watches) is reached"
     return f"it cannot be watched: {error.strerror}"
@@ -147,8 +145,8 @@ def remove_watch(fd: int, wd: int) -> None:
 
 
 def set_next_wd(fd: int, wd: int) -> None:
-    """Let the next watch be ``wd``, if that is free. Raises OSError, ENOTTY where the kernel lacks
-    CONFIG_CHECKPOINT_RESTORE.
+    """Make ``wd`` the number of the next watch, if it is free. Raises OSError: ENOTTY if the kernel
+    lacks CONFIG_CHECKPOINT_RESTORE.
     """
     fcntl.ioctl(fd, _INOTIFY_IOC_SETNEXTWD, wd)
 
@@ -176,7 +174,7 @@ def epoll_create(flags: int) -> int:
 
 
 def epoll_add(epoll: int, fd: int, events: int, data: int) -> None:
-    """epoll_ctl(2), EPOLL_CTL_ADD; Python's own knows no data but the descriptor."""
+    """epoll_ctl(2), EPOLL_CTL_ADD; Python's own supports no data except the descriptor."""
     packed = "=IQ" if os.uname().machine == "x86_64" else "@IQ"  # linux/eventpoll.h, EPOLL_PACKED
     _check(_libc.epoll_ctl(epoll, _EPOLL_CTL_ADD, fd, struct.pack(packed, events, data)))
 
@@ -185,8 +183,8 @@ def epoll_add(epoll: int, fd: int, events: int, data: int) -> None:
 
 
 def has_decodable_handles(fd: int) -> bool:
-    """Whether open_by_handle_at(2) can work on this file system: name_to_handle_at(2) says so, for
-    without AT_HANDLE_FID it encodes only what can be decoded.
+    """Whether open_by_handle_at(2) can work on this file system: without AT_HANDLE_FID
+    name_to_handle_at(2) encodes only handles that can be decoded.
     """
     buffer = ctypes.create_string_buffer(struct.pack("=Ii", 128, 0), 8 + 128)
     mount_id = ctypes.c_int()
@@ -195,12 +193,12 @@ def has_decodable_handles(fd: int) -> bool:
 
 
 def to_words(handle: bytes) -> tuple[int, ...]:
-    """A handle as CRIU keeps it: 64-bit words of the machine's order, 16 for the longest."""
+    """A handle in CRIU's form: 64-bit words of the machine's order, 16 for the longest."""
     return _WORDS.unpack(handle.ljust(_WORDS.size, b"\0"))
 
 
 def from_words(words: Sequence[int], size: int) -> bytes:
-    """The handle of ``size`` bytes. Raises ValueError where the words hold none of that size."""
+    """The handle of ``size`` bytes. Raises ValueError if the words hold none of that size."""
     if size > _WORDS.size or size > 8 * len(words):
         raise ValueError(f"a file handle cannot have {size} bytes")
     return struct.pack(f"={len(words)}Q", *words)[:size]

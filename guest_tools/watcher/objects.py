@@ -1,8 +1,8 @@
-"""Watched files: where a process has them, and how to find exactly them again.
+"""Watched files: where a process has them, and how to find the same files again.
 
-A file is identified as the kernel does in fdinfo: by device, inode number and handle. That is what
-is compared in the end, by a trial watch on whatever was found: a name, or a number that another
-file has by now, is never enough.
+A file is identified as in fdinfo: by device, inode number and handle. In the end a trial watch on
+the file that was found has to show the same: a name, or an inode number that another file may have
+by now, is never enough.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Mounts:
     """The mounts that a process sees; each is opened when it is first needed."""
 
     def __init__(self, pid: int | None = None) -> None:
-        """Of ``pid``, or of this process. Raises OSError."""
+        """Of the process ``pid``, or of this one. Raises OSError."""
         self._root = b"" if pid is None else b"/proc/%d/root" % pid
         with open(f"/proc/{'self' if pid is None else pid}/mountinfo", "rb") as table:
             self._mounts = [_mount(line) for line in table]
@@ -72,8 +72,8 @@ class Mounts:
         return {mount.sdev for mount in self._mounts if mount[4:] == (fstype, source)}
 
     def of(self, sdev: int) -> Iterator[tuple[Mount, int]]:
-        """The mounts of a file system, and descriptors of their roots: those that show all of it
-        come first.
+        """The mounts of a file system, and descriptors of their roots, those that show all of it
+        first.
         """
         for mount in self._by_sdev.get(sdev, ()):
             fd = self._open(mount)
@@ -97,12 +97,12 @@ class Mounts:
         return -1
 
     def filesystem(self, sdev: int) -> FileSystem | None:
-        """What tells this file system from others; None where no mount of it is to be had."""
+        """What identifies this file system; None if there is no mount of it."""
         found = self._filesystem(sdev)
         return found and found[0]
 
     def decodable(self, sdev: int) -> bool:
-        """Whether the file system's handles lead to files."""
+        """Whether the file system's handles can be opened."""
         found = self._filesystem(sdev)
         return found is not None and found[1]
 
@@ -127,8 +127,8 @@ class Mounts:
         raise OSError(number, os.strerror(number))
 
     def _open_handle(self, root: int, identity: Identity) -> int:
-        # open_by_handle_at(2) takes no O_PATH but as working directory, and to open the root in
-        # any other way would be an event for whoever watches it.
+        # open_by_handle_at(2) takes O_PATH only as working directory, and any other open of the
+        # root would be an event for its watchers.
         os.fchdir(root)
         try:
             return open_by_handle(_AT_FDCWD, identity.handle_type, identity.handle, _OPEN)
@@ -136,11 +136,13 @@ class Mounts:
             os.fchdir(self._home)
 
     def open_path(self, path: bytes) -> int:
-        """An O_PATH descriptor of what that name is now; a symbolic link itself. Raises OSError."""
+        """An O_PATH descriptor of the file that has this name now; of a symbolic link itself.
+        Raises OSError.
+        """
         return os.open(self._root + path, _OPEN)
 
     def locate(self, identity: Identity) -> tuple[bytes, bool]:
-        """Path of a file by its handle, and whether it is deleted; b"" where none can be told."""
+        """Path of a file by its handle, and whether it is deleted; b"" if it is not known."""
         for _, root in self.of(identity.sdev):
             try:
                 fd = self._open_handle(root, identity)
@@ -150,7 +152,7 @@ class Mounts:
                 path, status = os.readlink(b"/proc/self/fd/%d" % fd), os.fstat(fd)
                 if status.st_nlink == 0 and path.endswith(_DELETED):
                     return path[: -len(_DELETED)], True
-                # A file that has left the kernel's cache of names has no path, or part of one.
+                # A file that is not in the kernel's cache of names has no path, or part of one.
                 if os.path.samestat(status, os.lstat(self._root + path)):
                     return path, False
             except OSError:
@@ -160,8 +162,8 @@ class Mounts:
         return b"", False
 
     def search(self, top: str, wanted: set[tuple[int, int]]) -> Iterator[tuple[int, int, bytes]]:
-        """Device, inode number and path of each of the ``wanted`` that lies below ``top``; it is
-        taken out of them.
+        """Device, inode number and path of each of the ``wanted`` files below ``top``, which are
+        removed from ``wanted``.
         """
         start = os.path.abspath(os.fsencode(top))
         stack = [start]
@@ -196,7 +198,7 @@ def _mount(line: bytes) -> Mount:
 
 
 def _plain(path: bytes) -> bytes:
-    """Without the \\ooo by which the kernel writes blanks and backslashes."""
+    """Without the \\ooo escapes that the kernel writes for blanks and backslashes."""
     return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), path)
 
 
@@ -219,14 +221,14 @@ class Finder:
         os.close(self._trial)
 
     def find(self, things: list[Object]) -> list[int | str]:
-        """For each an O_PATH descriptor, or why there is none: in words, for people."""
+        """For each an O_PATH descriptor, or the reason why there is none, for the user."""
         found = self._verified(things, [self._by_handle(thing) for thing in things])
         missing = [i for i, result in enumerate(found) if isinstance(result, str)]
         others = [things[i] for i in missing]
         again = self._verified(others, [self._by_path(thing) for thing in others])
         for i, result in zip(missing, again):
             if isinstance(result, int) or not things[i].decodable:
-                found[i] = result  # else what the handle said tells more
+                found[i] = result  # else the handle's reason is more precise
         return found
 
     def same_filesystem(self, sdev: int, now: int) -> bool:
@@ -248,8 +250,8 @@ class Finder:
                 yield from self._mounts.of(now)
 
     def is_same(self, wanted: Identity, found: Identity) -> bool:
-        """Whether a file is the one. Its file system may bear another device number by now, if the
-        file has a handle to be known by.
+        """Whether two identities are the same file. The file system may have another device number
+        by now, if the file has a handle to identify it.
         """
         if not self.same_filesystem(wanted.sdev, found.sdev):
             return False
@@ -278,7 +280,7 @@ class Finder:
             return f"its path cannot be opened: {error.strerror}"
 
     def _verified(self, things: list[Object], found: list[int | str]) -> list[int | str]:
-        """The same, where it is a descriptor of the very file; else closed, and why it is not."""
+        """The same list; a descriptor of the wrong file is closed and replaced by the reason."""
         identities = self._identities([fd for fd in found if isinstance(fd, int)])
         results: list[int | str] = []
         for thing, fd in zip(things, found):
@@ -294,8 +296,8 @@ class Finder:
         return results
 
     def _identities(self, fds: list[int]) -> Iterator[Identity | str]:
-        """How fdinfo identifies each file, by a watch that is removed again; or why no watch can
-        be had.
+        """How fdinfo identifies each file, by a watch that is removed again; or why there can be no
+        watch.
         """
         results: list[int | str] = []
         for fd in fds:

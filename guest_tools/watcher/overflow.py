@@ -1,8 +1,8 @@
-"""Puts IN_Q_OVERFLOW into the queue of an inotify instance: the kernel's own word for lost events,
-at which every careful watcher looks at everything anew.
+"""Puts IN_Q_OVERFLOW into the queue of an inotify instance: the kernel's own event for lost events,
+upon which a careful watcher looks at everything again.
 
-Nothing but a full queue makes one, so the queue is filled with events of a file of our own, and
-emptied but for the last event, which is the overflow.
+The kernel makes it only when the queue is full. So the queue is filled with events of a temporary
+file, and emptied except for the last event, which is the overflow.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from . import notify
 
 _LIMIT_PATH = "/proc/sys/fs/inotify/max_queued_events"
 LONGEST = 1 << 20
-"""Queued events, 64 times as many as usual: to make them takes a second or two."""
+"""Queued events, 64 times as many as usual: making them takes a second or two."""
 
 
 def add_overflow(fd: int, next_wd: int) -> None:
-    """Let IN_Q_OVERFLOW be what is read from the instance next. What was queued is dropped; the
-    next watch will be ``next_wd``, where the kernel can be told. Raises Failure, OSError.
+    """Make IN_Q_OVERFLOW the next event of the instance. Queued events are dropped. The next watch
+    will be ``next_wd``, if the kernel supports that. Raises Failure, OSError.
     """
     with open(_LIMIT_PATH) as text:
         limit = int(text.read())
@@ -32,7 +32,7 @@ def add_overflow(fd: int, next_wd: int) -> None:
             f"{_LIMIT_PATH} is {limit}: the queue is too long to fill (at most {LONGEST})"
         )
     memory = os.memfd_create("overflow")
-    # Opened again, as the kernel tells nothing of what is done through the descriptor of a memfd.
+    # Opened again, as the kernel reports no events for accesses through a memfd's own descriptor.
     file = os.open(notify.fd_path(memory), os.O_RDWR | os.O_CLOEXEC)
     os.close(memory)
     try:

@@ -1,7 +1,7 @@
 """Makes the instances and sets of a state again.
 
-Until ``place`` they bear numbers that the state does not have, so that what this process has open
-meanwhile is in nobody's way.
+Until ``place`` they have numbers that the state does not use, so that they do not collide with
+descriptors that this process has open meanwhile.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ from .state import (
 )
 
 REACH = 200_000
-"""Watches that an instance may add and remove to come to its numbers, where the kernel cannot be
-told them: about a second."""
+"""Watches that an instance may add and remove to reach its numbers, if the kernel cannot set them:
+about a second."""
 _BATCH = 256
-"""Watched files that are open at a time: a limit of 1,024 descriptors is usual."""
+"""Watched files that are open at a time: 1,024 descriptors is a usual limit."""
 _DRAIN = 4096
-"""Watches that are removed before their IN_IGNORED are read: less than the usual queue's length."""
+"""Watches that are removed before their IN_IGNORED are read: fewer than the usual queue's
+length."""
 _ASKED = int(EVENTS | Mask.EXCL_UNLINK | Mask.ONESHOT)
-"""What inotify_add_watch(2) takes of a mask in fdinfo; the rest is the kernel's own."""
+"""The bits of a mask in fdinfo that inotify_add_watch(2) accepts; the kernel sets the others."""
 _INT_MAX = (1 << 31) - 1
 
 
 class Restorer:
-    """What was made of a state."""
+    """The instances and sets made from a state."""
 
     def __init__(self, state: State, overflow: str = "auto") -> None:
         """``overflow``: whether an instance starts with IN_Q_OVERFLOW: "always", "never", or
-        "auto", where something of it is lost. Raises Failure.
+        "auto": if some of its events or watches are lost. Raises Failure.
         """
         self._state = state
         self._overflow = overflow
@@ -66,7 +67,7 @@ class Restorer:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Let descriptors of the wanted numbers exist."""
+        """Raise the limit so that the wanted descriptor numbers are possible."""
         wanted = max(self._reserved, default=0) + 1
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft >= wanted or soft == resource.RLIM_INFINITY:
@@ -80,7 +81,7 @@ class Restorer:
             ) from None
 
     def restore(self) -> None:
-        """Make everything. What cannot be had again goes to ``problems``."""
+        """Make everything. What cannot be restored is listed in ``problems``."""
         with Mounts() as mounts, Finder(mounts, self._state.filesystems) as finder:
             for file in self._state.files:
                 try:
@@ -99,7 +100,7 @@ class Restorer:
                         self._entries(file)
 
     def place(self) -> None:
-        """Give everything its numbers, for a program that is executed next to have."""
+        """Move everything to its numbers, for the program that is executed next."""
         for fd, _, file_id in self._state.descriptors:
             if file_id in self._files:
                 os.dup2(self._files[file_id], fd, inheritable=True)
@@ -108,7 +109,7 @@ class Restorer:
         self._files.clear()
 
     def park(self, fd: int) -> int:
-        """The same file under a number that nothing in the state has; ``fd`` is closed."""
+        """The same file under a number that the state does not use; ``fd`` is closed."""
         start = 3
         while True:
             parked = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, start)
@@ -122,7 +123,7 @@ class Restorer:
         self.problems.append(f"descriptor {self._fds[file_id]}: {what}")
 
     def _settle(self, file: File) -> None:
-        """Flags and owner of a file."""
+        """Set flags and owner of a file."""
         fd, owner = self._files[file.id], file.owner
         flags = file.flags & (os.O_NONBLOCK | os.O_ASYNC)
         try:
@@ -131,7 +132,7 @@ class Restorer:
                 flags &= ~os.O_ASYNC
             elif owner.pid or owner.signum:
                 notify.set_owner(fd, owner._replace(pid=os.getpid() if owner.pid else 0))
-            if flags & os.O_ASYNC:  # which ends a program that is not prepared for it yet
+            if flags & os.O_ASYNC:  # which ends a program that does not handle it yet
                 signal.signal(owner.signum or signal.SIGIO, signal.SIG_IGN)
             if flags:
                 fcntl.fcntl(fd, fcntl.F_SETFL, flags)
@@ -144,7 +145,7 @@ class Restorer:
         instance = self.park(notify.inotify_init(os.O_CLOEXEC | os.O_NONBLOCK))
         self._files[file.id] = instance
         numbers = _Numbers(instance)
-        watches = sorted(file.watches)  # so that new watches get numbers above all of them
+        watches = sorted(file.watches)  # so that new watches get higher numbers than all of them
         before = len(self.problems)
         for start in range(0, len(watches), _BATCH):
             batch = watches[start : start + _BATCH]
@@ -168,7 +169,7 @@ class Restorer:
         fcntl.fcntl(instance, fcntl.F_SETFL, 0)
 
     def _watch(self, numbers: _Numbers, watch: Watch, fd: int) -> str:
-        """Add a watch on what ``fd`` refers to, and close that. Why it cannot be had, or ''."""
+        """Add a watch on the file of ``fd``, and close ``fd``. Returns why that failed, or ''."""
         try:
             # With IN_MASK_CREATE two numbers for one file are an error, not a changed mask.
             mask = watch.mask & _ASKED | notify.IN_MASK_CREATE
@@ -218,7 +219,7 @@ class Restorer:
 
     @contextmanager
     def _numbered(self, fd: int, number: int) -> Iterator[None]:
-        """For the block, ``number`` is the same file as ``fd``."""
+        """Within the block, ``number`` is the same file as ``fd``."""
         saved, inheritable = None, False
         try:
             saved = self.park(os.dup(number))
@@ -250,8 +251,8 @@ class _Numbers:
         """Events of watches were read and dropped."""
 
     def add(self, wd: int, path: str, mask: int) -> None:
-        """Add a watch. Raises Failure where it cannot get the number, OSError where the file
-        cannot be watched.
+        """Add a watch. Raises Failure if it cannot get the number, OSError if the file cannot be
+        watched.
         """
         if self._told:
             try:
@@ -279,7 +280,7 @@ class _Numbers:
                 self.drain()
 
     def drain(self) -> None:
-        """Read what the removed watches have left in the queue."""
+        """Read the events that the removed watches have left in the queue."""
         if not self._removed:
             return
         self._removed = 0
@@ -291,7 +292,7 @@ class _Numbers:
 
 
 def _target_of(mark: FanotifyMark, finder: Finder) -> int | str:
-    """An O_PATH descriptor of what a mark was on, or why there is none."""
+    """An O_PATH descriptor of the marked file, or why there is none."""
     if isinstance(mark, ObjectMark):
         return finder.find([mark.object])[0]
     for mount, fd in finder.mounts_of(mark.sdev):
@@ -301,7 +302,7 @@ def _target_of(mark: FanotifyMark, finder: Finder) -> int | str:
 
 
 def _mark(group: int, mark: FanotifyMark, fd: int) -> str:
-    """Mark what ``fd`` refers to, and close that. Why it cannot be marked, or ''."""
+    """Mark the file of ``fd``, and close ``fd``. Returns why that failed, or ''."""
     path, kind = notify.fd_path(fd), 0
     if not isinstance(mark, ObjectMark):
         whole = isinstance(mark, FileSystemMark)

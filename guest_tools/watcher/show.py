@@ -1,4 +1,4 @@
-"""A checkpoint's state for people and for programs."""
+"""Prints a checkpoint's state, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EPOLL_BITS = {
 
 
 def as_json(state: State) -> dict[str, Any]:
-    """The state as JSON has it; numbers are the kernel's, names of bits beside them."""
+    """The state as JSON; numbers are the kernel's, with the names of bits in addition."""
     return {
         "pid": state.pid,
         "command": os.fsdecode(state.command),

@@ -1,6 +1,6 @@
 """A process's notification state: what a checkpoint reads, an image holds, and a restore makes.
 
-Plain values, so that only ``images`` has to do with protobuf.
+Plain values, so that only ``images`` depends on protobuf.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from .notify import Owner
 
 
 class FileSystem(NamedTuple):
-    """What tells a file system from another that has its device number by now."""
+    """Identifies a file system, also if its device number belongs to another one now."""
 
     sdev: int  # the kernel's s_dev, major << 20 | minor
     fstype: bytes
     source: bytes
-    fsid: int  # statvfs(3); 0 where it has none
+    fsid: int  # statvfs(3); 0 if it has none
 
 
 class Identity(NamedTuple):
@@ -25,20 +25,20 @@ class Identity(NamedTuple):
     sdev: int
     ino: int
     handle_type: int
-    handle: bytes  # empty where the file system encodes none
+    handle: bytes  # empty if the file system encodes none
 
 
 class Object(NamedTuple):
-    """A watched file, and how it may be found again."""
+    """A watched file, and how to find it again."""
 
     identity: Identity
     decodable: bool  # open_by_handle_at(2) takes its handle
-    path: bytes  # as the process saw it; empty where it is not known
+    path: bytes  # as the process saw it; empty if unknown
     deleted: bool  # that path was unlinked
 
     @property
     def kind(self) -> str:
-        """What its handle is good for."""
+        """What its handle can be used for."""
         if not self.identity.handle:
             return "none"
         return "decodable" if self.decodable else "encodable only"
@@ -120,7 +120,7 @@ class Fanotify(NamedTuple):
 
 
 class Target(NamedTuple):
-    """An entry of an epoll set, and the file that it points to."""
+    """An entry of an epoll set, and the file that it refers to."""
 
     tfd: int  # the number that it was added under
     toff: int  # which of the set's entries with that number
@@ -148,7 +148,7 @@ File = Union[Inotify, Fanotify, Epoll]
 
 
 class Descriptor(NamedTuple):
-    """A number under which the process has a file."""
+    """A number under which the process has a file open."""
 
     fd: int
     cloexec: bool
