@@ -11,7 +11,7 @@ import mmap
 import os
 from collections import Counter, OrderedDict
 
-from .passthrough import Handle
+from .handle import Handle
 
 ENDS_LIMIT = 4096
 """Files whose ends are remembered, the last ones used: some 200 bytes each."""

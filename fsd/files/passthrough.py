@@ -12,17 +12,16 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
-
-from protocol.masks import Mask
+from typing import NamedTuple
 
 from ..linux import directories, syscalls
 from ..linux.directories import DirEntry
 from . import fileflags
 from .attributes import StatLike
 from .caller import Caller
+from .changes import Change, Changes
+from .handle import DROPPED_FLAGS, Handle, OpenFile, check_regular
 from .inode import Inode
 from .recall import verify_place
 from .successors import Successors
@@ -36,79 +35,8 @@ class Entry(NamedTuple):
     attr: StatLike
 
 
-@dataclass(slots=True, eq=False)
-class Handle:
-    """An open file or directory; owner of its descriptor."""
-
-    inode: Inode
-    fd: int
-    flags: int = 0
-    fh: int = 0  # by which the guest names it
-    opener: int = 0  # pid of who opened it, 0 where that is not known
-    position: int = 0  # of a directory: where the descriptor is; -1 = not known
-    uid: int = 0  # who opened it
-    appends: bool = False  # of a file: what the descriptor does now (fsd.files.appends)
-
-
-class Changes(NamedTuple):
-    """What SETATTR asks for; None = leave it."""
-
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    size: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-    kill_suid: bool = False  # with ``size``: as an ordinary user's truncate does
-
-    @property
-    def events(self) -> Mask:
-        """The events that they make (include/linux/fsnotify.h, fsnotify_change)."""
-        events = Mask(0)
-        if any(value is not None for value in (self.mode, self.uid, self.gid)):
-            events |= Mask.ATTRIB
-        if self.size is not None:
-            events |= Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
-        if self.atime_ns is not None and self.mtime_ns is not None:
-            return events | Mask.ATTRIB
-        if self.atime_ns is not None:
-            events |= Mask.ACCESS
-        if self.mtime_ns is not None:
-            events |= Mask.MODIFY
-        return events
-
-
-def _check_regular(kind: int) -> None:
-    """Raises OSError for what must not be opened here: a FIFO could wait for ever, a device is no
-    part of the export. Guests' kernels open these themselves and do not ask.
-    """
-    if kind != stat.S_IFREG:
-        number = {stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO)
-        raise OSError(number, os.strerror(number))
-
-
-# O_DIRECT: the caller may not mean ours. O_PATH and O_TMPFILE open something else than the file; no
-# kernel sends them, a hostile one does.
-_O_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
-_DROPPED_FLAGS = (
-    os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_DIRECT | os.O_NOFOLLOW | os.O_PATH | _O_TMPFILE
-    | os.O_ASYNC
-)  # fmt: skip
-
-
-class OpenFile(Protocol):
-    """Opens a regular file by an O_PATH descriptor of it; ``acting`` as the caller."""
-
-    def __call__(
-        self, path_fd: int, flags: int, acting: Callable[[], AbstractContextManager[None]] = ...
-    ) -> int:
-        """The new descriptor. Raises OSError."""
-
-
 Keep = Callable[[int, bytes], None]
 """Called before a name goes, with a descriptor of its directory."""
-Change = Callable[[int], os.stat_result]
-"""Changes attributes, by a descriptor; returns what they are then. In any thread."""
 
 
 class PassthroughFS:
@@ -224,7 +152,7 @@ class PassthroughFS:
     ) -> tuple[Entry, Handle]:
         """CREATE: make (or open) a regular file."""
         exclusive = flags & os.O_EXCL
-        flags = flags & ~_DROPPED_FLAGS | os.O_CLOEXEC
+        flags = flags & ~DROPPED_FLAGS | os.O_CLOEXEC
         try:
             with self._creating(parent, name, who) as dir_fd:
                 new = flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -242,7 +170,7 @@ class PassthroughFS:
 
     def tmpfile(self, parent: Inode, mode: int, flags: int, who: Caller) -> tuple[Entry, Handle]:
         """TMPFILE: a regular file without a name."""
-        flags = flags & ~_DROPPED_FLAGS | flags & os.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC
+        flags = flags & ~DROPPED_FLAGS | flags & os.O_EXCL | os.O_TMPFILE | os.O_CLOEXEC
         with self.table.reach.directory(parent) as dir_fd, self._acting_as(who):
             fd = os.open(".", flags, self._mode(mode, who), dir_fd=dir_fd)
         try:
@@ -259,7 +187,7 @@ class PassthroughFS:
         with self.table.reach.directory(parent) as dir_fd:
             path_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
-            _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
+            check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
             return open_file(path_fd, flags, partial(self._acting_as, who, judged=False))
         finally:
             os.close(path_fd)
@@ -267,7 +195,7 @@ class PassthroughFS:
     def link(self, inode: Inode, parent: Inode, name: bytes) -> Entry:
         """LINK."""
         self._check_name(name)
-        with self._used(inode) as fd, self.table.reach.directory(parent) as dir_fd:
+        with self.successors.used(inode) as fd, self.table.reach.directory(parent) as dir_fd:
             os.link(syscalls.fd_path(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
         return self._made(parent, name, inode.kind)
 
@@ -359,7 +287,7 @@ class PassthroughFS:
 
     def readlink(self, inode: Inode) -> bytes:
         """READLINK."""
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             return os.readlink(b"", dir_fd=fd)
 
     # Attributes
@@ -378,13 +306,13 @@ class PassthroughFS:
             return os.fstat(fd)
 
     def getattr_by_path(self, inode: Inode) -> os.stat_result:
-        """GETATTR on the way to open a path. Raises OSError ESTALE as ``_used`` does."""
+        """GETATTR on the way to open a path. Raises OSError ESTALE as ``Successors.used`` does."""
         try:
             return self.getattr(inode)
         except OSError as error:
             if inode.is_dir or error.errno != errno.ESTALE:
                 raise
-            raise self._lost(inode) from None
+            raise self.successors.lost(inode) from None
 
     def setattr(
         self,
@@ -397,62 +325,41 @@ class PassthroughFS:
         ``run`` does it, given the descriptor, and whether that is the caller's open file.
         """
         if handle is not None and handle.fd >= 0 and handle.inode is inode:
-            return run(partial(self._setattr, changes, True), handle.fd, True)
-        change = partial(self._setattr, changes, False)
+            return run(partial(changes.apply, is_open=True), handle.fd, True)
+        change = partial(changes.apply, is_open=False)
         if inode.open_fds and not inode.is_dir:
             return run(change, inode.open_fds[-1], False)
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             return run(change, fd, False)
-
-    @staticmethod
-    def _setattr(changes: Changes, is_open: bool, fd: int) -> os.stat_result:
-        path = syscalls.fd_path(fd)
-        mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = changes
-        if syscalls.NO_ID in (uid, gid):  # chown(2) would leave it, and say nothing
-            raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
-        if uid is not None or gid is not None:
-            # By descriptor, as a path would follow a symlink: fchownat(AT_EMPTY_PATH) is not in os.
-            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
-        if mode is not None:
-            os.chmod(path, stat.S_IMODE(mode))
-        if size is not None:
-            with syscalls.killing_suid() if kill_suid else nullcontext():
-                if is_open:
-                    os.ftruncate(fd, size)
-                else:
-                    os.truncate(path, size)
-        if atime_ns is not None or mtime_ns is not None:
-            syscalls.set_times(path, atime_ns, mtime_ns)
-        return os.fstat(fd)
 
     def born_ns(self, inode: Inode) -> int:
         """Time of creation; 0 where the file system has none."""
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             return syscalls.born_ns(fd, b"")
 
     def getxattr(self, inode: Inode, name: bytes) -> bytes:
         """GETXATTR."""
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             return os.getxattr(syscalls.fd_path(fd), name)
 
     def listxattr(self, inode: Inode) -> list[bytes]:
         """LISTXATTR."""
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             return [os.fsencode(name) for name in os.listxattr(syscalls.fd_path(fd))]
 
     def setxattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         """SETXATTR."""
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             os.setxattr(syscalls.fd_path(fd), name, value, flags)
 
     def removexattr(self, inode: Inode, name: bytes) -> None:
         """REMOVEXATTR."""
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             os.removexattr(syscalls.fd_path(fd), name)
 
     def access(self, inode: Inode, mode: int) -> bool:
         """ACCESS, as the server's own user."""
-        with self._used(inode) as fd:
+        with self.successors.used(inode) as fd:
             return os.access(syscalls.fd_path(fd), mode)
 
     def statfs(self, inode: Inode) -> os.statvfs_result:
@@ -464,30 +371,6 @@ class PassthroughFS:
 
     # Files
 
-    @contextmanager
-    def _used(self, inode: Inode) -> Iterator[int]:
-        """The very object that a guest's kernel looked up, and whose permissions it has checked.
-
-        Raises OSError ESTALE where another has its name: the kernel then looks the name up again.
-        """
-        try:
-            fd = self.table.reach.open(inode)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-            raise self._lost(inode) from None
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    def _lost(self, inode: Inode) -> OSError:
-        """What to raise for an object that a guest looked up, and that is not there any more."""
-        if inode.parent is None:  # removed since: for a moment, nothing was there
-            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        self.successors.replaced(inode)
-        return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
     def _handle(self, inode: Inode, fd: int, flags: int) -> Handle:
         inode.open_fds.append(fd)
         self.table.pin(inode)
@@ -495,16 +378,16 @@ class PassthroughFS:
 
     def open(self, inode: Inode, flags: int, open_file: OpenFile) -> Handle:
         """OPEN of a regular file."""
-        _check_regular(inode.kind)
-        with self._used(inode) as path_fd:
-            _check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
-            fd = open_file(path_fd, flags & ~_DROPPED_FLAGS | os.O_CLOEXEC)
+        check_regular(inode.kind)
+        with self.successors.used(inode) as path_fd:
+            check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
+            fd = open_file(path_fd, flags & ~DROPPED_FLAGS | os.O_CLOEXEC)
         self.successors.opened(inode)
         return self._handle(inode, fd, flags)
 
     def reopen(self, inode: Inode, flags: int) -> Handle:
         """The very object again, for a handle that another process had. Raises OSError."""
-        _check_regular(inode.kind)
+        check_regular(inode.kind)
         with self.table.reach.opened(inode) as path_fd:
             fd = os.open(syscalls.fd_path(path_fd), flags | os.O_CLOEXEC)
         return self._handle(inode, fd, flags)

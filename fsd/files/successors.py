@@ -7,9 +7,12 @@ replaced again, and is still what was looked up.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .inode import Inode
 from .table import InodeTable
@@ -30,6 +33,30 @@ class Successors:
         """Names whose look-ups are to be noted, and until when; the oldest first."""
         self._held: dict[Inode, tuple[int, float]] = {}  # descriptor, until when
         self.deadline = math.inf
+
+    @contextmanager
+    def used(self, inode: Inode) -> Iterator[int]:
+        """The very object that a guest's kernel looked up, and whose permissions it has checked.
+
+        Raises OSError ESTALE where another has its name: the kernel then looks the name up again.
+        """
+        try:
+            fd = self._table.reach.open(inode)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            raise self.lost(inode) from None
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def lost(self, inode: Inode) -> OSError:
+        """What to raise for an object that a guest looked up, and that is not there any more."""
+        if inode.parent is None:  # removed since: for a moment, nothing was there
+            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        self.replaced(inode)
+        return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def replaced(self, inode: Inode) -> None:
         """What a guest looked up is not there any more: it will look again."""

@@ -25,9 +25,10 @@ from ..events.watcher import Expected
 from ..export.export import Export
 from ..files import appends, fileflags
 from ..files.caller import Caller
+from ..files.handle import Handle
 from ..files.inode import Inode
 from ..files.locks import Lock
-from ..files.passthrough import Entry, Handle
+from ..files.passthrough import Entry
 from ..files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from ..guests.ledger import UnexpectedCall
 from ..guests.mount import MountGuest

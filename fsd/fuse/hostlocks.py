@@ -20,9 +20,9 @@ from protocol.masks import Mask
 
 from ..events.watcher import SERVER, HostWatcher
 from ..files import locks
+from ..files.handle import Handle
 from ..files.inode import Inode
 from ..files.locks import OFFSET_MAX, Lock, LockWaiters
-from ..files.passthrough import Handle
 from ..linux import syscalls
 from .record import Owner, SessionRecord
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from protocol import fuse
 from protocol.fuse import Fattr, Opcode
 
-from ..files.passthrough import Changes, Entry
+from ..files.changes import Changes
+from ..files.passthrough import Entry
 from ..files.xattrs import ACL_ACCESS
 from ..linux import syscalls
 from .nodes import Nodes

@@ -12,8 +12,9 @@ from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
 from ..files.appends import Bypass
+from ..files.handle import Handle
 from ..files.inode import Inode
-from ..files.passthrough import Entry, Handle
+from ..files.passthrough import Entry
 from .channelfile import READY, ChannelFile
 from .hidden import HiddenHandle
 from .nodes import Caching, Nodes

@@ -19,8 +19,10 @@ from protocol.masks import Mask
 from ..files import xattrs
 from ..files.attributes import StatLike, placeholder_attr
 from ..files.caller import Caller
+from ..files.changes import Change, Changes
+from ..files.handle import Handle
 from ..files.inode import ROOT_ID, Inode
-from ..files.passthrough import Change, Changes, Entry, Handle
+from ..files.passthrough import Entry
 from ..files.recall import recall
 from ..files.slowcalls import LONG
 from ..guests.ledger import UnexpectedCall

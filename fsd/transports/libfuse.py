@@ -27,8 +27,10 @@ from protocol.frames import FSD_DIR
 from ..files.appends import Bypass, Ends
 from ..files.attributes import StatLike
 from ..files.caller import Caller
+from ..files.changes import Changes
+from ..files.handle import Handle
 from ..files.inode import Inode
-from ..files.passthrough import Changes, Entry, Handle
+from ..files.passthrough import Entry
 from ..files.slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
 from ..fuse.channelfile import READY, ChannelFile
 from ..fuse.handles import Events

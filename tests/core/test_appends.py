@@ -8,7 +8,7 @@ import os
 import pytest
 
 from fsd.files.appends import Ends
-from fsd.files.passthrough import Handle
+from fsd.files.handle import Handle
 from protocol import fuse
 from protocol.fuse import Fopen, Init, Opcode
 

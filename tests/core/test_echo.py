@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.files.passthrough import Changes
+from fsd.files.changes import Changes
 from fsd.fuse.operations import Operations
 from fsd.guests.guest import Guest
 from fsd.linux.syscalls import RENAME_EXCHANGE

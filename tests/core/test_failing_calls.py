@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from fsd.export import export as export_module
+from fsd.files.changes import Changes
 from fsd.files.locks import Lock
-from fsd.files.passthrough import Changes
 from fsd.guests.guest import Observer
 from fsd.pacing import windows
 from protocol.handles import NodeKey

@@ -13,7 +13,7 @@ import pytest
 
 from fsd.files import successors
 from fsd.files.caller import Caller
-from fsd.files.passthrough import Changes
+from fsd.files.changes import Changes
 from fsd.files.table import LookupCountError
 from fsd.linux import syscalls
 from protocol.handles import NodeKey

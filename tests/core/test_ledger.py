@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fsd.export.channel import Channel
-from fsd.files.passthrough import Changes
+from fsd.files.changes import Changes
 from fsd.fuse import handles as file_handles
 from fsd.fuse.channelfile import ChannelFile
 from fsd.fuse.operations import Operations

@@ -17,7 +17,7 @@ import pytest
 
 from fsd.checkpoint.restore_inodes import RestoredTable
 from fsd.files.caller import Caller
-from fsd.files.passthrough import Changes
+from fsd.files.changes import Changes
 from fsd.files.saved import inode_table
 from fsd.fuse.operations import Operations
 from protocol import fuse

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsd.files.caller import Caller
-from fsd.files.passthrough import Changes
+from fsd.files.changes import Changes
 from fsd.fuse.operations import Operations
 
 from .support import World
