@@ -1,1 +1,1 @@
-"""The server: one Export, its guests, the host watcher, the transports."""
+"""The server: an export, its guests, the host watcher and the transports."""

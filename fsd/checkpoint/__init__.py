@@ -1,1 +1,1 @@
-"""What outlives a server: taken, written, verified, put in place again."""
+"""Checkpoints of a server: the state is taken, written, verified and restored."""

@@ -1,6 +1,6 @@
-"""Where a server's image lies: one file for each share and place, in the state directory.
+"""The file of a server's image in the state directory: one for each share and place.
 
-Only this server's user may write it: what it says is opened by file handle (docs/checkpoint.md).
+Only this server's user may write it, because its handles are opened (docs/checkpoint.md).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from protocol.images import ImageError
 
 SIZE_LIMIT = 1 << 30
-"""Bytes of an image: some ten million inodes. More is none of ours."""
+"""Bytes of an image: about ten million inodes. A longer file is not an image of fsd."""
 
 
 def state_directory() -> Path:
-    """Where state is kept unless the user says otherwise: file-hierarchy(7), systemd.exec(5)."""
+    """The default state directory: file-hierarchy(7), systemd.exec(5)."""
     if given := os.environ.get("STATE_DIRECTORY"):  # of a systemd unit with StateDirectory=
         return Path(given.partition(":")[0])
     if os.geteuid() == 0:
@@ -30,7 +30,7 @@ def state_directory() -> Path:
 
 
 def state_path(directory: Path, source: str, where: str) -> Path:
-    """The image's file for a share at a place: a mountpoint, or a VMM's socket."""
+    """The image file of a share and a place: a mountpoint, or a VMM's socket."""
     words = [os.path.realpath(path) for path in (source, where)]
     digest = hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(words[0])) or "root"
@@ -44,8 +44,8 @@ class StateFile:
         self.path = path
 
     def read(self) -> bytes | None:
-        """The image; None where there is none. Raises OSError, and ImageError for a file that
-        somebody else could have written.
+        """The image; None if there is none. Raises OSError, and ImageError for a file that another
+        user could have written.
         """
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -62,7 +62,7 @@ class StateFile:
             return file.read(SIZE_LIMIT)
 
     def write(self, data: bytes) -> None:
-        """Replace the image in one step, so that there is always a whole one. Raises OSError."""
+        """Replace the image in one step, so that there is always a complete one. Raises OSError."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self.path.with_suffix(f".{os.getpid()}.new")
         with suppress(FileNotFoundError):

@@ -1,6 +1,6 @@
-"""A server's image: the rows of ``take``, as bytes in the envelope of protocol.images.
+"""A server's image: the rows of ``take`` as bytes in the envelope of protocol.images.
 
-Apart because only this module knows protobuf. The layout of the body is fsd/server.proto.
+Apart because only this module needs protobuf. server.proto describes the body.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Row = TypeVar("_Row", bound=NamedTuple)
 
 
 def encode(saved: SavedExport) -> bytes:
-    """The image. Raises ValueError for a number that fits no field."""
+    """The image. Raises ValueError for a number that does not fit its field."""
     body = Server(
         source=os.fsencode(saved.source),
         root_ino=saved.root_ino,
@@ -44,7 +44,7 @@ def encode(saved: SavedExport) -> bytes:
 
 
 def decode(data: bytes) -> SavedExport:
-    """What an image says; whether that makes sense is seen by who uses it. Raises ImageError."""
+    """The rows of an image; their meaning is not checked here. Raises ImageError."""
     body = Server()
     try:
         body.ParseFromString(images.unpack(data, KIND, VERSION))
@@ -74,7 +74,7 @@ def decode(data: bytes) -> SavedExport:
 
 
 def _put(message: Message, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Fill the fields of a message, in their order, with the columns of the rows."""
+    """Fill the fields of a message, in order, with the columns of the rows."""
     if rows:
         fields = message.DESCRIPTOR.fields
         for field, column in zip(fields, zip(*rows, strict=True), strict=False):
@@ -82,7 +82,7 @@ def _put(message: Message, rows: Sequence[tuple[Any, ...]]) -> None:
 
 
 def _columns(message: Message) -> Iterator[tuple[Any, ...]]:
-    """The rows that ``_put`` was given. Raises ValueError where the columns differ in length."""
+    """The rows that ``_put`` was given. Raises ValueError if the columns differ in length."""
     return zip(*(getattr(message, f.name) for f in message.DESCRIPTOR.fields), strict=True)
 
 

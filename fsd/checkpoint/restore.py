@@ -1,8 +1,8 @@
-"""An export goes on where the server before it stopped: interest, watches, listings, events.
+"""Restores an export from the state of the previous server: interest, watches, listings, events.
 
 Each guest's marks are set again, each host watch under its old watch descriptor. Then every listed
-directory is compared with what was last known of it, and the difference told: what happened while
-no server ran.
+directory is compared with its saved listing, and the difference is delivered: the changes while no
+server ran.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..export.export import Export
 
 WAIT_FOR = 60.0
-"""Seconds that an observer's interest and events wait for it to come back."""
+"""Seconds that an observer's interest and events wait for the observer to reconnect."""
 _WD_LIMIT = 1 << 31
 
 
@@ -42,10 +42,10 @@ def _mask(bits: int) -> Mask:
 
 
 class Resumption:
-    """The way of a saved state into a new export, of which nothing is used yet.
+    """Restores a saved state into a new, unused export.
 
-    Raises ImageError for what is another directory's or makes no sense: the export is then
-    unusable. Mounts that go on are given to ``mount``; ``finish`` ends it.
+    Raises ImageError if the state belongs to another directory or is inconsistent; the export is
+    then unusable. Mounts that continue are passed to ``mount``; ``finish`` completes it.
     """
 
     def __init__(self, export: Export, saved: SavedExport) -> None:
@@ -73,11 +73,11 @@ class Resumption:
         if now.file_system != then.file_system:
             raise ImageError(f"it belongs to another file system, which {then.source} was on")
 
-    # Who goes on
+    # Guests that continue
 
     def mount(self, guest: MountGuest) -> dict[int, int]:
-        """A mount that goes on takes up what was its own, by its name. Returns what its kernel
-        holds: lookup counts by nodeid, which the caller counts on the inodes.
+        """A continuing mount takes over its part, by its name. Returns what its kernel holds:
+        lookup counts by nodeid, which the caller adds to the inodes.
         """
         saved = self._mounts.pop(guest.name, None)
         if saved is None:
@@ -97,7 +97,9 @@ class Resumption:
         return guest
 
     def _resume(self, guest: Guest, saved: SavedGuest) -> None:
-        """Everything but the marks, which come last: they tell what happened meanwhile."""
+        """Everything except the marks, which come last, because they deliver the changes
+        meanwhile.
+        """
         if len(saved.marks) > MARKS_LIMIT:
             raise ImageError(f"{len(saved.marks)} marks of one guest, limit {MARKS_LIMIT}")
         guest.events = EVENTS & saved.events
@@ -113,7 +115,7 @@ class Resumption:
         guest.missing = bool(guest.missed)
         self._marks.append((guest, saved))
 
-    # What is saved by nodeid
+    # Rows that refer to nodeids
 
     def _get(self, nodeid: int) -> Inode:
         return self.table.get(nodeid)
@@ -151,8 +153,8 @@ class Resumption:
                 listing(node).names[saved.name] = self._known(saved)
 
     def came_later(self, names: Iterable[SavedName]) -> None:
-        """Names that came after the image was made, of which guests may have been told or not:
-        those that are gone are told as gone, the others once more.
+        """Names that came after the image was made, which guests may or may not know: those that
+        are gone are reported as deleted, the others once more.
         """
         for saved in names:
             node = self.table.inodes.get(saved.directory)
@@ -176,8 +178,8 @@ class Resumption:
     # The end
 
     def finish(self, inotify: int = -1) -> None:
-        """Set the marks, place the watches, tell what happened while no server ran. ``inotify``:
-        the instance of the server before, in which all of that is queued; else it is found out by
+        """Set the marks and the watches, and deliver the changes while no server ran. ``inotify``:
+        the previous server's instance, in which these are queued; otherwise they are found by
         comparing. Takes the descriptor.
         """
         export = self._export

@@ -1,9 +1,9 @@
-"""What a server before this one has saved, verified against the host and put in place.
+"""The inodes saved by a previous server, verified against the host and put in place.
 
-A saved nodeid is given back only to the very object that had it: by its file handle where the file
-system opens those, else by the path where it was, if handle and inode number are still the same.
-What cannot be found is gone: what its nodeid is asked for is ESTALE. Where a descriptor or memory
-is missing, nothing is known, and the restore fails with OSError. Nothing saved is trusted.
+A saved nodeid goes only to the very object that had it. The object is found by its file handle if
+the file system opens those, else by its path, if handle and inode number are still the same. If it
+is not found, its nodeid gets ESTALE. If a descriptor or memory is missing, nothing is known, and
+the restore fails with OSError. Saved values are not trusted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ..files.table import InodeTable
 from ..linux import syscalls
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
-"""Errors that say nothing of the object, and pass."""
+"""Temporary errors, which say nothing about the object."""
 _PAUSES = (0.01, 0.1, 0.5)
-"""Seconds between looks then. After them the server does not start: what is saved stays for the
-next try."""
+"""Seconds between attempts then. After the last one the server does not start: the state is kept
+for the next start."""
 _HANDLE_SIZES = range(4, 4 + 128 + 1)  # the type, MAX_HANDLE_SZ
 _KINDS = {
     stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
@@ -39,10 +39,10 @@ _KINDS = {
 
 
 class RestoredTable:
-    """The inodes of a saved table, in the table of a new export. Raises ImageError,
-    OSError where the host cannot be looked at.
+    """The inodes of a saved table, in the table of a new export. Raises ImageError, and OSError if
+    the host cannot be looked at.
 
-    They have no references yet: who has some counts them, then calls ``release``.
+    They have no references yet: the code that holds some counts them, then calls ``release``.
     """
 
     def __init__(self, table: InodeTable, saved: SavedTable, saved_ns: int) -> None:
@@ -93,11 +93,11 @@ class RestoredTable:
             raise ImageError(f"nodeid {nodeid} is used but not saved") from None
 
     def get(self, nodeid: int) -> Inode:
-        """A saved inode. Raises ImageError where none has the nodeid."""
+        """A saved inode. Raises ImageError if no saved inode has the nodeid."""
         return self._get(nodeid)
 
     def release(self) -> None:
-        """Drop what nobody has a reference on, now that all are counted."""
+        """Drop inodes without references, now that all are counted."""
         for inode in reversed(self.inodes.values()):
             self._table.release(inode)
 
@@ -112,7 +112,7 @@ class RestoredTable:
         identity = Identity(mounts.device, ino, handle, mounts.own)
         if device < 0:
             identity = Identity(GONE, nodeid, b"", 0)
-        elif device:  # on another mount, whose number may be another by now
+        elif device:  # on another mount, whose device number may have changed
             identity = Identity(device, ino, handle, -nodeid)
         try:
             inode = self._table.adopt(nodeid, generation, identity, kind)
@@ -130,7 +130,7 @@ class RestoredTable:
     # The host
 
     def _find(self, inode: Inode) -> bool:
-        """Whether the object is still there; afterwards it is reached as any other."""
+        """Whether the object still exists; from then on it is reached like any other."""
         if self._table.reach.handle_opens(inode.identity):
             return _patiently(partial(self._find_directory, inode))
         if _patiently(partial(self._find_by_path, inode)):
@@ -149,7 +149,7 @@ class RestoredTable:
                 self._table.identify_as(inode, Identity(GONE, inode.nodeid, b"", 0))
                 return False
             verify_place(self._table, inode)
-        except OSError:  # nobody could look where it is
+        except OSError:  # its place could not be looked at
             self._table.lose(inode)
         finally:
             os.close(fd)
@@ -180,15 +180,15 @@ class RestoredTable:
         return True
 
     def _is_older(self, fd: int, status: os.stat_result) -> bool:
-        """Whether an object without a handle was there when the image was saved: it was born
-        before, or, where nobody knows that, has not changed since.
+        """Whether an object without a handle existed when the image was saved: it was born before,
+        or, if that is unknown, has not changed since.
         """
         return (syscalls.born_ns(fd, b"") or status.st_ctime_ns) < self._saved_ns
 
 
 def _patiently(find: Callable[[], bool]) -> bool:
-    """Whether an object is found. Looks again for a while where a resource is missing, and raises
-    OSError if it stays so; any other error is the object's, which is not found then.
+    """Whether an object is found. Tries again for a while if a resource is missing, and raises
+    OSError if it stays missing. Any other error means that the object is not found.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -213,7 +213,7 @@ def _places(rows: dict[int, SavedInode]) -> dict[int, list[int]]:
 
 
 def _downwards(places: dict[int, list[int]]) -> list[int]:
-    """What lies below the root, each directory before what is in it: no ring is below it."""
+    """Nodeids below the root, each directory before its entries. Cycles are left out."""
     order: list[int] = []
     todo = deque([ROOT_ID])
     while todo:
@@ -229,6 +229,6 @@ def _check_handle(handle: bytes) -> None:
 
 
 def check_name(name: bytes) -> None:
-    """Raises ImageError for what is no name of an entry in a directory."""
+    """Raises ImageError if this is not the name of a directory entry."""
     if not name or len(name) > 255 or b"/" in name or b"\0" in name or name in (b".", b".."):
         raise ImageError(f"{name[:40]!r} is not a file name")

@@ -1,6 +1,6 @@
-"""One server after another: opens an export where the last one stopped, saves it for the next.
+"""Opens an export from the previous server's image, and saves it for the next server.
 
-Apart from the core because here files are read and written; knows no trio.
+Apart from the core because it reads and writes files; does not use trio.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 
 class State(Protocol):
-    """Where an image is kept: statefile.StateFile, or memory."""
+    """Where an image is stored: file.StateFile, or memory."""
 
     @property
     def path(self) -> Path:
@@ -44,7 +44,7 @@ class State(Protocol):
 
 
 SETTLE_TIMEOUT = 0.5
-"""Seconds that a stop waits for a moment in which nothing changes."""
+"""Seconds that a stop waits for a moment without changes."""
 
 
 def open_export(
@@ -55,10 +55,10 @@ def open_export(
     restore: bool | None = None,
     prepare: Callable[[Resumption], None] = lambda _: None,
 ) -> Export:
-    """An export that goes on where the image says, or a fresh one: an image that cannot be used is
-    refused with one line to ``complain``, and so is a missing one if ``restore`` is True; False
-    takes none. ``prepare`` is given what goes on, for mounts to take up their part. Raises OSError
-    where the export cannot be opened.
+    """An export restored from the image, or a new one. An unusable image is refused with one line
+    to ``complain``, and so is a missing one if ``restore`` is True; with False no image is read.
+    ``prepare`` gets the restored state, so that mounts can take over their part. Raises OSError if
+    the export cannot be opened.
     """
     saved = None
     if restore is not False:
@@ -82,8 +82,8 @@ def open_export(
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Many objects are made here and none dropped: to look for garbage among them takes longer than
-    to make them.
+    """Many objects are made here and none is freed: looking for garbage would take longer than
+    making them.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -113,7 +113,7 @@ def _refused(state: State, error: Exception) -> str:
 
 @dataclass
 class Saver:
-    """Saves one export. ``mounts`` says what mounts that go on hold (``take``)."""
+    """Saves one export. ``mounts`` returns what continuing mounts hold (``take``)."""
 
     export: Export
     state: State
@@ -124,14 +124,14 @@ class Saver:
 
     @property
     def is_needed(self) -> bool:
-        """Whether somebody would come back to a server that was killed."""
+        """Whether any guest could reconnect after the server was killed."""
         return bool(self.mounts()) or any(
             isinstance(guest, HandMarks) or (isinstance(guest, Observer) and guest.token)
             for guest in self.export.guests
         )
 
     def take(self) -> Callable[[], int]:
-        """The state as of now, and a function that writes it, also in another thread."""
+        """The current state, and a function that writes it, also in another thread."""
         with _without_collection():
             saved = take(self.export, self.mounts())
         self.export.is_changed = False
@@ -141,7 +141,7 @@ class Saver:
             with _without_collection():
                 data = image.encode(saved)
             with self._writing:
-                if number > self._written:  # else a later state is there already
+                if number > self._written:  # else a later state is already written
                     self.state.write(data)
                     self._written = number
             return len(data)
@@ -149,8 +149,8 @@ class Saver:
         return write
 
     def save(self) -> dict[str, Any]:
-        """Save now, at a moment in which nothing changes if there is one; says what was saved.
-        Raises OSError.
+        """Save now, if possible at a moment without changes; returns what was saved. Raises
+        OSError.
         """
         begun = time.monotonic()
         self.export.settle(SETTLE_TIMEOUT)

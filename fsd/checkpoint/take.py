@@ -1,7 +1,7 @@
-"""What is kept of an export for the server that comes after this one: taken here, as plain rows.
+"""Takes the state of an export for the next server, as plain rows.
 
-Kept apart from ``restore_inodes`` and ``restore``, which trust none of it, and from ``image``,
-which writes it down. An inode is named by its nodeid.
+Apart from ``restore_inodes`` and ``restore``, which trust none of it, and from ``image``, which
+encodes it. Rows refer to inodes by nodeid.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 
 class SavedName(NamedTuple):
-    """One name of a listing, or what was known of one that a guest missed."""
+    """One name of a listing, or the known state of a name that a guest missed."""
 
     directory: int
     name: bytes
     ino: int
     kind: int
     seen_ns: int
-    nodeid: int  # 0 = nobody looked
+    nodeid: int  # 0: nobody looked it up
 
 
 class SavedMissed(NamedTuple):
-    """A name with events that a guest was not told of."""
+    """A name with events that a guest did not get."""
 
     directory: int
     name: bytes
@@ -69,7 +69,7 @@ class SavedEvent(NamedTuple):
 
 
 class GuestKind(IntEnum):
-    """What a guest is."""
+    """The kind of a guest."""
 
     MOUNT = 1
     OBSERVER = 2
@@ -78,7 +78,7 @@ class GuestKind(IntEnum):
 
 @dataclass(slots=True)
 class SavedGuest:
-    """One guest: its interest, what it was not told of, the references of its kernel."""
+    """One guest: its interest, its undelivered events, its kernel's references."""
 
     kind: GuestKind
     name: str
@@ -94,12 +94,12 @@ class SavedGuest:
 
 @dataclass(slots=True)
 class SavedExport:
-    """All of it, and of which directory."""
+    """The whole state, and the directory that it belongs to."""
 
     source: str
     root_ino: int
     root_handle: bytes
-    file_system: int  # f_fsid of statvfs(3); 0 where there is none
+    file_system: int  # f_fsid of statvfs(3); 0 if there is none
     saved_ns: int = 0
     table: SavedTable = field(default_factory=lambda: SavedTable([], [], []))
     watches: list[tuple[int, int]] = field(default_factory=list)  # nodeid, wd
@@ -109,17 +109,17 @@ class SavedExport:
 
 
 def take(export: Export, nodes: Mapping[Guest, dict[int, int]] | None = None) -> SavedExport:
-    """The state of an export, best when it is settled (``Export.settle``): events that wait are
-    found again by comparing, in no order.
+    """The state of an export, best after ``Export.settle``: waiting events are found again by
+    comparing, without their order.
 
-    ``nodes``: the mounts that go on across the restart, with what their kernels hold; no other
-    mount is saved, for its marks end with it.
+    ``nodes``: the mounts that continue across the restart, with what their kernels hold; other
+    mounts are not saved, because their marks end with them.
     """
     return _Taking(export).take(nodes or {})
 
 
 def identity_of(export: Export) -> SavedExport:
-    """Of which directory an image is, and nothing else."""
+    """Which directory an image belongs to, and nothing else."""
     table = export.table
     _, ino, handle, _ = table.root.identity
     fsid = os.fstatvfs(table.reach.root_fd).f_fsid
@@ -131,7 +131,7 @@ class _Taking:
         self._export = export
         self._table = export.table
         self._nodeids = {inode.nodeid: inode for inode in self._table}  # that can be named
-        self._told_ns = 0  # when all that had happened in watched directories was told
+        self._told_ns = 0  # time of the last delivered change in watched directories
         self._others: dict[Identity, Inode] = {}  # named below, and in the table no more
 
     def take(self, nodes: Mapping[Guest, dict[int, int]]) -> SavedExport:
@@ -140,7 +140,7 @@ class _Taking:
         watcher = self._export.watcher
         watcher.drain()
         if not watcher.backlog:
-            # File times lag: what is made right after this may seem older than it.
+            # File times lag: a file made right after this may seem older than it.
             self._told_ns = saved.saved_ns - CLOCK_LAG_NS
             self._confirm(watcher)
         for inode in watcher.inodes():
@@ -158,7 +158,7 @@ class _Taking:
         return saved
 
     def _name(self, inode: Inode | None) -> int:
-        """The nodeid by which the image names an inode; 0 where it cannot."""
+        """The nodeid for an inode in the image; 0 if it has none."""
         if inode is None:
             return 0
         if self._nodeids.get(inode.nodeid) is inode:
@@ -169,7 +169,7 @@ class _Taking:
         if not self._table.holds(inode):
             inode = self._others.get(inode.identity, inode)
             if self._nodeids.setdefault(inode.nodeid, inode) is not inode:
-                return 0  # the number has come to stand for something else
+                return 0  # the number stands for another object now
             self._others[inode.identity] = inode
         return inode.nodeid
 
@@ -178,14 +178,14 @@ class _Taking:
         return SavedName(self._name(node), name, known.ino, known.kind, known.seen_ns, nodeid)
 
     def _listing(self, node: Inode, known: Listing) -> Iterator[SavedName]:
-        """The names of a directory; of what is watched there, all is told up to now."""
+        """The names of a directory; for watched ones all events are delivered up to now."""
         told_ns = 0 if node in self._export.unwatched else self._told_ns
         for name, entry in known.names.items():
             yield self._known(node, name, entry._replace(seen_ns=max(told_ns, entry.seen_ns)))
 
     def _confirm(self, watcher: HostWatcher) -> None:
-        """All is told, so what came under a name is what is there: in a storm the server may have
-        taken it for something else.
+        """All events are delivered, so the object under a name is the current one: in a storm the
+        server may have taken it for another.
         """
         right: list[tuple[Listing, dict[bytes, Known]]] = []
         try:
@@ -193,10 +193,10 @@ class _Taking:
                 if node.listing is not None and node.listing.complete:
                     right.append((node.listing, self._looked_at(node, node.listing)))
         except OSError:
-            return  # nobody could look
+            return  # it could not be looked at
         watcher.drain()
         if watcher.backlog:
-            return  # some of it may be newer than what is told
+            return  # some of it may be newer than the delivered events
         for known, names in right:
             known.names.update(names)
         self._export.confirmed_ns = self._told_ns
@@ -249,7 +249,7 @@ class _Taking:
 
 
 def _as_it_is(dir_fd: int, name: bytes, known: Known) -> Known:
-    """The entry of a name, looked at. Raises OSError where nobody could look."""
+    """The current entry of a name. Raises OSError if it cannot be looked at."""
     with syscalls.skipping_gone:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         handle = known.inode.identity.handle if known.inode is not None else b""

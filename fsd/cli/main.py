@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def run(command: click.Command) -> None:
-    """Run a command as ``main`` does; ends the process."""
+    """Run a command like ``main``; exits."""
     try:
         status = command(standalone_mode=False)
     except click.UsageError as error:
@@ -57,7 +57,7 @@ cli.add_command(virtiofs)
 
 
 def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
-    """Not an empty one, which would be the working directory."""
+    """Refuse an empty path, which would be the working directory."""
     if path == "":
         raise click.BadParameter("the path is empty", ctx, parameter)
     return path

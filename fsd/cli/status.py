@@ -1,4 +1,4 @@
-"""`fsd status` for people: tables."""
+"""`fsd status` as tables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def render(path: str, state: dict[str, Any]) -> None:
 
 
 def _table(guests: list[dict[str, Any]]) -> Table:
-    """A column a guest: more fit beside one another than rows of as many figures would."""
+    """One column per guest: more guests fit next to each other than so many figures would."""
     table = Table()
     table.add_column("guest", no_wrap=True)
     for guest in guests:
@@ -59,7 +59,7 @@ _FATES = (
 
 
 def _by_kind(states: list[dict[str, Any]]) -> Table:
-    """What became of the events of each kind, all guests together (--json has them apart)."""
+    """The events of each kind and how they were handled, all guests together (--json has each)."""
     table = Table()
     table.add_column("events")
     for title, _ in _FATES:

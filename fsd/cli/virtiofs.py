@@ -1,7 +1,7 @@
 """`fsd virtiofs`, also installed as `fsd-virtiofsd`: the command line of virtiofsd (Rust) 1.13.
 
-So that whoever starts that one can start this one. An option that cannot be honoured is refused
-(docs/virtiofs.md has the table); `-o` takes what the older virtiofsd in C took.
+Programs that start virtiofsd can start this server instead. Unsupported options are refused
+(docs/virtiofs.md has the table); `-o` takes the options of the older virtiofsd in C.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _REFUSED = {
     "--migration-verify-handles": "migration is not supported",
     "--migration-confirm-paths": "migration is not supported",
 }
-"""Options of virtiofsd's that are not honoured, and why."""
+"""Options of virtiofsd that are not supported, and why."""
 _FLAGS = {
     "--writeback", "--no-killpriv-v2", "--security-label",
     "--migration-verify-handles", "--migration-confirm-paths",
@@ -109,7 +109,7 @@ def _refuse(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
 
 
 def _refused(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that are refused."""
+    """Add the unsupported options, which are refused."""
     for option in _REFUSED:
         if option in _FLAGS:
             attributes: dict[str, Any] = {"is_flag": True}
@@ -232,7 +232,7 @@ def virtiofs(**given: Any) -> int:
     _take_compat(given)
     is_kept = bool(os.environ.pop(KEEPER, ""))
     inherited = systemd.listen_fds()
-    if is_kept:  # what it was given as --fd
+    if is_kept:  # the sockets given as --fd
         given["fd"] = inherited.sockets
     options = _options(given, inherited)
     level = LEVELS["debug" if given["debug"] else given["log_level"]]
@@ -251,7 +251,7 @@ def virtiofs(**given: Any) -> int:
 
 
 def _take_compat(given: dict[str, Any]) -> None:
-    """`-o`: options of virtiofsd in C, which virtiofsd in Rust and libvirt still know."""
+    """`-o`: options of virtiofsd in C, which virtiofsd in Rust and libvirt still use."""
     given["flock"] = given["posix_lock"] = None
     for text in given["compat"]:
         for word in re.split(r"(?<!,),(?!,)", text):  # a comma in a value is written twice
@@ -330,7 +330,7 @@ def _options(given: dict[str, Any], inherited: systemd.Inherited) -> Options:
 
 
 def _capabilities(changes: str | None) -> frozenset[str]:
-    """The capabilities to keep, after the user's changes to them."""
+    """The capabilities to keep, with the user's changes."""
     kept = set(sandbox.NEEDED)
     for change in changes.split(":") if changes else ():
         sign, name = change[:1], change[1:].upper()

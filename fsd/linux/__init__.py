@@ -1,1 +1,1 @@
-"""What Python's library lacks of Linux. Knows nothing of shares, guests or events."""
+"""Linux interfaces that Python's library lacks. Knows nothing of shares, guests or events."""

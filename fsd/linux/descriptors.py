@@ -1,5 +1,5 @@
-"""How many of the server's descriptors one guest may hold: so many that others have theirs, and the
-server what it needs to work for them.
+"""How many descriptors one guest may hold, so that others get theirs and the server can still work
+for them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import resource
 HANDLES_LIMIT = 1 << 16
 """Files that one guest may have open, however many descriptors there are: they take memory, too."""
 RESERVE, RESERVE_OF_GUEST = 256, 300
-"""Descriptors for the server: its own, those of looking names up, and for each guest what its VMM
-may hand over (64 regions of memory, 65 queues of three) and its sessions. Never more than half."""
+"""Descriptors reserved for the server: its own, those of look-ups, and for each guest those that
+its VMM may send (64 regions of memory, 65 queues of three) and its sessions. At most half of
+all."""
 
 
 def share(guests: int = 1) -> int:
-    """Of each of so many guests, by this process's limit (RLIMIT_NOFILE)."""
+    """The share of one of ``guests`` guests, from this process's limit (RLIMIT_NOFILE)."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return HANDLES_LIMIT

@@ -1,7 +1,7 @@
-"""The mounts below a share, as the host has them now: whether there are any, and where.
+"""The mounts below a share, as the host has them now.
 
-Apart from the inode table, which reaches objects: this knows the mount tree alone. It is read again
-only when it has changed, which one poll(2) of /proc/self/mountinfo tells (proc_pid_mountinfo(5)).
+Apart from the inode table, which reaches objects: this knows only the mount tree. It is read again
+only after a change, which one poll(2) of /proc/self/mountinfo shows (proc_pid_mountinfo(5)).
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ import zlib
 from . import syscalls
 
 _SLOTS = 1 << 14
-"""Number ranges for inode numbers of other mounts: the 14 bits above those that the numbers have
-themselves, and below the nodeids that the server makes up."""
+"""Ranges for inode numbers of other mounts: the 14 bits above those of the numbers themselves, and
+below the nodeids that the server assigns."""
 _INO_BITS = 48
 """Bits of an inode number that fit into a range; no common file system uses more."""
 _ESCAPED = ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\"))
 
 
 STUCK = 0.5
-"""Seconds after which a file system that was asked something counts as one that does not answer."""
+"""Seconds without an answer after which a file system counts as hung."""
 _LOCAL = frozenset(
     b"bcachefs btrfs erofs exfat ext2 ext3 ext4 f2fs iso9660 jfs msdos ntfs3 proc ramfs reiserfs "
     b"squashfs sysfs tmpfs devtmpfs hugetlbfs cgroup2 udf vfat xfs zfs".split()
 )
-"""File systems that answer by themselves. Any other may wait for a program, or for a network."""
+"""File systems that answer without help. Any other may wait for a program or a network."""
 
 
 class Mounts:
-    """What is mounted below a directory. Owner of one descriptor. Raises OSError where there is no
-    /proc.
-    """
+    """The mounts below a directory. Owns one descriptor. Raises OSError if there is no /proc."""
 
     def __init__(self, root_fd: int) -> None:
         self._root_fd = root_fd
@@ -45,13 +43,13 @@ class Mounts:
         poll = select.poll()
         poll.register(self._fd, select.POLLERR | select.POLLPRI)
         self.poll = poll.poll
-        """Called with 0: whether mounts have changed, and are to be ``read`` again."""
+        """Called with 0: whether mounts have changed and have to be ``read`` again."""
         self.points: dict[bytes, int] = {}
         """Path below the share -> the topmost mount there, as last read."""
         self._places: dict[int, bytes] = {}  # the same of all mounts, by their numbers
         self._slots: dict[tuple[int, int], int] = {}  # mount, st_dev -> number range
         self.remote: dict[int, str] = {}
-        """The mounts below whose file systems may not answer, with what they are called."""
+        """The mounts below whose file systems may not answer, with their names."""
         self._asked: dict[int, float] = {}  # since when, mounts that have not answered yet
         self._own_mounts: set[int] = set()  # of the file system that this process serves
         self._device_served = b""
@@ -73,11 +71,11 @@ class Mounts:
         return bool(self.points)
 
     def point(self, path: bytes) -> int:
-        """The mount at a path below the share when that was last looked at; 0 where none is."""
+        """The mount at a path below the share as last read; 0 if there is none."""
         return self.points.get(path, 0)
 
     def ask(self, mount: int, path: bytes, root_fd: int) -> None:
-        """Ask a file system for something that it has to answer itself: in a thread, as it may not.
+        """Make a request that a file system has to answer itself: in a thread, as it may hang.
         Raises OSError.
         """
         self._asked.setdefault(mount, time.monotonic())
@@ -91,8 +89,8 @@ class Mounts:
             self._asked.pop(mount, None)
 
     def check(self, mount: int, patience: float = STUCK) -> None:
-        """Raises OSError: ELOOP for a mount that this very server answers for, EIO for one that has
-        been asked something so many seconds ago, and has not answered.
+        """Raises OSError: ELOOP for a mount that this very server answers, EIO for one that has not
+        answered a request for ``patience`` seconds.
         """
         if mount in self._own_mounts:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -101,23 +99,23 @@ class Mounts:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def serves(self, device: int) -> None:
-        """This process is the server of a file system: to look at it would wait for itself."""
+        """This process serves that file system: accessing it would deadlock."""
         self._device_served = b"%d:%d" % (os.major(device), os.minor(device))
         self.read()
 
     def path_of(self, mount: int) -> bytes:
-        """Where a mount below the share is. Raises OSError ESTALE where it is gone."""
+        """Where a mount below the share is. Raises OSError ESTALE if it is gone."""
         for path, number in self.points.items():
             if number == mount:
                 return path
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def is_point(self, path: bytes) -> bool:
-        """Whether something was mounted at a path below the share when that was last looked at."""
+        """Whether something was mounted at a path below the share, as last read."""
         return path in self.points
 
     def read(self) -> None:
-        """Look at the mounts again."""
+        """Read the mounts again."""
         self.changed_at = time.monotonic()
         top = os.fsencode(os.readlink(syscalls.fd_path(self._root_fd))).rstrip(b"/") + b"/"
         os.lseek(self._fd, 0, os.SEEK_SET)
@@ -146,12 +144,12 @@ class Mounts:
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] in ids}
 
     def is_own(self, mount: int, device: int) -> bool:
-        """Whether inode numbers there are the share's own."""
+        """Whether inode numbers there are those of the share's own mount."""
         return mount == self.own and device == self.device
 
     def number(self, mount: int, device: int, ino: int) -> int:
         """An inode number that is unique below the share: the host's on the share's own file
-        system, in a range of its mount's elsewhere. 0 where it fits into none.
+        system, in a range of its mount elsewhere. 0 if it fits into none.
         """
         if mount == self.own and device == self.device:
             return ino
@@ -159,7 +157,7 @@ class Mounts:
         return slot << _INO_BITS | ino if slot and ino < 1 << _INO_BITS else 0
 
     def _new_slot(self, mount: int, device: int) -> int:
-        """By the mount's place, so that it is the same in the server after this one."""
+        """Derived from the mount's place, so that the next server makes the same."""
         if len(self._slots) >= _SLOTS - 1:
             return 0
         if mount not in self._places:  # it has just been made

@@ -1,8 +1,8 @@
-"""How the host's programs have files open: the last resort when an OPEN stays alone.
+"""How programs of the host have files open: the last resort when no event follows an OPEN.
 
-From /proc/PID/fdinfo, which asks no file system: a stat through /proc/PID/fd could be a request
-to the very mount that this server answers, and wait for itself. All of /proc is read for it, so
-that one thread does it for all files that wait, and the server goes on meanwhile.
+Read from /proc/PID/fdinfo, which asks no file system: a stat through /proc/PID/fd could be a
+request to the mount that this server answers, and deadlock. All of /proc has to be read, so one
+thread does it for all waiting files.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ..pacing.guard import Guard
 from . import syscalls
 
 SCAN_EVERY = 0.05
-"""Seconds from one scan to the next, at least; and as long as the one before took."""
+"""Seconds between two scans, at least; and as long as the last one took."""
 SCAN_TIME = 1.0
-"""Seconds that a scan may take: some 40,000 descriptors. What it has not found is not known."""
+"""Seconds that a scan may take: about 40,000 descriptors. Files that it has not found stay
+unknown."""
 
 File = tuple[int, int]
 """st_dev, st_ino."""
@@ -28,7 +29,7 @@ _FIELDS = re.compile(rb"flags:\s*0*([0-7]+)\nmnt_id:\s*(\d+)\nino:\s*(\d+)\n")
 
 
 def scan(files: Collection[File]) -> dict[File, bool]:
-    """Those of the files that any visible process has open, and whether for writing. None is, in a
+    """Those of the files that any visible process has open, and whether for writing. Empty in a
     sandbox, where no process is visible.
     """
     if not syscalls.sees_processes():
@@ -75,12 +76,12 @@ def _devices(wanted: set[int]) -> dict[int, int]:
 
 
 def is_open_for_writing(device: int, ino: int) -> bool | None:
-    """The same of one file; None where nobody has it open."""
+    """The same for one file; None if no process has it open."""
     return scan([(device, ino)]).get((device, ino))
 
 
 class Openers:
-    """What the scans have found. ``waiting`` names all files that are waited for."""
+    """The results of scans. ``waiting`` are all files with a pending question."""
 
     def __init__(self, waiting: Callable[[], Iterable[File]]) -> None:
         self._waiting = waiting
@@ -92,8 +93,8 @@ class Openers:
 
     def look(self, file: File, since: float) -> tuple[bool, bool | None]:
         """Whether it is known how a file is open, as of a moment after ``since``
-        (time.monotonic()), and how: True = for writing, None = not at all. Where it is not known,
-        ask again soon.
+        (time.monotonic()), and how: True = for writing, None = not at all. If it is not known, ask
+        again soon.
         """
         if not syscalls.sees_processes():
             return True, None

@@ -1,7 +1,7 @@
-"""The length of an inotify queue other than the machine's: fs.inotify.max_queued_events.
+"""Sets the queue length of an inotify instance: fs.inotify.max_queued_events.
 
-Apart from the watcher because that number is the whole machine's: an instance keeps the one under
-which it is made, so it is set for a moment, under a lock, and put back also after a kill.
+Apart from the watcher because that number belongs to the whole machine: an instance keeps the one
+under which it is made. So it is set for a moment, under a lock, and put back, also after a kill.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 
 LIMIT = Path("/proc/sys/fs/inotify/max_queued_events")
 NOTE = Path("/run/fsd-max_queued_events")
-"""The lock; in it, while the number is another: what it was, and what it is."""
+"""The lock file. While the number is changed it contains the old and the new one."""
 _PATIENCE = 10.0
 """Seconds to wait for another server that is just starting, which takes less than a millisecond."""
 
 
 @contextmanager
 def limited_to(length: int | None) -> Iterator[None]:
-    """For a with block, new inotify instances have queues of that length; None = the machine's.
+    """Within a with block, new inotify instances have queues of that length; None = the machine's.
 
-    Raises OSError where that is another and may not be set: only root can.
+    Raises OSError if the number has to be changed and may not be: only root can.
     """
     if length is None and not NOTE.exists():
         yield
@@ -69,7 +69,7 @@ def _refused(error: OSError) -> OSError:
 
 
 def _locked() -> int:
-    """The note, opened, and locked until it is closed. Raises OSError."""
+    """The lock file, opened, and locked until it is closed. Raises OSError."""
     fd = os.open(NOTE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + _PATIENCE
     while True:
@@ -85,8 +85,8 @@ def _locked() -> int:
 
 
 def _put_back(fd: int) -> None:
-    """As the note says, also another server's that was killed; not where somebody else has set the
-    number since.
+    """Restore the number in the file, also for a server that was killed; not if another program has
+    set it since.
     """
     numbers = os.pread(fd, 64, 0).split()
     if len(numbers) == 2 and int(numbers[1]) == _now():

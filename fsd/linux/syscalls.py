@@ -1,6 +1,6 @@
 """System calls that Python lacks: file handles, openat2, renameat2, and creating as the caller.
 
-Apart because it is all of the core's ctypes (sandbox and seccomp have theirs).
+Apart because it has all of the core's ctypes (sandbox and seccomp have theirs).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _BELOW, _BELOW_ON_MOUNT = (
     for more in (0, _RESOLVE_NO_XDEV)
 )
 _PATH_BYTES = 3800
-"""Bytes of a path that are looked up at once, of the kernel's 4,096."""
+"""Bytes of a path passed to one look-up, of the kernel's 4,096."""
 
 _own_process = "/proc/self"
 
 
 def fd_path(fd: int) -> str:
-    """A path that leads to what a descriptor refers to: proc_pid_fd(5)."""
+    """A path to the file of a descriptor: proc_pid_fd(5)."""
     return f"{_own_process}/fd/{fd}"
 
 
@@ -60,14 +60,14 @@ def mountinfo_path() -> str:
 
 
 def sees_processes() -> bool:
-    """Whether /proc is the machine's. In a sandbox that path is a guest's: a FIFO there would be
-    waited for.
+    """Whether /proc is the machine's. In a sandbox that path is under the guest's control, and
+    could be a FIFO.
     """
     return _own_process == "/proc/self"
 
 
 def use_working_directory_as_process() -> None:
-    """The working directory is /proc/self, and must stay: where a sandbox has no /proc."""
+    """The working directory is /proc/self, and must stay so: for a sandbox without /proc."""
     global _own_process
     _own_process = "."
 
@@ -76,8 +76,8 @@ RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 
 def is_gone(error: OSError) -> bool:
-    """Whether an error says that the object is not there. Any other (no descriptor, no memory, no
-    permission, a disk that fails) says that nobody could look: nothing follows from it.
+    """Whether an error means that the object does not exist. Any other (no descriptor, no memory,
+    no permission, a failing disk) only means that it could not be looked at.
     """
     return error.errno in _GONE
 
@@ -86,7 +86,7 @@ _GONE = (errno.ENOENT, errno.ESTALE)
 
 
 class _SkippingGone:
-    """``contextlib.suppress`` of the errors for which ``is_gone`` holds, and of no other."""
+    """``contextlib.suppress`` for the errors for which ``is_gone`` holds, and no others."""
 
     def __enter__(self) -> None:
         pass
@@ -96,7 +96,7 @@ class _SkippingGone:
 
 
 skipping_gone = _SkippingGone()
-"""For a with block that ends early where what it is about is not there."""
+"""For a with block that ends early if its object does not exist."""
 
 
 def _check(result: int, what: object = None) -> int:
@@ -107,9 +107,9 @@ def _check(result: int, what: object = None) -> int:
 
 
 def file_handle(fd: int, name: bytes = b"") -> bytes:
-    """{int type, f_handle} of what fd refers to, or of a name in it: name_to_handle_at(2).
+    """{int type, f_handle} of the file of fd, or of a name in it: name_to_handle_at(2).
 
-    Raises OSError (EOPNOTSUPP where the file system or the kernel has no handles). Not reentrant.
+    Raises OSError (EOPNOTSUPP if the file system or the kernel has no handles). Not reentrant.
     """
     return handle_and_mount(fd, name)[0]
 
@@ -121,7 +121,7 @@ def handle_and_mount(fd: int, name: bytes = b"") -> tuple[bytes, int]:
     if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
         if ctypes.get_errno() not in _NO_HANDLE:
             _check(-1)
-        # One that cannot be opened again, and identifies all the same (Linux 6.5).
+        # One that cannot be opened, but identifies the object (Linux 6.5).
         flags |= _AT_HANDLE_FID
         if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
             if ctypes.get_errno() not in (*_NO_HANDLE, errno.EINVAL):
@@ -132,17 +132,19 @@ def handle_and_mount(fd: int, name: bytes = b"") -> tuple[bytes, int]:
 
 
 _NO_HANDLE = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS)
-"""Of name_to_handle_at(2): there is no handle, and there will be none. EOVERFLOW is what a file
-system without one for this object makes of it (do_sys_name_to_handle in fs/fhandle.c)."""
+"""Errors of name_to_handle_at(2) for objects that never have a handle. EOVERFLOW is what the kernel
+makes of it if the file system has none for this object (do_sys_name_to_handle in fs/fhandle.c)."""
 
 
 def shown_path(fd: int) -> bytes:
-    """Where the kernel says that an open object is: readlink of /proc/self/fd, proc_pid_fd(5)."""
+    """The path of an open object according to the kernel: readlink of /proc/self/fd,
+    proc_pid_fd(5).
+    """
     return os.fsencode(os.readlink(fd_path(fd)))
 
 
 def mount_id(fd: int) -> int:
-    """The number of the mount that fd was opened on, also where there are no file handles."""
+    """The number of the mount that fd was opened on, also without file handles."""
     try:
         return handle_and_mount(fd)[1]
     except OSError:
@@ -151,8 +153,8 @@ def mount_id(fd: int) -> int:
 
 
 def open_below(root_fd: int, path: bytes, *, one_mount: bool) -> int:
-    """An O_PATH descriptor of an object, by names that lead over no link and not out of the root;
-    with ``one_mount`` over no mount, which may not answer: openat2(2). Raises OSError.
+    """An O_PATH descriptor of an object below the root, without following links; with ``one_mount``
+    also without entering another mount, which may hang: openat2(2). Raises OSError.
     """
     how = _BELOW_ON_MOUNT if one_mount else _BELOW
     if len(path) < _PATH_BYTES:
@@ -171,9 +173,9 @@ def open_below(root_fd: int, path: bytes, *, one_mount: bool) -> int:
 def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
     """A descriptor of the object with that handle: open_by_handle_at(2), CAP_DAC_READ_SEARCH.
 
-    Raises OSError, ESTALE where there is no such object, ENOMEM where there is no memory. ext4
-    answers ENOMEM, too, for an object whose number a new one is just being given (iget_locked in
-    fs/inode.c, seen on Linux 6.18): that is over in a moment, and the next try says ESTALE.
+    Raises OSError: ESTALE if there is no such object, ENOMEM if there is no memory. ext4 also
+    answers ENOMEM for an object whose inode number is just being reused (iget_locked in fs/inode.c,
+    seen on Linux 6.18): that is over in a moment, and the next attempt gets ESTALE.
     """
     data = struct.pack("=I", len(handle) - 4) + handle
     for _ in range(_HANDLE_TRIES):
@@ -181,13 +183,13 @@ def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
         if fd >= 0 or ctypes.get_errno() != errno.ENOMEM:
             break
         number = ctypes.get_errno()
-        os.sched_yield()  # it may be this processor that the other works on
+        os.sched_yield()  # this may be the processor that the other thread needs
         ctypes.set_errno(number)
     return _check(fd)
 
 
 _HANDLE_TRIES = 64
-"""Tries to open by handle before ENOMEM is taken at its word: some 0.1 ms."""
+"""Attempts to open by handle before ENOMEM is believed: about 0.1 ms."""
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
@@ -201,8 +203,8 @@ def _is_root() -> bool:
 
 
 def cannot_change_identity() -> str:
-    """Why a server that is root must not start here: it would do everything as root; "" = it may.
-    An ordinary user's server never changes its identity.
+    """Why a server run by root must not start here: it would do everything as root; "" = it may. An
+    ordinary user's server never changes its identity.
     """
     if _is_root() and _SYS is None:
         return (
@@ -213,12 +215,14 @@ def cannot_change_identity() -> str:
 
 
 def takes_for_itself(uid: int) -> bool:
-    """Whether what this server makes for another user of the mount is the server's own user's."""
+    """Whether files that this server makes for another user of the mount belong to the server's
+    user.
+    """
     return not _is_root() and uid not in (0, os.geteuid())
 
 
 def supplementary_groups(pid: int) -> list[int]:
-    """Groups of a process, from /proc; none where it is gone or not visible. Those that this user
+    """Groups of a process, from /proc; none if it is gone or not visible. Groups that this user
     namespace does not map are left out: /proc shows all of them as the overflow gid.
     """
     if not sees_processes():
@@ -236,7 +240,7 @@ def supplementary_groups(pid: int) -> list[int]:
 
 @cache
 def _overflow_gid() -> int:
-    """What stands for gids that are not mapped: user_namespaces(7); -1 where all are."""
+    """The gid shown for gids that are not mapped: user_namespaces(7); -1 if all are mapped."""
     with open("/proc/self/gid_map", "rb") as gid_map:
         if gid_map.read().split() == [b"0", b"0", b"4294967295"]:
             return -1
@@ -248,12 +252,12 @@ def _overflow_gid() -> int:
 def acting_as(
     uid: int, gid: int, groups: Sequence[int], *, umask: int = 0, judged: bool = False
 ) -> Iterator[None]:
-    """Make this thread's file system identity the caller's, then come back.
+    """Switch this thread's file system identity to the caller's, then back.
 
-    ``judged``: a guest's kernel has checked permissions already, with groups and ACLs that are not
-    known here; so this thread may enter and write any directory. The umask is the process's: other
-    threads must not create files. The identity stays where the server is no root, or the caller is.
-    Raises OSError EOVERFLOW for a number that is not mapped in the server's user namespace.
+    ``judged``: a guest's kernel has already checked permissions, with groups and ACLs that are not
+    known here; so this thread may enter and write any directory. The umask belongs to the process:
+    other threads must not create files. The identity does not change if the server or the caller is
+    not root. Raises OSError EOVERFLOW for a number that the server's user namespace does not map.
     """
     before = os.umask(umask) if umask else 0
     try:
@@ -274,7 +278,9 @@ def acting_as(
                 _check(_libc.capset(_CAP_HEADER, _effective(lowered)))
             yield
         finally:
-            _libc.syscall(setfsuid, 0)  # gives back what is permitted, had it an effect or not
+            _libc.syscall(
+                setfsuid, 0
+            )  # restores what is permitted, whether it had an effect or not
             _libc.syscall(setfsgid, 0)
             if grouped:
                 _set_groups(setgroups, own)
@@ -287,10 +293,10 @@ def acting_as(
 
 @contextmanager
 def on_behalf_of(uid: int, *, kill_suid: bool) -> Iterator[None]:
-    """What this thread's calls allocate on disk is that user's: blocks reserved for root are not
-    his, and quotas hold. What a guest's kernel or an open file has permitted stays permitted.
+    """Charge what this thread's calls allocate on disk to that user: no blocks reserved for root,
+    and within quotas. Permissions given by a guest's kernel or an open file stay.
 
-    ``kill_suid``: as for ``killing_suid``. Nothing changes where the server is no root. Raises
+    ``kill_suid``: as for ``killing_suid``. Nothing changes if the server is not root. Raises
     OSError EOVERFLOW for a uid that is not mapped here.
     """
     if not _is_root() or not uid:
@@ -316,8 +322,8 @@ def _known_calls() -> tuple[int, int, int]:
 
 
 def _set_checked(number: int, wanted: int) -> None:
-    """setfsuid(2) or setfsgid(2), which report no error: ask what has become of it. Raises OSError
-    EOVERFLOW where it was ignored, as for a number that this user namespace does not map.
+    """setfsuid(2) or setfsgid(2), which report no error: read the value back. Raises OSError
+    EOVERFLOW if it was ignored, as for a number that this user namespace does not map.
     """
     _libc.syscall(number, wanted)
     if wanted == NO_ID or _libc.syscall(number, -1) & NO_ID != wanted:
@@ -329,13 +335,12 @@ NO_ID = 0xFFFF_FFFF
 _CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
 _CAP_DAC_OVERRIDE, _CAP_FSETID, _CAP_SYS_RESOURCE, _CAP_MKNOD = 1 << 1, 1 << 4, 1 << 24, 1 << 27
 _CAP_FS_SET = 0x1F | 1 << 9 | 1 << 27 | 1 << 32
-"""What setfsuid(2) takes away: CAP_FS_SET of linux/capability.h."""
+"""The capabilities that setfsuid(2) takes away: CAP_FS_SET of linux/capability.h."""
 
 
 def obey_limits_of_disks() -> None:
-    """Give up CAP_SYS_RESOURCE, for good: with it this thread, and those it starts, would take the
-    blocks that are reserved for root, and exceed quotas. Resource limits are raised before. Raises
-    OSError.
+    """Give up CAP_SYS_RESOURCE permanently: with it this thread and its children would use blocks
+    reserved for root, and exceed quotas. Raise resource limits before. Raises OSError.
     """
     capabilities = (s & ~_CAP_SYS_RESOURCE for s in _capabilities())
     _check(_libc.capset(_CAP_HEADER, _packed(*capabilities)))
@@ -382,7 +387,7 @@ def killing_suid() -> Iterator[None]:
 
 @contextmanager
 def making_nodes() -> Iterator[None]:
-    """Let this thread make device nodes, where the server may at all: with CAP_MKNOD."""
+    """Let this thread make device nodes, if the server may at all: with CAP_MKNOD."""
     effective, permitted, _ = _capabilities()
     _check(_libc.capset(_CAP_HEADER, _effective(effective | permitted & _CAP_MKNOD)))
     try:
@@ -403,7 +408,7 @@ _statx_buffer = ctypes.create_string_buffer(256)
 
 
 def born_ns(dir_fd: int, name: bytes) -> int:
-    """Time of creation, of dir_fd itself for b""; 0 where the file system has none: statx(2). Not
+    """Time of creation, of dir_fd itself for b""; 0 if the file system has none: statx(2). Not
     reentrant.
     """
     flags = _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH
@@ -420,12 +425,14 @@ class _Timespec(ctypes.Structure):
 
 _UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 NOW = 1 << 80
-"""A time for ``set_times`` that no file can have: the kernel's clock."""
+"""A time for ``set_times`` that no file can have: the current time of the kernel."""
 _AT_FDCWD = -100
 
 
 def set_times(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
-    """utimensat(2) with UTIME_OMIT for None and UTIME_NOW for NOW, which os.utime cannot say."""
+    """utimensat(2) with UTIME_OMIT for None and UTIME_NOW for NOW, which os.utime does not
+    support.
+    """
     times = (_Timespec * 2)()
     for slot, value in zip(times, (atime_ns, mtime_ns), strict=True):
         if value is None:

@@ -1,2 +1,1 @@
-"""How the one thread spends its time: long work in parts, waits, rates, and
-guarded steps."""
+"""How the single thread spends its time: long work in parts, waits, rates, guarded steps."""

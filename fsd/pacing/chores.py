@@ -1,7 +1,8 @@
-"""Work that may take longer than one turn of the event loop: done in steps, others served between.
+"""Work that may take longer than one turn of the event loop: done in steps, with other work
+between.
 
-Whatever one frame, one event or one refused watch may cost without a bound is written as a Job.
-Synchronous; the pump gives the turns.
+Work for one frame, one event or one refused watch that has no bound is written as a Job.
+Synchronous; the pump calls it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ log = structlog.get_logger()
 TURN = 0.002
 """Seconds of work after which requests get their turn: as much as 64 events take."""
 SLICE = 0.0005
-"""Seconds of one job before the next one has its slice."""
+"""Seconds of one job before the next one gets its slice."""
 AT_ONCE = 256
-"""Steps that a job makes at once, before it becomes a chore: small trees, lists and scans are done
-when the call returns. Some 10 ms."""
+"""Steps that a job makes at once, before it becomes a chore: small trees, lists and scans are
+finished when the call returns. About 10 ms."""
 LONGEST = 0.1
-"""Seconds after which it becomes a chore all the same."""
+"""Seconds after which it becomes a chore in any case."""
 
 _T = TypeVar("_T")
 
@@ -33,9 +34,9 @@ class Pause(Enum):
     """Why a job yields before its slice is over."""
 
     LATER = 1
-    """Nothing can be done in this turn; the next one may do."""
+    """It has nothing to do in this turn, but may have in the next."""
     UNTIL_ADDED = 2
-    """Nothing can be done until somebody adds the job again."""
+    """It has nothing to do until it is added again."""
 
 
 Job = Generator["Pause | None", None, _T]
@@ -43,7 +44,7 @@ Job = Generator["Pause | None", None, _T]
 
 
 def finish(job: Job[_T]) -> _T:
-    """Do all of it now; for the start and the end of the server, where nobody waits."""
+    """Do all of it now; at the start and the end of the server, when nothing else waits."""
     while True:
         try:
             next(job)
@@ -53,7 +54,7 @@ def finish(job: Job[_T]) -> _T:
 
 
 def begin(job: Job[Any], steps: int = AT_ONCE) -> bool:
-    """Do the first steps of a job; whether that was all of it."""
+    """Do the first steps of a job; returns whether it is finished."""
     end = time.monotonic() + LONGEST
     for _ in range(steps):
         if time.monotonic() > end:
@@ -67,7 +68,7 @@ def begin(job: Job[Any], steps: int = AT_ONCE) -> bool:
 
 
 class Chores:
-    """Jobs of several owners, who have their turns in rotation, however many jobs each has."""
+    """Jobs of several owners. The owners get turns in rotation, however many jobs each has."""
 
     def __init__(self) -> None:
         self._jobs: dict[object, deque[Job[Any]]] = {}
@@ -77,7 +78,7 @@ class Chores:
         return bool(self._owners)
 
     def add(self, owner: object, job: Job[Any]) -> None:
-        """Do it in the turns to come. What it raises is logged, and ends it."""
+        """Do it in later turns. An exception is logged, and ends the job."""
         jobs = self._jobs.get(owner)
         if jobs is None:
             jobs = self._jobs[owner] = deque()
@@ -85,7 +86,7 @@ class Chores:
         jobs.append(job)
 
     def do(self, owner: object, job: Job[Any]) -> None:
-        """Begin it now, and do in the turns to come what is left."""
+        """Begin it now, and do the rest in later turns."""
         if not begin(job):
             self.add(owner, job)
 

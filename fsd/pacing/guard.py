@@ -1,6 +1,6 @@
-"""The guard of what runs without a request: one fault is one line in the log and one lost step.
+"""Guards code that runs without a request: a fault becomes one line in the log and one lost step.
 
-Requests have theirs in fusesession and transports/fuse. Here, as the core and its tasks need one.
+Requests are guarded in fuse.session and transports.libfuse; this is for the core and its tasks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import structlog
 
 log = structlog.get_logger()
 PAUSE = 0.1
-"""Seconds to wait after a lost step: what fails each time must not take the processor."""
+"""Seconds to wait after a lost step: a step that fails each time must not take the processor."""
 
 
 class Guard:
@@ -20,7 +20,7 @@ class Guard:
     __slots__ = ("_about", "_step", "failed")
 
     def __init__(self, step: str, **about: object) -> None:
-        """``about``: fields of the line in the log, as ``guest`` or ``share``."""
+        """``about``: fields of the line in the log, such as ``guest`` or ``share``."""
         self._step = step
         self._about = about
         self.failed = False

@@ -1,7 +1,7 @@
-"""Bounds on what guests, VMMs and users can write into the log: a few lines a minute of a kind.
+"""Limits what guests, VMMs and users can write into the log: a few lines a minute of each kind.
 
-It is a processor of structlog's, so that no line goes around it. Lines that are left out are
-counted; the next line of their kind says how many there were.
+It is a structlog processor, so every line passes it. Dropped lines are counted; the next line of
+their kind has the number.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import structlog
 
 BURST = 10
-"""Lines of one kind and one guest in a PERIOD: enough to see what goes on."""
+"""Lines of one kind and one guest in a PERIOD: enough to see what happens."""
 PERIOD = 60.0
-"""Seconds after which a kind may be written again, with the number of those left out."""
+"""Seconds after which a kind may be written again, with the number of dropped lines."""
 KINDS_LIMIT = 1024
-"""Kinds that are counted apart, some 200 bytes each; any more share one count."""
+"""Kinds that are counted separately, about 200 bytes each; further ones share one count."""
 _WHO = ("guest", "share")
-"""Fields of a line that name the one it is about."""
+"""Fields of a line that name the guest that it is about."""
 _OTHERS = ("", None)
 
 
@@ -32,7 +32,7 @@ class _Kind:
 
 
 class RateLimit:
-    """A processor: raises structlog.DropEvent for a line that is one too many."""
+    """A processor: raises structlog.DropEvent for a line beyond the limit."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -1,1 +1,3 @@
-"""One server process: what it is given, what it is confined to, what it leaves behind."""
+"""The server process itself: inherited descriptors, sandbox, log, what it leaves for the next
+one.
+"""

@@ -1,4 +1,4 @@
-"""`--daemon`: go behind, while the parent waits to report success or the reason of a failure."""
+"""`--daemon`: run in the background, while the parent waits to report success or the failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _READY = b"\0"
 
 
 class Daemon:
-    """A pipe from the process behind to the one that the user started."""
+    """A pipe from the background process to the one that the user started."""
 
     def __init__(self) -> None:
         self._pipe: int | None = None
@@ -32,7 +32,7 @@ class Daemon:
         os.set_inheritable(write_fd, False)
 
     def ready(self) -> None:
-        """The mount is usable: release the parent, and the terminal."""
+        """The mount is ready: release the parent and the terminal."""
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -40,7 +40,7 @@ class Daemon:
         self._say(_READY)
 
     def failed(self, reason: str) -> None:
-        """The reason for the parent to print; this process ends."""
+        """Pass the reason to the parent, which prints it; this process exits."""
         if self._pipe is not None:
             self._say(os.fsencode(reason))
             os._exit(1)

@@ -1,14 +1,15 @@
-"""A table of records in memory that outlives the process: a memfd, held by a descriptor store too.
+"""A table of records in memory that outlives the process: a memfd that a descriptor store also
+holds.
 
-Current at every moment, so also after SIGKILL. Format, version 1, little-endian, in the machine's
-own memory only:
+It is current at every moment, so also after SIGKILL. Format, version 1, little-endian, only in the
+memory of this machine:
 
     file:   {u64 magic and version, u64 where the records begin} records
     record: {u32 size, u32 crc32 of all behind it, u32 kind, u32 0, u64 id, value} count, padding
 
-``count`` is an aligned i64 behind the value, the one thing that changes in place; 0 = removed. Of
-two records with one key the later one counts. The first that is not whole is the end: a process
-was killed while it wrote.
+``count`` is an aligned i64 behind the value, the only part that changes in place; 0 = removed. Of
+two records with one key the later one is valid. The first incomplete record is the end: the process
+was killed while writing it.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ _COUNT = struct.Struct("<q")
 _LEAST = _HEAD.size + 8 + _COUNT.size
 _MAGIC = int.from_bytes(b"fsdjrn\0\1", "big")
 _BASES = (4096, 1 << 40)
-"""Where the records begin, in turn: the file is sparse."""
+"""Where the records begin, alternately: the file is sparse."""
 _PUNCH_HOLE = 0x3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 COMPACT_FROM = 1 << 20
-"""Bytes of records below which it is not worth while to leave out the removed ones."""
+"""Bytes of records below which dropping the removed ones is not worthwhile."""
 
 Key = tuple[int, int]
 """Kind and number of a record."""
 
 
 class JournalError(ValueError):
-    """What is there is no journal of this version."""
+    """The bytes are not a journal of this version."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a key stands for."""
+    """The value and count of a key."""
 
     value: bytes
     count: int
@@ -58,12 +59,12 @@ class _Place(NamedTuple):
 
 
 class Journal:
-    """Owner of its descriptor."""
+    """Owns its descriptor."""
 
     def __init__(self, fd: int = -1) -> None:
-        """A new one, or what an earlier process has left. Raises JournalError, OSError."""
+        """A new journal, or that of an earlier process. Raises JournalError, OSError."""
         self.records: dict[Key, Record] = {}
-        """What was there at the start, in the order of writing."""
+        """The records at the start, in the order of writing."""
         self._places: dict[Key, _Place] = {}
         self._live = 0
         self.fd = fd
@@ -75,7 +76,7 @@ class Journal:
             self._load()
 
     def close(self) -> None:
-        """Let go of it; it goes on to exist where a store holds it."""
+        """Close the descriptor; the memory continues to exist if a store holds it."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -127,13 +128,13 @@ class Journal:
         return place
 
     def put(self, kind: int, number: int, value: bytes, count: int = 1) -> None:
-        """Write a record, in place of the one with that key."""
+        """Write a record, replacing the one with that key."""
         if self._end - self._base > COMPACT_FROM and self._live * 2 < self._end - self._base:
             self._compact()
         self._put((kind, number), value, count)
 
     def _put(self, key: Key, value: bytes, count: int) -> None:
-        padding = 8 - len(value) % 8  # at least one byte, which says how many they are
+        padding = 8 - len(value) % 8  # at least one byte, which holds their number
         value += bytes(padding - 1) + bytes([padding])
         size = _HEAD.size + len(value) + _COUNT.size
         body = _HEAD.pack(0, 0, key[0], 0, key[1])[8:] + value
@@ -176,7 +177,9 @@ class Journal:
         self._begin_anew(kept)
 
     def _begin_anew(self, records: list[tuple[Key, bytes, int]]) -> None:
-        """With these, elsewhere in the file; what is there counts once it is complete."""
+        """Write these records elsewhere in the file; that part becomes valid once it is
+        complete.
+        """
         old, end = self._base, self._end
         self._base = self._end = _BASES[1 - _BASES.index(old)]
         self._places.clear()

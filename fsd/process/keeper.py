@@ -1,7 +1,7 @@
-"""A keeper of descriptors where there is no systemd: starts a server again that has ended, and
-holds for it what the one before has left. It speaks the service manager's side of systemd.py.
+"""The keeper: holds descriptors for a server without systemd, and restarts the server when it
+exits. It speaks the service manager's side of systemd.py.
 
-Small and apart, as it must outlive every server: it knows nothing of what it holds.
+Small and apart because it must outlive every server: it does not interpret what it holds.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .systemd import Manager
 
 log = structlog.get_logger()
 KEEPER = "FSD_KEEPER"
-"""In the environment of a server that has a keeper."""
+"""Environment variable of a server that has a keeper."""
 _FIRST = 3  # SD_LISTEN_FDS_START
 _LONGEST = 64 * 1024
 _MOST_FDS = 253  # SCM_MAX_FD
 STOP_TIMEOUT = 10.0
-"""Seconds for a server to end, before it is killed."""
+"""Seconds for a server to exit before it is killed."""
 LIVED = 5.0
-"""Seconds after which a server that dies has been a good one."""
+"""Seconds after its start after which an exit no longer counts as an early one."""
 DEATHS = 5
-"""Servers in a row that die young; then there is no use in another."""
+"""Early exits in a row; then restarting is pointless."""
 _ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 class Keeper:
-    """Runs ``command`` with the sockets given, over and over. SIGTERM, SIGINT and SIGHUP end both,
-    SIGUSR2 has the server replaced: by what the command is by then. ``paths`` are where the server
-    listens, by the names under which it has its listeners held: they are removed at the end.
+    """Runs ``command`` with the given sockets, again and again. SIGTERM, SIGINT and SIGHUP end
+    both. SIGUSR2 replaces the server by the installed version. ``paths``: where the server listens,
+    by the names under which it stores its listeners; they are removed at the end.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Keeper:
         self._is_ready = self._is_ending = self._was_told = False
 
     def run(self) -> int:
-        """Until it is told to end, or the server ends by itself. Returns the exit status."""
-        # What guests' VMMs hand over is held here, too: one's must not crowd out another's.
+        """Run until a signal, or until the server exits normally. Returns the exit status."""
+        # VMMs' descriptors are held here, too: those of one guest must not displace another's.
         _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         with ExitStack() as cleanup:
@@ -105,7 +105,7 @@ class Keeper:
             self._end_by = time.monotonic() + STOP_TIMEOUT
 
     def _goes_on(self, code: int) -> bool:
-        """Whether another server is to follow one that has ended so."""
+        """Whether to start another server after one that exited so."""
         if self._is_ending or not (self._is_ready and (code or self._was_told)):
             return False
         if time.monotonic() - self._started > LIVED or self._was_told:
@@ -114,7 +114,7 @@ class Keeper:
         log.warning("the server exited, starting it again", status=code)
         return self._young <= DEATHS
 
-    # What it is told
+    # Messages from the server
 
     def _hear(self) -> None:
         while True:
@@ -149,14 +149,16 @@ class Keeper:
             self._manager.notify("READY=1")
 
     def _note_file(self, name: str) -> None:
-        """The first server has bound a socket, before any guest could come: it is its own."""
+        """The first server has bound this socket before any guest could connect, so it is the
+        server's own.
+        """
         if name in self._paths and name not in self._files and not self._is_ready:
             with suppress(OSError):
                 self._files[name] = SocketFile(self._paths[name])
 
     def _drop_all(self) -> None:
-        """At the end: nobody comes to these sockets any more. What is held is the word of guests'
-        VMMs, too: nothing is done by it.
+        """At the end no guest can reconnect. The stored data comes from guests' VMMs, too: it is
+        not interpreted.
         """
         for file in self._files.values():
             file.remove()
@@ -190,7 +192,7 @@ class Keeper:
 
 
 def _become(command: Sequence[str], fds: Sequence[int], environment: dict[str, str]) -> None:
-    """Execute, with these descriptors from 3 on."""
+    """Execute a command with these descriptors, numbered from 3."""
     signal.set_wakeup_fd(-1)
     for number in (*_ENDING, signal.SIGUSR2, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Where the log goes: a line an event, to stderr or to syslog."""
+"""The log: one line per event, to stderr or to syslog."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import structlog
 from ..pacing.ratelimit import RateLimit
 
 _PROCESSORS: list[Any] = [
-    RateLimit(),  # first: what is left out costs next to nothing
+    RateLimit(),  # first, so that dropped lines cost next to nothing
     structlog.processors.add_log_level,
     structlog.processors.TimeStamper(fmt="iso"),
     structlog.processors.format_exc_info,
@@ -21,7 +21,7 @@ _PROCESSORS: list[Any] = [
 
 
 def log_to_stderr(level: str) -> None:
-    """``level`` and worse: a name of the logging module, in small letters."""
+    """``level`` and above: a name of the logging module in lower case."""
     _configure(level, structlog.PrintLoggerFactory(sys.stderr))
 
 
@@ -41,26 +41,26 @@ def _configure(level: str, factory: Any) -> None:
 
 
 class _Syslog:
-    """A logger of structlog's: a method a level."""
+    """A structlog logger: one method per level."""
 
     @staticmethod
     def debug(line: str) -> None:
-        """For who looks for a fault."""
+        """For debugging."""
         syslog.syslog(syslog.LOG_DEBUG, line)
 
     @staticmethod
     def info(line: str) -> None:
-        """What happens."""
+        """Normal operation."""
         syslog.syslog(syslog.LOG_INFO, line)
 
     @staticmethod
     def warning(line: str) -> None:
-        """What should not happen."""
+        """Unexpected conditions."""
         syslog.syslog(syslog.LOG_WARNING, line)
 
     @staticmethod
     def error(line: str) -> None:
-        """What has failed."""
+        """Failures."""
         syslog.syslog(syslog.LOG_ERR, line)
 
     critical = exception = error

@@ -1,7 +1,7 @@
-"""What a server that guests reach can still do: a root and namespaces of its own, few capabilities.
+"""The sandbox of a server that guests reach: its own root and namespaces, few capabilities.
 
-The process that was started stays outside: it forwards the end, and removes the sockets. What is
-left to the one inside is one file system, no other process, no network, no program to execute.
+The started process stays outside: it passes on signals and removes the sockets. The process inside
+has one file system, and no other process, no network and no program to execute.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
 _END = 4.8
-"""Seconds from SIGTERM until the process inside is killed: it ends by itself before, if it can."""
+"""Seconds from SIGTERM until the process inside is killed; normally it exits before."""
 CAPABILITIES = (
     "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID",
     "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW",
@@ -55,7 +55,7 @@ CAPABILITIES = (
 NEEDED = frozenset(
     {"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETGID", "SETUID", "MKNOD", "SETFCAP"}
 )
-"""What serving files as other users takes; file handles take DAC_READ_SEARCH too."""
+"""The capabilities for serving files as other users; file handles also take DAC_READ_SEARCH."""
 
 
 def _check(result: int) -> int:
@@ -71,9 +71,9 @@ def _check(result: int) -> int:
 def supervise(inside: Callable[[int], int], on_ready: Callable[[], object]) -> int:
     """Run ``inside`` in a child; returns its exit status.
 
-    It is given the child's end of a socket pair: a byte written says that it is ready, whereupon
-    ``on_ready`` is called here; the end of it means to stop, be it that a signal to stop came or
-    that this process is gone.
+    The child gets one end of a socket pair. A byte written there means that it is ready, and
+    ``on_ready`` is called here. The end of the pair means to stop, because a signal came or because
+    this process is gone.
     """
     ours, theirs = socket.socketpair()
     ending = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -104,7 +104,7 @@ def supervise(inside: Callable[[int], int], on_ready: Callable[[], object]) -> i
 
 
 def _ready_or_end(ours: socket.socket, on_ready: Callable[[], object]) -> None:
-    """Wait for the child's word; a signal to stop ends the wait through sigwait afterwards."""
+    """Wait for the child's byte; a signal to stop ends the wait through sigwait afterwards."""
     pending = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     while not select.select([ours], [], [], 0.05)[0]:
         if signal.sigpending() & pending:
@@ -129,7 +129,7 @@ def _exit_with(inside: Callable[[int], int], lifeline: int) -> None:
 
 def own_processes() -> None:
     """The next child is the first process of a pid namespace; for an ordinary user, also of a user
-    namespace that has this user alone. Raises OSError.
+    namespace with this user only. Raises OSError.
     """
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0:
@@ -149,7 +149,7 @@ def own_processes() -> None:
 
 
 def isolate(directory: str, *, read_only: bool) -> None:
-    """Mount and network namespaces, of which ``directory`` is the root. Raises OSError.
+    """Enter mount and network namespaces with ``directory`` as the root. Raises OSError.
 
     The working directory becomes this process's directory in a /proc of its pid namespace, as a
     mount of its own: no ".." leads out of it.
@@ -174,14 +174,14 @@ def isolate(directory: str, *, read_only: bool) -> None:
     _check(_libc.syscall(_MOVE_MOUNT, root, b"", _AT_FDCWD, where, _MOVE_MOUNT_F_EMPTY_PATH))
     os.fchdir(root)
     _check(_libc.syscall(_PIVOT_ROOT, b".", b"."))
-    _check(_libc.umount2(b".", _MNT_DETACH))  # the old root, which lies upon the new one
+    _check(_libc.umount2(b".", _MNT_DETACH))  # the old root, which is mounted over the new one
     os.close(root)
-    os.fchdir(process)  # and it stays open: the mount ends with it
+    os.fchdir(process)  # it stays open: the mount ends with it
     syscalls.use_working_directory_as_process()
 
 
 def confine(directory: str) -> None:
-    """``directory`` is the root: chroot(2). Raises OSError. The working directory is outside."""
+    """Make ``directory`` the root: chroot(2). Raises OSError. The working directory is outside."""
     _last_of_the_old_root()
     os.chdir("/proc/self")
     os.chroot(directory)
@@ -194,7 +194,7 @@ def _clone(path: str, flags: int = 0) -> int:
 
 
 def _last_of_the_old_root() -> None:
-    """Nothing is loaded by path any more: the files there are guests'."""
+    """Load no more code by path: the files there belong to guests."""
     import encodings.idna
     import encodings.utf_8
 
@@ -221,8 +221,8 @@ def _no_source(filename: str, module_globals: dict[str, Any] | None = None) -> l
 
 
 def drop_capabilities(keep: Iterable[str]) -> None:
-    """Keep those at most of the capabilities there are, and never get another. MKNOD has no effect
-    but in ``host.making_nodes``. Raises OSError.
+    """Keep at most these capabilities, and never get another. MKNOD is effective only in
+    ``making_nodes``. Raises OSError.
     """
     wanted = sum(1 << CAPABILITIES.index(name) for name in keep)
     header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
@@ -232,7 +232,7 @@ def drop_capabilities(keep: Iterable[str]) -> None:
     kept = (words[1] | words[4] << 32) & wanted
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for number in range(64):
-        if not kept >> number & 1:  # refused where it is not ours to drop, or no capability
+        if not kept >> number & 1:  # refused if it may not be dropped, or does not exist
             _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
     low, high = kept & 0xFFFF_FFFF, kept >> 32
     at_rest = low & ~(1 << CAPABILITIES.index("MKNOD"))

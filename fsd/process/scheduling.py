@@ -1,5 +1,5 @@
-"""How this process uses the processor, so that others' calls do not wait for it: short turns (what
-sched_setattr(2) gives without privileges), and no long pauses of its own.
+"""How this process uses the processor, so that calls of others do not wait for it: short turns
+(sched_setattr(2) needs no privileges for that), and no long pauses.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import os
 import struct
 
 SLICE = 100_000
-"""Nanoseconds of a turn. Who has shorter turns is run at once when it wakes, and not at the end of
-the turn of the program that has just changed a file: docs/decisions/short-turns.md.
-"""
+"""Nanoseconds of a turn. A process with shorter turns runs at once when it wakes, not at the end of
+the turn of the program that has just changed a file: docs/decisions/short-turns.md."""
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(os.uname().machine)
 _sched_attr = struct.Struct("=IIQiIQQQ")
 """size, policy, flags, nice, priority, runtime, deadline, period: linux/sched/types.h."""
 
 
 def shorten_turns() -> None:
-    """Of this thread, and of threads and processes that it starts from now on.
+    """For this thread, and for threads and processes that it starts from now on.
 
-    Linux before 6.12 knows no such thing and takes no notice; a policy that somebody has chosen
-    for this process stays.
+    Linux before 6.12 ignores it; a policy that was chosen for this process stays.
     """
     if _SCHED_SETATTR is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return
@@ -32,8 +30,8 @@ def shorten_turns() -> None:
 
 
 def spare_collections() -> None:
-    """To be called once all is set up: the garbage collector leaves alone what is there by now, as
-    that stays. Looking through it took 14 ms of a guest's look-up (Python 3.11).
+    """Call this once everything is set up: the garbage collector then skips all existing objects,
+    which stay anyway. Collecting them took 14 ms of a guest's look-up (Python 3.11).
     """
     gc.collect()
     gc.freeze()

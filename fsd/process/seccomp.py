@@ -1,6 +1,7 @@
-"""The system calls that a server of virtual machines makes, and no others: libseccomp(3).
+"""The allow list of system calls for a server of virtual machines: libseccomp(3).
 
-A handful of calls by ctypes, for no maintained binding is on PyPI (docs/decisions/sandbox.md).
+Calls a few functions through ctypes, because PyPI has no maintained binding
+(docs/decisions/sandbox.md).
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ rt_sigreturn rt_sigtimedwait sched_getaffinity sched_yield sendmsg sendto set_ro
 setfsuid setgroups setsockopt setxattr shutdown sigaltstack socketpair statfs statx symlinkat syncfs
 sysinfo tgkill truncate umask uname unlinkat utimensat write writev
 """
-"""By name; those of old machines that have others in their place are below."""
+"""By name; older forms on some architectures are below."""
 OLDER = """
 access chmod chown epoll_create getdents inotify_init lchown link lstat mkdir mknod open pipe poll
 readlink rename rmdir select stat symlink time unlink utime utimes
 """
-"""Older forms of the same, which some architectures have."""
+"""Older forms of the same calls, which some architectures have."""
 IOCTLS = (*ioctls.FILES, *ioctls.INOTIFY, 0x5401, 0x5421, 0x5450, 0x5451)
-"""Requests of ioctl(2): what guests may ask for, the watcher's own; and TCGETS, FIONBIO, FIONCLEX,
-FIOCLEX, which are Python's for open, setblocking and set_inheritable."""
+"""Requests of ioctl(2): those that guests may make, the watcher's; and TCGETS, FIONBIO, FIONCLEX,
+FIOCLEX, which Python uses for open, setblocking and set_inheritable."""
 _CLONE_THREAD = 0x10000
 _PR_SET_NAME = 15  # by trio's threads, of their own name
 _ALLOW, _KILL, _TRAP, _LOG, _ERRNO = (
     0x7FFF_0000, 0x8000_0000, 0x0003_0000, 0x7FFC_0000, 0x0005_0000,
 )  # fmt: skip
 ACTIONS = {"refuse": _ERRNO | errno.ENOSYS, "kill": _KILL, "trap": _TRAP, "log": _LOG}
-"""What happens to any other call: it fails with ENOSYS, it ends the process, …"""
+"""What happens upon any other call: it fails with ENOSYS, it ends the process, …"""
 _TSYNC = 4  # SCMP_FLTATR_CTL_TSYNC
 _MASKED_EQ = 7  # SCMP_CMP_MASKED_EQ
 
@@ -56,9 +57,9 @@ class _Comparison(ctypes.Structure):  # struct scmp_arg_cmp
 
 
 class Filter:
-    """A filter to be installed. Raises OSError where there is no libseccomp.
+    """A filter to install later. Raises OSError if there is no libseccomp.
 
-    Made before the sandbox is entered, which has no libraries.
+    Made before entering the sandbox, where there are no libraries.
     """
 
     def __init__(self, action: str) -> None:
@@ -79,7 +80,7 @@ class Filter:
         for request in IOCTLS:  # of which the kernel sees 32 bits
             self._rule(_ALLOW, "ioctl", _Comparison(1, _MASKED_EQ, 0xFFFF_FFFF, request))
         self._rule(_ALLOW, "prctl", _Comparison(0, _MASKED_EQ, 0xFFFF_FFFF, _PR_SET_NAME))
-        # Threads, but no processes. What clone3 is asked for cannot be seen: glibc then uses clone.
+        # Threads, but no processes. The arguments of clone3 are not visible: glibc then uses clone.
         self._rule(_ALLOW, "clone", _Comparison(0, _MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
         if action != "refuse":
             self._rule(_ERRNO | errno.ENOSYS, "clone3")
@@ -101,6 +102,6 @@ class Filter:
             raise OSError(-result, "libseccomp failed")
 
     def install(self) -> None:
-        """For every thread of this process, for good. Raises OSError."""
+        """Install it for every thread of this process, permanently. Raises OSError."""
         self._check(self._library.seccomp_load(self._context))
         self._library.seccomp_release(self._context)

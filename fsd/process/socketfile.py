@@ -1,7 +1,7 @@
-"""The file of a Unix socket that this process or its child has bound: at the end it is removed only
-where it is still that very file, in that very directory.
+"""The file of a Unix socket that this process or its child has bound. At the end it is removed only
+if it is still the same file in the same directory.
 
-Apart because what removes files as root must not go by a path, nor by what somebody says of it.
+Apart because code that removes files as root must not rely on a path, nor on what others report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class SocketFile:
     """The socket at ``path`` as it is now. Call ``remove`` or ``close`` at the end."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError where there is none: ENOTSOCK where it is another kind of file."""
+        """Raises OSError: ENOENT if there is none, ENOTSOCK if it is another kind of file."""
         folder, self._name = os.path.split(os.path.abspath(path))
         self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -32,7 +32,7 @@ class SocketFile:
         return status.st_dev, status.st_ino
 
     def remove(self) -> None:
-        """Remove it, unless another file has its name by now."""
+        """Remove it, unless another file has its name now."""
         with suppress(OSError):
             if self._look() == self._identity:
                 os.unlink(self._name, dir_fd=self._folder)

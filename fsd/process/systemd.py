@@ -1,5 +1,5 @@
-"""What a service manager gives and is told: sockets that it has opened, that we are ready, and
-descriptors that it holds for the process that comes after this one. Of systemd, and of keeper.py.
+"""The interface to a service manager: inherited sockets, readiness, and descriptors that it holds
+for the next process. The manager is systemd or keeper.py.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import structlog
 log = structlog.get_logger()
 _FIRST = 3  # SD_LISTEN_FDS_START
 KEPT = "kept-"
-"""Names of descriptors in the store begin so; others that are handed over are sockets."""
+"""Names of stored descriptors begin with this; other inherited descriptors are sockets."""
 
 
 class Manager:
-    """sd_notify(3) and its FDSTORE=1. Does nothing where nobody asked for it. Connects now, as a
-    sandbox may not let it later.
+    """sd_notify(3) and its FDSTORE=1. Does nothing without NOTIFY_SOCKET. Connects now, as a
+    sandbox may not allow it later.
     """
 
     def __init__(self) -> None:
         address = os.environ.get("NOTIFY_SOCKET")
         self._socket: socket.socket | None = None
         self.stores = False
-        """Whether descriptors are held for the next process. systemd says so from 254 on; with an
-        older one its user does, by Environment=FDSTORE=1.
-        """
+        """Whether descriptors are held for the next process. systemd reports it from 254 on; for an
+        older one the user sets Environment=FDSTORE=1."""
         if not address:
             return
         manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -45,19 +44,19 @@ class Manager:
         self.stores = os.environ.get("FDSTORE", "0") not in ("", "0")
 
     def notify(self, state: str, fds: Sequence[int] = ()) -> None:
-        """Tell a state."""
+        """Send a state."""
         if self._socket is not None:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
                 self._socket.sendmsg([state.encode()], rights)
             except OSError as error:
                 log.warning("cannot notify the service manager", state=state, reason=str(error))
-                self.stores = False  # it is gone
+                self.stores = False  # the manager is gone
 
 
 class Store:
-    """Descriptors that outlive this process, by name. ``kept`` are those of the one before, of
-    which this is the owner.
+    """Descriptors that outlive this process, by name. ``kept`` are those of the previous process;
+    this object owns them.
     """
 
     def __init__(self, manager: Manager, kept: Mapping[str, int]) -> None:
@@ -66,15 +65,15 @@ class Store:
 
     @property
     def holds(self) -> bool:
-        """Whether anything put here outlives this process."""
+        """Whether descriptors put here outlive this process."""
         return self._manager.stores
 
     def stopping(self) -> None:
-        """This process ends because it was told to, and another shall go on."""
+        """This process exits because it was asked to, and the next one shall continue."""
         self._manager.notify("STOPPING=1")
 
     def put(self, name: str, fd: int) -> None:
-        """Keep what a descriptor refers to. A name is used once: systemd does not replace."""
+        """Store a descriptor's open file. A name is used once: systemd does not replace."""
         if self.holds:
             self._manager.notify(f"FDSTORE=1\nFDPOLL=0\nFDNAME={KEPT}{name}", [fd])
 
@@ -84,28 +83,28 @@ class Store:
             self._manager.notify(f"FDSTOREREMOVE=1\nFDNAME={KEPT}{name}")
 
     def take(self, name: str) -> int:
-        """A descriptor of the process before: the caller's now. It stays in the store. -1 where
-        there is none.
+        """A descriptor of the previous process, which the caller owns now. It stays in the store.
+        -1 if there is none.
         """
         return self._kept.pop(KEPT + name, -1)
 
     def sweep(self, prefix: str = "") -> None:
-        """Give up what nobody has taken."""
+        """Drop descriptors that nobody has taken."""
         for name in [name for name in self._kept if name.startswith(KEPT + prefix)]:
             os.close(self._kept.pop(name))
             self.drop(name.removeprefix(KEPT))
 
 
 class Inherited(NamedTuple):
-    """What this process was started with."""
+    """What this process has inherited."""
 
     sockets: list[int]
     kept: dict[str, int]
 
 
 def listen_fds() -> Inherited:
-    """sd_listen_fds_with_names(3): descriptors passed to this process; they are no one else's
-    afterwards.
+    """sd_listen_fds_with_names(3): descriptors passed to this process; afterwards no other code
+    sees them.
     """
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     count = os.environ.pop("LISTEN_FDS", "")

@@ -1,6 +1,6 @@
-"""The agent's process: started with the mount, replaced when it dies, ended before the unmount.
+"""The agent's process: started with the mount, restarted when it exits, stopped before the unmount.
 
-Apart because the server and its agent share nothing but the mount and this process's life.
+Apart because the server and its agent share only the mount and the life of this process.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import trio
 
 log = structlog.get_logger()
 STABLE = 10.0
-"""Seconds after which an agent counts as having worked."""
+"""Seconds after which an agent counts as stable."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
-"""Seconds before another agent is started: doubled each time, until one has worked."""
+"""Seconds before another agent is started: doubled each time, until one was stable."""
 STOP_TIMEOUT = 3.0
-"""Seconds that an agent has to end; it does nothing that could take longer."""
+"""Seconds for an agent to exit; it does nothing that takes longer."""
 _READY = b"fsd-guest: ready"
 _OUTPUT = 4096
 
 
 class AgentError(Exception):
-    """Why the agent did not start, in one line for people."""
+    """Why the agent did not start, in one line for the user."""
 
 
 class AgentProcess:
-    """Keeps one agent running on a mount. ``dismiss`` makes the server answer what it waits for."""
+    """Keeps one agent running on a mount. ``dismiss`` makes the server answer the agent's waiting
+    read.
+    """
 
     def __init__(self, mountpoint: str, dismiss: Callable[[], None]) -> None:
         self._mountpoint = mountpoint
@@ -39,8 +41,8 @@ class AgentProcess:
         self._stopping = False
 
     async def run(self, on_ready: Callable[[], None]) -> None:
-        """Until ``stop``, or until an agent finds that its mount is gone. ``on_ready`` is called
-        once. Raises AgentError if the first one does not come up.
+        """Run until ``stop``, or until an agent finds that its mount is gone. ``on_ready`` is
+        called once. Raises AgentError if the first agent does not become ready.
         """
         pause = FIRST_PAUSE
         came_up = False
@@ -48,7 +50,7 @@ class AgentProcess:
             begun = trio.current_time()
             try:
                 self._process = process = await self._start()
-            except OSError as error:  # no process or descriptor is to be had now
+            except OSError as error:  # no process or descriptor is available now
                 if not came_up:
                     raise AgentError(f"the agent cannot be started: {error.strerror}") from None
                 log.warning("agent cannot be started, will try again", error=error.strerror)
@@ -80,13 +82,13 @@ class AgentProcess:
             [sys.executable, "-m", "guest_tools", "agent", self._mountpoint],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # never ours: who waits for a daemon may read it to its end
-            process_group=0,  # a Ctrl-C is for the server, which then ends the agent
+            stderr=subprocess.STDOUT,  # a caller of --daemon may read the server's to its end
+            process_group=0,  # a Ctrl-C goes to the server, which then stops the agent
             cwd="/",
         )
 
     async def stop(self) -> None:
-        """End it. Its unfinished orders stay with the server."""
+        """Stop it. Its unfinished orders stay with the server."""
         self._stopping = True
         process, self._process = self._process, None
         if process is None or process.returncode is not None:
@@ -101,7 +103,7 @@ class AgentProcess:
 
 
 async def _first_words(output: trio.abc.ReceiveStream) -> tuple[bool, bytes]:
-    """Whether it has become ready, and what else it has said up to then or up to its end."""
+    """Whether it has become ready, and its other output up to then or up to its end."""
     said = b""
     while data := await output.receive_some(_OUTPUT):
         said = (said + data)[-_OUTPUT:]
@@ -112,7 +114,7 @@ async def _first_words(output: trio.abc.ReceiveStream) -> tuple[bool, bytes]:
 
 
 async def _pass_on(said: bytes, output: trio.abc.ReceiveStream) -> None:
-    """To our stderr, until it ends. In a thread: nobody may be reading that."""
+    """Copy to our stderr until it ends. In a thread: writing may block."""
     while True:
         with suppress(OSError):
             await trio.to_thread.run_sync(os.write, 2, said, abandon_on_cancel=True)

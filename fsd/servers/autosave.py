@@ -1,4 +1,4 @@
-"""The trio side of a Saver: an image every now and then, for a server that is killed."""
+"""The trio side of a Saver: writes an image every now and then, in case the server is killed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ log = structlog.get_logger()
 EVERY = 2.0
 """Seconds between images at least."""
 SHARE = 0.02
-"""Of the server's time that goes into taking them, at most."""
+"""Largest share of the server's time for taking them."""
 PATIENCE = 1.0
-"""Seconds to wait for a moment in which nothing changes."""
+"""Seconds to wait for a moment without changes."""
 _STEP = 0.02
 
 
 class Snapshots:
-    """Saves what has changed; asleep while nothing does."""
+    """Saves changes; sleeps while there are none."""
 
     def __init__(self, saver: Saver, *, every: float = EVERY, patience: float = PATIENCE) -> None:
         self._saver = saver

@@ -1,5 +1,5 @@
-"""Mounts whose server has died: nothing in them works, and nothing can be mounted there, until they
-are taken away. Ours are known by their type and their user.
+"""Dead mounts: mounts whose server has died. They block the mountpoint until they are unmounted.
+Those of fsd are recognised by their type and their user.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..linux import syscalls
 TYPE = "fuse.fsd"
 _UNMOUNT_TIMEOUT = 10.0
 _STACKED = 16
-"""Dead mounts one upon the other, each left by a server that was killed."""
+"""Dead mounts on top of each other, each left by a killed server."""
 
 
 class Mount(NamedTuple):
@@ -24,11 +24,11 @@ class Mount(NamedTuple):
     path: str
     type: str
     options: str
-    """Of the file system itself."""
+    """Options of the file system itself."""
 
 
 def mounts() -> Iterator[Mount]:
-    """All mounts of this process, those on top of others behind them."""
+    """All mounts of this process, lower ones before those on top."""
     with open(syscalls.mountinfo_path(), "rb") as mountinfo:
         for line in mountinfo:
             fields, _, rest = line.partition(b" - ")
@@ -38,7 +38,7 @@ def mounts() -> Iterator[Mount]:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether the server of what is mounted there has died."""
+    """Whether the server of the mount there has died."""
     try:
         os.statvfs(mountpoint)
     except OSError as error:
@@ -47,9 +47,9 @@ def is_dead(mountpoint: str) -> bool:
 
 
 def take_away(mountpoint: str) -> bool:
-    """Unmount what this user's dead servers have left there; whether they have left anything.
+    """Unmount dead mounts of this user's servers there; returns whether there were any.
 
-    Raises OSError ENOTCONN for a dead mount of others, or that cannot be unmounted.
+    Raises OSError ENOTCONN for a dead mount of another user, or one that cannot be unmounted.
     """
     parent, name = os.path.split(mountpoint)
     path = os.path.join(os.path.realpath(parent), name)
@@ -65,6 +65,6 @@ def take_away(mountpoint: str) -> bool:
 
 
 def unmount(mountpoint: str, timeout: float) -> None:
-    """Unmount it, whoever still uses it; without a word where that fails."""
+    """Unmount it even if it is in use; failures are ignored."""
     command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
     subprocess.run([*command, mountpoint], stderr=subprocess.DEVNULL, timeout=timeout, check=False)

@@ -1,4 +1,4 @@
-"""The trio side of an Export: a task that reads the host's inotify queue, one for the rest."""
+"""The trio side of an Export: one task reads the host's inotify queue, another does the rest."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..export.export import Export
 from ..transports.tasks import forever
 
 READ = 1 << 15
-"""Bytes of events read before some are processed: 1,000 to 2,000 of them, some 5 ms."""
+"""Bytes of events read before some are processed: 1,000 to 2,000 events, about 5 ms."""
 BUDGET = 64
 """Events processed before requests get their turn: about 2 ms."""
 
 
 class Pump:
-    """Moves events through an export, and sleeps while there is nothing to do."""
+    """Moves events through an export, and sleeps while there are none."""
 
     def __init__(self, export: Export) -> None:
         self._export = export
         self._poke = trio.Event()
-        self._until = 0.0  # time.monotonic() at which _work looks again by itself
+        self._until = 0.0  # time.monotonic() at which _work looks again
         export.watcher.on_arrival = self._arrived
 
     def _arrived(self) -> None:
@@ -37,8 +37,8 @@ class Pump:
     async def _read(self) -> None:
         watcher = self._export.watcher
         await trio.lowlevel.wait_readable(watcher.fd)
-        # Without a poke, as what comes in is processed at once: whoever then waits for orders is to
-        # be the next that runs.
+        # Without waking the task, because these events are processed at once: the task that waits
+        # for orders should run next.
         watcher.on_arrival = _nothing
         try:
             watcher.drain(READ)

@@ -1,7 +1,7 @@
-"""Which virtual machines go on in this server that were an earlier one's, and what that left.
+"""Takes over the virtual machines of the previous server process, from the state it left behind.
 
-The image of the export (saving.py) may be some seconds old where a server was killed; what each
-guest's kernel holds is in its session's journal (fusekept.py), which never is.
+The image of the export may be some seconds old if that server was killed. What each guest's kernel
+holds is in its session's journal (fuse.record), which is always current.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ log = structlog.get_logger()
 _IMAGE, _IS_LAST, _NAME = 1, 2, 3
 _ARRIVED = struct.Struct("<QQIQ")  # directory's nodeid, ino, type, time in ns
 EVERY, PATIENCE = 0.1, 0.02
-"""Seconds between images in memory, and to wait for a moment in which nothing changes."""
+"""Seconds between images in memory, and to wait for a moment without changes."""
 
 
 class ImageMemory:
-    """The image of an export, and what has come to it since, in journals that the store holds."""
+    """The image of an export and the names added since, in journals that the store holds."""
 
     path = Path("in memory")
 
@@ -50,9 +50,9 @@ class ImageMemory:
         image, names = self._image.records, self._names.records
         self._data = image[_IMAGE, 0].value if (_IMAGE, 0) in image else None
         self.is_last = (_IS_LAST, 0) in image
-        """It was made at a clean end: nothing happened after it."""
+        """It was made at a clean exit: nothing happened after it."""
         self.names = [_arrived(record.value) for record in names.values()]
-        """Names that came after it was made: guests may know them."""
+        """Names added after it was made: guests may know them."""
         self._first = self._next = self._written = 0
         image.clear()
         self._names.clear()
@@ -71,16 +71,16 @@ class ImageMemory:
         return journal
 
     def read(self) -> bytes | None:
-        """What an earlier process has left, once."""
+        """The image of an earlier process; returned once."""
         data, self._data = self._data, None
         return data
 
     def write(self, data: bytes) -> None:
-        """Replace it: in any thread. Raises OSError."""
+        """Replace it, in any thread. Raises OSError."""
         self._image.put(_IMAGE, 0, data)
 
     def mark(self, *, last: bool) -> None:
-        """Whether something may happen after it."""
+        """Whether nothing can happen after it."""
         if last:
             self._image.put(_IS_LAST, 0, b"")
         else:
@@ -97,11 +97,11 @@ class ImageMemory:
 
     @property
     def noted(self) -> int:
-        """How many names have come."""
+        """How many names were added."""
         return self._next
 
     def has_names(self, count: int) -> None:
-        """An image has the first ``count`` of them: said by any thread."""
+        """An image contains the first ``count`` of them; called in any thread."""
         self._written = count
 
 
@@ -111,7 +111,7 @@ class MemorySaver(Saver):
     memory: ImageMemory
 
     def take(self) -> Callable[[], int]:
-        """The state as of now, and a function that writes it, also in another thread."""
+        """The current state, and a function that writes it, also in another thread."""
         noted = self.memory.noted
         write = super().take()
 
@@ -134,7 +134,7 @@ def open_export(
     store: Store,
     transports: Sequence[GuestTransport],
 ) -> Export:
-    """The export, with the guests that go on; a fresh one where none does. Raises OSError."""
+    """The export with the guests that continue; a new one if there are none. Raises OSError."""
     going = {transport.name: transport for transport in transports if transport.known is not None}
     inotify = store.take("inotify")
     if inotify >= 0:
@@ -182,7 +182,7 @@ def _states(
     is_last: bool,
     going: Mapping[str, GuestTransport],
 ) -> Iterator[SavedExport]:
-    """What may be restored, the best first."""
+    """States that may be restored, the best first."""
     kept = {name: transport.kept for name, transport in going.items() if transport.kept is not None}
     if saved is not None:
         yield _merged(saved, kept, is_last=is_last)
@@ -194,13 +194,13 @@ def _states(
 
 
 def _merged(saved: SavedExport, kept: Mapping[str, SessionRecord], *, is_last: bool) -> SavedExport:
-    """The image, and what guests hold now; where they differ, the later one counts."""
+    """The image, with what guests hold now; if they differ, the later one is right."""
     rows: dict[int, SavedInode] = {}
     objects: set[tuple[int, int, bytes]] = set()
     now = [row for session in kept.values() for row, _ in session.nodes.values()]
     sources = [saved.table.inodes, now] if is_last else [now, saved.table.inodes]
     for row in (row for source in sources for row in source):
-        # One object is two where it is seen through two mounts.
+        # One object is two nodes if it is seen through two mounts.
         identity = (row.device and row.nodeid, row.ino, row.handle)
         if row.nodeid not in rows and identity not in objects and ROOT_ID < row.nodeid < FSD_DIR:
             rows[row.nodeid] = row

@@ -1,4 +1,4 @@
-"""`fsd virtiofs`: one export for virtual machines, a socket a guest, from start to clean end."""
+"""`fsd virtiofs`: one export for virtual machines, a socket per guest, from start to clean exit."""
 
 from __future__ import annotations
 
@@ -45,26 +45,28 @@ from .takeover import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 
 log = structlog.get_logger()
 FILES = 1_000_000
-"""Descriptors that a server may have, where its user does not say."""
+"""Descriptors that a server may have, unless the user gives a number."""
 QUIET = 1.0
-"""Seconds that a clean end waits for agents to do what they were told."""
+"""Seconds that a clean exit waits for agents to execute their orders."""
 
 
 CACHES = tuple(CACHE_MODES)
-"""Names of what guests may keep."""
+"""Names of what guests may cache."""
 BUSY_POLL = WINDOW
-"""Seconds that are spent looking for the next request, unless the user says otherwise."""
+"""Default number of seconds to poll for the next request."""
 TAG_BYTES = GuestTransport.TAG_BYTES
-"""Bytes of a share's name."""
+"""Length of a share's name in bytes."""
 
 
 class StartError(Exception):
-    """Why nothing can be shared, in one line for people."""
+    """Why nothing can be shared, in one line for the user."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What each guest is offered, in the command line's words (SessionOptions has ours)."""
+    """What each guest is offered, in the words of the command line (SessionOptions has those of the
+    code).
+    """
 
     cache: str | None = None
     """One of CACHES; None: file data, until the next open."""
@@ -90,7 +92,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Options:
-    """What `fsd virtiofs` was asked for."""
+    """The options of `fsd virtiofs`."""
 
     source: str
     socket_paths: tuple[str, ...] = ()
@@ -113,7 +115,7 @@ class Options:
 
 
 class Source(NamedTuple):
-    """Where a guest's machine connects; ``path`` is None for an inherited descriptor."""
+    """Where a guest's VMM connects; ``path`` is None for an inherited descriptor."""
 
     name: str
     socket: socket.socket
@@ -121,8 +123,8 @@ class Source(NamedTuple):
 
 
 def run(options: Options) -> int:
-    """Serve until a signal, or until every connection that was handed over is gone. Returns the
-    exit status. Raises StartError.
+    """Serve until a signal, or until every inherited connection is closed. Returns the exit status.
+    Raises StartError.
     """
     _check(options)
     _limit_files(options.file_limit)
@@ -223,7 +225,7 @@ def _sources(options: Options, store: Store, cleanup: ExitStack) -> list[Source]
 
 
 def listener_name(path: str) -> str:
-    """Of the socket that listens at a path, in the store."""
+    """The store's name for the socket that listens at a path."""
     return f"listen-{store_name(path)}"
 
 
@@ -239,7 +241,7 @@ def _why(error: OSError, path: str) -> str:
 def _announcement(
     options: Options, sources: list[Source], manager: Manager
 ) -> Callable[[], object]:
-    """What is to be called once guests can come; made before the sandbox takes everything away."""
+    """The function to call once guests can connect; made before entering the sandbox."""
     names = ", ".join(source.name for source in sources)
 
     def ready() -> None:
@@ -259,7 +261,7 @@ def _inside(
     ready: Callable[[], object],
     lifeline: int | None = None,
 ) -> int:
-    """In the sandbox; the end of the socket ``lifeline`` means to stop."""
+    """Runs in the sandbox; when the socket ``lifeline`` ends, the server stops."""
     os.umask(0)  # guests' kernels apply their callers' umask
     _take_turn(store)
     watch_limit = options.watch_limit or watchlimit.default_limit()  # seen from here only
@@ -291,7 +293,7 @@ def _inside(
 
 def _take_turn(store: Store) -> None:
     """Wait until no earlier process serves the guests that this one takes over: a lock of fcntl(2)
-    ends with its process, however that ends.
+    ends with its process, however that exits.
     """
     if not store.holds:
         return
@@ -303,7 +305,7 @@ def _take_turn(store: Store) -> None:
 
 
 def enter(options: Options) -> str:
-    """Enter the sandbox; returns where the shared directory is in it. Raises StartError."""
+    """Enter the sandbox; returns the shared directory's path in it. Raises StartError."""
     directory = os.path.realpath(options.source)
     filtering = None
     if options.seccomp != "none":
@@ -405,13 +407,13 @@ async def _serve(
 async def _leave(
     transports: list[GuestTransport], saver: Saver, memory: ImageMemory, store: Store
 ) -> None:
-    """The process that comes next goes on with the guests."""
+    """Prepare for the next process, which continues with the guests."""
     export = saver.export
     export.is_stopping = True
     guests = [guest for guest in export.guests if isinstance(guest, MountGuest)]
     for guest in guests:
         guest.is_paused = True
-    with trio.move_on_after(QUIET):  # until agents have done what they were told
+    with trio.move_on_after(QUIET):  # until agents have executed their orders
         while any(guest.pid and len(guest.ledger) for guest in guests):
             await trio.sleep(0.002)
     for transport in transports:

@@ -1,1 +1,1 @@
-"""Doors through which guests reach an Export. They import the core, never the reverse."""
+"""How guests reach an Export. Transports import the core, never the reverse."""

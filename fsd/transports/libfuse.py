@@ -1,7 +1,7 @@
-"""The pyfuse3 transport: `pyfuse3.Operations` as a thin adapter on the operations.
+"""The libfuse transport: `pyfuse3.Operations` as a thin adapter on the operations.
 
-One boundary maps errors: an OSError becomes its errno, anything else EIO and one logged traceback.
-pyfuse3 would unmount on any exception that is not FUSEError.
+It is the boundary for errors: an OSError becomes its errno, anything else EIO and one logged
+traceback. pyfuse3 would unmount on any exception other than FUSEError.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ from ..guests.history import Undelivered, Wait
 
 log = structlog.get_logger()
 _LISTING = 1024
-"""Bytes of a directory that are read at a time: what a reply of 4 KiB has room for."""
+"""Bytes of a directory that are read at a time: as much as fits a reply of 4 KiB."""
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 _DOTS = (b".", b"..")
 LONG_POLL = 1.0
-"""Seconds that a read of the channel waits. A killed agent stays in it until it is answered, so
-it is short; an agent with nothing to do waits in poll(2) instead, without end."""
+"""Seconds that a read of the channel waits. Short, because a killed agent stays in the read until
+it is answered; an idle agent waits in poll(2) instead, without a limit."""
 PATIENCE = 1.0
-"""Seconds to wait for a file system below the share that does not answer. Short, as the kernel lets
-all look-ups in one directory wait for the first: libfuse does not agree on PARALLEL_DIROPS."""
+"""Seconds to wait for a file system below the share that does not answer. Short, because the kernel
+makes all look-ups in one directory wait for the first: libfuse does not agree on
+PARALLEL_DIROPS."""
 DIRECTORY_TIMEOUT = 0.01
-"""Seconds that a directory's attributes, as given to the replayer, are good for."""
+"""Seconds that a directory's attributes, as given to the replayer, are valid."""
 WATCHED_TIMEOUT = 3600.0
-"""The same for a directory that the host is watched for: its kernel is told of changes."""
+"""The same for a directory with a host watch: the kernel is notified of changes."""
 
 WALKS_LIMIT = 256
 """Processes whose last look-up is remembered, each a few bytes: for STATFS, which comes next."""
@@ -92,8 +93,8 @@ def _guarded(handler: _F) -> _F:
 
 
 def _second_ino() -> int:
-    """Offset of st_ino in EntryAttributes, which has the nodeid apart from it, and sets both as
-    one. -1 where it is made in another way.
+    """Offset of st_ino in EntryAttributes, which stores it separately from the nodeid, and sets
+    both as one. -1 if its layout is different.
     """
     entry, number = pyfuse3.EntryAttributes(), 0x1D1F_3A5C_7B9E
     entry.st_ino = number
@@ -110,7 +111,7 @@ def _caller(ctx: pyfuse3.RequestContext) -> Caller:
 
 def _attributes(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
     """The reply. Timeouts are 0: the host may change anything at any time, and the replayer's
-    look-ups must reach us.
+    look-ups must reach the server.
     """
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = inode.nodeid
@@ -133,9 +134,10 @@ def _attributes(inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
 
 
 def _name_alone(ino: int) -> pyfuse3.EntryAttributes:
-    """What READDIRPLUS gives for a name that cannot be looked at: no type, which the kernel refuses
-    (fuse_direntplus_link in fs/fuse/readdir.c) after it has passed the name on. It forgets the
-    nodeid then, which libfuse also shows as the inode number: one that no node has, and not 0.
+    """READDIRPLUS entry for a name that cannot be looked at: without a type, which the kernel
+    refuses (fuse_direntplus_link in fs/fuse/readdir.c) after it has passed the name on. It then
+    forgets the nodeid, which libfuse also shows as the inode number: one that no node has, and not
+    0.
     """
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = ino | FSD_DIR
@@ -145,7 +147,7 @@ def _name_alone(ino: int) -> pyfuse3.EntryAttributes:
 
 
 async def _over(wait: Wait) -> None:
-    """Return once the changes before a request are delivered, or that takes too long."""
+    """Return once the changes before a request are delivered, or the wait is too long."""
     event = trio.Event()
     wait.begin(event.set)
     seconds = ORDERS_PATIENCE
@@ -160,7 +162,7 @@ async def _over(wait: Wait) -> None:
 
 
 async def _read(channel: ChannelFile, size: int) -> bytes:
-    """Frames, after waiting for some; b"" at the bound."""
+    """Frames, after waiting for some; b"" at the time limit."""
     if not channel.is_ready:
         event = trio.Event()
         cancel = channel.wait(event.set)
@@ -171,8 +173,8 @@ async def _read(channel: ChannelFile, size: int) -> bytes:
 
 
 class LibfuseTransport(pyfuse3.Operations):
-    """One mount's requests. ``judged``: the kernel is to check permissions; not needed where the
-    server does all for itself alone.
+    """One mount's requests. ``judged``: the kernel checks permissions; not needed if the server
+    works for its own user only.
     """
 
     supports_dot_lookup = True
@@ -181,21 +183,21 @@ class LibfuseTransport(pyfuse3.Operations):
     def __init__(self, operations: Operations, *, judged: bool = True) -> None:
         super().__init__()
         self.enable_acl = judged  # makes the kernel judge permissions, ACLs included
-        operations.acls = True  # else the host does, for the one user of the mount
+        operations.acls = True  # else the host checks, for the one user of the mount
         self._operations = operations
         self._channels: dict[int, ChannelFile] = {}
-        self._walked: dict[int, int] = {}  # by process: what the LOOKUP found that it made last
+        self._walked: dict[int, int] = {}  # by process: what its last LOOKUP found
         self._limiters: dict[int, trio.CapacityLimiter] = {}  # by the mount that is waited for
         self._ends, self._bypass = Ends(), Bypass()
         operations.patience = PATIENCE
         operations.has_threads, operations.close_slowly = True, self._close_slowly
 
     def _set_outcomes(self, outcomes: Outcomes) -> None:
-        """What threads have done for the request that a handler begins with now."""
+        """Set what threads have done for the request that a handler begins with now."""
         self._operations.outcomes = outcomes
 
     async def _make(self, call: SlowCall) -> Outcome:
-        """Make a call in a thread. Raises OSError EIO where it takes longer than its patience."""
+        """Make a call in a thread. Raises OSError EIO if it takes longer than its patience."""
         outcome, watcher = Outcome(call), self._operations.export.watcher
         limiter = self._limiters.setdefault(call.mount, trio.CapacityLimiter(THREADS))
         end = watcher.expect(self._operations.guest, call.expected)
@@ -213,7 +215,7 @@ class LibfuseTransport(pyfuse3.Operations):
         return outcome
 
     def _close_slowly(self, fd: int, expected: Events) -> None:
-        """In a thread of its own, as nobody waits for it."""
+        """In a separate thread, as no request waits for it."""
         token = trio.lowlevel.current_trio_token()
         end = self._operations.export.watcher.expect(self._operations.guest, expected)
 
@@ -231,7 +233,7 @@ class LibfuseTransport(pyfuse3.Operations):
 
     @staticmethod
     def invalidate(inode: Inode) -> None:
-        """Make the kernel ask for an inode's attributes anew."""
+        """Make the kernel ask for an inode's attributes again."""
         with suppress(OSError):  # the kernel has forgotten it
             pyfuse3.invalidate_inode(inode.nodeid, attr_only=True)
 
@@ -263,8 +265,8 @@ class LibfuseTransport(pyfuse3.Operations):
     def _lasting(
         self, inode: Inode, entry: pyfuse3.EntryAttributes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """For the replayer a directory's attributes hold, else its kernel asks for them at every
-        step (docs/decisions/timeouts.md).
+        """For the replayer a directory's attributes are valid longer, else its kernel asks for them
+        at every step (docs/decisions/timeouts.md).
         """
         if inode.is_dir and self._operations.is_replayer(_caller(ctx)):
             if self._operations.guest.history.is_sought(inode):
@@ -457,7 +459,7 @@ class LibfuseTransport(pyfuse3.Operations):
                 attr = _name_alone(ino) if entry is None else self._entry(entry)
                 if not pyfuse3.readdir_reply(token, name, attr, position):
                     return
-                if entry is not None and name not in _DOTS:  # no reference of these
+                if entry is not None and name not in _DOTS:  # no reference for these
                     entry.inode.lookups += 1
             if not entries:
                 return
@@ -472,7 +474,8 @@ class LibfuseTransport(pyfuse3.Operations):
 
     @_guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        # pyfuse3 passes no node on: it is what the process looked up just before, if it did.
+        # pyfuse3 does not pass on the node: it is what the process looked up just before, if it
+        # did.
         host = self._operations.statfs(self._walked.pop(ctx.pid, pyfuse3.ROOT_INODE))
         data = pyfuse3.StatvfsData()
         for field in (

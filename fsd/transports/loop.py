@@ -1,4 +1,4 @@
-"""What FUSE sessions need of an event loop, from trio: timers and threads."""
+"""The event loop of FUSE sessions, made with trio: timers and threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..pacing.guard import Guard
 
 
 class TrioLoop:
-    """The ``Loop`` of a fusesession, in a nursery: another one where the session outlives it."""
+    """The ``Loop`` of a FUSE session, in a nursery: another one if the session outlives it."""
 
     def __init__(self, nursery: trio.Nursery | None = None, threads: int = THREADS) -> None:
         """Without a nursery, nothing is called until there is one. ``threads`` may wait for the
@@ -25,7 +25,7 @@ class TrioLoop:
         self._token = trio.lowlevel.current_trio_token()
 
     def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
-        """Call after a time; returns what cancels that."""
+        """Call after a time; returns a function that cancels that."""
         scope = trio.CancelScope()
         assert self.nursery is not None
         self.nursery.start_soon(self._sleep, scope, seconds, call)
@@ -44,8 +44,8 @@ class TrioLoop:
     def in_thread(
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
-        """Run ``work``, an Outcome, in a thread, then call ``then`` with what it raised; at once
-        with Cancelled where the nursery ends.
+        """Run ``work``, an Outcome, in a thread, then call ``then`` with its exception; at once
+        with Cancelled if the nursery ends.
         """
         assert self.nursery is not None
         self.nursery.start_soon(self._work, work, then)
@@ -58,7 +58,7 @@ class TrioLoop:
         limiter = self._limiters.setdefault(place, trio.CapacityLimiter(self._most))
         error: BaseException | None = None
         try:
-            # Who goes waits for none: the thread ends when it can, and nobody hears of it.
+            # An ending nursery does not wait for it: the thread ends when it can, unnoticed.
             await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
         except trio.Cancelled as cancelled:
             _guarded(partial(then, cancelled))

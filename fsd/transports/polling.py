@@ -1,8 +1,9 @@
-"""Adaptive busy polling: to look for the next request for a moment, before sleeping.
+"""Adaptive busy polling: look for the next request for a moment before sleeping.
 
-Where requests come in quick succession, each that finds the server asleep waits for two switches of
-context. So after a request that came soon, the next one is looked for, as KVM's halt polling does
-(Documentation/virt/kvm/halt-polling.rst). docs/decisions/busy-polling.md has the figures.
+When requests come in quick succession, each request that finds the server asleep waits for two
+context switches. So after a request that came soon, the server polls for the next one, as KVM's
+halt polling does (Documentation/virt/kvm/halt-polling.rst). Figures:
+docs/decisions/busy-polling.md.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from time import perf_counter
 import trio
 
 WINDOW = 400e-6
-"""Seconds from an answer to the next request up to which it is worth to look for it: by default."""
-PROCESSORS = len(os.sched_getaffinity(0))  # now, as the sandbox lets nobody ask
+"""Default number of seconds from an answer up to which polling for the next request is
+worthwhile."""
+PROCESSORS = len(os.sched_getaffinity(0))  # now, as the sandbox does not allow the call
 _MUCH = 1 << 18
-"""Bytes of data for which the guest is given one window more, as it is busy with them first."""
+"""Bytes of data for which the guest gets one window more, because it is busy with them first."""
 _LIKELY, _SURE = 2, 3
-"""Requests in a row after which the next is looked for, and for that they count at most: a
-saturating counter, as processors predict branches with."""
+"""Requests in a row after which to poll for the next one, and the largest count: a saturating
+counter, as in branch prediction."""
 _TURN = 50e-6
-"""Seconds of looking before other tasks have a turn."""
+"""Seconds of polling before other tasks get a turn."""
 _LOST = 1e-3
 """Seconds by which a turn is too long: another program had the processor, and may need it more."""
 _PAUSE, _LONGEST_PAUSE = 0.005, 0.16
-"""Seconds for which nothing is looked for then: twice as long if that is soon so again."""
+"""Seconds without polling after that: doubled if it soon happens again."""
 _SOON = 1.0
 
 
 class BusyPolling:
-    """Of one queue; ``window`` in seconds, 0 never looks. Nor does a server that has but one
-    processor: the guest needs it.
+    """Polling of one queue; ``window`` in seconds, 0 never polls. On a single processor it never
+    polls either: the guest needs the processor.
     """
 
     def __init__(self, window: float) -> None:
@@ -43,15 +45,15 @@ class BusyPolling:
         self._paused_until = 0.0
 
     async def finds(self, is_there: Callable[[], bool], moved: int = 0) -> bool:
-        """Called after an answer: whether the next request comes in time. ``moved`` are the bytes
-        of the request and its answer. Others run meanwhile.
+        """Called after an answer: whether the next request comes in time. ``moved``: bytes of the
+        request and its answer. Other tasks run meanwhile.
         """
         now = turn = perf_counter()
         self._end = end = now + self._window * (1 + moved / _MUCH)
         if self._streak < _LIKELY or now < self._paused_until:
             return False
         while True:
-            # Whom the answer has woken may wait for this very processor.
+            # The thread that our answer woke may be waiting for this CPU.
             os.sched_yield()
             if self._is_late(turn) or now >= end:
                 return False
@@ -63,7 +65,7 @@ class BusyPolling:
                     return True
 
     def _is_late(self, expected: float) -> bool:
-        """Whether another program had the processor: nothing is looked for during a pause then."""
+        """Whether another program had the processor: then there is a pause without polling."""
         now = perf_counter()
         if now < expected + _LOST:
             return False
@@ -73,7 +75,7 @@ class BusyPolling:
         return True
 
     def slept(self) -> None:
-        """It has slept until a request came."""
+        """The queue has slept until a request came."""
         if perf_counter() < self._end:
             self._streak = min(self._streak + 1, _SURE)
         else:

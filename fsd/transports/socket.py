@@ -24,11 +24,11 @@ from .tasks import accept, forever
 log = structlog.get_logger()
 _READ = 64 * 1024
 CHANNELS_LIMIT = 1024
-"""Sessions at a time: more are refused, so that descriptors stay for files."""
+"""Sessions at a time: more are refused, so that descriptors are left for files."""
 
 
 class SocketTransport:
-    """Listens at ``path``; owner of the socket file."""
+    """Listens at ``path``; owns the socket file."""
 
     def __init__(self, export: Export, path: str) -> None:
         self._export = export
@@ -49,7 +49,7 @@ class SocketTransport:
         self._listener.listen(128)
 
     def close(self) -> None:
-        """Stop listening; the socket file is gone."""
+        """Stop listening and remove the socket file."""
         self._listener.close()
         if self._file is not None:
             self._file.remove()
@@ -119,10 +119,10 @@ class SocketTransport:
 
 
 def unlink_stale(path: str) -> None:
-    """Remove a socket that nobody listens on. Raises OSError EADDRINUSE through bind otherwise."""
+    """Remove a socket on which no process listens. Otherwise bind raises OSError EADDRINUSE."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return  # somebody's file: it answers a connect just as a dead socket does
+            return  # an ordinary file: it answers a connect just as a dead socket does
     except OSError:
         return
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -1,7 +1,7 @@
-"""Polling the FUSE descriptor for a moment before sleeping, while the agent works on an order.
+"""Polling the FUSE descriptor for a moment before sleeping, while the agent executes an order.
 
-Its next request comes some 20 us after the last answer; to sleep and be woken takes longer
-(docs/decisions/spin.md has the measurement).
+The agent's next request comes about 20 us after the last answer; sleeping and being woken takes
+longer (docs/decisions/spin.md has the measurement).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SPIN = 60e-6
 
 
 class SpinBeforeSleep(trio.abc.Instrument):
-    """Polls ``/dev/fuse`` before trio sleeps, as long as ``is_busy`` says so."""
+    """Polls ``/dev/fuse`` before trio sleeps, while ``is_busy`` returns True."""
 
     def __init__(self, is_busy: Callable[[], bool]) -> None:
         self._is_busy = is_busy

@@ -1,4 +1,4 @@
-"""Tasks that last as long as the server: a fault in one step never ends them (fsd.pacing.guard)."""
+"""Tasks that run as long as the server: a fault in one step never ends them (pacing.guard)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..pacing.guard import PAUSE, Guard
 
 log = structlog.get_logger()
 _REFUSED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
-"""Of accept(2): no room now, or a peer that has gone already."""
+"""Errors of accept(2) without consequence: no room now, or a peer that has disconnected already."""
 FULL_PAUSE = 0.5
-"""Seconds until accept(2) is tried again: descriptors come back as guests close files."""
+"""Seconds until accept(2) is tried again: descriptors become free as guests close files."""
 
 
 def end_in_time(last: Callable[[], object] = lambda: None) -> None:
-    """From now on this process ends within END seconds, whatever it waits for: without cleaning up,
-    but for ``last``. By a thread, as this one may be what waits.
+    """From now on this process exits within END seconds, whatever it waits for, without cleaning up
+    except for ``last``. A thread does it, because this one may be what waits.
     """
 
     def end() -> None:
@@ -38,7 +38,7 @@ def end_in_time(last: Callable[[], object] = lambda: None) -> None:
 
 
 async def forever(step: str, do: Callable[[], Awaitable[object]], **about: object) -> None:
-    """Do a step again and again, until cancelled. ``about``: as a Guard's."""
+    """Repeat a step until cancelled. ``about``: as for a Guard."""
     while True:
         with Guard(step, **about) as guard:
             await do()
@@ -47,7 +47,7 @@ async def forever(step: str, do: Callable[[], Awaitable[object]], **about: objec
 
 
 async def accept(listener: trio.socket.SocketType, **about: object) -> trio.socket.SocketType:
-    """The next connection. Where the server has no descriptor or memory left, it waits there."""
+    """The next connection. Waits while the server has no free descriptor or memory."""
     while True:
         try:
             return (await listener.accept())[0]

@@ -1,6 +1,6 @@
-"""Turns of one guest's queues: of all of them together, so that one with 64 of them gets no more.
+"""Turns of one guest's queues together, so that a guest with 64 queues gets no more than others.
 
-Apart as each queue has a task of its own, which knows nothing of the others.
+Apart because each queue has a task of its own, which does not know the others.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ import trio
 
 TURN = 0.002
 """Seconds for which one guest's requests are served before other guests and events get their turn.
-A request is not interrupted; the longest have 1 MiB of data (MAX_WRITE), some 0.3 ms from the page
+A request is not interrupted; the longest have 1 MiB of data (MAX_WRITE), about 0.3 ms from the page
 cache."""
 
 
 class Turns:
-    """Of one guest. ``left`` are the seconds that its turn has still."""
+    """The turns of one guest. ``left``: the remaining seconds of its turn."""
 
     def __init__(self) -> None:
         self.left = TURN
         self._number = 0
 
     async def others(self) -> None:
-        """The turn may be over: everybody else has one, and then the guest another. Queues that
-        wait here at the same time share that.
+        """If the turn is over, let all others have one, then begin another. Queues that wait here
+        at the same time share it.
         """
         number = self._number
         await trio.lowlevel.checkpoint()

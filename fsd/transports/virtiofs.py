@@ -1,7 +1,7 @@
 """virtiofs: listens for a VMM on a vhost-user socket and runs a device for it.
 
-A task reads the socket, one more waits for the kicks of each queue. When a VMM has gone, the next
-one is waited for.
+One task reads the socket, and one more for each queue waits for its kicks. After a VMM has
+disconnected, the next one can connect.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ log = structlog.get_logger()
 BUDGET = 16
 """Requests of one queue before others, other guests and events get their turn (turns.py)."""
 BARREN = 16
-"""Kicks in a row without a request after which the next one has to wait. A VMM can make a kick that
-never ends (EFD_SEMAPHORE); a guest's kernel kicks once too often at times, but not so often."""
+"""Kicks in a row without a request after which the next one has to wait. A VMM can make an endless
+kick (EFD_SEMAPHORE); a guest's kernel sometimes kicks once too often, but not so often."""
 BARREN_PAUSE = 0.002
-"""Seconds: some 1 % of a processor for as long as that goes on."""
+"""Seconds: about 1 % of a processor for as long as that continues."""
 FAULT_PAUSE, LONGEST_FAULT_PAUSE, FORGIVEN = 0.05, 2.0, 60.0
-"""Seconds that a VMM waits before it may connect again, once it has broken the rules of eventfds.py
-and mapping.py twice in a row: longer each time, as each may have cost others 40 ms. One that keeps
-them for a minute is as good as new."""
+"""Seconds that a VMM waits before it may connect again after it has violated eventfds.py and
+mapping.py twice in a row: longer each time, as each may have cost others 40 ms. After a minute
+without a violation it counts as new."""
 RECONNECT = 30.0
-"""Seconds for which a guest's session waits for a VMM that may connect again."""
+"""Seconds for which a guest's session waits for a VMM that may reconnect."""
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 def listen(path: str, group: str | None = None) -> socket.socket:
-    """A listening socket at ``path``, for its owner only, or for ``group`` too. Raises OSError,
-    LookupError where there is no such group.
+    """A listening socket at ``path``, for its owner only, or also for ``group``. Raises OSError,
+    and LookupError if there is no such group.
     """
     gid = -1 if group is None else grp.getgrnam(group).gr_gid
     unlink_stale(path)
@@ -82,8 +82,8 @@ def listen(path: str, group: str | None = None) -> socket.socket:
 
 
 def from_fd(fd: int) -> socket.socket:
-    """The socket that a service manager or a VMM has left open for this process: one that
-    listens, or the connection itself. Raises OSError.
+    """The socket that a service manager or a VMM has left open for this process: a listener, or the
+    connection itself. Raises OSError.
     """
     os.set_inheritable(fd, False)
     return socket.socket(fileno=fd)
@@ -108,7 +108,7 @@ class ExportSession:
         self.resume = self._session.resume
 
     def close(self) -> None:
-        """The guest has gone, and all that it held with it."""
+        """The guest has disconnected; drop everything that it held."""
         self._operations.keep_no_longer()  # the next session is kept in the same place
         self._session.close(self._closed)
 
@@ -120,8 +120,8 @@ class ExportSession:
 
 
 class VirtiofsTransport:
-    """A socket, and the guest that comes in there. ``new_session`` makes what answers requests,
-    ``busy_poll`` is the window of BusyPolling, in seconds; ``threads`` may wait for disks.
+    """A socket, and the guest that connects there. ``new_session`` makes the object that answers
+    requests, ``busy_poll`` is the window of BusyPolling in seconds; ``threads`` may wait for disks.
     """
 
     def __init__(
@@ -144,22 +144,22 @@ class VirtiofsTransport:
         self.conversation = Conversation(store, store_name(name)) if store is not None else None
         self.is_leaving = False
         self.known = self.conversation.resume() if self.conversation is not None else None
-        """A VMM of an earlier process, and what it has said."""
+        """The VMM of an earlier process, and its messages."""
         self.session: Session | None = None
-        """Of that one."""
+        """The session of that VMM."""
         self._left: Left | None = None
         self._connection: _Connection | None = None
         self._faults = 0  # of VMMs, one after the other
 
     def leave(self) -> None:
-        """Serve nothing any more and end nothing: the next process goes on."""
+        """Stop serving without ending anything: the next process continues."""
         self.is_leaving = True
         if self._connection is not None:
             self._connection.suspend()
 
     async def serve(self, source: socket.socket) -> None:
         """Serve the VMMs that connect to ``source``, one after the other, until cancelled; or the
-        one that ``source`` is connected to, until it has gone. Takes the socket.
+        one that ``source`` is connected to, until it disconnects. Takes the socket.
         """
         with source:
             source.setblocking(False)
@@ -188,7 +188,7 @@ class VirtiofsTransport:
                     await step()
 
     async def _next(self, endpoint: trio.socket.SocketType) -> trio.socket.SocketType:
-        """The next connection. What the last VMM has left waits for it, but not for ever."""
+        """The next connection. The last VMM's session waits for it, up to a limit."""
         if self._left is not None:
             with trio.move_on_after(RECONNECT):
                 return await accept(endpoint, share=self.name)
@@ -215,7 +215,7 @@ class VirtiofsTransport:
         await self._pause(served)
 
     async def _pause(self, served: _Connection) -> None:
-        """Have a VMM wait that comes again and again to have the server wait."""
+        """Delay a VMM that repeatedly makes the server wait."""
         if served.is_broken:
             self._faults += 1
             await trio.sleep(min(FAULT_PAUSE * (2**self._faults - 2), LONGEST_FAULT_PAUSE))
@@ -224,9 +224,9 @@ class VirtiofsTransport:
 
 
 class GuestTransport(VirtiofsTransport):
-    """A share's socket for one guest. ``name`` is the guest's for people, ``tag`` the share's for
-    VMMs that ask the device for it. ``store`` has what an earlier process has left, and holds
-    what this one leaves. Needs ``export`` before anybody comes.
+    """A share's socket for one guest. ``name`` is the guest's name for people, ``tag`` the share's
+    for VMMs that ask the device for it. ``store`` holds the state of an earlier process, and takes
+    that of this one. Needs ``export`` before a VMM connects.
     """
 
     TAG_BYTES = TAG_LENGTH
@@ -261,9 +261,9 @@ class GuestTransport(VirtiofsTransport):
         return self._present
 
     def resume(self, restore: Callable[[MountGuest], object], inodes: Mapping[int, Inode]) -> None:
-        """The guest of an earlier process goes on: ``restore`` gives it back what was its own,
-        ``inodes`` are those of the share by the nodeids that they had. Raises ValueError for what
-        makes no sense.
+        """Continue with the guest of an earlier process: ``restore`` restores its own state,
+        ``inodes`` maps the nodeids that it had to the share's inodes. Raises ValueError if the
+        state is inconsistent.
         """
         session = self._new_session(self.loop)
         restore(session.guest)
@@ -279,19 +279,19 @@ class GuestTransport(VirtiofsTransport):
         return {session.guest: session.nodes.saved()}
 
     def leave(self) -> None:
-        """Serve nothing any more: the next process goes on, and is given what is open."""
+        """Stop serving: the next process continues, and gets the open files."""
         super().leave()
         if self._present is not None and self.guests:
             self._present.leave()
 
 
 def store_name(name: str) -> str:
-    """A guest's in the store: short, and of letters that systemd takes."""
+    """The store's form of a guest's name: short, and in characters that systemd accepts."""
     return f"{zlib.crc32(os.fsencode(name)):08x}"
 
 
 async def _close_elsewhere(fds: list[int]) -> None:
-    """Close them in a thread: while one waits there, the VMM cannot come again with others."""
+    """Close them in a thread: while that waits, the VMM cannot reconnect with others."""
 
     def close() -> None:
         while fds:
@@ -312,21 +312,21 @@ class _Connection:
         self._socket = connection
         self._transport = transport
         self.left = left
-        """What the one before has left, and then this one."""
+        """the state left by the previous connection, later by this one"""
         self._turns = Turns()
         self.begun = trio.current_time()
         self.is_broken = self._has_ended = False
         self._kicks = Reader()
         self._waiting: dict[int, trio.CancelScope] = {}
         self.unclosed: list[int] = []
-        """Descriptors of a kind whose close(2) may wait, as for a file system in user space."""
+        """Descriptors whose close(2) may wait, as on a file system in user space."""
 
     def suspend(self) -> None:
         """Serve nothing any more."""
         self._device.suspend()
 
     async def run(self, said: list[Request]) -> None:
-        """Until it has gone. ``said``: by it to an earlier process."""
+        """Run until the VMM disconnects. ``said``: its messages to an earlier process."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             transport = self._transport
@@ -352,8 +352,9 @@ class _Connection:
             except ConnectionError:
                 pass
             except trio.Cancelled:
-                # Where the server ends, for whatever reason, and another goes on, that finds all as
-                # it is now, as after SIGKILL. Else ``end`` is called once all tasks have ended.
+                # If the server exits, for whatever reason, and another continues, that one finds
+                # everything as it is now, as after SIGKILL. Else ``end`` is called once all tasks
+                # have ended.
                 is_kept = transport.conversation is not None and transport.conversation.holds
                 if not is_kept:
                     self.end()
@@ -365,7 +366,7 @@ class _Connection:
             nursery.cancel_scope.cancel()
 
     def end(self) -> None:
-        """It has gone, and nothing more is done for it."""
+        """The VMM has disconnected, and nothing more is done for it."""
         if not self._transport.is_leaving and not self._has_ended:
             self._has_ended = True
             self.left = self._device.leave()
@@ -433,7 +434,7 @@ class _Connection:
             self._transport.loop.soon(drop)
 
     def _process(self, index: int) -> bool:
-        """Serve a queue for a turn; whether to go on with it in the next."""
+        """Serve a queue for a turn; whether to continue with it in the next."""
         turns = self._turns
         if turns.left <= 0:
             return True
@@ -446,7 +447,7 @@ class _Connection:
         ring = self._device.rings[index]
         polling = BusyPolling(
             self._transport.busy_poll if index else 0.0
-        )  # nobody waits for a FORGET
+        )  # no program waits for a FORGET
         position = barren = 0
 
         def is_there() -> bool:

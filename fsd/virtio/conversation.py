@@ -1,8 +1,8 @@
-"""What a front-end has said to a device, as far as it still holds: for the device of the process
-that comes after this one, which hears it again.
+"""Records the vhost-user messages that are still in effect, so that the next process can replay
+them to its device.
 
-Messages are in a journal, each with the names under which its descriptors are in the store; one
-that says something else of the same thing takes its place.
+Messages are in a journal, each with the names of its descriptors in the store; a message replaces
+an earlier one about the same thing.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _SAYS = frozenset({
 })  # fmt: skip
 """Messages that set something."""
 _CONNECTION = 0
-"""Kind of the record that says which connection it is."""
+"""Kind of the record that identifies the connection."""
 
 
 class Conversation:
-    """One guest's. ``name`` begins the names of its descriptors in the store."""
+    """The messages of one guest. ``name`` begins the names of its descriptors in the store."""
 
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
@@ -57,12 +57,12 @@ class Conversation:
         self._files: dict[tuple[int, int], str] = {}  # of regular files: device, inode -> name
         self._numbers = itertools.count()
         self.is_leaving = False
-        """The next process goes on; nothing is to be ended."""
+        """The next process continues; nothing is to be ended."""
 
-    # What an earlier process has left
+    # State of an earlier process
 
     def resume(self) -> tuple[socket.socket, list[Request]] | None:
-        """The connection and what was said in it; None where there is none to go on with."""
+        """The connection and its messages; None if there is none to continue with."""
         fd = self._store.take(f"{self._name}-talk")
         if fd < 0:
             return None
@@ -103,7 +103,7 @@ class Conversation:
             self._files[status.st_dev, status.st_ino] = name
         return fd
 
-    # What is said now
+    # Recording
 
     @property
     def holds(self) -> bool:
@@ -111,7 +111,7 @@ class Conversation:
         return self._journal is not None
 
     def begin(self, connection: int) -> None:
-        """Another front-end has come."""
+        """Another front-end has connected."""
         self.end()
         if self._store.holds:
             self._journal = Journal()
@@ -119,7 +119,7 @@ class Conversation:
             self._keep((_CONNECTION, 0), b"", (connection,))
 
     def end(self) -> None:
-        """It has gone."""
+        """The front-end has disconnected."""
         for key in list(self._names):
             self._drop(key)
         if self._journal is not None:
@@ -129,7 +129,7 @@ class Conversation:
         self._store.sweep(f"{self._name}-")
 
     def said(self, request: Request) -> None:
-        """The device has done what a message asks."""
+        """The device has carried out a message."""
         if self._journal is None:
             return
         undone = list(_undone(request, list(self._names)))
@@ -141,11 +141,11 @@ class Conversation:
             self._keep(_key(request), message, request.fds)
 
     def began(self, memory: InflightMemory) -> None:
-        """The device notes there, in memory of its own, what is under way."""
+        """The device records requests under way there, in memory of its own."""
         self.said(Request(OWN_INFLIGHT, 1, memory.layout, (memory.fd,)))
 
     def stopped(self, index: int, position: int) -> None:
-        """A queue, where it was."""
+        """A queue was stopped at that position."""
         self.said(Request(Type.SET_VRING_BASE, 1, VringState(index, position), ()))
 
     def _keep(self, key: tuple[int, int], message: bytes, fds: tuple[int, ...]) -> None:
@@ -175,7 +175,7 @@ class Conversation:
         self._release(self._names.pop(key, []))
 
     def _release(self, names: list[str]) -> None:
-        """Give up descriptors that no message has any more."""
+        """Drop descriptors that no message uses any more."""
         for name in set(names).difference(*self._names.values()):
             self._store.drop(name)
             self._files = {key: held for key, held in self._files.items() if held != name}
@@ -195,7 +195,7 @@ def _key(request: Request) -> tuple[int, int]:
 
 
 def _undone(request: Request, keys: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """What does not hold any more after a message."""
+    """What a message makes invalid."""
     kind, number = _key(request)
     if kind == _TABLE:
         yield from (key for key in keys if key[0] in (_ADD, _REMOVE))
@@ -208,7 +208,7 @@ def _undone(request: Request, keys: list[tuple[int, int]]) -> Iterator[tuple[int
 
 
 def _request(message: bytes, fds: tuple[int, ...]) -> Request:
-    """A message that was kept. Raises VhostUserError."""
+    """A recorded message. Raises VhostUserError."""
     reader = RequestReader()
     header = message[: reader.wanted]
     own = int.from_bytes(header[:4], sys.byteorder) == OWN_INFLIGHT  # no front-end sends these

@@ -1,8 +1,8 @@
 """A vhost-user-fs device: what one VMM has set up, its queues, and the FUSE session behind them.
 
-The order of messages is the front-end's; a queue runs while it has a size, addresses, a kick and
-is enabled. A front-end that stops its queues and starts them where they were (a paused machine)
-goes on with its session; one that starts them anew (a machine reset) gets a new session.
+The front-end chooses the order of messages; a queue runs while it has a size, addresses, a kick and
+is enabled. If a front-end stops its queues and starts them where they were (a paused machine), the
+session continues; if it starts them from the beginning (a machine reset), there is a new session.
 """
 
 from __future__ import annotations
@@ -55,19 +55,20 @@ PROTOCOL = (
     | Protocol.STATUS
 )
 MAX_QUEUES = 65
-"""Queue 0 for FORGET, the rest for requests; more than a guest has processors is of no use."""
+"""Queue 0 for FORGET, the rest for requests; more queues than the guest's processors are of no
+use."""
 TAG_LENGTH = 36
 _CONFIG = struct.Struct(f"<{TAG_LENGTH}sI")  # struct virtio_fs_config: tag, num_request_queues
 OWN_INFLIGHT = int(Type.GET_INFLIGHT_FD)
-"""Among what a device is resumed with: the memory that it noted in, of its own."""
+"""Among the messages that a device resumes with: the memory of its own for requests under way."""
 
 
 class DeviceError(Exception):
-    """The front-end asked for what makes no sense now, or cannot be done."""
+    """The front-end asked for something that is not valid now, or cannot be done."""
 
 
 class Session(Interface):
-    """What answers FUSE messages: fsd.fuse.session.FuseSession."""
+    """Answers FUSE messages: fsd.fuse.session.FuseSession."""
 
     def serve(
         self,
@@ -75,8 +76,9 @@ class Session(Interface):
         writable: Sequence[memoryview],
         done: Callable[[int], None],
     ) -> None:
-        """One request: ``done`` is called once, now or later, with the length of the reply. Until
-        then the reply goes into what ``writable`` holds at that time: after a reset, elsewhere.
+        """Serve one request: ``done`` is called once, now or later, with the length of the reply.
+        Until then the reply goes into what ``writable`` holds at that time: after a reset,
+        elsewhere.
         """
 
     def serve_again(
@@ -87,13 +89,13 @@ class Session(Interface):
         *,
         safe: bool,
     ) -> None:
-        """As ``serve``, a request that an earlier session may have done already, in part or whole.
-        Not ``safe``: it must not even be tried.
+        """As ``serve``, for a request that an earlier session may have carried out already, in part
+        or completely. If not ``safe``, it must not even be tried.
         """
 
     def suspend(self) -> None:
-        """Give no answers any more: what waits is asked again of the session that follows, or of
-        this one after a reconnection.
+        """Answer nothing any more: waiting requests are sent again to the next session, or to this
+        one after a reconnection.
         """
 
     def close(self) -> None:
@@ -101,16 +103,16 @@ class Session(Interface):
 
 
 class Listener(Interface):
-    """Who keeps what is said to a device: conversation.Conversation."""
+    """Records the messages to a device: conversation.Conversation."""
 
     def said(self, request: Request) -> None:
         """A message was carried out."""
 
     def began(self, memory: InflightMemory) -> None:
-        """The device notes there, in memory of its own, what is under way."""
+        """The device records requests under way there, in memory of its own."""
 
     def stopped(self, index: int, position: int) -> None:
-        """A queue, where it was."""
+        """A queue was stopped at that position."""
 
     @property
     def holds(self) -> bool:
@@ -118,8 +120,8 @@ class Listener(Interface):
 
 
 class Left(NamedTuple):
-    """What a front-end that may come back has left: its session, and the memory that it will name
-    (st_dev, st_ino).
+    """What remains for a front-end that may reconnect: its session, and the memory that it will
+    name (st_dev, st_ino).
     """
 
     session: Session
@@ -127,8 +129,8 @@ class Left(NamedTuple):
 
 
 class Device:
-    """The device of one connection. ``on_start`` and ``on_stop`` are told which queue runs from
-    now on, its ``rings[index].kick`` to be waited for, or does not any more.
+    """The device of one connection. ``on_start`` and ``on_stop`` are called with the queue that
+    runs from now on, whose ``rings[index].kick`` is to be waited for, or that has stopped.
     """
 
     def __init__(
@@ -143,9 +145,9 @@ class Device:
         left: Left | None = None,
         on_broken: Callable[[str], None] = lambda why: None,
     ) -> None:
-        """``tag``: for front-ends that ask the device for it; without one they are not told.
-        ``left`` by the connection before: for a front-end that names the same memory.
-        ``on_broken`` is told why the device can do nothing more, in the midst of its work: to close
+        """``tag``: for front-ends that ask the device for it; without one they get none. ``left``:
+        of the previous connection, for a front-end that names the same memory. ``on_broken`` is
+        called, in the middle of the work, with the reason why the device can do nothing more: close
         it later.
         """
         self._new_session = new_session
@@ -203,7 +205,9 @@ class Device:
             self._close()
 
     def leave(self) -> Left | None:
-        """The connection is lost. What is left where the front-end may come back; else as close."""
+        """The connection is lost. Returns what remains if the front-end may reconnect; else like
+        close.
+        """
         if self._session is None or self._inflight is None or not self._comes_back:
             self.close()
             return None
@@ -214,7 +218,7 @@ class Device:
         return left
 
     def suspend(self) -> None:
-        """No queue runs from now on, and nothing is answered: somebody else will go on."""
+        """Run no queue and answer nothing from now on: another process will continue."""
         for index in range(len(self.rings)):
             self._stop(index)
             self.rings[index].in_flight.clear()
@@ -236,8 +240,8 @@ class Device:
             _end(left.session)
 
     def resume(self, requests: Sequence[Request], session: Session | None) -> None:
-        """Go on where the device of an earlier process was, to which these messages were sent.
-        Takes their descriptors. Raises DeviceError.
+        """Continue from the device of an earlier process, to which these messages were sent. Takes
+        their descriptors. Raises DeviceError.
         """
         self._session = session
         self._is_resuming = True
@@ -263,10 +267,10 @@ class Device:
     # Messages
 
     def handle(self, request: Request) -> bytes:
-        """Do what a message asks; what is to be sent back, with ``reply_fds``. Takes its
+        """Carry out a message; returns what to send back, with ``reply_fds``. Takes its
         descriptors.
 
-        Raises DeviceError if it failed and the front-end does not wait to be told.
+        Raises DeviceError if it failed and the front-end does not wait for an answer.
         """
         self.reply_fds: tuple[int, ...] = ()
         try:
@@ -325,7 +329,7 @@ class Device:
         self._remap()
 
     def _remap(self) -> None:
-        """Memory has changed under running queues."""
+        """Memory has changed while queues run."""
         for index, ring in enumerate(self.rings):
             if ring.queue is not None:
                 try:
@@ -371,9 +375,9 @@ class Device:
         _, ring, position = self._stopped(request)
         if position > 0xFFFF:
             raise DeviceError(f"base {position}")
-        comes_back = self._comes_back and ring.noted is None  # it says what it knows
+        comes_back = self._comes_back and ring.noted is None  # it sends what it knows
         if position != ring.position and not (self._is_resuming or comes_back):
-            self._forget_session()  # the machine was reset behind our back
+            self._forget_session()  # the machine was reset without a message
         ring.position = position
 
     def _get_vring_base(self, request: Request) -> VringState:
@@ -395,7 +399,7 @@ class Device:
     def _set_vring_call(self, request: Request) -> None:
         _, ring, _ = self._ring(request)
         ring.take_fd("call", request)
-        # A used entry may have been signalled to the one before, which nobody reads any more.
+        # A used entry may have been signalled to the previous one, which nobody reads any more.
         if ring.queue is not None:
             ring.signal()
 
@@ -427,7 +431,7 @@ class Device:
     def _reset_device(self, _request: Request) -> None:
         self._reset()
 
-    # What is under way
+    # Requests under way
 
     def _get_inflight(self, request: Request) -> Inflight | None:
         asked = request.payload
@@ -467,7 +471,7 @@ class Device:
         )
 
     def _update(self, index: int) -> None:
-        """Start a queue that has all that it needs."""
+        """Start a queue that has everything it needs."""
         ring = self.rings[index]
         if ring.queue is not None or not ring.is_ready or self._is_resuming:
             return
@@ -489,7 +493,7 @@ class Device:
             self._on_stop(index)
 
     def _break(self, index: int, error: QueueError) -> None:
-        """The guest has broken a queue: it stays stopped until the front-end starts it anew."""
+        """The guest has broken a queue: it stays stopped until the front-end starts it again."""
         self.counts["broken_queues"] += 1
         log.warning("queue stopped", queue=index, error=str(error))
         self._stop(index)
@@ -497,7 +501,7 @@ class Device:
         self.rings[index].complain()
 
     def _reset(self) -> None:
-        """Everything about queues as at the start, and no session."""
+        """Reset all queues to the initial state, without a session."""
         for index, ring in enumerate(self.rings):
             self._stop(index)
             ring.position, ring.is_enabled = 0, False
@@ -517,7 +521,7 @@ class Device:
 
     def process(self, index: int, budget: int, until: float = math.inf) -> bool:
         """Serve requests of a queue, ``budget`` at most, and none after time.perf_counter() has
-        come to ``until``; whether more are waiting.
+        reached ``until``; returns whether more are waiting.
         """
         ring = self.rings[index]
         ring.delay_signals()

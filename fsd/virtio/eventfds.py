@@ -1,10 +1,10 @@
-"""Eventfds that a VMM has: written and read so that it cannot make the server wait.
+"""Writes and reads a VMM's eventfds so that the VMM cannot make the server wait.
 
 Whether a write waits is a flag (O_NONBLOCK) of the open file, which the VMM shares and may change
-at any moment; no flag of one write does it (RWF_NOWAIT: EOPNOTSUPP, as of Linux 6.18). So a thread
-looks on, which sleeps while nothing is written, and interrupts a write that does not end. Python
-then writes once more by the same number (PEP 475), where the thread has put a file that no write
-waits for.
+at any moment; there is no flag for one write (RWF_NOWAIT: EOPNOTSUPP, as of Linux 6.18). So a
+thread watches, which sleeps while nothing is written, and interrupts a write that does not end.
+Python then writes again to the same descriptor number (PEP 475), where the thread has put a file on
+which no write waits.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from ..linux import syscalls
 
 _NAME = "anon_inode:[eventfd]"
 TICK = 0.02
-"""Seconds between two looks: a write that is the same in two of them waits."""
+"""Seconds between two looks: a write that is the same in two of them is waiting."""
 _QUIET = 1.0
-"""Seconds without a write after which nobody looks any more."""
+"""Seconds without a write after which the thread stops looking."""
 _unwritable = select.epoll()
-"""A file that answers each write with EINVAL: there is one when no more can be had."""
+"""A file that answers each write with EINVAL: made now, as it may be impossible later."""
 _ONE = (1).to_bytes(8, "little")
 _NUMBER = signal.SIGURG
-"""Sent to a thread that waits; nobody else sends it, and no kernel without being asked."""
+"""Sent to a thread that waits; no other code sends it, and the kernel only when asked to."""
 
 
 def is_eventfd(fd: int) -> bool:
-    """Whether a descriptor is one: by its link in proc_pid_fd(5), as no file system can name it."""
+    """Whether a descriptor is an eventfd: by its link in proc_pid_fd(5), as no file system can have
+    that name.
+    """
     try:
         return os.readlink(syscalls.fd_path(fd)) == _NAME
     except OSError:
@@ -46,7 +48,7 @@ def _is_full(fd: int) -> bool:
 
 
 class StuckError(Exception):
-    """The VMM would have had the server wait."""
+    """The VMM would have made the server wait."""
 
 
 class Writer:
@@ -72,7 +74,7 @@ class Writer:
         return writer
 
     def signal(self, fd: int) -> None:
-        """Add 1. It may be there already, or nobody hear it. Raises StuckError."""
+        """Add 1. The eventfd may already be set, or have no reader. Raises StuckError."""
         if not self._is_watched:
             self._watch()
         self._count += 1
@@ -114,14 +116,14 @@ class Writer:
             self._is_watched = False
 
     def _look(self, count: int) -> None:
-        """The same write for long: it waits if the eventfd is full. Else its thread does, for a
-        processor.
+        """The same write for a long time: it waits if the eventfd is full. Else its thread waits
+        for a processor.
         """
         with self._looking:
             self._suspected = count
-            fd = self._fd  # looked at after that: either this is seen there, or the end here
+            fd = self._fd  # read after that: either this is seen there, or the end here
             if fd >= 0 and self._count == count and _is_full(fd):
-                with suppress(OSError):  # EBUSY, see dup(2): in the next look
+                with suppress(OSError):  # EBUSY, see dup(2): try at the next look
                     os.dup2(_unwritable.fileno(), fd, inheritable=False)
                     self._is_stuck = True
                     signal.pthread_kill(self._thread, _NUMBER)
@@ -137,7 +139,7 @@ class Reader:
         self._room = [bytearray(8)]
 
     def drain(self, fd: int) -> None:
-        """Read what is there, if it is still there. Raises OSError."""
+        """Read the counter, if it is still set. Raises OSError."""
         try:
             os.preadv(fd, self._room, -1, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -150,7 +152,7 @@ class _SigAction(ctypes.Structure):
 
 def _interruptible() -> None:
     """The signal ends a system call (no SA_RESTART), and does nothing else: its handler is abs(3),
-    as code of Python's would run in the main thread only.
+    as Python code would run in the main thread only.
     """
     libc = ctypes.CDLL(None)
     action = _SigAction(handler=ctypes.cast(libc.abs, ctypes.c_void_p).value)

@@ -1,7 +1,7 @@
-"""What a device has taken from its virtqueues and not answered, in memory that outlives it.
+"""Records what a device has taken from its virtqueues and not answered, in memory that outlives it.
 
-The split-virtqueue layout of vhost-user.rst, "Inflight I/O tracking": a region a queue, and in it
-an entry for each descriptor. By it the next device knows what it has to do again.
+The split-virtqueue layout of vhost-user.rst, "Inflight I/O tracking": a region per queue, with an
+entry for each descriptor. From it the next device knows what it has to do again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRIES = 2
 
 
 class InflightError(Exception):
-    """Memory that cannot have what it must."""
+    """Memory without the required content."""
 
 
 def _stride(size: int) -> int:
@@ -36,10 +36,10 @@ class QueueInflight:
     """One queue's region, of ``size`` descriptors."""
 
     def __init__(self, view: memoryview, size: int) -> None:
-        """Raises InflightError where it is another queue's."""
+        """Raises InflightError if it belongs to another queue."""
         _, version, desc_num, _, _ = _QUEUE.unpack_from(view)
         self.is_new = not version
-        """Nothing was noted in it before."""
+        """Nothing was recorded in it before."""
         if self.is_new:
             _QUEUE.pack_into(view, 0, 0, _VERSION, size, 0, 0)
         elif version != _VERSION or desc_num != size:
@@ -51,13 +51,13 @@ class QueueInflight:
         self._counter = max((self._long[2 * head + 1] for head in range(size)), default=0)
 
     def taken(self, head: int) -> None:
-        """A chain was taken from the queue; before anything is done with it."""
+        """A chain was taken from the queue; call this before anything is done with it."""
         self._counter += 1
         self._long[2 * head + 1] = self._counter
         self._short[8 * head] = 1 | 1 << 8  # under way, begun once
 
     def waits(self, head: int) -> None:
-        """All that is done of the request for now is to wait: nothing is half done."""
+        """The request only waits for now: nothing is half done."""
         self._short[8 * head] = 1
 
     def answering(self, head: int) -> None:
@@ -66,7 +66,7 @@ class QueueInflight:
         self._head[6] = head
 
     def answered(self, head: int, used: int) -> None:
-        """The used ring's index says so."""
+        """The used ring's index includes it."""
         self._short[8 * head] = 0
         self._head[7] = used
 
@@ -75,8 +75,9 @@ class QueueInflight:
         self._head[7] = used
 
     def recover(self, used: int) -> list[tuple[int, int]]:
-        """What an earlier device has not answered, in the order of taking, given the used ring's
-        index; and how often it was begun without an end. It counts as begun once more.
+        """The requests that an earlier device has not answered, in the order of taking, given the
+        used ring's index; and how often each was begun without an end. Each counts as begun once
+        more.
         """
         head = self._head[6]
         for _ in range(min((used - self._head[7]) & 0xFFFF, self._size)):
@@ -95,7 +96,7 @@ class QueueInflight:
 
 
 class InflightMemory:
-    """The regions of a device's queues. Owner of its descriptor."""
+    """The regions of a device's queues. Owns its descriptor."""
 
     def __init__(
         self, fd: int, layout: Inflight, on_lost: Callable[[], None] = lambda: None
@@ -134,13 +135,13 @@ class InflightMemory:
         return cls(fd, Inflight(size, 0, num_queues, queue_size), on_lost)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the descriptor."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
     def wipe(self, index: int) -> None:
-        """Nothing is under way in a queue, and nobody knows its size."""
+        """Nothing is under way in a queue, and its size is unknown."""
         if index < self.layout.num_queues:
             start = index * _stride(self.layout.queue_size)
             desc_num = min(_QUEUE.unpack_from(self._view, start)[2], self.layout.queue_size)

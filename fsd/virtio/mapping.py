@@ -1,8 +1,8 @@
-"""Memory that a VMM shares, mapped here. A VMM may cut the file short at any time, and a full tmpfs
-or an empty pool of huge pages has no page to give: what touches that place gets a SIGBUS, which by
-default ends the process, with all guests. Here it ends the mapping: zeros take its place.
+"""Maps the memory that a VMM shares. A VMM may shorten the file at any time, and a full tmpfs or an
+empty pool of huge pages has no page left: an access there causes a SIGBUS, which by default ends
+the process, with all guests. Here it ends the mapping: zeros take its place.
 
-Seals of a memfd would forbid the cutting, but not every VMM's memory has them or can get them
+Seals of a memfd would forbid the shortening, but not every VMM's memory has them or can get them
 (/dev/shm, hugetlbfs, Cloud Hypervisor's memfd), and a hole may lack its page in spite of them.
 """
 
@@ -27,7 +27,7 @@ _F_GET_SEALS = 1034  # linux/fcntl.h
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _SA_SIGINFO, _SA_NODEFER = 4, 0x4000_0000
 _SI_ADDR = 2 * ctypes.sizeof(ctypes.c_void_p) if ctypes.sizeof(ctypes.c_void_p) == 8 else 12
-"""Where siginfo_t has the address of a fault."""
+"""Offset of the fault's address in siginfo_t."""
 
 
 class _SigAction(ctypes.Structure):  # struct sigaction of the C library
@@ -39,15 +39,15 @@ class _SigAction(ctypes.Structure):  # struct sigaction of the C library
     )
 
 
-_mapped: dict[int, tuple[int, int, Callable[[], None]]] = {}  # start, length, whom to tell
+_mapped: dict[int, tuple[int, int, Callable[[], None]]] = {}  # start, length, callback
 _numbers = itertools.count()
 _lock = Lock()
 
 
 def is_memory(fd: int) -> bool:
-    """Whether a descriptor is of a memfd or of a file on tmpfs or hugetlbfs, of which nobody has to
-    be asked for a page. Asks no file system: one in user space may not answer (fcntl(2),
-    F_GET_SEALS: EINVAL on any other).
+    """Whether a descriptor is a memfd or a file on tmpfs or hugetlbfs, where no other party has to
+    provide a page. Asks no file system, as one in user space may not answer (fcntl(2), F_GET_SEALS:
+    EINVAL on any other).
     """
     try:
         fcntl.fcntl(fd, _F_GET_SEALS)
@@ -58,11 +58,11 @@ def is_memory(fd: int) -> bool:
 
 def map_memory(fd: int, size: int, on_lost: Callable[[], None]) -> memoryview:
     """The first ``size`` bytes of a VMM's file, shared; ``fd`` stays the caller's. They stay mapped
-    as long as a view of them lives.
+    as long as a view of them exists.
 
-    ``on_lost`` is called once they are not the VMM's any more, in the midst of whatever has touched
-    them: it must only have something done later. Raises OSError, ValueError for what cannot be
-    mapped, and for memory that is_memory does not know.
+    ``on_lost`` is called once they are not the VMM's any more, in the middle of the access: it must
+    only schedule work. Raises OSError, and ValueError for what cannot be mapped, and for memory for
+    which is_memory is false.
     """
     if not is_memory(fd):
         raise OSError("it is no memfd and no file on tmpfs or hugetlbfs")
@@ -72,8 +72,8 @@ def map_memory(fd: int, size: int, on_lost: Callable[[], None]) -> memoryview:
         _handle_faults()
     whole = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
-    page = os.fstatvfs(fd).f_bsize  # of hugetlbfs: what it maps, in whole
-    # By a number: its place may be another's already when it is heard that it has gone.
+    page = os.fstatvfs(fd).f_bsize  # of hugetlbfs: it maps whole pages
+    # By a number: its address may belong to another mapping when its end is noticed.
     number = next(_numbers)
     _mapped[number] = start, (size + page - 1) // page * page, on_lost
     weakref.finalize(whole, _mapped.pop, number)
@@ -81,8 +81,8 @@ def map_memory(fd: int, size: int, on_lost: Callable[[], None]) -> memoryview:
 
 
 def _on_fault(number: int, info: int, _context: int) -> None:
-    """SIGBUS, in the thread that has touched the memory. It is no signal from outside: this runs
-    between two instructions of a known kind, a copy from or to a memoryview.
+    """SIGBUS, in the thread that has touched the memory. It does not come from outside: this runs
+    at an instruction of a known kind, a copy from or to a memoryview.
     """
     address = ctypes.c_void_p.from_address(info + _SI_ADDR).value or 0
     for start, length, on_lost in reversed(list(_mapped.values())):
@@ -92,7 +92,7 @@ def _on_fault(number: int, info: int, _context: int) -> None:
             if _libc.mmap(start, length, protection, flags, -1, 0) == start:
                 on_lost()
                 return
-    # None of ours: it comes again, and ends the process.
+    # Not a region of this module: the fault repeats, and ends the process.
     _libc.sigaction(number, ctypes.byref(_SigAction()), None)
 
 

@@ -1,6 +1,6 @@
-"""The memory of a guest, mapped here: addresses of the guest and of its VMM become memoryviews.
+"""The memory of a guest, mapped: addresses of the guest and of its VMM become memoryviews.
 
-Apart because everything that a guest says about addresses is judged here, and only here.
+Apart because all checks of addresses from a guest are made here, and only here.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from protocol.vhostuser import Region
 from .mapping import map_memory
 
 MAX_REGIONS = 64
-"""Regions of one guest: more than front-ends use (QEMU's RAM slots), and 64 mappings are few."""
+"""Regions of one guest: more than front-ends use (QEMU's RAM slots), and still few mappings."""
 MAPPED_LIMIT = 1 << 43
-"""Bytes of address space for one guest: more than machines have, and 16 such guests have room."""
+"""Bytes of address space for one guest: more than machines have, and 16 such guests fit."""
 _TOP = 1 << 64
 
 
 class GuestMemoryError(Exception):
-    """An address that is not the guest's memory, or memory that cannot be mapped."""
+    """An address outside the guest's memory, or memory that cannot be mapped."""
 
 
 class MappedRegion:
-    """A region and its bytes. They stay mapped as long as any view of them lives."""
+    """A region and its bytes. They stay mapped as long as a view of them exists."""
 
     def __init__(self, region: Region, fd: int, on_lost: Callable[[], None] = lambda: None) -> None:
         """Maps ``region`` of ``fd``; the descriptor stays the caller's, ``on_lost`` is that of
@@ -57,7 +57,7 @@ class GuestMemory:
         return len(self._regions)
 
     def replace(self, regions: list[MappedRegion]) -> None:
-        """SET_MEM_TABLE. Raises GuestMemoryError, and leaves what was there."""
+        """SET_MEM_TABLE. Raises GuestMemoryError, and then changes nothing."""
         ordered = sorted(regions, key=lambda mapped: mapped.region.guest_addr)
         for before, after in pairwise(ordered):
             if before.region.guest_addr + before.region.size > after.region.guest_addr:
@@ -93,10 +93,10 @@ class GuestMemory:
         raise GuestMemoryError(f"{length} bytes at user address {address:#x} are not in a region")
 
     def views(self, spans: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """Bytes from each first address of the guest to the one behind, in parts where they span
+        """Bytes from each first address of the guest up to its end address, in parts if they span
         regions.
 
-        Raises GuestMemoryError if one of them is not the guest's memory.
+        Raises GuestMemoryError if any of them is outside the guest's memory.
         """
         views: list[memoryview] = []
         start = behind = 0

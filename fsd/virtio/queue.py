@@ -1,12 +1,12 @@
 """A split virtqueue, the device's side (Virtual I/O Device specification 1.2, section 2.7).
 
-Everything in it is the guest's word: each number is read once, and checked before it is used. What
-is wrong with one chain costs that request, what is wrong with a ring costs that queue.
+Everything in it is controlled by the guest: each number is read once, and checked before use. A
+fault in one chain costs that request, a fault in a ring costs that queue.
 
 Order of memory accesses: Python has no barriers. The stores here come in program order on x86,
-where neither loads pass loads nor stores pass stores, and each is one machine instruction (an
-element of a cast memoryview). The one order that x86 does not give, load after store, is not
-relied upon: kicks are never suppressed, and every used entry is signalled.
+where loads do not pass loads and stores do not pass stores, and each is one machine instruction (an
+element of a cast memoryview). x86 does not order a load after a store, and nothing here relies on
+that: kicks are never suppressed, and every used entry is signalled.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from .memory import GuestMemory, GuestMemoryError
 MAX_SIZE = 32768
 """Entries of a queue: the specification's limit."""
 MAX_CHAIN = 1024
-"""Descriptors of a chain, of QEMU's longest queue and of one preadv (IOV_MAX): 4 MiB of pages."""
+"""Descriptors of a chain, as in QEMU's longest queue and one preadv (IOV_MAX): 4 MiB of pages."""
 TORN = 0.001
-"""Seconds for which an index may make no sense. All guests wait, but once: the queue ends then."""
+"""Seconds for which an index may be invalid. All guests wait, but only once: the queue ends
+then."""
 KNOWN_CHAINS = 64
-"""Chains of a queue of which it is known what they stand for: up to 200 kB each."""
+"""Chains of a queue whose decoded form is remembered: up to 200 kB each."""
 _LAST = (1 << 64) - (1 << 32)
-"""Address of a buffer, whose length is of 32 bits: machines have their memory far below."""
+"""Highest address of a buffer, whose length has 32 bits: real memory is far below."""
 NEXT, WRITE, INDIRECT = 1, 2, 4  # VRING_DESC_F_*
 _DESC = struct.Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 _REST = struct.Struct("<IHH")  # of it: all but the address
@@ -44,7 +45,7 @@ class QueueError(Exception):
 
 
 class ChainError(Exception):
-    """The guest made a bad chain of descriptors available; it goes back unanswered."""
+    """The guest made a bad chain of descriptors available; it is returned unanswered."""
 
     def __init__(self, head: int, reason: str) -> None:
         super().__init__(reason)
@@ -56,7 +57,7 @@ class _BadChainError(Exception):
 
 
 class Chain(NamedTuple):
-    """One request: what the device may read, what it may write, and the chain's name."""
+    """One request: the buffers that the device may read and write, and the chain's number."""
 
     head: int
     readable: list[memoryview]
@@ -65,7 +66,7 @@ class Chain(NamedTuple):
 
 class VirtQueue:
     """A queue with its rings in guest memory. ``position`` is the next entry of the available ring
-    to take (vhost calls it base). To be made anew where ``memory`` loses a region.
+    to take (vhost calls it base). Has to be made again if ``memory`` loses a region.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class VirtQueue:
         return self.chain(head)
 
     def _waiting_at_last(self) -> int:
-        """How many requests wait, where their number makes no sense: a driver that writes the index
-        bytewise is read in the middle. Raises QueueError where that is not over in a moment.
+        """How many requests wait when their number is invalid: a driver that writes the index
+        bytewise is read in the middle. Raises QueueError if it stays invalid.
         """
         end = time.monotonic() + TORN
         while True:
@@ -132,8 +133,8 @@ class VirtQueue:
         return Chain(head, list(readable), list(writable))
 
     def _descriptors(self, head: int) -> tuple[tuple[_Descriptor, ...], bytes]:
-        """The chain's, and the table elsewhere that it ends with, if it does: that is copied, as
-        the guest may change it.
+        """The chain's descriptors, and the indirect table that it ends with, if any: a copy, as the
+        guest may change it.
         """
         found: list[_Descriptor] = []
         index, size = head, self._size
@@ -155,18 +156,20 @@ class VirtQueue:
 
     @property
     def used_index(self) -> int:
-        """How many requests the guest was given back, modulo 65536: by its own memory."""
+        """How many requests were returned to the guest, modulo 65536, according to its own
+        memory.
+        """
         return self._used_header[1]
 
     def push(self, head: int, length: int) -> None:
-        """Give a chain back with ``length`` bytes written to it. The guest is to be signalled."""
+        """Return a chain with ``length`` bytes written to it. The guest has to be signalled."""
         index = self._used_header[1]
         _USED.pack_into(self._used, 8 * (index % self._size), head, length)
         self._used_header[1] = (index + 1) & 0xFFFF
 
 
 class _Shape(NamedTuple):
-    """Descriptors but for their addresses: the same in one request as in others like it."""
+    """Descriptors without their addresses: the same in one request as in others like it."""
 
     lengths: list[int]
     packed: int
@@ -178,7 +181,7 @@ class _Shape(NamedTuple):
 def _buffers(
     memory: GuestMemory, descriptors: tuple[_Descriptor, ...], table: bytes
 ) -> tuple[tuple[memoryview, ...], tuple[memoryview, ...]]:
-    """What the device may read, and what it may write, of a chain that goes on in a table.
+    """The buffers that the device may read, and those it may write, of a chain with a table.
 
     Raises _BadChainError, GuestMemoryError.
     """
@@ -196,8 +199,8 @@ def _buffers(
     starts = memoryview(addresses).cast("Q").tolist()
     if max(starts) > _LAST:
         raise _BadChainError(f"address {max(starts):#x} is not the guest's memory")
-    # Neighbours of one direction are one buffer: guests often have pages in a row. One addition
-    # tells for all of them where an address is not the end of the one before: none overflows.
+    # Adjacent buffers of one direction become one: guests often have pages in a row. One addition
+    # shows for all of them whether an address is the end of the previous one: none overflows.
     number = int.from_bytes(addresses, "little")
     differences = ((number + packed) ^ (number >> 64)).to_bytes(len(addresses) + 8, "little")
     is_apart = memoryview(differences).cast("Q").tolist()
@@ -213,13 +216,13 @@ def _buffers(
 
 
 def _halves(table: bytes, index: int) -> bytes:
-    """Of each descriptor the address (0), or all else (1)."""
+    """Of each descriptor the address (0), or everything else (1)."""
     return memoryview(table).cast("Q")[index::2].tobytes()
 
 
 @lru_cache(KNOWN_CHAINS)
 def _shape(halves: bytes) -> _Shape | None:
-    """None if they do not follow each other as they lie. Raises _BadChainError."""
+    """None if they do not follow each other in order. Raises _BadChainError."""
     lengths, flags, following = zip(*_REST.iter_unpack(halves), strict=True)
     count = len(lengths)
     goes_on = [each & (NEXT | INDIRECT) for each in flags]

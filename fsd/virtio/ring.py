@@ -1,5 +1,5 @@
 """One queue of a device, as the front-end has set it up: its descriptors, and its requests from
-being taken to being answered.
+taking to answering.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ LONGEST_REPLY = (1 << 20) + 4096
 
 
 class Ring:
-    """Owner of its descriptors. ``on_broken`` is told why nothing more can be done for the VMM."""
+    """Owns its descriptors. ``on_broken`` is called with the reason why nothing more can be done
+    for the VMM.
+    """
 
     def __init__(self, on_broken: Callable[[str], None]) -> None:
         self._on_broken = on_broken
         self._writer = Writer.here()
         self.size = 0
         self.address: VringAddr | None = None
-        self.position = 0  # where it was stopped, or is to start
+        self.position = 0  # where it was stopped, or will start
         self.kick = self.call = self.err = -1
         self.is_enabled = False
         self.queue: VirtQueue | None = None  # while it runs
-        self.noted: QueueInflight | None = None  # where it is noted what is in flight
-        self.in_flight: dict[int, list[memoryview]] = {}  # chain -> where its reply goes
-        self._again: list[tuple[int, int]] = []  # what an earlier device has left: heads, tries
+        self.noted: QueueInflight | None = None  # where requests in flight are recorded
+        self.in_flight: dict[int, list[memoryview]] = {}  # chain -> buffers of its reply
+        self._again: list[tuple[int, int]] = []  # requests of an earlier device: heads, tries
         self._held: list[tuple[int, int]] = []  # answered while it was stopped
         self.moved = 0  # bytes of the request that was answered last, and of its answer
         self._is_serving = False  # answers are signalled together, at the end
@@ -46,8 +48,8 @@ class Ring:
     # Descriptors
 
     def take_fd(self, name: str, request: Request) -> None:
-        """Set one of its descriptors from a message, which may have none. Raises OSError: EBADF for
-        what is no eventfd.
+        """Set one of its descriptors from a message, which may have none. Raises OSError: EBADF if
+        it is not an eventfd.
         """
         fd = -1
         if request.fds:
@@ -74,7 +76,7 @@ class Ring:
                 self._on_broken(str(error))
 
     def complain(self) -> None:
-        """Tell the front-end that the queue is broken."""
+        """Report to the front-end that the queue is broken."""
         self._signal("err", self.err)
 
     def signal(self) -> None:
@@ -85,11 +87,11 @@ class Ring:
             self._signal("call", self.call)
 
     def delay_signals(self) -> None:
-        """Answers are signalled together, by ``signal_delayed``."""
+        """Collect signals until ``signal_delayed``."""
         self._is_serving = True
 
     def signal_delayed(self) -> None:
-        """Signal what was answered since ``delay_signals``, if anything was."""
+        """Signal the answers since ``delay_signals``, if there are any."""
         self._is_serving = False
         if self._is_answered:
             self._is_answered = False
@@ -98,17 +100,17 @@ class Ring:
     # From the start to the end
 
     def note_in(self, noted: QueueInflight, queue: VirtQueue) -> None:
-        """Note from now on what is under way, in a queue that is to start; go on where an earlier
-        device has noted something there. Raises InflightError.
+        """Record requests under way there from now on, in a queue that will start; continue if an
+        earlier device has recorded some. Raises InflightError.
         """
         if not noted.is_new:
             self._again = noted.recover(queue.used_index)
             queue.position = (queue.used_index + len(self._again)) & 0xFFFF
-            self.signal()  # what it has answered may not be signalled yet
+            self.signal()  # its answers may not be signalled yet
         self.noted = noted
 
     def start(self, queue: VirtQueue) -> None:
-        """It runs, and gives the answers that were held."""
+        """It runs, and sends the answers that were held back."""
         if self.noted is not None:
             self.noted.starts(queue.used_index)
         self.queue = queue
@@ -119,7 +121,8 @@ class Ring:
     def forget(self) -> None:
         """Nothing is under way: the machine was reset."""
         for writable in self.in_flight.values():
-            # The memory has another use by now: late answers go nowhere. No view is empty.
+            # The guest uses the memory for something else now: late answers are dropped. No view is
+            # empty.
             size = min(sum(map(len, writable)), LONGEST_REPLY)
             writable[:] = [memoryview(bytearray(size))] * bool(size)
         self._clear()
@@ -165,9 +168,9 @@ class Ring:
         return chain, tries
 
     def answer(self, chain: Chain, length: int) -> None:
-        """A request is answered; the guest learns it once the queue runs."""
+        """A request is answered; the guest gets the answer once the queue runs."""
         if self.in_flight.get(chain.head) is not chain.writable:
-            return  # answered twice, or nobody waits any more
+            return  # answered twice, or the queue was reset
         del self.in_flight[chain.head]
         self.moved = min(sum(map(len, chain.readable)), LONGEST_REPLY) + length
         if self.queue is None:
@@ -176,7 +179,7 @@ class Ring:
             self.push(chain.head, length)
 
     def push(self, head: int, length: int) -> None:
-        """Give a chain back to the guest, in a queue that runs."""
+        """Return a chain to the guest, in a running queue."""
         queue, noted = self.queue, self.noted
         assert queue is not None
         if noted is not None:
