@@ -34,6 +34,8 @@ _OMIT, _SET = _Timespec(0, _UTIME_OMIT), _Timespec(0, 0)
 _ATIME = (_Timespec * 2)(_SET, _OMIT)
 _MTIME = (_Timespec * 2)(_OMIT, _SET)
 _BOTH = (_Timespec * 2)(_SET, _SET)
+_utimensat = _libc.utimensat
+_utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
 
 
 def check(result: int) -> int:
@@ -95,12 +97,21 @@ def touch(fd: int, *, atime: bool, mtime: bool) -> None:
     The times that are set decide the event: only atime is IN_ACCESS, only mtime IN_MODIFY, both
     IN_ATTRIB (include/linux/fsnotify.h, fsnotify_change).
     """
-    times = _BOTH if atime and mtime else _ATIME if atime else _MTIME
-    if _libc.utimensat(fd, b"", times, _AT_EMPTY_PATH) < 0:
+    times = _times(atime, mtime)
+    if _utimensat(fd, b"", times, _AT_EMPTY_PATH) < 0:
         if ctypes.get_errno() != errno.EINVAL:
             check(-1)
         # Before Linux 5.8, which is twice as fast.
-        check(_libc.utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0))
+        check(_utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0))
+
+
+def touch_name(dir_fd: int, name: bytes, *, atime: bool, mtime: bool) -> None:
+    """The same for a name in a directory, or for what is mounted on it. Raises OSError."""
+    check(_utimensat(dir_fd, name, _times(atime, mtime), _AT_SYMLINK_NOFOLLOW))
+
+
+def _times(atime: bool, mtime: bool) -> ctypes.Array[_Timespec]:
+    return _BOTH if atime and mtime else _ATIME if atime else _MTIME
 
 
 def is_file_or_directory(fd: int) -> bool:

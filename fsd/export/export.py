@@ -51,6 +51,7 @@ from ..linux.openers import File, Openers
 from ..pacing import windows
 from ..pacing.chores import TURN, Chores, Job, Pause, begin, finish
 from ..pacing.guard import PAUSE, Guard
+from ..pacing.turn import Turn
 from .arming import Arming
 from .interest import Interest
 from .watchlimit import default_limit, has_part
@@ -129,6 +130,8 @@ class Export:
         self._compare_at = math.inf
         self._openers = Openers(self._lone_files)
         self.chores = Chores()
+        self.turn = Turn()
+        """In which events are processed: what waits for them is answered at its end."""
         self._steps: deque[Job[None]] = deque()  # of the way of events: no event goes on before
         self._whole: Job[None] | None = None  # brings the watches of the whole tree in line
         self._unread: dict[Inode, None] = {}  # watched directories whose names are still to be read

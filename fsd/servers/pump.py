@@ -44,13 +44,15 @@ class Pump:
             watcher.drain(READ)
         finally:
             watcher.on_arrival = self._arrived
-        self._export.process(BUDGET)
+        with self._export.turn:
+            self._export.process(BUDGET)
         if self._export.next_deadline < self._until:
             self._poke.set()
 
     async def _work(self) -> None:
         self._poke = trio.Event()
-        self._export.process(BUDGET)
+        with self._export.turn:
+            self._export.process(BUDGET)
         self._until = self._export.next_deadline
         wait = self._until - time.monotonic()
         if wait <= 0:

@@ -87,7 +87,8 @@ class DevfuseTransport:
     async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             options = replace(self._options, notify=self._notify)
-            session = FuseSession(self._operations, TrioLoop(nursery), options)
+            loop = TrioLoop(nursery, turn=self._operations.export.turn)
+            session = FuseSession(self._operations, loop, options)
             try:
                 await self._serve(session)
             finally:

@@ -257,6 +257,7 @@ class GuestTransport(VirtiofsTransport):
             self.kept.taken()
 
     def _new_session(self, loop: TrioLoop) -> ExportSession:
+        loop.turn = self.export.turn
         self._present = ExportSession(self.export, self.name, loop, self._options)
         return self._present
 

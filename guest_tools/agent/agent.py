@@ -78,6 +78,7 @@ class Agent:
             self._open_mountpoint,
             self._channel.fileno(),
             self._shares.opened,
+            is_copy=self._is_private,
         )
         self._reader = frames.FrameReader()
 

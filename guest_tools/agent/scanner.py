@@ -173,8 +173,7 @@ class Scanner(threading.Thread):
             self._schedule.anew(now)
         for number, threads in given.items():
             self._schedule.hint(number, set(map(process_of, threads)), now)
-        if self._is_active:
-            self._is_active = False
+        if self._is_active:  # until the known watchers are looked at: one order wakes us, not each
             self._schedule.events_flow(now)
 
     def _exited(self, ready: list[int], poll: select.poll) -> bool:
@@ -218,6 +217,8 @@ class Scanner(threading.Thread):
             if error.errno not in PASSING:
                 raise
             complete = False
+        if look.watchers:
+            self._is_active = False
         gone = self._watchers.gone
         self._schedule.done(look, gone, began, time.monotonic(), complete=complete)
 

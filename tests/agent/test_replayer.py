@@ -246,7 +246,7 @@ def test_what_a_volume_covers_is_reached_privately(
     subprocess.run(["mount", "--bind", share, share], check=True)
     private, channel = kernel.clone_mount(str(share)), os.open(share, os.O_RDONLY)
     below = os.open("d", os.O_RDONLY, dir_fd=private)
-    replayer = Replayer(private, lambda: os.open(share, os.O_PATH), channel, LIMIT)
+    replayer = Replayer(private, lambda: os.open(share, os.O_PATH), channel, LIMIT, is_copy=True)
     over = volume(kind, places)
     try:
         before = picture(over) if over.is_dir() else os.stat(over)
