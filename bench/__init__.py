@@ -1,1 +1,1 @@
-"""Measurements of the installed fsd: `python -m bench`. Commands for people, not tests."""
+"""Measurements of the installed fsd: `python -m bench`. Run by hand, not part of the tests."""

@@ -1,4 +1,6 @@
-"""A server's state of many marks: saved to an image, and restored from it by another server."""
+"""Measures checkpoints: a server's state with many marks is saved, and restored by another
+server.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _MASK = int(Mask.MODIFY | Mask.ATTRIB | Mask.DELETE_SELF)
 
 
 def marked(top: Path, count: int) -> tuple[Export, Observer]:
-    """An export of ``count`` files, each with a mark of a guest that will come back."""
+    """An export of ``count`` files, each with a mark of a guest that will reconnect."""
     export = Export(str(top))
     guest = export.add_observer("guest")
     guest.keep(bytes(16))

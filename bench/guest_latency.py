@@ -1,11 +1,11 @@
-"""One-way latency into a virtual machine: from the host's call to the wake-up of an unmodified
-inotify program in a guest. Beside it: the guest's own inotify, and polling in the guest.
+"""Measures one-way latency into a virtual machine: from the host's call to the wake-up of an
+unmodified inotify program in a guest. For comparison: the guest's own inotify, and polling there.
 
-The two machines' clocks differ by an offset, and run at slightly different speeds. So, before each
-sample, a program in the guest is asked for its time. Its answer was given between the question
-and its arrival: that bounds the offset from both sides. The speeds come from a line through the
-quickest answers, the offset is the middle of what all bounds leave. Half of what they leave is the
-error that remains in each figure (a note says how much); it is the same for all samples.
+The clocks of the two machines differ by an offset, and run at slightly different speeds. So before
+each sample the host asks a program in the guest for its time. The answer was given between the
+question and its arrival, which bounds the offset from both sides. The speeds come from a line
+through the quickest answers; the offset is the middle of the interval that all bounds leave. Half
+of that interval is the error of each figure (a note gives it); it is the same for all samples.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .readers import Seen
 from .report import Report, number, percentile
 
 SAMPLES = 250
-SLICES = 10  # of the time; the quickest answer in each counts for the speeds
+SLICES = 10  # of the time; the quickest answer in each is used for the speeds
 PATIENCE = 60.0
 CLOCK = """
 import sys, time
@@ -52,7 +52,7 @@ for index in range({SAMPLES}):
     print(name, 0x100 if index % 2 else 2, start)
 os.mknod("/tmp/own/~end")
 """
-"""Changes in the guest itself, as Lane makes them on the host."""
+"""Changes in the guest itself, like Lane's on the host."""
 CHOKIDAR = """
 const chokidar = require('/clients/node_modules/chokidar');
 chokidar.watch('/mnt/polled', { usePolling: true, ignoreInitial: true })
@@ -62,7 +62,7 @@ chokidar.watch('/mnt/polled', { usePolling: true, ignoreInitial: true })
 
 
 class Clock:
-    """The guest's CLOCK_MONOTONIC as the host's. All times in ns."""
+    """Converts the guest's CLOCK_MONOTONIC to the host's. All times in ns."""
 
     def __init__(self, vm: Guest) -> None:
         self._program = vm.start(["python3", "-c", CLOCK])
@@ -86,7 +86,7 @@ class Clock:
         return slope, (lowest + highest) / 2, abs(highest - lowest) / 2
 
     def to_host(self, guest_time: int) -> int:
-        """When that was on the host."""
+        """The host's time at that moment."""
         slope, offset, _ = self.line()
         return round(guest_time * slope + offset)
 
@@ -98,10 +98,10 @@ class GuestReader:
     host: Path
     process: GuestProcess
     clock: Clock | None = None
-    """None: its times are left as they are."""
+    """None: times stay the guest's"""
 
     def finish(self) -> list[Seen]:
-        """All that it saw, in order. The directory on the host gets a file ~end."""
+        """All events that it saw, in order. Creates the file ~end in the host's directory."""
         if self.clock is not None:
             (self.host / "~end").touch()
         events = json.loads(self.process.wait(PATIENCE).stdout.partition("\n")[2])
@@ -110,7 +110,7 @@ class GuestReader:
 
 
 def measure() -> Report:
-    """Run it: a minute or two."""
+    """Run it: takes a minute or two."""
     report = Report("guest-latency")
     rows = []
     with tempfile.TemporaryDirectory(prefix="fsd-bench-") as scratch:

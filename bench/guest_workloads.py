@@ -1,4 +1,4 @@
-"""File-system workloads as a guest runs them: one program, the standard library only.
+"""File-system workloads in a guest: one program, standard library only.
 
 Reads lines "WORKLOAD DIRECTORY" and answers each with the rate of that workload there.
 """
@@ -31,7 +31,7 @@ def tree(root: str) -> list[str]:
 
 
 def drop_caches() -> None:
-    """Pages, names and attributes that nobody uses; what was written is written out first."""
+    """Drop unused pages, names and attributes; dirty pages are written first."""
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3")
@@ -45,7 +45,7 @@ def stat_tree(root: str) -> float:
 
 
 def stat_again(root: str) -> float:
-    """stat a few files that were looked up just now, again and again."""
+    """stat a few files that were just looked up, again and again."""
     paths = tree(root)[:20]
     for _ in range(20):
         for path in paths:
@@ -54,7 +54,7 @@ def stat_again(root: str) -> float:
 
 
 def find(root: str) -> float:
-    """find, as everybody calls it."""
+    """find, with its usual options."""
     command = ["find", f"{root}/tree", "-type", "f", "-size", "+0"]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     return FILES
@@ -137,7 +137,7 @@ WORKLOADS: dict[str, tuple[Callable[[str], float], str, bool]] = {
     "random read, 4 KiB": (read_random, "reads/s", True),
     "random write, 4 KiB": (write_random, "writes/s", False),
 }
-"""Title -> what to do (it returns how much it did), the unit, whether caches are dropped before."""
+"""Title -> the work (it returns its amount), the unit, whether caches are dropped before."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Cost at rest: processor time of server and agent while somebody watches 10,000 directories."""
+"""Cost when idle: processor time of server and agent while a program watches 10,000 directories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .usage import Usage
 from .watching import WATCHES, settled, watched_tree
 
 PERIOD = 20.0
-"""Seconds of rest that are measured."""
+"""Idle seconds that are measured."""
 TRIES = 3
 
 

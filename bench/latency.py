@@ -1,7 +1,7 @@
-"""One-way latency: from the host's call to the wake-up of an unmodified inotify program.
+"""Measures one-way latency: from the host's call to the wake-up of an unmodified inotify program.
 
-Native inotify on the source and the mount take turns, each with a mask that is typical and with
-all events; so noise of the machine hits all alike. Pollers, which burn a core, come after them.
+Native inotify on the source and on the mount take turns, each with a typical mask and with all
+events, so that noise of the machine affects all alike. Pollers, which use a whole core, come last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .report import Report, number, percentile
 
 TYPICAL = Mask.MODIFY | Mask.CLOSE_WRITE | Mask.CREATE
 SAMPLES = 250  # of each lane
-FILES = 16  # written in turn, so that what happens to one cannot merge
+FILES = 16  # written in turn, so that their events cannot merge
 PAUSE = (0.02, 0.05)  # seconds between two samples, so that they cannot queue up
 RARE_SAMPLES = 15
 RARE_PAUSE = 1.3  # seconds; by then the agent has gone from its long poll to sleep
@@ -39,7 +39,7 @@ class Lane:
     samples: list[tuple[str, Mask, int]] = field(default_factory=list)
 
     def write(self) -> None:
-        """A host program opens a file of old, writes and closes it."""
+        """A host program opens an existing file, writes and closes it."""
         name = f"w{len(self.samples) // 2 % FILES}"
         fd = os.open(self.reader.host / name, os.O_WRONLY)
         start = time.monotonic_ns()
@@ -122,7 +122,7 @@ def measure() -> Report:
 
 
 def run(lanes: list[Lane], samples: int, rest: float) -> None:
-    """Make the samples, the lanes in a new order each round, a write and a creation in turn."""
+    """Make the samples: the lanes in a new order each round, a write and a creation in turn."""
     dice = random.Random(1)
     for index in range(samples):
         for lane in dice.sample(lanes, len(lanes)):

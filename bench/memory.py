@@ -1,4 +1,4 @@
-"""Memory of server and agent for each watch: the difference that 10,000 of them make."""
+"""Memory of server and agent per watch: the difference that 10,000 watches make."""
 
 from __future__ import annotations
 

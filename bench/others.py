@@ -16,7 +16,7 @@ _FILES = ("example/passthrough_ll.c", "example/passthrough_helpers.h")
 
 
 def passthrough_ll() -> Path:
-    """The example's binary, compiled from Debian's source package when it is not there yet."""
+    """The example's binary, compiled from Debian's source package if it does not exist yet."""
     folder = source_files("fuse3", _FILES)
     binary = folder / "passthrough_ll"
     if not binary.exists():
@@ -35,7 +35,7 @@ def passthrough_ll() -> Path:
 
 @contextmanager
 def served_by(command: list[str], mountpoint: Path) -> Iterator[None]:
-    """A file system of somebody else, in the foreground, for the time of the block."""
+    """Another file system's server, in the foreground, for the block."""
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: mounts_at(mountpoint), 10, f"{command[0]} has mounted")
@@ -48,5 +48,5 @@ def served_by(command: list[str], mountpoint: Path) -> Iterator[None]:
 
 
 def bindfs(source: Path, mountpoint: Path) -> list[str]:
-    """Its command; empty where it is not there."""
+    """Its command; empty if it is not installed."""
     return ["bindfs", "-f", str(source), str(mountpoint)] if shutil.which("bindfs") else []

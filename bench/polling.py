@@ -1,4 +1,4 @@
-"""What people use without fsd: watchers that poll, on the mount, with their default intervals."""
+"""Watchers that poll, as used without fsd: on the mount, with their default intervals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ POLLERS = [
 
 
 def poll_latencies(poller: Poller, mount: Mount, notes: list[str]) -> list[float]:
-    """Milliseconds from a host's write to the poller's event, with FILES files to look at."""
+    """Milliseconds from a host's write to the poller's event, with FILES files to poll."""
     if not poller.is_there:
         notes.append(f"{poller.name}: not measured, {poller.needs} is not there")
         return []

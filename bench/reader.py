@@ -1,8 +1,8 @@
-"""A stand-alone inotify program as they all are: it blocks in read(2) and notes when it wakes up.
+"""A stand-alone inotify program like many: it blocks in read(2) and notes when it wakes up.
 
 Usage: reader.py MASK [-r] DIRECTORY (-r: the directories in it, too). Prints READY when it watches,
 and ends on an event of the name ~end; then prints a JSON list of [CLOCK_MONOTONIC in ns, mask,
-name]. Standard library only: it knows nothing of fsd. It takes the events apart at the end, so that
+name]. Standard library only: it knows nothing of fsd. It parses the events at the end, so that
 reading stays cheap.
 """
 

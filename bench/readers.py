@@ -1,4 +1,4 @@
-"""Starting bench/reader.py on a directory, and what it saw."""
+"""Starts bench/reader.py on a directory, and collects its events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from protocol.masks import Mask
 
 SCRIPT = Path(__file__).with_name("reader.py")
-PATIENCE = 60.0  # seconds for what is left in the queues, in a storm on a busy machine
+PATIENCE = 60.0  # seconds for the rest of the queues, in a storm on a busy machine
 
 
 class Seen(NamedTuple):
@@ -34,7 +34,7 @@ class Watching(Protocol):
         """The directory."""
 
     def finish(self) -> list[Seen]:
-        """All that it saw, in order, with the host's times."""
+        """All events that it saw, in order, with the host's times."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Reader:
     process: subprocess.Popen[str]
 
     def finish(self) -> list[Seen]:
-        """All that it saw, in order. Asks it to end by creating ~end, which comes last."""
+        """All events that it saw, in order. Ends it by creating ~end, which comes last."""
         os.mknod(self.host / "~end")
         output, _ = self.process.communicate(timeout=PATIENCE)
         (self.host / "~end").unlink()

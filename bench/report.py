@@ -1,4 +1,4 @@
-"""Figures beside their goals: tables for people, JSON for programs."""
+"""Figures and their goals: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value; ``goal`` is an upper bound, or a lower one where ``at_least``."""
+    """One measured value; ``goal`` is an upper bound, or a lower one if ``at_least``."""
 
     name: str
     value: float
@@ -25,7 +25,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached; None where there is none."""
+        """Whether the goal is reached; None if there is none."""
         if self.goal is None:
             return None
         return self.value >= self.goal if self.at_least else self.value <= self.goal
@@ -33,7 +33,7 @@ class Figure:
 
 @dataclass
 class Report:
-    """What one command measured."""
+    """The results of one command."""
 
     command: str
     figures: list[Figure] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Report:
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands apart."""
+    """Three significant digits, with thousands separators."""
     if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}"
@@ -103,7 +103,7 @@ median = statistics.median
 
 
 def machine() -> dict[str, Any]:
-    """On what it was measured. The load tells how idle that was."""
+    """The machine of the measurement. The load shows how idle it was."""
     return {
         "cores": os.cpu_count(),
         "kernel": platform.release(),

@@ -1,6 +1,7 @@
-"""Sustained replay: a burst of host operations, until the mount's inotify reader has the last.
+"""Measures sustained replay: from a burst of host operations until the mount's inotify reader has
+the last event.
 
-The same burst is read natively, in turn: what is lost or merged there is not the mount's fault.
+The same burst is also read natively: events lost or merged there are not the mount's fault.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ def create(host: Path, count: int) -> None:
 
 
 def modify(host: Path, count: int) -> None:
-    """MODIFY each; the files are there."""
+    """MODIFY each; the files exist."""
     for index in range(count):
         os.truncate(host / f"f{index}", 1)
 
 
 def delete(host: Path, count: int) -> None:
-    """DELETE each; the files are there."""
+    """DELETE each; the files exist."""
     for index in range(count):
         os.unlink(host / f"f{index}")
 
 
 def mixed(host: Path, count: int) -> None:
-    """CREATE, MODIFY, DELETE of files that live for microseconds, as compilers' do."""
+    """CREATE, MODIFY, DELETE of files that exist for microseconds, like a compiler's."""
     for index in range(count // 3):
         path = host / f"m{index}"
         with path.open("w") as file:
@@ -53,13 +54,13 @@ def mixed(host: Path, count: int) -> None:
 
 
 def rename(host: Path, count: int) -> None:
-    """MOVED_FROM and MOVED_TO each; the files are there."""
+    """MOVED_FROM and MOVED_TO each; the files exist."""
     for index in range(count // 2):
         (host / f"f{index}").rename(host / f"r{index}")
 
 
 class Case(NamedTuple):
-    """A burst of ``events`` events under a mask; ``files`` files are there before."""
+    """A burst of ``events`` events under a mask; ``files`` files exist before."""
 
     title: str
     burst: Burst
@@ -81,7 +82,7 @@ CASES = [
 
 
 class Result(NamedTuple):
-    """One burst: when the host was done and the reader had the last event, in seconds."""
+    """One burst: when the host was done and when the reader had the last event, in seconds."""
 
     host: float
     reader: float
@@ -144,7 +145,7 @@ def _round(case: Case, mount: Mount, name: str, *, native: bool) -> Result:
 
 
 def _kinds(events: list[Seen]) -> set[tuple[str, int]]:
-    """Without how often, as repeats are merged by how fast they are read."""
+    """Without counts, because merging repeats depends on how fast they are read."""
     return {(event.name, event.mask) for event in events}
 
 
@@ -155,7 +156,7 @@ def _cpu(mount: Mount) -> float:
 
 @contextmanager
 def _directory(mount: Mount, name: str, files: int) -> Iterator[Path]:
-    """A new directory on the host; waits until the server is at rest again."""
+    """A new directory on the host; waits until the server is idle again."""
     host = mount.source / name
     host.mkdir()
     for index in range(files):

@@ -1,4 +1,4 @@
-"""The tree that file-system workloads run on: files, a git repository of them, an archive."""
+"""The tree for file-system workloads: files, a git repository of them, an archive."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def fill(source: Path, files: Iterable[Path]) -> None:
-    """Make ``files``, all below ``source``/tree, and what workloads take besides."""
+    """Make ``files``, all below ``source``/tree, and what else the workloads need."""
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{path.name}\n" * 100)

@@ -1,4 +1,4 @@
-"""What a process has used so far, as the kernel counts it."""
+"""The resources that a process has used so far, as the kernel counts them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Usage:
         self.ticks = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in seconds
         self.seconds = 0.0  # the same by schedstat, which counts in ns
         self.wakeups = 0
-        self.memory_kib = 0  # RssAnon: what it shares with others is not counted
+        self.memory_kib = 0  # RssAnon: memory shared with others is not counted
         for task in Path(f"/proc/{pid}/task").iterdir():
             self.seconds += int((task / "schedstat").read_text().split()[0]) / 1e9
             self.wakeups += _field(task / "status", "voluntary_ctxt_switches")

@@ -1,8 +1,8 @@
-"""File-system workloads in a real guest: fsd beside Debian's virtiofsd in C, which does not know
-of events.
+"""File-system workloads in a real guest: fsd compared with Debian's virtiofsd in C, which does not
+deliver events.
 
-One guest mounts a share of each server and cache mode; the sides take turns in
-a random order, workload by workload.
+One guest mounts a share of each server and cache mode; the sides take turns in a random order,
+workload by workload.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure() -> Report:
             for title in WORKLOADS:
                 for side in dice.sample(sides, len(sides)):
                     rate = _rate(program, title, side)
-                    if index:  # the first is for the caches of the host
+                    if index:  # the first one fills the caches of the host
                         rates.setdefault((title, side), []).append(rate)
         program.write(None)
         vm.power_off()

@@ -1,4 +1,4 @@
-"""A mount on which somebody watches many directories: for the cost at rest, and of memory."""
+"""A mount on which a program watches many directories: for the cost when idle, and of memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .usage import Usage
 WATCHES = 10_000
 ARM_TIMEOUT = 60.0  # seconds to look up, mark, scan and arm them all
 QUIET, QUIET_CPU = 6.0, 0.02
-"""Seconds in which server and agent use no more than so many seconds: they are at rest. The agent
-pauses for nine times the duration of a scan; and it looks up when anything is mounted."""
+"""Server and agent count as idle when they use no more than this in so many seconds. The agent
+pauses for nine times the duration of a scan, and wakes when anything is mounted."""
 SETTLE_TIMEOUT = 60.0
 
 
 @dataclass
 class Served:
-    """The mount, its processes, and how to have its directories watched."""
+    """The mount and its processes; starts programs that watch its directories."""
 
     mount: Mount
     server: int
@@ -35,17 +35,19 @@ class Served:
     stack: ExitStack = field(repr=False)
 
     def processes(self) -> list[tuple[str, int]]:
-        """What is measured."""
+        """The processes to measure."""
         return [("server", self.server), ("agent", self.agent)]
 
     def state(self) -> dict[str, Any]:
-        """What the server says of itself."""
+        """The server's status."""
         text = (self.mount.mountpoint / ".fsd" / "status").read_text()
         state: dict[str, Any] = json.loads(text)
         return state
 
     def watch(self, count: int) -> None:
-        """Have an inotify program watch the ``count`` directories; returns when all are armed."""
+        """Start an inotify program that watches ``count`` directories; returns when all are
+        armed.
+        """
         source, watched = self.mount.source / "tree", self.mount.mountpoint / "tree"
         self.stack.enter_context(reading(source, watched, EVENTS, recursive=True))
         wait_until(
@@ -55,7 +57,7 @@ class Served:
 
 @contextmanager
 def served_tree(directories: int) -> Iterator[Served]:
-    """A mount of so many directories, one that holds the others; nobody watches it yet."""
+    """A mount with so many directories, one of which holds the others; nothing watches it yet."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         source, mountpoint = Path(scratch, "source"), Path(scratch, "mount")
         mountpoint.mkdir()
@@ -76,7 +78,7 @@ def watched_tree(directories: int) -> Iterator[Served]:
 
 
 def settled(served: Served) -> None:
-    """Wait until server and agent sleep: what follows the marks is over."""
+    """Wait until server and agent sleep: the work after the marks is done."""
     since, used = time.monotonic(), 0.0
 
     def is_quiet() -> bool:

@@ -1,8 +1,8 @@
-"""File-system workloads on fsd beside bindfs, libfuse's passthrough_ll and the native directory.
+"""File-system workloads on fsd, bindfs, libfuse's passthrough_ll and the native directory.
 
 Each side has a source directory of its own, and a fresh mount in each round; the sides take turns.
-passthrough_ll runs with its default, which lets the kernel keep names and attributes for a second,
-and with `cache=never`, which does not, as fsd does not: then every look-up is a request.
+passthrough_ll runs with its default, which lets the kernel cache names and attributes for a second,
+and with `cache=never`, which like fsd does not: then every look-up is a request.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALL = 4096
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to do in a directory; ``units`` of it in a run, ``unit`` is their name."""
+    """A workload in a directory: ``units`` per run; ``unit`` is their name."""
 
     title: str
     run: Callable[[Path], object]
@@ -59,7 +59,7 @@ def stat_tree(root: Path) -> None:
 
 
 def find(root: Path) -> None:
-    """find, as everybody calls it."""
+    """find, with its usual options."""
     subprocess.run(
         ["find", str(root / "tree"), "-type", "f"], stdout=subprocess.DEVNULL, check=True
     )
@@ -95,7 +95,7 @@ def write_stream(root: Path) -> None:
 
 
 def read_stream(root: Path) -> None:
-    """Read it again, past the cache of the mount."""
+    """Read it again, bypassing the cache of the mount."""
     fd = _uncached(root, os.O_RDONLY)
     while os.read(fd, BLOCK):
         pass
@@ -177,7 +177,7 @@ Side = Callable[[], AbstractContextManager[Path]]
 
 
 def _sides(scratch: Path, notes: list[str]) -> dict[str, Side]:
-    """Each side as what gives a directory to work in."""
+    """Each side as a function that gives a directory to work in."""
 
     def places(name: str) -> tuple[Path, Path]:
         source, mountpoint = scratch / name, scratch / f"{name}-mount"

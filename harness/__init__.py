@@ -1,1 +1,3 @@
-"""What tests of several areas share."""
+"""Shared by tests, bench/ and examples/: real mounts, shares, virtual machines and programs in
+them.
+"""

@@ -1,7 +1,7 @@
-"""Appends numbered lines to a file, or reads what comes: runs in guests and on the host.
+"""Appends numbered lines to a file, or reads them: runs in guests and on the host.
 
-python3 -m harness.appending write PATH WHO LINES   # prints how many failed with EIO
-python3 -m harness.appending read PATH SIZE         # prints the SHA-256 of that many bytes
+    python3 -m harness.appending write PATH NAME LINES  # prints how many failed with EIO
+    python3 -m harness.appending read PATH SIZE         # prints the SHA-256 of that many bytes
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def line(who: str, number: int) -> bytes:
 
 
 def check(content: bytes, writers: dict[str, int], *, unsure: int = 0) -> None:
-    """Each line of each writer is there, whole and once; but for ``unsure`` that may be there."""
+    """Each line of each writer is there, complete and once; ``unsure`` lines may be missing."""
     found = Counter(content.splitlines(keepends=True))
     wanted = Counter(line(who, i) for who, lines in writers.items() for i in range(lines))
     assert found <= wanted, f"lost or torn: {[*(found - wanted)][:3]}"
@@ -31,7 +31,7 @@ def check(content: bytes, writers: dict[str, int], *, unsure: int = 0) -> None:
 
 
 def write(path: Path, who: str, lines: int) -> int:
-    """Returns how many of them may be there or not."""
+    """Returns how many of them may be missing."""
     failed = 0
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for number in range(lines):
@@ -49,7 +49,7 @@ def write(path: Path, who: str, lines: int) -> int:
 
 
 def read(path: Path, size: int) -> str:
-    """Reads on until there is as much."""
+    """Reads until there are that many bytes."""
     digest, end = hashlib.sha256(), time.monotonic() + SECONDS
     with path.open("rb", buffering=0) as file:
         while size > 0:

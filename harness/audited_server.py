@@ -1,4 +1,4 @@
-"""`fsd virtiofs` that writes down each absolute path it opens in its sandbox, and has a bug.
+"""`fsd virtiofs` that records each absolute path it opens in its sandbox, and has a bug.
 
 ``python -m harness.audited_server REPORT ARGUMENTS…``
 """

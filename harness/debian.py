@@ -1,6 +1,6 @@
-"""Files out of Debian's packages, kept in .cache: other people's tests, and what guests boot.
+"""Files from Debian's packages, stored in .cache: other projects' tests, and what guests boot.
 
-Apart because tests and benchmarks both want some.
+Apart because tests and benchmarks both need them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 def source_files(package: str, names: Iterable[str]) -> Path:
-    """A directory with these files (their paths in the source end so) of a source package.
+    """A directory with these files of a source package (whose paths there end so).
 
-    Fetches them when they are not there yet; the machine's own apt sources stay as they are.
+    Fetches them if they are not there yet; the machine's own apt sources are not changed.
     """
     folder = CACHE / package
     missing = [name for name in names if not (folder / Path(name).name).exists()]
@@ -42,14 +42,14 @@ def source_files(package: str, names: Iterable[str]) -> Path:
 
 
 def cache() -> Path:
-    """The directory for all of it; git does not see it."""
+    """The directory for all of it; git ignores it."""
     CACHE.mkdir(exist_ok=True)
     (CACHE / ".gitignore").write_text("*\n")
     return CACHE
 
 
 def depends(package: str, pattern: str) -> str:
-    """What matches of the one dependency of a package that does: the version behind a name."""
+    """The version in a package's one dependency whose name matches the pattern."""
     text = _run("apt-cache", "depends", package)
     found = [m[1] for line in text.splitlines() if (m := re.search(rf"Depends: {pattern}$", line))]
     assert len(found) == 1, f"{package} depends on {found}"
@@ -57,7 +57,7 @@ def depends(package: str, pattern: str) -> str:
 
 
 def versions(packages: Iterable[str]) -> list[str]:
-    """A line for each binary package: what apt would install."""
+    """One line per binary package: what apt would install."""
     lines = _run("apt-get", "download", "--print-uris", *packages).splitlines()
     return [line.partition(" ")[0] for line in lines if line.startswith("'")]
 
@@ -71,9 +71,9 @@ def extract(packages: Iterable[str], tree: Path) -> None:
 
 
 def closure(suite: str, packages: Iterable[str]) -> Path:
-    """A directory with the files of another suite's binary packages and all that they depend on.
+    """A directory with the files of another suite's binary packages and all their dependencies.
 
-    Fetched when it is not there yet; the machine's own apt sources stay as they are.
+    Fetched if it is not there yet; the machine's own apt sources are not changed.
     """
     names = sorted(packages)
     folder = CACHE / f"{suite}-{'-'.join(names)}"
@@ -101,7 +101,7 @@ def source_archive(package: str, folder: Path, suite: str | None = None) -> Path
     archive = f"{package}_*.orig.tar.*[!c]"  # not the signature, .asc
     try:
         _apt("source", "--download-only", "--tar-only", package, cwd=folder)
-    except AssertionError:  # a mirror may lack another part, that nobody needs
+    except AssertionError:  # a mirror may lack another part, which is not needed
         if not list(folder.glob(archive)):
             raise
     (found,) = folder.glob(archive)
@@ -113,7 +113,7 @@ def _signed() -> str:
 
 
 def _apt(*arguments: str, cwd: Path) -> None:
-    """Run apt-get on lists of its own."""
+    """Run apt-get on separate lists."""
     (cwd / "lists" / "partial").mkdir(parents=True, exist_ok=True)
     (cwd / "archives" / "partial").mkdir(parents=True, exist_ok=True)
     options: dict[str, Path | str] = {
@@ -138,7 +138,7 @@ def _run(*command: str, cwd: Path | None = None) -> str:
 
 
 def _debian() -> list[str]:
-    """`URI CODENAME COMPONENT` of each source that this machine has of its distribution."""
+    """`URI CODENAME COMPONENT` of each of this machine's sources of its distribution."""
     form = "$(REPO_URI) $(CODENAME) $(COMPONENT) $(ORIGIN)"
     command = ["apt-get", "indextargets", "--format", form, "Created-By: Packages"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

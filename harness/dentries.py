@@ -1,6 +1,6 @@
-"""Has the kernel drop its dentries of one file system, as it does when memory is short.
+"""Makes the kernel drop its dentries of one file system, as it does when memory is short.
 
-Not /proc/sys/vm/drop_caches: that is the whole machine's, and disturbs what else runs there.
+Not /proc/sys/vm/drop_caches, which affects the whole machine and disturbs other programs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def drop_dentries(mountpoint: Path) -> None:
-    """Of all that is not in use: a remount does (reconfigure_super in fs/super.c). Of FUSE the
-    inodes go with them.
+    """Drop all unused ones by a remount (reconfigure_super in fs/super.c). For FUSE this also drops
+    the inodes.
     """
     subprocess.run(["mount", "-i", "-o", "remount", mountpoint], check=True)

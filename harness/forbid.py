@@ -1,7 +1,7 @@
-"""Takes a system call away from this process and what it starts, by a seccomp filter: the kernel
-then answers as one that lacks the call (ENOSYS), or as a container's filter does (EPERM).
+"""Takes a system call away from this process and its children, by a seccomp filter: the kernel then
+answers like one that lacks the call (ENOSYS), or like a container's filter (EPERM).
 
-``python forbid.py NUMBER ERRNO COMMAND …`` runs a command so.
+``python forbid.py NUMBER ERRNO COMMAND …`` runs a command in this way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ALLOW, _ERRNO = 0x7FFF_0000, 0x0005_0000
 
 
 def forbid(number: int, error: int) -> None:
-    """Let system call ``number`` fail with ``error``, from now on."""
+    """Make system call ``number`` fail with ``error`` from now on."""
     program = struct.Struct("=HBBI")
     code = b"".join(
         [

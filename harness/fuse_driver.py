@@ -24,7 +24,9 @@ class Opened(NamedTuple):
 
 
 class Driver:
-    """A guest after INIT. ``queue`` is that for requests, ``agreed`` what came of ``flags``."""
+    """A guest after INIT. ``queue`` is the one for requests, ``agreed`` are the flags agreed in
+    INIT.
+    """
 
     def __init__(self, path: Path, size: int = 64, flags: int = 0) -> None:
         self.ram = Ram((0, 1 << 20, 0x7000_0000_0000), (1 << 20, 1 << 20, 0x7100_0000_0000))

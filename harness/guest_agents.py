@@ -1,4 +1,4 @@
-"""The agent and its marks, in a guest."""
+"""Starts the agent and watchers in a guest, and reads their marks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.vm import Guest, GuestProcess
 
 
 def start_agent(vm: Guest, directory: str = "/mnt") -> GuestProcess:
-    """The guest's agent, connected: its long poll is a request that is always under way."""
+    """The guest's agent, connected: its long poll is always under way."""
     agent = vm.start(["/fsd-guest.pyz", "agent", directory])
     agent.wait_output("fsd-guest: ready", 30)
     return agent
@@ -26,7 +26,7 @@ def start_watcher(vm: Guest, *paths: str, form: str = "%e %f") -> GuestProcess:
 
 
 def marks(vm: Guest, directory: str = "/mnt") -> list[dict[str, Any]]:
-    """What fsd-guest lists."""
+    """The output of fsd-guest marks."""
     found: list[dict[str, Any]] = json.loads(
         vm.run(["/fsd-guest.pyz", "marks", directory, "--json"]).stdout
     )

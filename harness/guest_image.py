@@ -1,8 +1,9 @@
-"""What a guest boots: Debian's stock kernel and an initramfs of Debian's binaries, kept in .cache.
+"""The image that guests boot: Debian's stock kernel and an initramfs of Debian's binaries, in
+.cache.
 
-Nothing is installed on the host. The image changes with the versions that apt offers; what changes
-with this checkout (the runner, fsd-guest.pyz) is appended at each start, for the kernel takes
-archives one behind the other.
+Nothing is installed on the host. The image changes with the versions that apt offers. Files of this
+checkout (the runner, fsd-guest.pyz) are appended at each start: the kernel accepts several archives
+in a row.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RUNNER = Path(__file__).with_name("guest_runner.py")
 PYTHON = ("{}-minimal", "lib{}-minimal", "lib{}-stdlib")
 LIBRARIES = ("libc6", "zlib1g", "libexpat1", "libffi8")
 PROGRAMS = ("busybox-static", "inotify-tools", "libinotifytools0")
-MODULES = (  # in the order of insmod; what they depend on comes by itself
+MODULES = (  # in the order of insmod; their dependencies are added
     "virtio_pci",
     "virtio_console",
     "fuse",
@@ -72,7 +73,7 @@ class Image:
 
 @cache
 def image() -> Image:
-    """The image of this checkout, made when it is not there yet; quick otherwise."""
+    """The image of this checkout, made if it does not exist yet."""
     python = debian.depends("python3-minimal", r"(python3\.\d+)-minimal")
     linux = debian.depends("linux-image-cloud-amd64", r"(linux-image-\S+)")
     packages = [linux, *(name.format(python) for name in PYTHON), *LIBRARIES, *PROGRAMS]
@@ -96,7 +97,7 @@ def image() -> Image:
 
 @cache
 def overlay() -> bytes:
-    """What comes from this checkout, as an archive to append."""
+    """The files of this checkout, as an archive to append."""
     with tempfile.TemporaryDirectory() as scratch:
         guest = Path(scratch, "fsd-guest.pyz")
         subprocess.run(
@@ -127,7 +128,7 @@ def vmlinux(bzimage: bytes) -> bytes:
     assert bzimage[0x202:0x206] == b"HdrS", "no bzImage"
     setup = (bzimage[0x1F1] + 1) * 512
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
-    payload = bzimage[setup + offset : setup + offset + length - 4]  # behind it: its size
+    payload = bzimage[setup + offset : setup + offset + length - 4]  # after it: its size
     assert payload.startswith(b"\x02\x21\x4c\x18"), "the kernel's payload is not LZ4"
     command = ["lz4", "-d", "-c", "-q"]
     elf = subprocess.run(command, input=payload, capture_output=True, check=True, timeout=60).stdout
@@ -162,7 +163,7 @@ def _module_order(tree: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def entry(name: str, mode: int, data: bytes = b"", rdev: tuple[int, int] = (0, 0)) -> bytes:
-    """One file of a newc archive; inode number 0, for nothing here has two names."""
+    """One file of a newc archive; inode number 0, because no file here has two names."""
     path = name.encode() + b"\0"
     fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *rdev, len(path), 0)
     head = b"070701" + b"".join(b"%08X" % field for field in fields) + path
@@ -180,7 +181,7 @@ def _base(tree: Path, python: str) -> Iterator[bytes]:
     shutil.rmtree(tree / "lib" / "modules", ignore_errors=True)
     shutil.rmtree(tree / "usr" / "lib" / "modules", ignore_errors=True)
     library = tree / "usr" / "lib" / python
-    # Compiled only, in place of the sources: Python starts in half the time.
+    # Compiled only, without the sources: Python then starts in half the time.
     compiler = tree / "usr" / "bin" / python
     subprocess.run([compiler, "-m", "compileall", "-q", "-b", library], timeout=120, check=False)
     for source in library.rglob("*.py"):

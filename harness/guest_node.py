@@ -1,6 +1,6 @@
 """A guest that can run the host's node, with the node packages of tests/clients.
 
-Apart because an example, and a benchmark beside polling, both want one.
+Apart because an example and a benchmark need it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs in a guest, as its first process: starts the programs that harness/vm.py asks for.
 
-One JSON object a line over a virtio port. From the host: {id, start: {argv, …}}, {id, stdin},
-{id, signal}, {poweroff}; to the host: {ready}, {id, pid}, {id, out}, {id, err}, {id, exit},
-{id, failed}. Data is base64. Standard library only; sees nothing of the project.
+One JSON object per line over a virtio port. From the host: {id, start: {argv, …}}, {id, stdin},
+{id, signal}, {poweroff}; to the host: {ready}, {id, pid}, {id, out}, {id, err}, {id, exit}, {id,
+failed}. Data is base64. Standard library only; imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Runner:
         self._received = b""
 
     def run(self) -> None:
-        """Until the machine goes off."""
+        """Until the machine is powered off."""
         signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
         wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -115,9 +115,9 @@ class Runner:
             self._open[number] -= 1
 
     def _reap(self) -> None:
-        """Tell which processes have ended, each after the last of its output."""
+        """Report which processes have ended, each after the last of its output."""
         for number, process in list(self._processes.items()):
-            # A program left behind by it may hold the outputs; what it wrote itself is there.
+            # A program that it left behind may hold the outputs; its own output is complete.
             if process.poll() is None or (self._open[number] and self._pending(process)):
                 continue
             assert process.stdin is not None

@@ -1,4 +1,4 @@
-"""Real mounts for tests: the installed ``fsd mount`` as a process of its own.
+"""Real mounts for tests: the installed ``fsd mount`` as a separate process.
 
 Apart from conftest.py so that tests can make mounts with other options, or several of them.
 """
@@ -97,7 +97,7 @@ class Mount:
 
 
 def await_ready(process: subprocess.Popen[bytes], stdout: IO[bytes]) -> str:
-    """The first line that the server prints, '' if it ends without; bounded by START_TIMEOUT."""
+    """The first line that the server prints, '' if it exits without; bounded by START_TIMEOUT."""
     deadline = time.monotonic() + START_TIMEOUT
     line = b""
     with selectors.DefaultSelector() as selector:
@@ -140,7 +140,7 @@ def _end_by_force(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
-    """End the server as a user would, and check what it leaves behind: nothing."""
+    """Stop the server as a user would, and check that it leaves nothing behind."""
     process.send_signal(signal.SIGTERM)
     try:
         code = process.wait(STOP_TIMEOUT)
@@ -157,7 +157,7 @@ def mounted(source: Path, mountpoint: Path, *options: str) -> Iterator[Mount]:
     """Serve ``source`` at ``mountpoint`` for the block; both must be existing directories.
 
     At the end the server must stop on SIGTERM with exit code 0, leave nothing mounted and no
-    process, and have written no traceback. Failures carry what it wrote to stderr.
+    process, and have printed no traceback. Failures include its stderr.
     """
     assert not mounts_at(mountpoint), f"{mountpoint} is a mount already"
     with tempfile.TemporaryFile() as stderr:
@@ -171,7 +171,7 @@ def mounted(source: Path, mountpoint: Path, *options: str) -> Iterator[Mount]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            start_new_session=True,  # ^C is for pytest alone; and it marks what belongs to it
+            start_new_session=True,  # ^C goes to pytest only; and the session marks its processes
         )
         assert process.stdout is not None
         try:

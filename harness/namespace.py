@@ -1,6 +1,6 @@
-"""Commands in a mount namespace of their own: another /dev, and an ordinary user who may mount.
+"""Commands in a separate mount namespace: another /dev, and an ordinary user who may mount.
 
-What is changed in there is gone with the last process in it; the machine stays as it is.
+Changes in it vanish with its last process; the machine is not affected.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def as_user(uid: int = UID) -> list[str]:
-    """The command that makes what follows an ordinary user's."""
+    """The command prefix that runs a command as an ordinary user."""
     return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
 
 
 def private(setup: str, *command: str | Path) -> list[str]:
-    """A command line that runs ``command`` after shell lines ``setup``, as root, in there."""
+    """A command line that runs ``command`` after the shell lines ``setup``, as root, in the
+    namespace.
+    """
     script = f"set -e\n{setup}\nexec {shlex.join(map(str, command))}"
     return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
 
@@ -36,7 +38,7 @@ def inside(pid: int, *command: str | Path) -> list[str]:
 
 
 def device_of_everybody(directory: Path) -> str:
-    """Lines after which everybody may open /dev/fuse, as udev has it on a usual machine."""
+    """Shell lines that make /dev/fuse accessible to all users, as udev does on a usual machine."""
     node = directory / "fuse"
     number = os.stat("/dev/fuse").st_rdev
     return "\n".join(
@@ -48,7 +50,7 @@ def device_of_everybody(directory: Path) -> str:
 
 
 def without_device(directory: Path) -> str:
-    """Lines after which there is no /dev/fuse."""
+    """Shell lines that remove /dev/fuse."""
     lines = []
     for name in ("null", "zero", "full", "random", "urandom"):
         number = os.stat(f"/dev/{name}").st_rdev
@@ -57,7 +59,7 @@ def without_device(directory: Path) -> str:
 
 
 def python_of_everybody(directory: Path) -> str:
-    """Lines after which ordinary users reach this Python and this project, wherever they lie."""
+    """Shell lines that let ordinary users reach this Python and this project, wherever they are."""
     lines = []
     for index, prefix in enumerate({Path(sys.base_prefix), ROOT}):
         closed = [p for p in reversed(prefix.parents) if not p.stat().st_mode & stat.S_IXOTH]
@@ -75,7 +77,7 @@ def python_of_everybody(directory: Path) -> str:
 
 
 def run(command: Sequence[str | Path], timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """The command's result, its texts decoded."""
+    """The command's result, with decoded output."""
     return subprocess.run(
         command,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Runs in a guest: keeps all kinds of files open, and checks them whenever it is told a line.
+"""Runs in a guest: keeps all kinds of files open, and checks them upon each line of input.
 
 Argument: a directory of the share. Prints READY, then OK (or what is wrong) for each line.
 """
@@ -72,7 +72,7 @@ def main(directory: str) -> None:
 
 
 def half_read(listing: list[str]) -> list[str]:
-    """An iterator over a directory's names of which a part is read."""
+    """An iterator over a directory's names that has been read in part."""
     names = (entry.name for entry in os.scandir("many"))
     listing += itertools.islice(names, 10)
     return names  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Shares whose server ends under a running guest, and what shows that nothing was lost by it."""
+"""Shares whose server exits under a running guest, and checks that nothing was lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.share_server import Share, inside, shared
 
 
 class Kept:
-    """A share with a keeper, and the ways to start its server again."""
+    """A share with a keeper, and the ways to restart its server."""
 
     def __init__(self, source: Path, share: Share) -> None:
         self.source = source
@@ -28,7 +28,7 @@ class Kept:
         return inside(inside(self.share.keeper))
 
     def again(self, way: str) -> None:
-        """The server ends, and there is another."""
+        """End the server, and wait for the next one."""
         before = self.pid
         if way == "kill":
             os.kill(before, signal.SIGKILL)
@@ -46,12 +46,12 @@ def kept(source: Path, *options: str) -> Iterator[Kept]:
 
 
 NAMES = ["-e", "create", "-e", "delete", "-e", "move"]
-"""Events of names: each change makes its own, and none is merged with another."""
+"""Events of names: each change makes its own, and none are merged."""
 
 
 @contextmanager
 def native_watcher(folder: Path) -> Iterator[Path]:
-    """A watcher on the host; the file that it writes to."""
+    """A watcher on the host; yields the file that it writes to."""
     output = folder.parents[1] / f"{folder.name}.native"
     with output.open("w") as stdout, subprocess.Popen(
         ["inotifywait", "-m", *NAMES, "--format", "%e %f", folder],
@@ -65,7 +65,7 @@ def native_watcher(folder: Path) -> Iterator[Path]:
 
 
 class Stop(threading.Event):
-    """Is set at the end of its block."""
+    """Set at the end of its block."""
 
     def __enter__(self) -> None:
         pass
@@ -75,7 +75,7 @@ class Stop(threading.Event):
 
 
 def storm(folder: Path, stop: Stop) -> int:
-    """The host changes names without a pause. Returns how many steps it made."""
+    """Change names on the host without a pause. Returns the number of steps."""
     count = 0
     while not stop.is_set():
         count += 1

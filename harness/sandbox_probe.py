@@ -1,8 +1,8 @@
-"""Enters the sandbox of `fsd virtiofs`, and tells as JSON what a process can do in it: for tests.
+"""Enters the sandbox of `fsd virtiofs`, and prints as JSON what a process can do in it.
 
     python -m harness.sandbox_probe DIRECTORY JSON-OPTIONS [CALL]
 
-With CALL (execve), makes just that call.
+With CALL (execve), makes only that call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def answer(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the name of its error."""
+    """The result of a call, or the name of its error."""
     try:
         return call()
     except OSError as error:
@@ -39,7 +39,7 @@ def answer(call: Callable[[], Any]) -> Any:
 
 
 def libc(name: str, *arguments: Any) -> Any:
-    """A function of libc's, for what Python lacks."""
+    """A function of libc that Python lacks."""
     if getattr(_libc, name)(*arguments) < 0:
         raise OSError(ctypes.get_errno(), name)
     return "done"
@@ -69,7 +69,7 @@ def _read(name: str) -> dict[str, str]:
 
 
 def _status() -> dict[str, str]:
-    """What is given up for good."""
+    """What was given up permanently."""
     wanted = ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb", "NoNewPrivs", "Seccomp")
     return {name: value.strip() for name, value in _read("status").items() if name in wanted}
 
@@ -86,7 +86,7 @@ def _by_handle() -> str:
 
 
 def _node(directory: str) -> str:
-    """Makes one of /dev/null, as for a guest's root, and opens it."""
+    """Makes a node of /dev/null, as for a guest's root, and opens it."""
     path = f"{directory}/null"
     with syscalls.making_nodes():
         os.mknod(path, 0o20666, os.makedev(1, 3))
@@ -98,7 +98,7 @@ def _node(directory: str) -> str:
 
 
 def _mounts() -> list[list[str]]:
-    """What the share's mounts refuse."""
+    """The flags that restrict the share's mounts."""
     refusals = {"nosuid", "nodev", "noexec"}
     with open(syscalls.fd_path(0).removesuffix("fd/0") + "mountinfo") as mountinfo:
         rows = [line.split() for line in mountinfo]
@@ -115,7 +115,7 @@ def _ioctl() -> dict[str, str]:
 
 
 def _watch() -> list[str]:
-    """What a guest is told of a directory made and removed, in the way of a server."""
+    """The events of a directory made and removed, watched as the server does."""
     export = Export("/")
     guest = export.add_observer("probe")
     export.update(guest, export.table.root.key, int(Mask.CREATE | Mask.DELETE))

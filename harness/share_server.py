@@ -1,4 +1,4 @@
-"""Shares for tests' virtual machines: the installed ``fsd virtiofs`` as a process of its own."""
+"""Shares for tests' virtual machines: the installed ``fsd virtiofs`` as a separate process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from harness.mounts import STOP_TIMEOUT, await_ready, command
 @dataclass(frozen=True)
 class Share:
     """A running server. ``paths`` are the guests' sockets, ``pid`` is the process that guests
-    reach, in its sandbox; ``keeper`` is the one that was started."""
+    reach, in its sandbox; ``keeper`` is the process that was started.
+    """
 
     paths: list[Path]
     pid: int
     keeper: int = 0
 
     def descriptors(self) -> list[str]:
-        """What the server has open."""
+        """The descriptors that the server has open."""
         found = []
         for fd in Path(f"/proc/{self.pid}/fd").iterdir():
             with suppress(FileNotFoundError):  # closed meanwhile
@@ -34,7 +35,7 @@ class Share:
 
 
 def inside(pid: int) -> int:
-    """The process in the sandbox of a server; the server itself where it has none."""
+    """The process in the sandbox of a server; the server itself if it has none."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:  # it has ended
@@ -51,11 +52,11 @@ def shared(
     paths: Sequence[Path] = (),
     handed: bool = False,
 ) -> Iterator[Share]:
-    """Serve ``source`` for the block, on sockets of its own or on ``paths``; ``handed``: on sockets
-    that it is given as open descriptors.
+    """Serve ``source`` for the block, on new sockets or on ``paths``; ``handed``: on sockets that
+    are passed as open descriptors.
 
-    At the end the server must stop on SIGTERM with exit code 0, have written no traceback and left
-    no socket, but those that it was given.
+    At the end the server must stop on SIGTERM with exit code 0, have printed no traceback and left
+    no socket except those that were passed to it.
     """
     with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch, ExitStack() as stack:
         sockets = [*paths] or [Path(scratch, f"socket{number}") for number in range(guests)]

@@ -1,7 +1,7 @@
 """A VMM and its guest's driver in one, for tests: real socket, real memory files, real eventfds.
 
-Sets a device up with the messages that QEMU sends, in its order, and writes descriptors as a
-guest's kernel does; or wrong ones, which no kernel would write.
+Sets a device up with the messages that QEMU sends, in its order. Writes descriptors as a guest's
+kernel does, or wrong ones, which no kernel would write.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DESC = struct.Struct("<QIHH")
 
 
 class Ram:
-    """Memory of the guest: regions of one file, at places of the guest and of the VMM."""
+    """Memory of the guest: regions of one file, at addresses of the guest and of the VMM."""
 
     def __init__(self, *regions: tuple[int, int, int]) -> None:
         """Each: guest address, size, user address."""
@@ -66,18 +66,18 @@ class Ram:
         return offset
 
     def skip_to(self, offset: int) -> None:
-        """Allocate behind ``offset`` from now on."""
+        """Allocate after ``offset`` from now on."""
         self._free = max(self._free, offset)
 
     def guest(self, offset: int) -> int:
-        """Where a place in the file is for the guest."""
+        """The guest address of an offset in the file."""
         for region in self.regions:
             if region.mmap_offset <= offset < region.mmap_offset + region.size:
                 return region.guest_addr + offset - region.mmap_offset
         raise AssertionError(f"{offset:#x} is in no region")
 
     def user(self, offset: int) -> int:
-        """Where a place in the file is for the VMM."""
+        """The VMM's address of an offset in the file."""
         for region in self.regions:
             if region.mmap_offset <= offset < region.mmap_offset + region.size:
                 return region.user_addr + offset - region.mmap_offset
@@ -106,7 +106,7 @@ class Queue:
             os.close(fd)
 
     def put_desc(self, index: int, addr: int, length: int, flags: int, following: int) -> None:
-        """Write one descriptor, whatever it says."""
+        """Write one descriptor with any content."""
         _DESC.pack_into(self.ram.bytes, self.desc + 16 * index, addr, length, flags, following)
 
     def make_available(self, head: int, count: int = 1) -> None:
@@ -119,7 +119,7 @@ class Queue:
             words[1] = (index + count) & 0xFFFF
 
     def kick(self) -> None:
-        """Tell the device."""
+        """Kick the device."""
         os.eventfd_write(self.kick_fd, 1)
 
     def add(
@@ -138,7 +138,7 @@ class Queue:
     def add_buffers(
         self, buffers: Sequence[tuple[int, int, int]], *, indirect: bool = False
     ) -> int:
-        """A request of buffers that lie somewhere: (offset, length, flags) each."""
+        """A request of buffers at given places: (offset, length, flags) each."""
         count = len(buffers)
         entries = [
             (self.ram.guest(offset), length, flags | (NEXT if n + 1 < count else 0))
@@ -163,12 +163,12 @@ class Queue:
 
     @property
     def used_count(self) -> int:
-        """How many requests have come back and were not taken yet."""
+        """How many requests have been returned and not been taken yet."""
         index: int = struct.unpack_from("<H", self.ram.bytes, self.used + 2)[0]
         return (index - self.seen) & 0xFFFF
 
     def take(self, timeout: float = TIMEOUT) -> tuple[int, int]:
-        """The next request that comes back: its head and the length written. Waits for a call."""
+        """The next returned request: its head and the length written. Waits for a call."""
         while not self.used_count:
             assert select.select([self.call_fd], [], [], timeout)[0], "the device does not call"
             os.eventfd_read(self.call_fd)
@@ -179,7 +179,7 @@ class Queue:
         return head, length
 
     def take_data(self, timeout: float = TIMEOUT) -> tuple[int, bytes]:
-        """The next request that comes back: its head, and what was written."""
+        """The next returned request: its head, and the data written."""
         head, length = self.take(timeout)
         whole = b"".join(self.ram.bytes[o : o + size] for o, size in self._buffers.pop(head))
         assert length <= len(whole), "the device says that it wrote more than there is room for"
@@ -195,7 +195,7 @@ class Frontend:
         self.socket.connect(os.fspath(path))
 
     def close(self) -> None:
-        """As a VMM that has ended."""
+        """Disconnect, like a VMM that has ended."""
         self.socket.close()
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -204,18 +204,18 @@ class Frontend:
         self.socket.sendmsg([data], rights)
 
     def tell(self, code: Type, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
-        """A message without an answer."""
+        """Send a message without an answer."""
         self.send_bytes(encode_request(code, payload or Empty()), fds)
 
     def ack(self, code: Type, payload: Payload | None = None, fds: Sequence[int] = ()) -> int:
-        """A message with NEED_REPLY: 0 = done."""
+        """Send a message with NEED_REPLY: 0 = done."""
         self.send_bytes(encode_request(code, payload or Empty(), needs_reply=True), fds)
         answer = self._reply(code, U64)
         assert isinstance(answer, U64)
         return answer.value
 
     def ask(self, code: Type, payload: Payload | None = None, kind: type[Payload] = U64) -> Payload:
-        """A message with an answer of its own."""
+        """Send a message with an answer of its own."""
         self.send_bytes(encode_request(code, payload or Empty()))
         return self._reply(code, kind)
 
@@ -227,7 +227,7 @@ class Frontend:
         return payload
 
     def reply_with_fd(self, code: Type, kind: type[Payload]) -> tuple[Payload, int]:
-        """An answer that has a descriptor."""
+        """An answer with a descriptor."""
         data, rights, _, _ = self.socket.recvmsg(4096, socket.CMSG_SPACE(4))
         answered, payload = decode_reply(data, kind)
         assert answered == code
@@ -250,13 +250,13 @@ class Frontend:
             return True
 
     def number(self, code: Type) -> int:
-        """The answer to a question for one number."""
+        """The answer to a request for one number."""
         answer = self.ask(code)
         assert isinstance(answer, U64)
         return answer.value
 
     def negotiate(self) -> int:
-        """As QEMU 7.2 begins; the protocol features that the device offers."""
+        """Begin like QEMU 7.2; returns the protocol features that the device offers."""
         features = self.number(Type.GET_FEATURES)
         assert features & F_PROTOCOL_FEATURES
         offered = self.number(Type.GET_PROTOCOL_FEATURES)
@@ -268,7 +268,7 @@ class Frontend:
         return offered
 
     def start(self, ram: Ram, queues: Sequence[Queue], bases: Sequence[int] = ()) -> None:
-        """As QEMU starts a device when the guest's driver is ready."""
+        """Start the device as QEMU does when the guest's driver is ready."""
         for index, queue in enumerate(queues):
             self.tell(Type.SET_VRING_CALL, U64(index), [queue.call_fd])
             self.tell(Type.SET_VRING_ERR, U64(index), [queue.err_fd])
@@ -285,7 +285,7 @@ class Frontend:
         assert self.ack(Type.SET_MEM_TABLE, Regions(tuple(ram.regions)), fds) == 0
 
     def start_queue(self, index: int, queue: Queue, base: int = 0) -> None:
-        """All of a queue but ENABLE."""
+        """Set up a queue, except for ENABLE."""
         ram = queue.ram
         self.tell(Type.SET_VRING_NUM, VringState(index, queue.size))
         self.tell(Type.SET_VRING_BASE, VringState(index, base))
@@ -294,7 +294,7 @@ class Frontend:
         self.tell(Type.SET_VRING_KICK, U64(index), [queue.kick_fd])
 
     def stop(self, count: int) -> list[int]:
-        """As QEMU stops a device; the bases of its queues."""
+        """Stop the device as QEMU does; returns the bases of its queues."""
         for index in range(count):
             self.tell(Type.SET_VRING_ENABLE, VringState(index, 0))
         bases = []

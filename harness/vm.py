@@ -1,7 +1,7 @@
 """Real guests for tests: Debian's stock kernel in QEMU, with vhost-user-fs devices.
 
-A guest boots in about two seconds, and runs programs for the test. Every wait has a bound; QEMU
-ends with the block, and with the test's process, whatever happens.
+A guest boots in about two seconds, and runs programs for the test. Every wait has a bound. QEMU
+ends with the block and with the test's process, whatever happens.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class GuestProcess:
         return f"{self._command!r} in {self._guest}"
 
     def receive(self, message: dict[str, Any]) -> None:
-        """A message about it has come."""
+        """Handle a message about it."""
         with self._changed:
             for name, output in self._outputs.items():
                 if name in message:
@@ -84,12 +84,12 @@ class GuestProcess:
 
     @property
     def stdout(self) -> str:
-        """What it has written so far."""
+        """Its output so far."""
         return os.fsdecode(bytes(self._outputs["out"]))
 
     @property
     def stderr(self) -> str:
-        """What it has written so far."""
+        """Its error output so far."""
         return os.fsdecode(bytes(self._outputs["err"]))
 
     def started(self, timeout: float = 10) -> None:
@@ -122,12 +122,12 @@ class GuestProcess:
         return lines[self._lines_read - 1]
 
     def write(self, data: bytes | None) -> None:
-        """Give it input; None is the end of it."""
+        """Give it input; None ends the input."""
         text = None if data is None else base64.b64encode(data).decode()
         self._guest.send({"id": self._number, "stdin": text})
 
     def signal(self, number: int = signals.SIGTERM) -> None:
-        """Send it a signal, if it is still there."""
+        """Send it a signal, if it still exists."""
         self._guest.send({"id": self._number, "signal": int(number)})
 
 
@@ -153,14 +153,14 @@ class Guest:
         return f"guest {self._name}"
 
     def wait_ready(self, timeout: float = BOOT_TIMEOUT) -> None:
-        """Wait until it takes commands."""
+        """Wait until it accepts commands."""
         if not self._ready.wait(timeout) or not self.release:
             ended = self.process.poll()
             state = "is not ready" if ended is None else f"ended (QEMU's exit code {ended})"
             raise GuestError(f"{self} {state} after a wait of at most {timeout} s")
 
     def send(self, message: dict[str, Any]) -> None:
-        """A message to its runner."""
+        """Send a message to its runner."""
         with self._sending:
             try:
                 self._port.sendall(json.dumps(message).encode() + b"\n")
@@ -182,8 +182,9 @@ class Guest:
                 process.receive({"failed": "the guest has gone"})
 
     def start(self, command: Command, **options: Any) -> GuestProcess:
-        """Start a program (a string is the shell's). Options: those of subprocess.Popen that are
-        plain values, as cwd, env, user, group, extra_groups, umask."""
+        """Start a program (a string is run by the shell). Options: those of subprocess.Popen with
+        plain values, such as cwd, env, user, group, extra_groups, umask.
+        """
         if isinstance(command, str):
             argv = ["sh", "-c", command]
         else:
@@ -211,7 +212,7 @@ class Guest:
         return done
 
     def python(self, code: str, *arguments: str, timeout: float = 30, **options: Any) -> str:
-        """What a Python program prints."""
+        """The output of a Python program."""
         return self.run(["python3", "-c", code, *arguments], timeout=timeout, **options).stdout
 
     def mount(self, tag: str, directory: str = "/mnt", options: str = "") -> None:
@@ -238,7 +239,7 @@ class Guest:
         return answer["return"]
 
     def reset(self) -> None:
-        """As the button does; what ran in it is gone."""
+        """Reset it as the button does; all its programs are gone."""
         self._ready.clear()
         self.qmp("set-action", reboot="reset")
         self.qmp("system_reset")
@@ -248,7 +249,7 @@ class Guest:
                 process.receive({"failed": "the guest was reset"})
 
     def power_off(self) -> None:
-        """End it, as an administrator would who is in a hurry; check that QEMU ends well."""
+        """Power it off; check that QEMU exits normally."""
         self.send({"poweroff": True})
         code = self.process.wait(STOP_TIMEOUT)
         if code:
@@ -320,7 +321,7 @@ def guest(
 
 
 def _accept(listener: socket.socket, process: subprocess.Popen[bytes]) -> socket.socket:
-    """QEMU's connection for the port; GuestError with its words if it ends before."""
+    """QEMU's connection for the port; GuestError with its output if it exits before."""
     listener.settimeout(0.2)
     for _ in range(int(BOOT_TIMEOUT / 0.2)):
         with suppress(TimeoutError):
@@ -363,7 +364,7 @@ def _command(
 
 @contextmanager
 def c_virtiofsd(source: Path, *options: str) -> Iterator[Path]:
-    """Debian's virtiofsd in C, serving ``source``: what ours is compared with. Its socket."""
+    """Debian's virtiofsd in C, serving ``source``: for comparison. Yields its socket."""
     with tempfile.TemporaryDirectory(prefix="fsd-vm-") as scratch:
         path, log = Path(scratch, "socket"), Path(scratch, "log")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
