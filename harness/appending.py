@@ -1,7 +1,7 @@
 """Appends numbered lines to a file, or reads them: runs in guests and on the host.
 
-    python3 -m harness.appending write PATH NAME LINES  # prints how many failed with EIO
-    python3 -m harness.appending read PATH SIZE         # prints the SHA-256 of that many bytes
+python3 -m harness.appending write PATH NAME LINES  # prints how many failed with EIO
+python3 -m harness.appending read PATH SIZE         # prints the SHA-256 of that many bytes
 """
 
 from __future__ import annotations

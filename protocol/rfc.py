@@ -1,11 +1,14 @@
 """The two wire layouts of the kernel RFC "Inotify support in FUSE and virtiofs" (2021).
 
-fsd does not speak them; they are codecs with test vectors, for peers and for comparison. v1 was
-posted: request {u64 mask; u64 group; u32 action; u32 padding}, the inode in the FUSE header;
-notification {u64 inode; u64 mask; u32 namelen; u32 cookie; name}. v2 was never posted: request {u64
-mask}, aggregated, 0 = remove; notification {u64 inode; u64 parent; u64 mask; u32 namelen; u32
-generation; u8 notify_parent; u8 padding[7]; name}. The name is not NUL-terminated here; namelen
-counts exactly its bytes.
+fsd does not speak them; they are codecs with test vectors, for peers and for comparison.
+
+v1 was posted. Request: {u64 mask; u64 group; u32 action; u32 padding}, with the inode in the FUSE
+header; notification: {u64 inode; u64 mask; u32 namelen; u32 cookie; name}.
+
+v2 was never posted. Request: {u64 mask}, aggregated, 0 = remove; notification: {u64 inode;
+u64 parent; u64 mask; u32 namelen; u32 generation; u8 notify_parent; u8 padding[7]; name}.
+
+The name is not NUL-terminated here; namelen counts exactly its bytes.
 """
 
 from __future__ import annotations
