@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from fsd.export.export import Export
-from fsd.linux import syscalls
+from fsd.linux import credentials, syscalls
 from fsd.process import sandbox
 from fsd.servers.virtiofs import Options, enter
 from protocol import frames, masks
@@ -88,7 +88,7 @@ def _by_handle() -> str:
 def _node(directory: str) -> str:
     """Makes a node of /dev/null, as for a guest's root, and opens it."""
     path = f"{directory}/null"
-    with syscalls.making_nodes():
+    with credentials.making_nodes():
         os.mknod(path, 0o20666, os.makedev(1, 3))
     try:
         os.close(os.open(path, os.O_RDWR))

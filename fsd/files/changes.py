@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from protocol.masks import Mask
 
-from ..linux import syscalls
+from ..linux import credentials, syscalls
 
 Change = Callable[[int], os.stat_result]
 """Changes attributes, by a descriptor; returns what they are then. In any thread."""
@@ -51,7 +51,7 @@ class Changes(NamedTuple):
         """
         path = syscalls.fd_path(fd)
         mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = self
-        if syscalls.NO_ID in (uid, gid):  # chown(2) would leave it, and say nothing
+        if credentials.NO_ID in (uid, gid):  # chown(2) would leave it, and say nothing
             raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
         if uid is not None or gid is not None:
             # By descriptor, as a path would follow a symlink: fchownat(AT_EMPTY_PATH) is not in os.
@@ -59,7 +59,7 @@ class Changes(NamedTuple):
         if mode is not None:
             os.chmod(path, stat.S_IMODE(mode))
         if size is not None:
-            with syscalls.killing_suid() if kill_suid else nullcontext():
+            with credentials.killing_suid() if kill_suid else nullcontext():
                 if is_open:
                     os.ftruncate(fd, size)
                 else:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
-from ..linux import directories, syscalls
+from ..linux import credentials, directories, syscalls
 from ..linux.directories import DirEntry
 from . import fileflags
 from .attributes import StatLike
@@ -106,21 +106,21 @@ class PassthroughFS:
     def _acting_as(who: Caller, *, judged: bool = True) -> AbstractContextManager[None]:
         groups: Sequence[int] = who.groups or ()
         if who.groups is None and (who.uid or who.gid):
-            groups = syscalls.supplementary_groups(who.pid)
+            groups = credentials.supplementary_groups(who.pid)
         judged = judged and who.groups is not None
-        return syscalls.acting_as(who.uid, who.gid, groups, umask=who.umask, judged=judged)
+        return credentials.acting_as(who.uid, who.gid, groups, umask=who.umask, judged=judged)
 
     @staticmethod
     def _mode(mode: int, who: Caller) -> int:
         """Of a new file: what another has made must not run as the server's user."""
-        return mode & ~0o6000 if syscalls.takes_for_itself(who.uid) else mode
+        return mode & ~0o6000 if credentials.takes_for_itself(who.uid) else mode
 
     def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Caller) -> Entry:
         """MKNOD. Device nodes are for root to make, as natively; a guest's kernel opens its own
         devices by them.
         """
         is_device = stat.S_IFMT(mode) in (stat.S_IFCHR, stat.S_IFBLK)
-        making = syscalls.making_nodes() if is_device and not who.uid else nullcontext()
+        making = credentials.making_nodes() if is_device and not who.uid else nullcontext()
         with self._creating(parent, name, who) as dir_fd, making:
             os.mknod(name, self._mode(mode, who), rdev, dir_fd=dir_fd)
         return self._made(parent, name, stat.S_IFMT(mode) or stat.S_IFREG)

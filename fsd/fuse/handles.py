@@ -32,7 +32,7 @@ from ..files.passthrough import Entry
 from ..files.slowcalls import LONG, PATIENCE, Later, Outcomes, SlowCall, Work
 from ..guests.ledger import UnexpectedCall
 from ..guests.mount import MountGuest
-from ..linux import ioctls, syscalls
+from ..linux import credentials, ioctls, syscalls
 from ..linux.directories import DirEntry
 from . import record
 from .hidden import HiddenFiles, HiddenHandle
@@ -169,7 +169,7 @@ class FileService:
         """Open a regular file for the request. Somebody on the host may have a lease on it
         (F_SETLEASE of fcntl(2)), and gives it back when it likes. ``kill`` suid and sgid bits.
         """
-        suid = syscalls.killing_suid if kill else nullcontext
+        suid = credentials.killing_suid if kill else nullcontext
         if "open" not in self.outcomes:
             with suppress(BlockingIOError), acting(), suid():
                 return os.open(syscalls.fd_path(path_fd), flags | os.O_NONBLOCK)
@@ -706,7 +706,7 @@ def writing(uid: int, *, kill: bool) -> AbstractContextManager[None]:
     """Take blocks of the disk for a user: the host's limits for him hold. ``kill`` suid and sgid
     bits, as a change of a file's data by anybody without CAP_FSETID does.
     """
-    return syscalls.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()
+    return credentials.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()
 
 
 _IOV_MAX = 1024

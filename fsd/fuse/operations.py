@@ -26,7 +26,7 @@ from ..files.passthrough import Entry
 from ..files.recall import recall
 from ..files.slowcalls import LONG
 from ..guests.ledger import UnexpectedCall
-from ..linux import syscalls
+from ..linux import credentials, syscalls
 from .handles import AnyHandle, Events, FileService, IdleHandle, opening, writing
 from .removal import Removal
 
@@ -204,7 +204,7 @@ class Operations(FileService):
         # An ordinary user acts without CAP_FSETID here anyway.
         kill = kill and not who.uid
         open_file = partial(self._open_file, events, kill)
-        suid = syscalls.killing_suid() if kill else nullcontext()
+        suid = credentials.killing_suid() if kill else nullcontext()
         with self._own(*events), suid, self.guest.history.coming(who, again):
             entry, handle = self._fs.create(node, name, mode, flags, who, open_file)
         return entry, self._new(handle, who)

@@ -1,6 +1,6 @@
-"""System calls that Python lacks: file handles, openat2, renameat2, and creating as the caller.
+"""System calls that Python lacks: file handles, openat2, renameat2, statx and a few more.
 
-Apart because it has all of the core's ctypes (sandbox and seccomp have theirs).
+Also the paths in /proc of what a descriptor refers to. Acting as a caller is in credentials.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from .libc import check, libc
+
 _AT_EMPTY_PATH = 0x1000
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_HANDLE_FID = 0x200
@@ -24,9 +22,6 @@ _HANDLE_ROOM = struct.pack("=Ii", _MAX_HANDLE_SZ, 0)
 _unpack_size = struct.Struct("=I").unpack_from
 _mount_id = ctypes.c_int()
 _mount_id_ref = ctypes.byref(_mount_id)
-_NUMBERS = {"x86_64": (122, 123, 116), "aarch64": (151, 152, 159)}
-_SYS = _NUMBERS.get(os.uname().machine) if ctypes.sizeof(ctypes.c_void_p) == 8 else None
-"""Numbers of setfsuid, setfsgid, setgroups: raw, as glibc would change every thread."""
 _OPENAT2 = 437
 _RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x01, 0x04, 0x08
 _BELOW, _BELOW_ON_MOUNT = (
@@ -99,13 +94,6 @@ skipping_gone = _SkippingGone()
 """For a with block that ends early if its object does not exist."""
 
 
-def _check(result: int, what: object = None) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
-    return result
-
-
 def file_handle(fd: int, name: bytes = b"") -> bytes:
     """{int type, f_handle} of the file of fd, or of a name in it: name_to_handle_at(2).
 
@@ -118,14 +106,14 @@ def handle_and_mount(fd: int, name: bytes = b"") -> tuple[bytes, int]:
     """The same, and the number of the mount: as in proc_pid_mountinfo(5)."""
     _handle_view[:8] = _HANDLE_ROOM
     flags = 0 if name else _AT_EMPTY_PATH
-    if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
+    if libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
         if ctypes.get_errno() not in _NO_HANDLE:
-            _check(-1)
+            check(-1)
         # One that cannot be opened, but identifies the object (Linux 6.5).
         flags |= _AT_HANDLE_FID
-        if _libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
+        if libc.name_to_handle_at(fd, name, _handle_buffer, _mount_id_ref, flags):
             if ctypes.get_errno() not in (*_NO_HANDLE, errno.EINVAL):
-                _check(-1)
+                check(-1)
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), name)
     (size,) = _unpack_size(_handle_view)
     return bytes(_handle_view[4 : 8 + size]), _mount_id.value
@@ -158,12 +146,12 @@ def open_below(root_fd: int, path: bytes, *, one_mount: bool) -> int:
     """
     how = _BELOW_ON_MOUNT if one_mount else _BELOW
     if len(path) < _PATH_BYTES:
-        return _check(_libc.syscall(_OPENAT2, root_fd, path, how, len(how)))
+        return check(libc.syscall(_OPENAT2, root_fd, path, how, len(how)))
     fd = os.dup(root_fd)
     while path:
         cut = len(path) if len(path) < _PATH_BYTES else path.rindex(b"/", 0, _PATH_BYTES)
         try:
-            below = _check(_libc.syscall(_OPENAT2, fd, path[:cut], how, len(how)))
+            below = check(libc.syscall(_OPENAT2, fd, path[:cut], how, len(how)))
         finally:
             os.close(fd)
         fd, path = below, path[cut + 1 :]
@@ -179,13 +167,13 @@ def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
     """
     data = struct.pack("=I", len(handle) - 4) + handle
     for _ in range(_HANDLE_TRIES):
-        fd: int = _libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC)
+        fd: int = libc.open_by_handle_at(mount_fd, data, flags | os.O_CLOEXEC)
         if fd >= 0 or ctypes.get_errno() != errno.ENOMEM:
             break
         number = ctypes.get_errno()
         os.sched_yield()  # this may be the processor that the other thread needs
         ctypes.set_errno(number)
-    return _check(fd)
+    return check(fd)
 
 
 _HANDLE_TRIES = 64
@@ -194,213 +182,7 @@ _HANDLE_TRIES = 64
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
     """renameat2(2)."""
-    _check(_libc.renameat2(old_fd, old, new_fd, new, flags), old)
-
-
-@cache
-def _is_root() -> bool:
-    return os.geteuid() == 0
-
-
-def cannot_change_identity() -> str:
-    """Why a server run by root must not start here: it would do everything as root; "" = it may. An
-    ordinary user's server never changes its identity.
-    """
-    if _is_root() and _SYS is None:
-        return (
-            f"no system call numbers for setfsuid on this machine ({os.uname().machine}), so every "
-            "file would be made as root; run the server as an ordinary user"
-        )
-    return ""
-
-
-def takes_for_itself(uid: int) -> bool:
-    """Whether files that this server makes for another user of the mount belong to the server's
-    user.
-    """
-    return not _is_root() and uid not in (0, os.geteuid())
-
-
-def supplementary_groups(pid: int) -> list[int]:
-    """Groups of a process, from /proc; none if it is gone or not visible. Groups that this user
-    namespace does not map are left out: /proc shows all of them as the overflow gid.
-    """
-    if not sees_processes():
-        return []
-    try:
-        with open(f"/proc/{pid}/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"Groups:"):
-                    groups = [int(group) for group in line.split()[1:]]
-                    return [group for group in groups if group != _overflow_gid()]
-    except OSError:
-        pass
-    return []
-
-
-@cache
-def _overflow_gid() -> int:
-    """The gid shown for gids that are not mapped: user_namespaces(7); -1 if all are mapped."""
-    with open("/proc/self/gid_map", "rb") as gid_map:
-        if gid_map.read().split() == [b"0", b"0", b"4294967295"]:
-            return -1
-    with open("/proc/sys/kernel/overflowgid", "rb") as overflow:
-        return int(overflow.read())
-
-
-@contextmanager
-def acting_as(
-    uid: int, gid: int, groups: Sequence[int], *, umask: int = 0, judged: bool = False
-) -> Iterator[None]:
-    """Switch this thread's file system identity to the caller's, then back.
-
-    ``judged``: a guest's kernel has already checked permissions, with groups and ACLs that are not
-    known here; so this thread may enter and write any directory. The umask belongs to the process:
-    other threads must not create files. The identity does not change if the server or the caller is
-    not root. Raises OSError EOVERFLOW for a number that the server's user namespace does not map.
-    """
-    before = os.umask(umask) if umask else 0
-    try:
-        if not _is_root() or (uid == 0 and gid == 0):
-            yield
-            return
-        setfsuid, setfsgid, setgroups = _known_calls()
-        own = os.getgroups()
-        effective = _capabilities()[0]  # before any is dropped
-        grouped = False
-        try:
-            _set_checked(setfsgid, gid)
-            _set_checked(setfsuid, uid)
-            _set_groups(setgroups, groups)
-            grouped = True
-            if judged and uid:
-                lowered = effective & ~_CAP_FS_SET | _CAP_DAC_OVERRIDE
-                _check(_libc.capset(_CAP_HEADER, _effective(lowered)))
-            yield
-        finally:
-            _libc.syscall(
-                setfsuid, 0
-            )  # restores what is permitted, whether it had an effect or not
-            _libc.syscall(setfsgid, 0)
-            if grouped:
-                _set_groups(setgroups, own)
-            if uid:
-                _check(_libc.capset(_CAP_HEADER, _effective(effective)))
-    finally:
-        if umask:
-            os.umask(before)
-
-
-@contextmanager
-def on_behalf_of(uid: int, *, kill_suid: bool) -> Iterator[None]:
-    """Charge what this thread's calls allocate on disk to that user: no blocks reserved for root,
-    and within quotas. Permissions given by a guest's kernel or an open file stay.
-
-    ``kill_suid``: as for ``killing_suid``. Nothing changes if the server is not root. Raises
-    OSError EOVERFLOW for a uid that is not mapped here.
-    """
-    if not _is_root() or not uid:
-        with killing_suid() if kill_suid else nullcontext():
-            yield
-        return
-    setfsuid = _known_calls()[0]
-    effective = _capabilities()[0]
-    try:
-        _set_checked(setfsuid, uid)  # takes away _CAP_FS_SET, CAP_FSETID among it
-        if not kill_suid:
-            _check(_libc.capset(_CAP_HEADER, _effective(effective)))
-        yield
-    finally:
-        _libc.syscall(setfsuid, 0)
-        _check(_libc.capset(_CAP_HEADER, _effective(effective)))
-
-
-def _known_calls() -> tuple[int, int, int]:
-    if _SYS is None:  # ``cannot_change_identity`` has said so at the start
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    return _SYS
-
-
-def _set_checked(number: int, wanted: int) -> None:
-    """setfsuid(2) or setfsgid(2), which report no error: read the value back. Raises OSError
-    EOVERFLOW if it was ignored, as for a number that this user namespace does not map.
-    """
-    _libc.syscall(number, wanted)
-    if wanted == NO_ID or _libc.syscall(number, -1) & NO_ID != wanted:
-        raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
-
-
-NO_ID = 0xFFFF_FFFF
-"""No valid uid or gid: what a kernel sends for one that its mount does not map."""
-_CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-_CAP_DAC_OVERRIDE, _CAP_FSETID, _CAP_SYS_RESOURCE, _CAP_MKNOD = 1 << 1, 1 << 4, 1 << 24, 1 << 27
-_CAP_FS_SET = 0x1F | 1 << 9 | 1 << 27 | 1 << 32
-"""The capabilities that setfsuid(2) takes away: CAP_FS_SET of linux/capability.h."""
-
-
-def obey_limits_of_disks() -> None:
-    """Give up CAP_SYS_RESOURCE permanently: with it this thread and its children would use blocks
-    reserved for root, and exceed quotas. Raise resource limits before. Raises OSError.
-    """
-    capabilities = (s & ~_CAP_SYS_RESOURCE for s in _capabilities())
-    _check(_libc.capset(_CAP_HEADER, _packed(*capabilities)))
-    _capabilities.cache_clear()
-    _effective.cache_clear()
-
-
-@cache
-def _capabilities() -> tuple[int, int, int]:
-    """Effective, permitted and inheritable capabilities, as of the first request."""
-    data = ctypes.create_string_buffer(24)
-    _check(_libc.capget(_CAP_HEADER, data))
-    low = struct.unpack_from("=III", data)
-    high = struct.unpack_from("=III", data, 12)
-    effective, permitted, inheritable = (a | b << 32 for a, b in zip(low, high, strict=True))
-    return effective, permitted, inheritable
-
-
-@cache
-def _effective(effective: int) -> bytes:
-    """The argument of capset(2) for these effective capabilities."""
-    return _packed(effective, *_capabilities()[1:])
-
-
-def _packed(*sets: int) -> bytes:
-    return struct.pack("=6I", *(s & 0xFFFF_FFFF for s in sets), *(s >> 32 for s in sets))
-
-
-@contextmanager
-def killing_suid() -> Iterator[None]:
-    """Let writes and truncations of this thread clear suid and sgid bits, as an ordinary user's do:
-    without CAP_FSETID.
-    """
-    effective = _capabilities()[0]
-    if not effective & _CAP_FSETID:
-        yield
-        return
-    _check(_libc.capset(_CAP_HEADER, _effective(effective & ~_CAP_FSETID)))
-    try:
-        yield
-    finally:
-        _check(_libc.capset(_CAP_HEADER, _effective(effective)))
-
-
-@contextmanager
-def making_nodes() -> Iterator[None]:
-    """Let this thread make device nodes, if the server may at all: with CAP_MKNOD."""
-    effective, permitted, _ = _capabilities()
-    _check(_libc.capset(_CAP_HEADER, _effective(effective | permitted & _CAP_MKNOD)))
-    try:
-        yield
-    finally:
-        _check(_libc.capset(_CAP_HEADER, _effective(effective)))
-
-
-def _set_groups(number: int, groups: Sequence[int]) -> None:
-    if _libc.syscall(number, len(groups), (ctypes.c_uint32 * len(groups))(*groups)) < 0:
-        if ctypes.get_errno() == errno.EINVAL:  # one that is not mapped here
-            raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
-        _check(-1)
+    check(libc.renameat2(old_fd, old, new_fd, new, flags), old)
 
 
 _STATX_BTIME = 0x800
@@ -412,7 +194,7 @@ def born_ns(dir_fd: int, name: bytes) -> int:
     reentrant.
     """
     flags = _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH
-    _check(_libc.statx(dir_fd, name, flags, _STATX_BTIME, _statx_buffer), name)
+    check(libc.statx(dir_fd, name, flags, _STATX_BTIME, _statx_buffer), name)
     (mask,) = struct.unpack_from("=I", _statx_buffer)
     seconds, nanoseconds = struct.unpack_from("=qI", _statx_buffer, 80)
     born: int = seconds * 10**9 + nanoseconds if mask & _STATX_BTIME else 0
@@ -441,25 +223,25 @@ def set_times(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:
             slot.nsec = _UTIME_NOW
         else:
             slot.sec, slot.nsec = divmod(value, 10**9)
-    _check(_libc.utimensat(_AT_FDCWD, path.encode(), times, 0))
+    check(libc.utimensat(_AT_FDCWD, path.encode(), times, 0))
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2)."""
     long = ctypes.c_long
-    _check(_libc.fallocate(fd, mode, long(offset), long(length)))
+    check(libc.fallocate(fd, mode, long(offset), long(length)))
 
 
-_libc.getdents64.restype = ctypes.c_ssize_t
+libc.getdents64.restype = ctypes.c_ssize_t
 
 
 def getdents(fd: int, size: int) -> bytes:
     """getdents64(2) into a buffer of that size: structs linux_dirent64, b"" at the end."""
     buffer = ctypes.create_string_buffer(size)
-    count = _check(_libc.getdents64(fd, buffer, ctypes.c_size_t(size)))
+    count = check(libc.getdents64(fd, buffer, ctypes.c_size_t(size)))
     return buffer.raw[:count]
 
 
 def syncfs(fd: int) -> None:
     """syncfs(2) of the file system that fd is on."""
-    _check(_libc.syncfs(fd))
+    check(libc.syncfs(fd))

@@ -26,9 +26,9 @@ from typing import Any
 import structlog
 
 from ..linux import syscalls
+from ..linux.libc import check, libc
 
 log = structlog.get_logger()
-_libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
     0x0002_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000,
 )  # fmt: skip
@@ -56,13 +56,6 @@ NEEDED = frozenset(
     {"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETGID", "SETUID", "MKNOD", "SETFCAP"}
 )
 """The capabilities for serving files as other users; file handles also take DAC_READ_SEARCH."""
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
 
 
 # The process outside
@@ -133,9 +126,9 @@ def own_processes() -> None:
     """
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0:
-        _check(_libc.unshare(_CLONE_NEWPID))
+        check(libc.unshare(_CLONE_NEWPID))
         return
-    _check(_libc.unshare(_CLONE_NEWUSER | _CLONE_NEWPID))
+    check(libc.unshare(_CLONE_NEWUSER | _CLONE_NEWPID))
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{uid} {uid} 1"),
@@ -155,26 +148,26 @@ def isolate(directory: str, *, read_only: bool) -> None:
     mount of its own: no ".." leads out of it.
     """
     _last_of_the_old_root()
-    _check(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET))
-    _check(_libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None))
+    check(libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET))
+    check(libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None))
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    _check(_libc.mount(b"proc", b"/proc", b"proc", flags, None))
+    check(libc.mount(b"proc", b"/proc", b"proc", flags, None))
     process = _clone("/proc/self")
     root = _clone(directory, _AT_RECURSIVE)
     # Guests' kernels open the device nodes in it and run the programs, as their own; this one never
     wanted = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
     attributes = struct.pack("=4Q", wanted | _MOUNT_ATTR_RDONLY * read_only, 0, 0, 0)
-    _check(
-        _libc.syscall(
+    check(
+        libc.syscall(
             _MOUNT_SETATTR, root, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes,
             ctypes.c_size_t(len(attributes)),
         )
     )  # fmt: skip
     where = os.fsencode(directory)
-    _check(_libc.syscall(_MOVE_MOUNT, root, b"", _AT_FDCWD, where, _MOVE_MOUNT_F_EMPTY_PATH))
+    check(libc.syscall(_MOVE_MOUNT, root, b"", _AT_FDCWD, where, _MOVE_MOUNT_F_EMPTY_PATH))
     os.fchdir(root)
-    _check(_libc.syscall(_PIVOT_ROOT, b".", b"."))
-    _check(_libc.umount2(b".", _MNT_DETACH))  # the old root, which is mounted over the new one
+    check(libc.syscall(_PIVOT_ROOT, b".", b"."))
+    check(libc.umount2(b".", _MNT_DETACH))  # the old root, which is mounted over the new one
     os.close(root)
     os.fchdir(process)  # it stays open: the mount ends with it
     syscalls.use_working_directory_as_process()
@@ -190,7 +183,7 @@ def confine(directory: str) -> None:
 
 def _clone(path: str, flags: int = 0) -> int:
     flags |= _OPEN_TREE_CLONE | os.O_CLOEXEC
-    return _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
+    return check(libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
 
 
 def _last_of_the_old_root() -> None:
@@ -202,7 +195,7 @@ def _last_of_the_old_root() -> None:
     with suppress(OSError):
         ctypes.CDLL("libgcc_s.so.1")  # which glibc loads when a thread ends
     time.localtime()  # which reads /etc/localtime
-    _libc.mallopt(_M_ARENA_MAX, 1)  # else glibc reads /proc/sys/vm/overcommit_memory, in threads
+    libc.mallopt(_M_ARENA_MAX, 1)  # else glibc reads /proc/sys/vm/overcommit_memory, in threads
     sys.path.clear()
     sys.path_importer_cache.clear()
     sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, "path_hooks")]
@@ -227,14 +220,14 @@ def drop_capabilities(keep: Iterable[str]) -> None:
     wanted = sum(1 << CAPABILITIES.index(name) for name in keep)
     header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
     data = ctypes.create_string_buffer(24)
-    _check(_libc.capget(header, data))
+    check(libc.capget(header, data))
     words = struct.unpack("=6I", data.raw)
     kept = (words[1] | words[4] << 32) & wanted
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for number in range(64):
         if not kept >> number & 1:  # refused if it may not be dropped, or does not exist
-            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+            libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
     low, high = kept & 0xFFFF_FFFF, kept >> 32
     at_rest = low & ~(1 << CAPABILITIES.index("MKNOD"))
-    _check(_libc.capset(header, struct.pack("=6I", at_rest, low, 0, high, high, 0)))
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    check(libc.capset(header, struct.pack("=6I", at_rest, low, 0, high, high, 0)))
+    check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

@@ -27,7 +27,7 @@ from ..export.export import Export
 from ..fuse.operations import Operations
 from ..fuse.session import SessionOptions
 from ..guests.mount import MountGuest
-from ..linux import syscalls
+from ..linux import credentials
 from ..pacing.guard import Guard
 from ..process.scheduling import shorten_turns, spare_collections
 from ..transports.devfuse import DevfuseTransport
@@ -84,7 +84,7 @@ def mend(options: Options) -> list[str]:
 
 def check(options: Options) -> None:
     """Raises StartError for everything that can be seen before mounting."""
-    if reason := syscalls.cannot_change_identity():
+    if reason := credentials.cannot_change_identity():
         raise StartError(reason)
     source, mountpoint = Path(options.source), Path(options.mountpoint)
     try:
@@ -160,7 +160,7 @@ class Mounted:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
         options = self._options
         _raise_file_limit()
-        syscalls.obey_limits_of_disks()
+        credentials.obey_limits_of_disks()
         shorten_turns()
         os.umask(0)  # the guest's kernel applies its callers' umask
         with (

@@ -27,7 +27,7 @@ from ..files.slowcalls import THREADS
 from ..fuse.nodes import CACHE_MODES, Caching
 from ..fuse.session import SessionOptions
 from ..guests.mount import MountGuest
-from ..linux import syscalls
+from ..linux import credentials
 from ..linux.descriptors import share
 from ..pacing.guard import Guard
 from ..process import sandbox
@@ -156,7 +156,7 @@ def run(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
-    if reason := syscalls.cannot_change_identity():
+    if reason := credentials.cannot_change_identity():
         raise StartError(reason)
     source = Path(options.source)
     try:

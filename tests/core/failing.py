@@ -1,8 +1,7 @@
 """System calls that fail: a table of all that the server's core makes, and an injector for each.
 
-The table is read from the source: every function of fsd.linux.syscalls, and every call of os,
-fcntl, select or open in the modules that the operations and the Export are made of.
-"""
+The table is read from the source: every function of fsd.linux.syscalls and credentials, and every
+call of os, fcntl, select or open in the modules that the operations and the Export are made of."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import pyinotify
 
 import fsd
-from fsd.linux import syscalls
+from fsd.linux import credentials, syscalls
 
 ROOTS = ("export.export", "fuse.operations")
 PURE = {
@@ -37,7 +36,13 @@ PURE = {
 LEFT_OUT = {
     "os.close": "close(2) gives the descriptor back whatever it answers",
 }
-_MODULES = {"os": os, "fcntl": fcntl, "select": select, "syscalls": syscalls}
+_MODULES = {
+    "os": os,
+    "fcntl": fcntl,
+    "select": select,
+    "syscalls": syscalls,
+    "credentials": credentials,
+}
 
 
 class Call(NamedTuple):
@@ -90,9 +95,10 @@ def table() -> list[Call]:
     """All of them."""
     labels = {label for path in modules().values() for label in _called(path)}
     labels |= {
-        f"syscalls.{name}"
-        for name, member in inspect.getmembers(syscalls, inspect.isfunction)
-        if member.__module__ == syscalls.__name__ and not name.startswith("_")
+        f"{label}.{name}"
+        for label, module in (("syscalls", syscalls), ("credentials", credentials))
+        for name, member in inspect.getmembers(module, inspect.isfunction)
+        if member.__module__ == module.__name__ and not name.startswith("_")
     }
     labels = {label for label in labels if label not in PURE and label not in LEFT_OUT}
     labels = {label for label in labels if not isinstance(_function(label), type)}

@@ -39,10 +39,10 @@ UNREACHED = {
     "os.dup2": "handing over to the next process",
     "os.access": "only where the kernel does not judge permissions",
     "syscalls.file_handle": "at the start, which may fail",
-    "syscalls.supplementary_groups": "only of users that are not root",
+    "credentials.supplementary_groups": "only of users that are not root",
     "syscalls.mount_id": "at the start, which may fail",
-    "syscalls.cannot_change_identity": "at the start, which may fail",
-    "syscalls.obey_limits_of_disks": "at the start, which may fail",
+    "credentials.cannot_change_identity": "at the start, which may fail",
+    "credentials.obey_limits_of_disks": "at the start, which may fail",
     "os.listdir": "of /proc, for a lone OPEN",
 }
 BY_HANDLE = {

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from fsd.fuse.session import SessionOptions
-from fsd.linux import ioctls, syscalls
+from fsd.linux import credentials, ioctls
 from fsd.process.sandbox import CAPABILITIES
 from protocol import frames, fuse
 from protocol.fuse import Fattr, Opcode
@@ -70,10 +70,10 @@ def in_child(work: Callable[[], None], before: Callable[[int], None] | None = No
                 os.write(ready[1], b"\0")
                 assert os.read(go[0], 1)
             for known in (
-                syscalls._is_root,
-                syscalls._capabilities,
-                syscalls._effective,
-                syscalls._overflow_gid,
+                credentials._is_root,
+                credentials._capabilities,
+                credentials._effective,
+                credentials._overflow_gid,
             ):
                 known.cache_clear()  # what the process of the tests may do
             work()
@@ -392,7 +392,7 @@ def test_users_do_not_get_what_is_reserved_for_root(
     tmp_path: Path, fill: Callable[[GuestKernel, int], int]
 ) -> None:
     def work() -> None:
-        syscalls.obey_limits_of_disks()
+        credentials.obey_limits_of_disks()
         world = World(point)
         with kernel_of(world) as guest:
             guest.create(b"linked")
@@ -420,8 +420,8 @@ def test_limits_of_disks_are_obeyed_for_good() -> None:
             sets = [line.split() for line in status.splitlines() if line.startswith("Cap")]
             held = {name: int(value, 16) & bit for name, value in sets}
             assert bool(held["CapEff:"]) is bool(held["CapPrm:"]) is has
-            syscalls.obey_limits_of_disks()
-            with syscalls.on_behalf_of(USER, kill_suid=False):
+            credentials.obey_limits_of_disks()
+            with credentials.on_behalf_of(USER, kill_suid=False):
                 pass
 
     in_child(work, _map)
@@ -519,9 +519,9 @@ def test_the_servers_own_user_is_known_on_this_machine_alone(local: bool) -> Non
         os.setgroups([])
         os.setgid(USER)
         os.setuid(USER)
-        syscalls._is_root.cache_clear()
-        syscalls._capabilities.cache_clear()
-        syscalls._effective.cache_clear()
+        credentials._is_root.cache_clear()
+        credentials._capabilities.cache_clear()
+        credentials._effective.cache_clear()
         world = World(source)
         guest = GuestKernel(world.mount(agent=False, local=local))
         for uid, sees in ((0, True), (USER, local), (USER + 1, False)):
