@@ -8,7 +8,6 @@ runs, and matches it, is its caller's (docs/decisions/attribution.md).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
@@ -31,6 +30,7 @@ from ..files.inode import Inode
 from ..files.table import InodeTable
 from ..linux import syscalls
 from ..linux.ioctls import FIONREAD, SETNEXTWD
+from ..linux.libc import last_error
 from ..linux.queuelimit import limited_to
 from .queuednames import QueuedNames
 from .sharedwatches import SharedWatches
@@ -224,8 +224,7 @@ class HostWatcher:
     def _add(self, path: str, mask: int) -> int:
         wd: int = self._manager.add_watch(path, mask, quiet=True)[path]
         if wd < 0:
-            number = ctypes.get_errno() or errno.EIO
-            raise OSError(number, os.strerror(number))
+            raise last_error()
         return wd
 
     def _joined(self, inode: Inode, wd: int) -> int:
