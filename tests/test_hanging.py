@@ -83,14 +83,14 @@ def test_others_are_served_and_the_server_ends(tmp_path: Path, sandbox: str) -> 
 
 
 @root
-@pytest.mark.parametrize("transport", [[], ["--raw"]])
-def test_a_mount(tmp_path: Path, transport: list[str]) -> None:
+@pytest.mark.parametrize("transport", ["devfuse", "libfuse"])
+def test_a_mount(tmp_path: Path, transport: str) -> None:
     with hung(tmp_path) as below:
         (tmp_path / "share/f").write_text("beside")
         point = tmp_path / "mount"
         point.mkdir()
         state = f"--state-dir={tmp_path}"
-        with mounted(tmp_path / "share", point, *transport, "--no-restore", state):
+        with mounted(tmp_path / "share", point, f"--transport={transport}", "--no-restore", state):
             assert (point / "sub/x").read_text() == ""
             below.send_signal(signal.SIGSTOP)
             stuck = subprocess.Popen(["cat", point / "sub/x"], stderr=subprocess.DEVNULL)
@@ -115,7 +115,7 @@ def test_the_mount_seen_through_itself(tmp_path: Path) -> None:
     share, point = tmp_path / "share", tmp_path / "mount"
     (share / "inside").mkdir(parents=True)
     point.mkdir()
-    with mounted(share, point, "--raw", "--no-restore", f"--state-dir={tmp_path}"):
+    with mounted(share, point, "--no-restore", f"--state-dir={tmp_path}"):
         subprocess.run(["mount", "--bind", point, share / "inside"], check=True)
         try:
             wait_until(

@@ -16,7 +16,16 @@ from ..process import systemd
 from ..process.daemon import Daemon
 from ..process.logs import log_to_stderr
 from ..servers import deadmount
-from ..servers.mount import Mounted, Options, StartError, check, mend, reductions
+from ..servers.mount import (
+    TRANSPORTS,
+    Mounted,
+    Options,
+    Place,
+    StartError,
+    check,
+    mend,
+    reductions,
+)
 from .status import render
 from .virtiofs import virtiofs
 
@@ -104,7 +113,13 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
 @click.option(
     "--state-dir", callback=_path, help="Directory of the images (default: /var/lib/fsd, or XDG's)."
 )
-@click.option("--raw", is_flag=True, hidden=True, help="Without libfuse; root only.")
+@click.option(
+    "--transport",
+    type=click.Choice(TRANSPORTS),
+    default="auto",
+    show_default=True,
+    help="What carries the requests: /dev/fuse itself, or libfuse; auto prefers the former.",
+)
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning"
 )
@@ -118,7 +133,7 @@ def mount(
     max_watches: int | None,
     overflow_after_loss: bool,
     allow_other: bool | None,
-    raw: bool,
+    transport: str,
     restore: bool | None,
     state_dir: str | None,
     log_level: str,
@@ -134,7 +149,7 @@ def mount(
         max_queued_events=max_queued_events,
         watch_limit=max_watches,
         overflow_after_loss=overflow_after_loss,
-        raw=raw,
+        transport=transport,
         restore=restore,
         state_dir=os.path.abspath(state_dir) if state_dir else None,
     )
@@ -142,17 +157,17 @@ def mount(
     try:
         for line in mend(options):
             _complain(line)
-        check(options)
+        place = check(options)
         if behind is not None:
             behind.detach()
-        _run(options, f"fsd: ready: {source} on {mountpoint}", behind)
+        _run(options, place, f"fsd: ready: {source} on {mountpoint}", behind)
     except StartError as error:
         if behind is not None:
             behind.failed(str(error))
         raise click.ClickException(str(error)) from None
 
 
-def _run(options: Options, line: str, behind: Daemon | None) -> None:
+def _run(options: Options, place: Place, line: str, behind: Daemon | None) -> None:
     import trio
 
     notify = systemd.Manager().notify
@@ -166,7 +181,7 @@ def _run(options: Options, line: str, behind: Daemon | None) -> None:
             behind.ready()
 
     try:
-        trio.run(Mounted(options, ready, _complain).run, strict_exception_groups=True)
+        trio.run(Mounted(options, place, ready, _complain).run, strict_exception_groups=True)
     except* StartError as errors:
         raise _first(errors) from None
 
@@ -214,7 +229,7 @@ def checkpoint(mountpoint: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the state of one mount, or of all mounts."""
-    here = [mount.path for mount in deadmount.mounts() if mount.type == deadmount.TYPE]
+    here = [mount.path for mount in deadmount.mounts()]
     paths = [os.path.abspath(mountpoint)] if mountpoint else here
     states: dict[str, dict[str, Any]] = {}
     for path in paths:

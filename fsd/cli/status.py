@@ -11,9 +11,9 @@ from rich.table import Table
 from protocol import masks
 
 _ROWS = (
-    ("agent", "agent"), ("marks", "marks"), ("queued", "depth"), ("forwarded", "forwarded"),
-    ("own echo", "echo"), ("coalesced", "coalesced"), ("replayed", "replayed"),
-    ("failed", "failed"), ("refused", "refused"), ("missed", "missed"),
+    ("transport", "transport"), ("agent", "agent"), ("marks", "marks"), ("queued", "depth"),
+    ("forwarded", "forwarded"), ("own echo", "echo"), ("coalesced", "coalesced"),
+    ("replayed", "replayed"), ("failed", "failed"), ("refused", "refused"), ("missed", "missed"),
     ("overflows", "overflows"), ("resyncs", "resyncs"), ("requests waited", "waited"),
     ("waits cut short", "waits_cut"), ("repeated", "repeated"),
 )  # fmt: skip

@@ -142,6 +142,7 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
         },
     }
     if isinstance(guest, MountGuest):
+        state["transport"] = guest.transport
         state["agent"] = bool(guest.pid)
         state["agent_pid"] = guest.pid
         state["keeps_names"] = guest.keeps_names

@@ -30,6 +30,9 @@ NODES_LIMIT = 1 << 21
 REPLAYER_TIMEOUT_NS = 10_000_000
 """For which a directory's attributes, as given to the replayer, are good: else its kernel asks at
 every step. What changes a directory is replayed, and that makes the kernel ask anew."""
+WATCHED_TIMEOUT = 3600
+"""The same in seconds for a directory that the host is watched for, where the kernel is told of
+changes (docs/decisions/timeouts.md)."""
 _SECOND = 10**9
 _BITS32 = 0xFFFF_FFFF
 _STATX_BASIC, _STATX_BTIME = 0x7FF, 0x800
@@ -75,7 +78,9 @@ class Nodes:
         limit: int = NODES_LIMIT,
         kept: SessionRecord | None = None,
         is_local: bool = False,
+        takes_back: bool = False,
     ) -> None:
+        """``takes_back``: attributes that the kernel keeps can be withdrawn."""
         self._operations = operations
         self._table = operations.export.table
         self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
@@ -92,6 +97,7 @@ class Nodes:
             self._table.on_moved.append(self._moved)
         self._forgotten: OrderedDict[int, None] = OrderedDict()  # held once, the oldest first
         self._is_local = is_local
+        self._takes_back = takes_back
 
     def __len__(self) -> int:
         return len(self._held)
@@ -200,7 +206,7 @@ class Nodes:
         seconds = nanoseconds = attr_seconds = attr_nanoseconds = 0
         if self._operations.is_replayer(who):
             if parent < FSD_DIR:  # else users may look at it next
-                attr_nanoseconds = self._replayer_timeout(inode, attr)
+                attr_seconds, attr_nanoseconds = self._replayer_timeout(inode, attr)
         elif self._cached and not (self._is_watched(parent) or self._is_watched(inode.nodeid)):
             seconds, nanoseconds = self._entry_timeout
             attr_seconds, attr_nanoseconds = self._attr_timeout
@@ -222,12 +228,18 @@ class Nodes:
     def _attr_valid(self, who: Caller, inode: Inode, attr: StatLike) -> tuple[int, int]:
         """How long attributes hold that come without a name: seconds, nanoseconds."""
         if self._operations.is_replayer(who):
-            return 0, self._replayer_timeout(inode, attr)
+            return self._replayer_timeout(inode, attr)
         return self._attr_timeout if self._cached and not self.is_watched(inode) else (0, 0)
 
-    def _replayer_timeout(self, inode: Inode, attr: StatLike) -> int:
-        sought = self._operations.guest.history.is_sought
-        return REPLAYER_TIMEOUT_NS if stat.S_ISDIR(attr.st_mode) and not sought(inode) else 0
+    def _replayer_timeout(self, inode: Inode, attr: StatLike) -> tuple[int, int]:
+        operations = self._operations
+        if not stat.S_ISDIR(attr.st_mode) or operations.guest.history.is_sought(inode):
+            return 0, 0
+        if self._takes_back:
+            inode.attr_given = operations.export.watcher.tells_changes(inode)
+            if inode.attr_given:
+                return WATCHED_TIMEOUT, 0
+        return 0, REPLAYER_TIMEOUT_NS
 
     def is_watched(self, inode: Inode) -> bool:
         """Whether the guest watches an object, or the directory that it is in."""

@@ -75,6 +75,8 @@ class SessionOptions:
     caching: Caching = field(default_factory=Caching)
     posix_acl: bool = False
     """The guest's kernel minds ACLs; the export's file system should have them."""
+    is_judged: bool = True
+    """The guest's kernel checks permissions; else the host does, for the one user of the mount."""
     xattr: bool = True
     locks: bool = True
     """Locks are the host's, seen by everyone; else each guest's own."""
@@ -111,7 +113,10 @@ class FuseSession:
         operations.keep(self._kept)
         operations.has_threads, operations.close_slowly = True, self._close_slowly
         notify = self._options.notify
-        operations.guest.history.serve(None if notify is None else partial(_take_back, notify))
+        take_back = None if notify is None else partial(_take_back, notify)
+        operations.guest.history.serve(take_back)
+        if take_back is not None:
+            operations.export.watcher.on_changed = take_back
         self._loop = loop
         self._mounts = operations.export.table.mounts
         self._closing: list[int] | None = None  # descriptors, while all are closed
@@ -121,6 +126,7 @@ class FuseSession:
             submounts=submounts,
             limit=limit,
             is_local=self._options.is_local,
+            takes_back=notify is not None,
             kept=self._kept,
         )
         self._names = Names(operations, self.nodes, xattr=self._options.xattr)
@@ -360,7 +366,7 @@ class FuseSession:
         supp_group = flags & Init.CREATE_SUPP_GROUP
         self._groups = None if self._options.is_local and not supp_group else ()
         self._names.long_setxattr = bool(flags & Init.SETXATTR_EXT)
-        self._operations.acls = bool(flags & Init.POSIX_ACL)
+        self._operations.acls = bool(flags & Init.POSIX_ACL) or not self._options.is_judged
         self._files.bypass.mixes = bool(flags & Init.DIRECT_IO_ALLOW_MMAP)
 
     def _wanted(self) -> Init:

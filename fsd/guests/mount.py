@@ -97,6 +97,7 @@ class MountGuest(Guest):
         "on_agent",
         "on_mark",
         "pid",
+        "transport",
         "waiting_until",
     )  # fmt: skip
 
@@ -114,6 +115,7 @@ class MountGuest(Guest):
         self._openers = openers
         self.is_local = is_local  # its users are this machine's, and no other's
         self.device = 0  # st_dev of the mount, where it is this machine's
+        self.transport = ""  # what brings its requests, for people
         self.began = time.time()
         self.nodes_held: Callable[[], int] = _none_known
         """How many nodes its kernel holds."""

@@ -8,9 +8,9 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from ..linux import syscalls
+from ..linux import mounting, syscalls
+from ..linux.mounting import Mount
 
 TYPE = "fuse.fsd"
 _UNMOUNT_TIMEOUT = 10.0
@@ -18,23 +18,9 @@ _STACKED = 16
 """Dead mounts on top of each other, each left by a killed server."""
 
 
-class Mount(NamedTuple):
-    """One line of proc_pid_mountinfo(5)."""
-
-    path: str
-    type: str
-    options: str
-    """Options of the file system itself."""
-
-
 def mounts() -> Iterator[Mount]:
-    """All mounts of this process, lower ones before those on top."""
-    with open(syscalls.mountinfo_path(), "rb") as mountinfo:
-        for line in mountinfo:
-            fields, _, rest = line.partition(b" - ")
-            kind, _, options = rest.decode(errors="replace").split(" ", 2)
-            path = fields.split(b" ")[4].decode("unicode_escape").encode("latin-1")
-            yield Mount(os.fsdecode(path), kind, options.strip())
+    """Those of fsd that this process sees, dead ones too."""
+    return (mount for mount in mounting.mounts() if mount.type == TYPE)
 
 
 def is_dead(mountpoint: str) -> bool:
@@ -56,15 +42,23 @@ def take_away(mountpoint: str) -> bool:
     for found in range(_STACKED):
         if not is_dead(mountpoint):
             return bool(found)
-        top = [mount for mount in mounts() if mount.path == path][-1:]
+        top = [mount for mount in mounting.mounts() if mount.path == path][-1:]
         users = f"user_id={os.geteuid()}"
         if not top or top[0].type != TYPE or users not in top[0].options.split(","):
             break
-        unmount(path, _UNMOUNT_TIMEOUT)
+        _unmount(top[0])
     raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), mountpoint)
 
 
-def unmount(mountpoint: str, timeout: float) -> None:
-    """Unmount it even if it is in use; failures are ignored."""
-    command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
-    subprocess.run([*command, mountpoint], stderr=subprocess.DEVNULL, timeout=timeout, check=False)
+def _unmount(dead: Mount) -> None:
+    """Take it away, whoever still uses it. Raises OSError, TimeoutExpired."""
+    if os.geteuid():
+        command = ["fusermount3", "-u", "-z", "--", dead.path]
+        subprocess.run(command, stderr=subprocess.DEVNULL, timeout=_UNMOUNT_TIMEOUT, check=False)
+        return
+    fd = os.open(dead.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if syscalls.mount_id(fd) == dead.number:  # and nothing else that has come there
+            mounting.unmount(fd)
+    finally:
+        os.close(fd)

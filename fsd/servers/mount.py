@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import resource
 import signal
 import subprocess
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import pyfuse3
+import structlog
 import trio
 
 from protocol.frames import FSD_NAME
@@ -25,21 +21,26 @@ from ..checkpoint.file import StateFile, state_directory, state_path
 from ..checkpoint.saver import Saver, open_export
 from ..export.export import Export
 from ..fuse.operations import Operations
-from ..fuse.session import SessionOptions
 from ..guests.mount import MountGuest
-from ..linux import credentials
+from ..linux import credentials, mounting, syscalls
 from ..pacing.guard import Guard
 from ..process.scheduling import shorten_turns, spare_collections
+from ..transports import fusermount
 from ..transports.devfuse import DevfuseTransport
-from ..transports.libfuse import LibfuseTransport
+from ..transports.mounting import MountError, MountTransport, Place, UnavailableError
 from ..transports.socket import SocketTransport
-from ..transports.spin import SpinBeforeSleep
 from ..transports.tasks import end_in_time
 from . import deadmount
 from .agent import AgentError, AgentProcess
 from .autosave import Snapshots
 from .pump import Pump
 
+__all__ = [
+    "TRANSPORTS", "Mounted", "Options", "Place", "StartError", "check", "mend", "reductions",
+]  # fmt: skip
+
+log = structlog.get_logger()
+TRANSPORTS = ("auto", "devfuse", "libfuse")
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to come up, on a busy machine."""
 
@@ -60,10 +61,16 @@ class Options:
     max_queued_events: int | None = None
     watch_limit: int | None = None
     overflow_after_loss: bool = False
-    raw: bool = False
+    transport: str = "auto"
+    """Of TRANSPORTS; auto: devfuse, and libfuse where that cannot be had."""
     restore: bool | None = None
     """None: where there is an image."""
     state_dir: str | None = None
+
+    @property
+    def for_all(self) -> bool:
+        """Whether other users than the server's may use the mount."""
+        return self.allow_other if self.allow_other is not None else os.geteuid() == 0
 
 
 def mend(options: Options) -> list[str]:
@@ -82,8 +89,8 @@ def mend(options: Options) -> list[str]:
     return []
 
 
-def check(options: Options) -> None:
-    """Raises StartError for everything that can be seen before mounting."""
+def check(options: Options) -> Place:
+    """Where to mount. Raises StartError for everything that can be seen before mounting."""
     if reason := credentials.cannot_change_identity():
         raise StartError(reason)
     source, mountpoint = Path(options.source), Path(options.mountpoint)
@@ -96,24 +103,38 @@ def check(options: Options) -> None:
         if not mountpoint.is_dir():
             kind = "is not a directory" if mountpoint.exists() else "does not exist"
             raise StartError(f"mountpoint {mountpoint} {kind}; create it first")
-        if mountpoint.is_mount():
-            raise StartError(f"mountpoint {mountpoint} is busy: something is mounted there")
-        if any(mountpoint.iterdir()):
-            raise StartError(f"mountpoint {mountpoint} is not empty")
+        # From here on it is this directory, whatever the path leads to: others may write there.
+        fd = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
-    inside = mountpoint.resolve().is_relative_to(source.resolve())
-    if inside or source.resolve().is_relative_to(mountpoint.resolve()):
+    try:
+        _check_mountpoint(source, mountpoint, fd)
+    except OSError as error:
+        os.close(fd)
+        raise StartError(f"mountpoint {mountpoint}: {error.strerror}") from None
+    except StartError:
+        os.close(fd)
+        raise
+    return Place(options.source, options.mountpoint, fd, options.for_all)
+
+
+def _check_mountpoint(source: Path, mountpoint: Path, fd: int) -> None:
+    if mountpoint.is_mount():
+        raise StartError(f"mountpoint {mountpoint} is busy: something is mounted there")
+    if os.listdir(syscalls.fd_path(fd)):
+        raise StartError(f"mountpoint {mountpoint} is not empty")
+    shared, place = source.resolve(), Path(os.fsdecode(syscalls.shown_path(fd)))
+    if place.is_relative_to(shared) or shared.is_relative_to(place):
         raise StartError(
             f"source {source} and mountpoint {mountpoint} must not contain one another"
         )
     try:
-        os.close(os.open("/dev/fuse", os.O_RDWR))
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         raise StartError(
             f"/dev/fuse: {error.strerror}; load the fuse module or allow this user to open it"
         ) from None
-    if os.geteuid() != 0 and not os.access(mountpoint, os.W_OK):
+    if os.geteuid() != 0 and not os.access(syscalls.fd_path(fd), os.W_OK):
         raise StartError(f"mountpoint {mountpoint}: mounting needs permission to write to it")
 
 
@@ -133,28 +154,26 @@ def reductions(options: Options) -> list[str]:
     return lines
 
 
-class Serving(NamedTuple):
-    """What a mount is served by: until it is gone, or ``stop`` is called."""
-
-    run: Callable[[], Awaitable[None]]
-    stop: Callable[[], None]
-    close: Callable[[], None]
-
-
 class Mounted:
     """A running mount. ``on_ready`` is called once it can be used."""
 
     def __init__(
-        self, options: Options, on_ready: Callable[[], None], complain: Callable[[str], None]
+        self,
+        options: Options,
+        place: Place,
+        on_ready: Callable[[], None],
+        complain: Callable[[str], None],
     ) -> None:
         self._options = options
+        self._place = place
         self._on_ready = on_ready
         self._complain = complain
         directory = Path(options.state_dir) if options.state_dir else state_directory()
         self._state = StateFile(state_path(directory, options.source, options.mountpoint))
         self._agent: AgentProcess | None = None
-        self._serves: Callable[[int], None]
-        self._unmount: Callable[[], None] = pyfuse3.terminate
+        self._export: Export
+        self._guest: MountGuest
+        self._mount: MountTransport
 
     async def run(self) -> None:
         """Mount, serve until a signal or an unmount, clean up. Raises StartError."""
@@ -167,21 +186,20 @@ class Mounted:
             trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
             ExitStack() as cleanup,
         ):
-            export = self._open_export()
+            cleanup.callback(os.close, self._place.fd)
+            self._export = export = self._open_export()
             cleanup.callback(export.close)
             saver = Saver(export, self._state)
             export.checkpoint = saver.save
-            guest = export.add_mount_guest(options.mountpoint, is_local=True)
-            self._serves = partial(_serves, export, guest)
+            self._guest = guest = export.add_mount_guest(options.mountpoint, is_local=True)
             operations = Operations(export, guest)
             cleanup.callback(operations.close)
             if options.agent:
                 self._agent = AgentProcess(options.mountpoint, operations.hidden.dismiss)
             transport = await self._bind(export, cleanup)
-            mount = self._mount_raw(operations) if options.raw else self._mount(operations)
+            self._mount = mount = self._make_mount(operations)
             cleanup.callback(mount.close)
-            self._unmount = mount.stop
-            trio.lowlevel.add_instrument(SpinBeforeSleep(lambda: guest.ledger.is_at_work))
+            guest.transport = mount.name
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(Pump(export).run)
@@ -231,64 +249,45 @@ class Mounted:
             raise StartError(f"socket {transport.path}: {error.strerror}") from None
         return transport
 
-    def _mount(self, operations: Operations) -> Serving:
-        mountpoint = self._options.mountpoint
-        with tempfile.TemporaryFile() as said:
-            try:
-                with _stderr_in(said.fileno()):
-                    transport = LibfuseTransport(operations, judged=self._judged)
-                    pyfuse3.init(transport, mountpoint, self._fuse_options())
-            except RuntimeError as error:
-                said.seek(0)
-                reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or error
-                raise StartError(f"mounting on {mountpoint} failed: {reason}") from None
-        operations.export.watcher.on_changed = LibfuseTransport.invalidate
-        operations.guest.history.serve(LibfuseTransport.invalidate)
-        return Serving(pyfuse3.main, pyfuse3.terminate, pyfuse3.close)
-
-    def _mount_raw(self, operations: Operations) -> Serving:
-        mountpoint = self._options.mountpoint
-        options = SessionOptions(posix_acl=True, is_local=True)
+    def _make_mount(self, operations: Operations) -> MountTransport:
+        """By the transport that was asked for. Raises StartError."""
+        asked = self._options.transport
         try:
-            transport = DevfuseTransport(
-                operations, self._options.source, mountpoint, options, for_all=self._for_all
-            )
-        except OSError as error:
-            raise StartError(f"mounting on {mountpoint} failed: {error.strerror}") from None
-        return Serving(transport.run, transport.stop, transport.close)
+            if asked != "libfuse":
+                try:
+                    return DevfuseTransport(operations, self._place)
+                except UnavailableError as error:
+                    if asked == "devfuse":
+                        raise
+                    log.warning("transport devfuse cannot be had, using libfuse", reason=str(error))
+            # Only here: it may not be installed, and takes its time.
+            from ..transports.libfuse import LibfuseTransport
 
-    @property
-    def _for_all(self) -> bool:
-        """Whether other users than the server's may use the mount."""
-        asked = self._options.allow_other
-        return asked if asked is not None else os.geteuid() == 0
+            return LibfuseTransport(operations, self._place)
+        except (MountError, ImportError) as error:
+            mountpoint = self._options.mountpoint
+            raise StartError(f"mounting on {mountpoint} failed: {error}") from None
 
-    @property
-    def _judged(self) -> bool:
-        """Whether the kernel checks permissions: wherever the server does for others what it may
-        do itself. For an ordinary user alone the host's file system judges better.
+    def _serves(self, device: int) -> None:
+        """What is at the mountpoint's path has that st_dev. Raises StartError where that is not
+        this mount: the agent would work there.
         """
-        return self._for_all or os.geteuid() == 0
-
-    def _fuse_options(self) -> set[str]:
-        shown = re.sub(r"[^ -~]|[,\\]", "_", self._options.source)  # pyfuse3 takes ASCII alone
-        options = {f"fsname={shown}", "subtype=fsd"}
-        if self._judged:
-            options.add("default_permissions")
-        if self._for_all:
-            options.add("allow_other")
-        return options
+        mount = mounting.mounted_on(self._place.fd)
+        if mount is None or mount.device != device:
+            raise StartError(f"{self._options.mountpoint} is another directory than before")
+        self._export.table.mounts.serves(device)
+        self._guest.device = device
 
     async def _end_on(self, signals: AsyncIterator[int]) -> None:
         async for _ in signals:
             end_in_time(self._take_away)
             with Guard("stopping the agent"):
                 await self._stop_agent()
-            self._unmount()
+            self._mount.stop()
 
     def _take_away(self) -> None:
         """Leave no dead mount behind."""
-        deadmount.unmount(self._options.mountpoint, timeout=0.3)
+        fusermount.unmount(self._place, timeout=0.3)
 
     async def _stop_agent(self) -> None:
         if self._agent is not None:
@@ -316,24 +315,6 @@ class Mounted:
                 raise StartError(str(error)) from None
         if starting.cancelled_caught:
             raise StartError(f"{mountpoint} is not ready after {READY_TIMEOUT:.0f} s")
-
-
-def _serves(export: Export, guest: MountGuest, device: int) -> None:
-    """The mount is there, with that st_dev."""
-    export.table.mounts.serves(device)
-    guest.device = device
-
-
-@contextmanager
-def _stderr_in(fd: int) -> Iterator[None]:
-    """libfuse and fusermount3 say why they fail on stderr only; in here that goes to ``fd``."""
-    own = os.dup(2)
-    try:
-        os.dup2(fd, 2)
-        yield
-    finally:
-        os.dup2(own, 2)
-        os.close(own)
 
 
 def _raise_file_limit() -> None:

@@ -1,17 +1,16 @@
-"""The /dev/fuse transport: a mount(2) of our own, its requests read from the descriptor. Root only.
+"""The /dev/fuse transport: its requests are read from the descriptor itself, without libfuse.
 
-The same session as the virtiofs transport's, on this machine and without libfuse.
+The same session as the virtiofs transport's, on this machine: as root by mount(2), as an ordinary
+user by fusermount3.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
+import select
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
 
 import structlog
 import trio
@@ -19,61 +18,70 @@ import trio
 from ..fuse.operations import Operations
 from ..fuse.request import MAX_WRITE
 from ..fuse.session import FuseSession, SessionOptions
+from ..linux import mounting
 from ..pacing.guard import PAUSE, Guard
+from . import fusermount
 from .loop import TrioLoop
+from .mounting import MountError, Place
+from .polling import LOCAL_WINDOW, BusyPolling
 
 log = structlog.get_logger()
 _BUFFER = MAX_WRITE + 4096
 """Bytes of the longest request, and of the longest reply: the data and room for its headers."""
 _BURST = 16
 """Requests answered before other tasks get their turn."""
-_MS_NOSUID, _MS_NODEV = 2, 4
-_MNT_DETACH = 2
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
+_KIND = "fsd"
+"""The subtype of the mount: its type is fuse.fsd."""
+_Buffers = list[tuple[memoryview, memoryview]]
 
 
 class DevfuseTransport:
-    """One mount, ``for_all`` users or for root's processes alone. Raises OSError where it cannot be
-    made.
-    """
+    """One mount."""
 
-    def __init__(
-        self,
-        operations: Operations,
-        source: str,
-        mountpoint: str,
-        options: SessionOptions,
-        *,
-        for_all: bool = True,
-    ) -> None:
+    name = "devfuse"
+
+    def __init__(self, operations: Operations, place: Place) -> None:
         self._operations = operations
-        self._options = options
-        self._mountpoint = mountpoint
+        self._place = place
         self._scope = trio.CancelScope()
         self._gone = False
-        self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        rootmode = Path(operations.export.source).stat().st_mode
-        data = f"fd={self.fd},rootmode={rootmode:o},user_id=0,group_id=0"
-        data += ",default_permissions" + ",allow_other" * for_all
-        arguments = (source.encode(), mountpoint.encode(), b"fuse.fsd")
-        flags = _MS_NOSUID | _MS_NODEV
-        try:
-            _check(_libc.mount(*arguments, ctypes.c_ulong(flags), data.encode()), mountpoint)
-        except OSError:
-            os.close(self.fd)
-            raise
+        self._is_users = False
+        self._buffers: _Buffers = []
+        self._options = SessionOptions(
+            posix_acl=place.is_judged, is_judged=place.is_judged, is_local=True, notify=self._notify
+        )
+        self.fd = self._mount()
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
+
+    def _mount(self) -> int:
+        place = self._place
+        if os.geteuid() == 0:
+            try:
+                return _mount_as_root(place, os.stat(self._operations.export.source).st_mode)
+            except PermissionError:  # root of a user namespace, or one without capabilities
+                log.debug("mount(2) is not permitted", instead=fusermount.PROGRAM)
+            except OSError as error:
+                raise MountError(error.strerror or str(error)) from None
+        self._is_users = True
+        fd = fusermount.mount(place, _KIND)
+        os.set_blocking(fd, False)
+        return fd
 
     def close(self) -> None:
-        """Take the mount away, if it is there, and end the connection."""
-        if not self._gone:
-            _libc.umount2(self._mountpoint.encode(), _MNT_DETACH)
-        os.close(self.fd)
+        """Unmount, unless somebody has, and end the connection."""
+        fd, self.fd = self.fd, -1
+        if fd < 0:
+            return
+        if self._is_users:
+            os.close(fd)  # first: fusermount3 may look at the mount, and nobody would answer
+        try:
+            if not self._gone:
+                with suppress(OSError, MountError):
+                    fusermount.unmount(self._place)
+        finally:
+            if not self._is_users:
+                os.close(fd)
 
     def stop(self) -> None:
         """Make ``run`` return."""
@@ -82,62 +90,77 @@ class DevfuseTransport:
     async def run(self) -> None:
         """Serve until the mount is gone, or ``stop``."""
         with self._scope:
-            await self._run()
+            async with trio.open_nursery() as nursery:
+                loop = TrioLoop(nursery, turn=self._operations.export.turn)
+                session = FuseSession(self._operations, loop, self._options)
+                try:
+                    await self._serve(session, loop)
+                finally:
+                    session.close()
+                    nursery.cancel_scope.cancel()
 
-    async def _run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            options = replace(self._options, notify=self._notify)
-            loop = TrioLoop(nursery, turn=self._operations.export.turn)
-            session = FuseSession(self._operations, loop, options)
-            try:
-                await self._serve(session)
-            finally:
-                session.close()
-                nursery.cancel_scope.cancel()
-
-    async def _serve(self, session: FuseSession) -> None:
-        buffers: list[tuple[memoryview, memoryview]] = []
+    async def _serve(self, session: FuseSession, loop: TrioLoop) -> None:
+        polling = BusyPolling(LOCAL_WINDOW)
         while not self._gone:
             with Guard("serving requests") as guard:
-                await self._burst(session, buffers)
+                while self._burst(session):
+                    await trio.lowlevel.checkpoint()
+                # A thread that has done its work could not say so meanwhile.
+                if not loop.threads and await polling.finds(self._is_there):
+                    continue
+                await trio.lowlevel.wait_readable(self.fd)
+                polling.slept()
             if guard.failed:
                 await trio.sleep(PAUSE)
 
-    async def _burst(
-        self, session: FuseSession, buffers: list[tuple[memoryview, memoryview]]
-    ) -> None:
-        await trio.lowlevel.wait_readable(self.fd)
+    def _is_there(self) -> bool:
+        return bool(self._poll.poll(0))
+
+    def _burst(self, session: FuseSession) -> bool:
+        """Answer what is there, for a while; whether there may be more."""
+        buffers = self._buffers
         for _ in range(_BURST):
             request, reply = buffers.pop() if buffers else _new_buffers()
             try:
                 size = os.readv(self.fd, [request])
-            except BlockingIOError:
-                buffers.append((request, reply))
-                break
             except OSError as error:
+                buffers.append((request, reply))
                 if error.errno in (errno.ENOENT, errno.EINTR):  # withdrawn meanwhile
-                    buffers.append((request, reply))
                     continue
                 if error.errno in (errno.ENODEV, errno.ECONNABORTED):
                     self._gone = True
-                    return
-                raise
-            done = self._done(buffers, request, reply)
-            session.serve([request[:size]], [reply], done)
+                elif error.errno != errno.EAGAIN:
+                    raise
+                return False
+            session.serve([request[:size]], [reply], self._done(request, reply))
+        return True
 
     def _notify(self, message: bytes) -> None:
         with suppress(OSError):  # the file is closed by now, or the mount is gone
             os.write(self.fd, message)
 
-    def _done(
-        self, buffers: list[tuple[memoryview, memoryview]], request: memoryview, reply: memoryview
-    ) -> Callable[[int], None]:
+    def _done(self, request: memoryview, reply: memoryview) -> Callable[[int], None]:
         def done(size: int) -> None:
-            buffers.append((request, reply))
+            self._buffers.append((request, reply))
             if size:
                 os.write(self.fd, reply[:size])
 
         return done
+
+
+def _mount_as_root(place: Place, mode: int) -> int:
+    """mount(2); returns the descriptor of the connection. Raises OSError."""
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        # No name is in here: a source may have commas.
+        data = f"fd={fd},rootmode={mode:o},user_id={os.geteuid()},group_id={os.getegid()}"
+        data += ",default_permissions" * place.is_judged + ",allow_other" * place.for_all
+        flags = mounting.MS_NOSUID | mounting.MS_NODEV
+        mounting.mount(place.source, place.fd, f"fuse.{_KIND}", flags, data)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _new_buffers() -> tuple[memoryview, memoryview]:

@@ -3,12 +3,14 @@
 When requests come in quick succession, each request that finds the server asleep waits for two
 context switches. So after a request that came soon, the server polls for the next one, as KVM's
 halt polling does (Documentation/virt/kvm/halt-polling.rst). Figures:
-docs/decisions/busy-polling.md.
+docs/decisions/busy-polling.md. pyfuse3 reads the requests itself: there, a trio
+instrument polls (docs/decisions/spin.md).
 """
 
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable
 from time import perf_counter
 
@@ -17,6 +19,8 @@ import trio
 WINDOW = 400e-6
 """Default number of seconds from an answer up to which polling for the next request is
 worthwhile."""
+LOCAL_WINDOW = 60e-6
+"""The same without a virtual machine between: a few times the agent's pause between two requests."""
 PROCESSORS = len(os.sched_getaffinity(0))  # now, as the sandbox does not allow the call
 _MUCH = 1 << 18
 """Bytes of data for which the guest gets one window more, because it is busy with them first."""
@@ -80,3 +84,25 @@ class BusyPolling:
             self._streak = min(self._streak + 1, _SURE)
         else:
             self._streak = max(self._streak - 1, 0)
+
+
+class SpinBeforeSleep(trio.abc.Instrument):
+    """Polls ``/dev/fuse`` before trio sleeps, as long as ``is_busy`` says so: for LOCAL_WINDOW."""
+
+    def __init__(self, is_busy: Callable[[], bool]) -> None:
+        self._is_busy = is_busy
+        self._poll = select.poll()
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                    self._poll.register(int(name), select.POLLIN)
+            except OSError:
+                continue
+
+    def before_io_wait(self, timeout: float) -> None:
+        """trio is about to wait for I/O."""
+        if timeout <= 0 or not self._is_busy():
+            return
+        end = perf_counter() + LOCAL_WINDOW
+        while not self._poll.poll(0) and perf_counter() < end:
+            pass

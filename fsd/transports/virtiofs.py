@@ -95,6 +95,7 @@ class ExportSession:
     def __init__(self, export: Export, name: str, loop: TrioLoop, options: SessionOptions) -> None:
         self._export = export
         self.guest = export.add_mount_guest(name)
+        self.guest.transport = "virtiofs"
         if options.kept is not None:
             self.guest.on_agent = options.kept.replayer
             self.guest.on_mark = options.kept.marked

@@ -14,7 +14,7 @@ from harness.namespace import run
 from tests.cli.support import FSD, refused, status_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root")
-DOORS = pytest.mark.parametrize("options", [[], ["--raw"]], ids=["libfuse", "raw"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["devfuse", "libfuse"])
 
 
 def start(source: Path, mountpoint: Path, *options: str) -> list[str]:
@@ -39,9 +39,10 @@ def ended(mountpoint: Path) -> None:
     wait_until(lambda: not mounts_at(mountpoint), 20, "the unmount")
 
 
-@DOORS
-def test_the_same_command_again(places: tuple[Path, Path], options: list[str]) -> None:
+@TRANSPORTS
+def test_the_same_command_again(places: tuple[Path, Path], transport: str) -> None:
     source, mountpoint = places
+    options = [f"--transport={transport}"]
     for _ in range(2):
         killed(source, mountpoint, *options)
         asked = run([FSD, "status", mountpoint])

@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from harness.mounts import Mount, wait_until
-from harness.namespace import (
-    UID,
-    as_user,
-    device_of_everybody,
-    inside,
-    private,
-    python_of_everybody,
-    run,
-)
-from tests.cli.support import FSD, GUEST, background, line_of, world_readable
+from harness.mounts import wait_until
+from harness.namespace import UID, as_user, inside, run
+from harness.usersmount import users_mount
+from tests.cli.support import GUEST, background, line_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
-
-
-@contextmanager
-def users_mount(tmp_path: Path, *options: str, setup: str = "") -> Iterator[tuple[Mount, Path]]:
-    """A mount made by nobody, by fusermount3, in a namespace of its own, after lines ``setup``."""
-    with world_readable() as top:
-        source, mountpoint = top / "source", top / "mount"
-        for directory in (source, mountpoint):
-            directory.mkdir()
-            os.chown(directory, UID, UID)
-        setup += f"\n{device_of_everybody(tmp_path)}\n{python_of_everybody(tmp_path)}"
-        line = private(setup, *as_user(), FSD, "mount", source, mountpoint, *options)
-        with background(*line) as process:
-            assert line_of(process, 30) == f"fsd: ready: {source} on {mountpoint}", (
-                process.stderr.read() if process.stderr and process.poll() is not None else ""
-            )
-            try:
-                yield Mount(source, mountpoint, process), top
-            finally:
-                process.terminate()
-                process.wait(20)
 
 
 def test_an_ordinary_users_mount(tmp_path: Path) -> None:

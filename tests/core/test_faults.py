@@ -18,7 +18,7 @@ import structlog
 
 from fsd.export.channel import Channel
 from fsd.fuse.operations import Operations
-from fsd.transports.libfuse import LibfuseTransport
+from fsd.transports.libfuse_operations import LibfuseOperations
 from protocol import frames
 from protocol.frames import CONTROL, FSD_DIR, SESSION
 from protocol.masks import Mask
@@ -27,8 +27,8 @@ from .support import ALL, STRUCTURE, USER, World, plain
 
 HANDLERS = sorted(
     name
-    for name, member in inspect.getmembers(LibfuseTransport, inspect.iscoroutinefunction)
-    if not name.startswith("_") and name in vars(LibfuseTransport)
+    for name, member in inspect.getmembers(LibfuseOperations, inspect.iscoroutinefunction)
+    if not name.startswith("_") and name in vars(LibfuseOperations)
 )
 CTX = SimpleNamespace(uid=0, gid=0, pid=1, umask=0)
 NO_SERVICE = {"poll"}  # ask nothing of it
@@ -47,7 +47,7 @@ def arguments(name: str) -> list[Any]:
         "datasync": False, "token": None, "buf": b"x",
     }  # fmt: skip
     values = []
-    for parameter in inspect.signature(getattr(LibfuseTransport, name)).parameters:
+    for parameter in inspect.signature(getattr(LibfuseOperations, name)).parameters:
         if parameter == "self":
             continue
         is_name = "name" in parameter or parameter in ("target", "value")
@@ -79,7 +79,7 @@ def test_there_are_handlers() -> None:
 
 @pytest.mark.parametrize("name", [name for name in HANDLERS if name not in NO_SERVICE])
 async def test_a_bug_is_eio_and_one_traceback(name: str) -> None:
-    transport = LibfuseTransport(Broken(Bug("boom")))
+    transport = LibfuseOperations(Broken(Bug("boom")))
     with structlog.testing.capture_logs() as logs, pytest.raises(pyfuse3.FUSEError) as error:
         await getattr(transport, name)(*arguments(name))
     assert error.value.errno == errno.EIO
@@ -91,7 +91,7 @@ async def test_a_bug_is_eio_and_one_traceback(name: str) -> None:
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSPC, None])
 async def test_an_oserror_is_its_errno(name: str, number: int | None) -> None:
     failure = OSError("no number") if number is None else OSError(number, "why")
-    transport = LibfuseTransport(Broken(failure))
+    transport = LibfuseOperations(Broken(failure))
     with structlog.testing.capture_logs() as logs, pytest.raises(pyfuse3.FUSEError) as error:
         await getattr(transport, name)(*arguments(name))
     assert error.value.errno == (number or errno.EIO)
@@ -100,15 +100,15 @@ async def test_an_oserror_is_its_errno(name: str, number: int | None) -> None:
 
 def test_every_operation_of_pyfuse3_that_is_ours_is_guarded() -> None:
     """A handler added without the guard would be a way to unmount."""
-    ours = {name for name in vars(LibfuseTransport) if hasattr(pyfuse3.Operations, name)}
+    ours = {name for name in vars(LibfuseOperations) if hasattr(pyfuse3.Operations, name)}
     ours = {
         name
         for name in ours
-        if not name.startswith("__") and callable(vars(LibfuseTransport)[name])
+        if not name.startswith("__") and callable(vars(LibfuseOperations)[name])
     }
     assert ours | {"poll"} == set(HANDLERS)
     for name in HANDLERS:
-        assert hasattr(getattr(LibfuseTransport, name), "__wrapped__"), name
+        assert hasattr(getattr(LibfuseOperations, name), "__wrapped__"), name
 
 
 # An event

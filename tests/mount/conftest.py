@@ -13,13 +13,13 @@ from harness.mounts import Mount, mounted
 from .sides import Sides
 
 
-@pytest.fixture(params=["libfuse", "raw"])
+@pytest.fixture(params=["devfuse", "libfuse"])
 def share(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mount]:
     """A share on either transport."""
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
-    with mounted(source, mountpoint, *["--raw"] * (request.param == "raw")) as share:
+    with mounted(source, mountpoint, f"--transport={request.param}") as share:
         yield share
 
 

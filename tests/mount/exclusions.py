@@ -2,8 +2,8 @@
 same and fail when one starts to pass: then its line has to go.
 """
 
-# POSIX cases (posix_*.py) that the mount fails and the native directory passes.
-POSIX: dict[str, str] = {
+# POSIX cases (posix_*.py) that a mount over libfuse fails; over /dev/fuse there is none.
+LIBFUSE: dict[str, str] = {
     "open_tmpfile": "pyfuse3 has no handler for FUSE_TMPFILE (libfuse 3.14 neither)",
     "size_fallocate": "pyfuse3 has no handler for FUSE_FALLOCATE",
     "size_punch_hole": "pyfuse3 has no handler for FUSE_FALLOCATE",
@@ -14,6 +14,9 @@ POSIX: dict[str, str] = {
     "host_lock_is_seen": "pyfuse3 has no handler for locks: they are the guest kernel's own",
 }
 
+# POSIX cases that an ordinary user's mount fails.
+ORDINARY: dict[str, str] = {}
+
 # POSIX cases that a guest with Linux 6.1 fails on a virtiofs share.
 GUEST: dict[str, str] = {
     "times_now_and_omit": "the host's clock stamps files, the guest's is another",
@@ -21,9 +24,4 @@ GUEST: dict[str, str] = {
     "--modcaps=+sys_admin keeps it",
     "sgid_directory_passes_its_group_on": "before Linux 6.3 a guest does not tell of whom it asks "
     "in which groups he is (FUSE_CREATE_SUPP_GROUP): a member counts as none",
-}
-
-# stress-ng stressors that cannot do their work on the mount and can natively.
-STRESSORS: dict[str, str] = {
-    "fiemap": "pyfuse3 has no handler for FUSE_IOCTL",
 }

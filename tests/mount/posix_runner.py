@@ -8,6 +8,7 @@ did.
 """
 
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -17,6 +18,16 @@ from tests.mount.posix_cases import CASES, run_case
 from tests.mount.posix_support import ALICE
 
 
+def _remove(directory: Path) -> None:
+    """All of it, also what an ordinary user has closed to himself."""
+    for path, names, _ in os.walk(directory):
+        for name in names:
+            below = os.path.join(path, name)
+            if not os.path.islink(below):
+                os.chmod(below, 0o700)
+    shutil.rmtree(directory)
+
+
 def main() -> None:
     directory, host = map(Path, sys.argv[1:])
     print("READY", flush=True)
@@ -24,7 +35,7 @@ def main() -> None:
         name, who = line.split()
         try:
             run_case(CASES[name], directory / name, host / name, ALICE if who == "user" else None)
-            shutil.rmtree(directory / name)
+            _remove(directory / name)
             assert not (host / name).exists(), f"{name} is still there"
             problem = ""
         except BaseException:

@@ -18,9 +18,9 @@ from tests.mount.sides import Sides, two_sides
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mount(2), chattr +a")
 
 
-@pytest.fixture(scope="module", params=["", "--raw"], ids=["libfuse", "raw"])
+@pytest.fixture(scope="module", params=["devfuse", "libfuse"])
 def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
-    with two_sides(*filter(None, [request.param])) as both:
+    with two_sides(f"--transport={request.param}") as both:
         yield both
 
 

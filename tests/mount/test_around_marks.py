@@ -79,7 +79,7 @@ def watch() -> Iterator[Watch]:
         instance.close()
 
 
-@pytest.fixture(scope="module", params=["", "--raw"], ids=["libfuse", "raw"])
+@pytest.fixture(scope="module", params=["devfuse", "libfuse"])
 def share(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Mount]:
@@ -87,7 +87,7 @@ def share(
     source, mountpoint = top / "source", top / "mount"
     source.mkdir()
     mountpoint.mkdir()
-    with mounted(source, mountpoint, *filter(None, [request.param])) as mount:
+    with mounted(source, mountpoint, f"--transport={request.param}") as mount:
         yield mount
 
 

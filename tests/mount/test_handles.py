@@ -20,13 +20,13 @@ Handles = dict[str, tuple[FileHandle, int]]
 Mounts = Callable[[], AbstractContextManager[Mount]]
 
 
-@pytest.fixture(params=["pyfuse3", "raw"])
+@pytest.fixture(params=["devfuse", "libfuse"])
 def mount(request: pytest.FixtureRequest, tmp_path: Path) -> Mounts:
     """Mounts the same source at the same place each time."""
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
-    return lambda: mounted(source, mountpoint, *["--raw"] * (request.param == "raw"))
+    return lambda: mounted(source, mountpoint, f"--transport={request.param}")
 
 
 @contextmanager

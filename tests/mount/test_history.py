@@ -35,14 +35,12 @@ NATURAL = {
 """What an operation meets where another has just done something with the same names."""
 
 
-@pytest.fixture(params=["libfuse", "raw"])
+@pytest.fixture(params=["devfuse", "libfuse"])
 def share(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mount]:
-    if request.param == "raw" and os.geteuid() != 0:
-        pytest.skip("--raw needs root: mount(2) on /dev/fuse")
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
-    with mounted(source, mountpoint, *["--raw"] * (request.param == "raw")) as share:
+    with mounted(source, mountpoint, f"--transport={request.param}") as share:
         yield share
 
 

@@ -1,5 +1,7 @@
-"""Every POSIX case over a native directory, the oracle, and over the mount; as root also under an
-ordinary user's ids. Then what needs the mount's own surroundings: its root, and ways out of it.
+"""Every POSIX case over a native directory, the oracle, and over the mount, without exclusions; as
+root also under an ordinary user's ids. (test_libfuse.py has the same map over the other transport,
+test_posix_user.py over an ordinary user's mounts.) Then what needs the mount's own surroundings:
+its root, and ways out of it.
 """
 
 import errno
@@ -13,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from harness.mounts import mounted, wait_until
-from tests.mount.exclusions import POSIX as EXCLUDED
 from tests.mount.posix_cases import CASES, run_case
 from tests.mount.posix_parameters import PARAMETERS
 from tests.mount.posix_support import (
@@ -51,19 +52,11 @@ def test_native(name: str, user: User | None, sides: Sides) -> None:
 def test_mount(name: str, user: User | None, sides: Sides) -> None:
     d, host = sides.mount.mountpoint / name, sides.mount.source / name
     try:
-        if name in EXCLUDED:
-            with pytest.raises((AssertionError, OSError)):  # it passes now? take it off the list
-                run_case(CASES[name], d, host, user)
-        else:
-            run_case(CASES[name], d, host, user)
+        run_case(CASES[name], d, host, user)
     finally:
         sides.check_alive()
         shutil.rmtree(d)
     assert not host.exists()
-
-
-def test_exclusions_name_cases() -> None:
-    assert set(EXCLUDED) <= set(CASES)
 
 
 # -- the root of the mount, and ways out of it -----------------------------------------------------

@@ -18,9 +18,9 @@ from tests.mount.sides import Sides, two_sides
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acts as ordinary users")
 
 
-@pytest.fixture(scope="module", params=["libfuse", "raw"])
+@pytest.fixture(scope="module", params=["devfuse", "libfuse"])
 def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
-    with two_sides("--no-agent", *(["--raw"] if request.param == "raw" else [])) as both:
+    with two_sides("--no-agent", f"--transport={request.param}") as both:
         yield both
 
 

@@ -1,0 +1,69 @@
+"""mount(2) and umount2(2), and what is mounted where.
+
+Apart from mounts.py, which follows the mounts below a share: this makes and takes away one mount.
+A place is named by a descriptor, so that nobody can put another directory there meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from . import syscalls
+from .libc import check, libc
+
+MS_NOSUID, MS_NODEV = 2, 4
+_MNT_DETACH = 2
+
+
+class Mount(NamedTuple):
+    """One line of proc_pid_mountinfo(5)."""
+
+    number: int
+    parent: int
+    device: int
+    """st_dev of what is in it."""
+    path: str
+    type: str
+    options: str
+    """Of the file system itself."""
+
+
+def mounts() -> Iterator[Mount]:
+    """All mounts of this process, those on top of others behind them."""
+    with open(syscalls.mountinfo_path(), "rb") as mountinfo:
+        for line in mountinfo:
+            number, parent, device, _root, point, rest = line.split(b" ", 5)
+            kind, _, options = rest.partition(b" - ")[2].decode(errors="replace").split(" ", 2)
+            major, _, minor = device.partition(b":")
+            path = point.decode("unicode_escape").encode("latin-1")
+            yield Mount(
+                int(number), int(parent), os.makedev(int(major), int(minor)), os.fsdecode(path),
+                kind, options.strip(),
+            )  # fmt: skip
+
+
+def mounted_on(fd: int) -> Mount | None:
+    """What is mounted on an open directory: the topmost, if there are several."""
+    number, path = syscalls.mount_id(fd), os.fsdecode(syscalls.shown_path(fd))
+    found = None
+    for each in mounts():
+        if each.path == path and each.parent == number:
+            found, number = each, each.number
+    return found
+
+
+def mount(source: str, fd: int, kind: str, flags: int, data: str) -> None:
+    """mount(2) on an open directory. Raises OSError."""
+    target = syscalls.fd_path(fd).encode()
+    arguments = (os.fsencode(source), target, kind.encode(), ctypes.c_ulong(flags), data.encode())
+    check(libc.mount(*arguments))
+
+
+def unmount(fd: int) -> None:
+    """Take away what is mounted on an open directory, whoever still uses it. Raises OSError, EINVAL
+    where nothing is mounted there.
+    """
+    check(libc.umount2(syscalls.fd_path(fd).encode(), _MNT_DETACH))
