@@ -72,7 +72,8 @@ def _run(
         environment["_FUSE_COMMFD"] = str(passed)
     try:
         return subprocess.run(
-            [path, *arguments],
+            [PROGRAM, *arguments],  # by its name alone, as it calls itself in what it says
+            executable=path,
             env=environment,
             pass_fds=() if passed is None else (passed,),
             stdin=subprocess.DEVNULL,

@@ -32,13 +32,15 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=1, metavar="N")
     parser.add_argument("--verbose", action="store_true", help="say how each test failed")
-    parser.add_argument("--raw", action="store_true", help="serve /dev/fuse without libfuse")
+    parser.add_argument("--transport", choices=["devfuse", "libfuse"], help="of fsd mount")
     given = parser.parse_args()
     for name in RUNNERS if "all" in given.name else given.name:
         for kind in given.kind or ["bind", "fsd"]:
             for _ in range(given.repeat):
                 start = time.monotonic()
-                results = run(name, kind, given.test, ["--raw"] * (given.raw and kind == "fsd"))
+                asked = given.transport if kind == "fsd" else None
+                options = [f"--transport={asked}"] if asked else []
+                results = run(name, kind, given.test, options)
                 report(name, kind, results, time.monotonic() - start, given.verbose)
 
 
