@@ -36,7 +36,7 @@ from ..fuse.channelfile import READY, ChannelFile
 from ..fuse.handles import Events
 from ..fuse.hidden import HiddenHandle
 from ..fuse.nodes import REPLAYER_TIMEOUT_NS, WATCHED_TIMEOUT
-from ..fuse.operations import Caller, Operations
+from ..fuse.operations import Operations
 from ..guests.history import PATIENCE as ORDERS_PATIENCE
 from ..guests.history import Undelivered, Wait
 

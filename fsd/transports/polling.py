@@ -20,7 +20,7 @@ WINDOW = 400e-6
 """Default number of seconds from an answer up to which polling for the next request is
 worthwhile."""
 LOCAL_WINDOW = 60e-6
-"""The same without a virtual machine between: a few times the agent's pause between two requests."""
+"""The same for a local mount: a few times the agent's pause between two requests."""
 PROCESSORS = len(os.sched_getaffinity(0))  # now, as the sandbox does not allow the call
 _MUCH = 1 << 18
 """Bytes of data for which the guest gets one window more, because it is busy with them first."""
