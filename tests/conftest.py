@@ -18,6 +18,20 @@ pytest.register_assert_rewrite(
 from harness.mounts import Mount, mounted  # noqa: E402
 
 FUSE = Path("/dev/fuse")
+TESTS = Path(__file__).parent
+
+QUICK = frozenset(
+    {"protocol", "core", "virtio", "test_imports.py", "test_limits.py", "test_threat_model.py"}
+)
+"""Folders, and files of tests itself, that need no mount and no virtual machine."""
+
+ORDER = [
+    "protocol", "core", "virtio", "", "fuzz", "agent", "checkpoint", "guest", "fidelity",
+    "mount", "clients", "suites", "cli",
+]  # fmt: skip
+"""Of the folders: the fast ones first; then the longest, for several processes end together where
+what is left is short.
+"""
 
 # How long an example takes says something about the machine, not about the code.
 hypothesis.settings.register_profile("fsd", deadline=None)
@@ -53,6 +67,23 @@ def share(tmp_path: Path) -> Iterator[Mount]:
 def share_no_agent(tmp_path: Path) -> Iterator[Mount]:
     """The twin of ``share`` in which nothing announces the host's changes to the guest."""
     yield from _mount(tmp_path, "--no-agent")
+
+
+def _folder(item: pytest.Item) -> str:
+    """Of tests, in which the test is; "" for tests itself."""
+    parent = item.path.parent.relative_to(TESTS)
+    return parent.parts[0] if parent.parts else ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder, and run the fast ones first."""
+    for item in items:
+        folder = _folder(item)
+        if folder in QUICK or item.path.name in QUICK:
+            item.add_marker(pytest.mark.quick)
+        if folder:
+            item.add_marker(folder)
+    items.sort(key=lambda item: ORDER.index(_folder(item)))
 
 
 @pytest.hookimpl(wrapper=True)

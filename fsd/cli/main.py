@@ -88,7 +88,9 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
     help="Listen on this Unix socket for guests without a mount.",
 )
 @click.option(
-    "--max-queued-events", type=_POSITIVE, help="Length of the inotify queue on the host."
+    "--max-queued-events",
+    type=_POSITIVE,
+    help="Start only if the host queues that many inotify events (fs.inotify.max_queued_events).",
 )
 @click.option(
     "--max-watches",

@@ -31,7 +31,6 @@ from ..files.table import InodeTable
 from ..linux import syscalls
 from ..linux.ioctls import FIONREAD, SETNEXTWD
 from ..linux.libc import last_error
-from ..linux.queuelimit import limited_to
 from .queuednames import QueuedNames
 from .sharedwatches import SharedWatches
 
@@ -107,11 +106,9 @@ class HostWatcher:
         table: InodeTable,
         *,
         watch_limit: int | None = None,
-        max_queued_events: int | None = None,
     ) -> None:
         self._table = table
-        with limited_to(max_queued_events):
-            self._manager = pyinotify.WatchManager()
+        self._manager = pyinotify.WatchManager()
         self.fd: int = self._manager.get_fd()
         os.set_blocking(self.fd, False)
         os.set_inheritable(self.fd, False)

@@ -89,7 +89,6 @@ class Export:
         read_only: bool = False,
         outbox_limit: int = OUTBOX_LIMIT,
         watch_limit: int | None = None,
-        max_queued_events: int | None = None,
         overflow_after_loss: bool = False,
     ) -> None:
         self.source = source
@@ -97,9 +96,7 @@ class Export:
         self.watch_limit = default_limit() if watch_limit is None else watch_limit
         self.table = InodeTable(source)
         self.fs = PassthroughFS(self.table)
-        self.watcher = HostWatcher(
-            self.table, watch_limit=self.watch_limit, max_queued_events=max_queued_events
-        )
+        self.watcher = HostWatcher(self.table, watch_limit=self.watch_limit)
         self.reader = Reader(self.table, self.watcher)
         self.comparer = Comparer(self.fs, self.watcher, self.reader, self.look_later)
         self._resolver = Resolver(self.fs, self.watcher)

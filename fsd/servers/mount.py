@@ -23,6 +23,7 @@ from ..export.export import Export
 from ..fuse.operations import Operations
 from ..guests.mount import MountGuest
 from ..linux import credentials, mounting, syscalls
+from ..linux.queuelimit import require_queue
 from ..pacing.guard import Guard
 from ..process.scheduling import shorten_turns, spare_collections
 from ..transports import fusermount
@@ -226,10 +227,13 @@ class Mounted:
             return Export(
                 options.source,
                 watch_limit=options.watch_limit,
-                max_queued_events=options.max_queued_events,
                 overflow_after_loss=options.overflow_after_loss,
             )
 
+        try:
+            require_queue(options.max_queued_events or 0)
+        except OSError as error:
+            raise StartError(f"{error.strerror}") from None
         try:
             return open_export(make, self._state, self._complain, restore=options.restore)
         except OSError as error:

@@ -160,6 +160,12 @@ def test_a_socket_that_cannot_be_made(places: tuple[Path, Path], tmp_path: Path)
     assert (tmp_path / "a file").read_text() == "mine"
 
 
+def test_a_longer_queue_than_the_hosts(places: tuple[Path, Path]) -> None:
+    source, mountpoint = places
+    done = run([FSD, "mount", source, mountpoint, "--max-queued-events", "2000000000"])
+    refused(done, "sysctl -w fs.inotify.max_queued_events=2000000000", mountpoint)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -12,6 +12,7 @@ import pytest
 
 from harness.mounts import Mount, mounted, wait_until
 from harness.namespace import run
+from harness.overflow import fill, queue_of
 from tests.cli.support import (
     GUEST,
     background,
@@ -54,7 +55,7 @@ def test_watch_hears_of_a_loss_where_that_is_asked(tmp_path: Path, asked: bool) 
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
-    options = ["--no-agent", "--max-queued-events", "16", *["--overflow-after-loss"] * asked]
+    options = ["--no-agent", *["--overflow-after-loss"] * asked]
     with (
         mounted(source, mountpoint, *options) as share,
         background(GUEST, "watch", "--mask", "create", share.mountpoint) as watcher,
@@ -62,7 +63,9 @@ def test_watch_hears_of_a_loss_where_that_is_asked(tmp_path: Path, asked: bool) 
         established(watcher)
         share.process.send_signal(signal.SIGSTOP)
         try:
-            for i in range(40):  # more than the host's queue holds
+            with queue_of(share.process.pid) as queue:
+                fill(queue, room=16)
+            for i in range(40):  # more than there is room for
                 (share.source / f"f{i}").touch()
         finally:
             share.process.send_signal(signal.SIGCONT)

@@ -25,14 +25,12 @@ def make_world(tmp_path: Path) -> Iterator[Worlds]:
         *,
         outbox_limit: int | None = None,
         watch_limit: int | None = None,
-        queue: int | None = None,
         overflow_after_loss: bool = False,
     ) -> World:
         world = World(
             source,
             outbox_limit=outbox_limit,
             watch_limit=watch_limit,
-            queue=queue,
             overflow_after_loss=overflow_after_loss,
         )
         worlds.append(world)

@@ -46,7 +46,6 @@ class World:
         *,
         outbox_limit: int | None = None,
         watch_limit: int | None = None,
-        queue: int | None = None,
         read_only: bool = False,
         overflow_after_loss: bool = False,
     ) -> None:
@@ -56,7 +55,6 @@ class World:
             read_only=read_only,
             outbox_limit=OUTBOX_LIMIT if outbox_limit is None else outbox_limit,
             watch_limit=watch_limit,
-            max_queued_events=queue,
             overflow_after_loss=overflow_after_loss,
         )
         self.table = self.export.table

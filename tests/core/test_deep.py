@@ -75,6 +75,7 @@ def test_a_mark_at_the_bottom_is_set_and_dropped(world: World) -> None:
     assert time.monotonic() < begun + SECONDS
 
 
+@pytest.mark.slow
 def test_a_whole_tree_is_watched_saved_and_restored(
     world: World, make_world: Callable[[], World]
 ) -> None:

@@ -30,6 +30,8 @@ from protocol.masks import Mask
 from .failing import LEFT_OUT, PURE, Call, Injector, modules, table
 from .support import ALL, USER, Seen, World
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = (errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EIO)
 UNREACHED = {
     "syscalls.syncfs": "in a thread of a transport",

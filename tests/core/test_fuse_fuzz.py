@@ -22,6 +22,7 @@ from .hostile import FILE_SIZE, Target, bent
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: as an ordinary user less is reached"),
+    pytest.mark.slow,
 ]
 
 

@@ -17,6 +17,7 @@ from .fuse_guest import GuestKernel
 from .support import ALL, World
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_requests(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"f{number}").write_bytes(b"data")

@@ -169,6 +169,7 @@ def test_damaged_images_are_refused(share: Share, data: st.DataObject) -> None:
         image.decode(bytes(damaged))
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=400, deadline=None)
 def test_whole_images_that_lie(share: Share, data: st.DataObject) -> None:
@@ -190,6 +191,7 @@ def test_whole_images_that_lie(share: Share, data: st.DataObject) -> None:
     share.restore(images.pack(image.KIND, image.VERSION, bytes(body)))
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=400, deadline=None)
 def test_fields_that_lie(share: Share, data: st.DataObject) -> None:
@@ -334,6 +336,7 @@ def test_an_older_state_does_not_replace_a_newer_one(tmp_path: Path) -> None:
     world.close()
 
 
+@pytest.mark.slow
 def test_many_marks_take_little() -> None:
     """A fifth of what `python -m bench checkpoint` does, in the time that all of it may take."""
     saved, restored, size = saved_and_restored(20_000)

@@ -263,6 +263,7 @@ def test_the_cap_on_marks_is_enospc_and_a_mark_there_is_can_be_changed(
     world.mark(world.observer("another"), "a", CREATE)  # the cap is each guest's own
 
 
+@pytest.mark.slow
 def test_marks_do_not_become_slow_by_their_number(world: World) -> None:
     """Twice as many marks take about twice as long, not four times: no request walks them all."""
     guest = world.observer()

@@ -13,6 +13,7 @@ from fsd.events import missed, reading
 from fsd.fuse.operations import Operations
 from fsd.guests.guest import Observer
 from fsd.linux import syscalls
+from harness.overflow import fill
 from protocol import frames
 from protocol.frames import Op, Order
 from protocol.masks import Mask
@@ -24,10 +25,16 @@ CHANGE = int(Mask.MODIFY | Mask.CLOSE_WRITE)
 
 
 def storm(source: Path, count: int) -> None:
-    """Fill the host's queue with what leaves nothing behind."""
+    """Many events, which leave nothing behind."""
     for i in range(count):
         (source / f"s{i}").touch()
         (source / f"s{i}").unlink()
+
+
+def overflow(world: World, where: str = "") -> None:
+    """Have the host's queue overflow in a storm, after its first events."""
+    fill(world.export.watcher.fd, room=16)
+    storm(world.source / where, 50)
 
 
 def picture(events: list[tuple[bytes, str]]) -> dict[bytes, bool]:
@@ -46,14 +53,14 @@ def picture(events: list[tuple[bytes, str]]) -> dict[bytes, bool]:
 
 
 def test_overflow_is_counted_and_answered_by_the_difference(make_world: Worlds) -> None:
-    world = make_world(queue=16)
+    world = make_world()
     for name in ("kept", "removed", "changed", "mode", "renamed"):
         (world.source / name).write_text("x")
     settle(world.source)
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE | CHANGE | int(Mask.ATTRIB))
     settle(world.source)
-    storm(world.source, 50)
+    overflow(world)
     (world.source / "new").write_text("content")
     (world.source / "empty").touch()
     (world.source / "dir").mkdir()
@@ -83,10 +90,10 @@ def test_overflow_is_counted_and_answered_by_the_difference(make_world: Worlds) 
 
 
 def test_each_event_after_an_overflow_is_told_once(make_world: Worlds) -> None:
-    world = make_world(queue=16)
+    world = make_world()
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
-    storm(world.source, 50)
+    overflow(world)
     (world.source / "a").touch()
     assert plain(world.take(guest)).count((b"a", "create")) == 1
     (world.source / "b").touch()
@@ -94,14 +101,14 @@ def test_each_event_after_an_overflow_is_told_once(make_world: Worlds) -> None:
 
 
 def test_overflow_in_several_directories(make_world: Worlds) -> None:
-    world = make_world(queue=16)
+    world = make_world()
     for name in ("a", "b", "c"):
         (world.source / name).mkdir()
     (world.source / "a/x").touch()
     guest = world.observer()
     for name in ("a", "b"):
         world.mark(guest, name, STRUCTURE)
-    storm(world.source / "b", 50)
+    overflow(world, "b")
     os.rename(world.source / "a/x", world.source / "b/y")
     (world.source / "c/unwatched").touch()
     events = [event for event in world.take(guest) if not event.path.startswith(b"b/s")]
@@ -109,11 +116,11 @@ def test_overflow_in_several_directories(make_world: Worlds) -> None:
 
 
 def test_overflow_with_interest_in_the_whole(make_world: Worlds) -> None:
-    world = make_world(queue=16)
+    world = make_world()
     (world.source / "a").mkdir()
     guest = world.observer()
     world.export.update(guest, WHOLE, STRUCTURE)
-    storm(world.source / "a", 50)
+    overflow(world, "a")
     (world.source / "a/new/deep").mkdir(parents=True)
     (world.source / "a/new/deep/file").touch()
     there = picture([e for e in plain(world.take(guest)) if not e[0].startswith(b"a/s")])
@@ -124,7 +131,7 @@ def test_overflow_with_interest_in_the_whole(make_world: Worlds) -> None:
 
 def test_overflow_and_a_watch_on_a_file(make_world: Worlds) -> None:
     """A file's own mark: its change, and its end, are told in spite of the overflow."""
-    world = make_world(queue=16)
+    world = make_world()
     for name in ("changed", "untouched", "mode"):
         (world.source / name).write_text("x")
     settle(world.source)
@@ -132,7 +139,7 @@ def test_overflow_and_a_watch_on_a_file(make_world: Worlds) -> None:
     for name in ("changed", "untouched", "mode"):
         world.mark(guest, name, CHANGE | int(Mask.ATTRIB))
     settle(world.source)
-    storm(world.source, 50)
+    overflow(world)
     (world.source / "changed").write_text("changed")
     (world.source / "mode").chmod(0o600)
     told = {path for path, _ in plain(world.take(guest))}
@@ -148,12 +155,12 @@ def test_watches_that_ended_unseen_in_an_overflow_are_noticed(
     """
     born_ns = syscalls.born_ns
     monkeypatch.setattr(syscalls, "born_ns", lambda *args: born_ns(*args) - lag_ns)
-    world = make_world(queue=16)
+    world = make_world()
     (world.source / "dir").mkdir()
     guest = world.observer()
     node = world.mark(guest, "dir", STRUCTURE | int(Mask.DELETE_SELF))
     world.mark(guest, "", STRUCTURE)
-    storm(world.source, 50)
+    overflow(world)
     (world.source / "dir").rmdir()
     (world.source / "dir").mkdir()
     told = [event for event in plain(world.take(guest)) if not event[0].startswith(b"s")]
@@ -171,7 +178,7 @@ def test_watches_that_ended_unseen_in_an_overflow_are_noticed(
 def test_a_reused_inode_number_is_no_rename_in_a_difference(
     make_world: Worlds, same_name: bool
 ) -> None:
-    world = make_world(queue=16)
+    world = make_world()
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
     old, new = world.source / "old", world.source / ("old" if same_name else "new")
@@ -180,7 +187,7 @@ def test_a_reused_inode_number_is_no_rename_in_a_difference(
         number = old.stat().st_ino
         settle(world.source)
         world.take(guest)
-        storm(world.source, 50)
+        overflow(world)
         old.unlink()
         new.touch()
         reused = new.stat().st_ino == number
@@ -194,11 +201,11 @@ def test_a_reused_inode_number_is_no_rename_in_a_difference(
 
 
 def test_overflow_does_not_end_when_a_resync_storms_on(make_world: Worlds) -> None:
-    world = make_world(queue=16)
+    world = make_world()
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
     for i in range(5):
-        storm(world.source, 50)
+        overflow(world)
         (world.source / f"k{i}").touch()
         world.pump()
     there = picture(plain(world.take(guest)))
@@ -207,11 +214,11 @@ def test_overflow_does_not_end_when_a_resync_storms_on(make_world: Worlds) -> No
 
 
 def test_a_replaying_guest_gets_orders_for_the_difference(make_world: Worlds) -> None:
-    world = make_world(queue=16)
+    world = make_world()
     (world.source / "old").touch()
     mount = world.mount()
     world.mark(mount.guest, mask=STRUCTURE)
-    storm(world.source, 50)
+    overflow(world)
     (world.source / "old").rename(world.source / "new")
     (world.source / "made").mkdir()
     orders = [order for order in world.orders(mount) if not order.name.startswith(b"s")]
@@ -281,7 +288,7 @@ def test_a_full_outbox_is_caught_up_with_the_difference(make_world: Worlds) -> N
 def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
     make_world: Worlds, asked: bool
 ) -> None:
-    world = make_world(queue=16, outbox_limit=40, overflow_after_loss=asked)
+    world = make_world(outbox_limit=40, overflow_after_loss=asked)
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
 
@@ -296,14 +303,14 @@ def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
                 return events
             world.export.catch_up(guest)
 
-    overflow, lost = int(Mask.Q_OVERFLOW), [(int(Mask.Q_OVERFLOW), b"")]
+    lost = [(int(Mask.Q_OVERFLOW), b"")]
     (world.source / "before").touch()
     assert told() == [(int(Mask.CREATE), b"before")]  # nothing was lost, and none is told
-    storm(world.source, 30)  # more than the host's queue holds
+    overflow(world)
     (world.source / "new").touch()
     events = told()
     assert world.export.counts["overflows"] == 1
-    assert [event for event in events if event[0] & overflow] == lost * asked
+    assert [event for event in events if event in lost] == lost * asked
     assert events[-1] == (int(Mask.CREATE), b"new")  # after it: who rescans then misses nothing
     for i in range(60):  # more than the guest's outbox holds
         (world.source / f"f{i}").touch()
@@ -311,7 +318,7 @@ def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
             world.pump()
     events = told()
     assert guest.counts["overflows"] >= 1
-    found = [event for event in events if event[0] & overflow]
+    found = [event for event in events if event in lost]
     assert found == lost * len(found)
     assert bool(found) == asked
     assert {name for mask, name in events if name} == {b"f%d" % i for i in range(60)}

@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,11 +26,8 @@ from tests.fidelity.run import (
     Outcome,
     Watcher,
     prepare,
-    queue_limit,
     run,
 )
-
-QUEUE = 1 << 20  # a burst of 20,000 operations, some five events each, and room
 
 LIMITS = frozenset(
     {
@@ -46,21 +42,12 @@ LIMITS = frozenset(
 pytestmark = pytest.mark.timeout(180)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def deep_queues() -> Iterator[None]:
-    """Nothing may overflow here: that is another test's matter."""
-    if os.geteuid():
-        pytest.skip("only root can raise fs.inotify.max_queued_events for the bursts")
-    with queue_limit(QUEUE):
-        yield
-
-
 def fidelity(tmp_path: Path, case: Case) -> Outcome:
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
     print(f"{case}")
-    with mounted(source, mountpoint, "--max-queued-events", str(QUEUE)) as mount:
+    with mounted(source, mountpoint) as mount:
         outcome = run(case, Arena.of(mount))
     print(f"{len(outcome.mount)} events, {outcome.seconds:.1f} s")
     report = outcome.report()

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from harness.mounts import Mount, mounted
-from tests.fidelity.run import queue_limit
 
 MODIFY, ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO = 0x2, 0x4, 0x8, 0x40, 0x80
 CREATE, DELETE, ISDIR = 0x100, 0x200, 0x40000000
@@ -160,7 +159,7 @@ def shared(side: str, source: Path, mountpoint: Path) -> Iterator[tuple[Path, Mo
     if side == "native":
         yield source, None
     else:
-        with queue_limit(1 << 17), mounted(source, mountpoint) as mount:
+        with mounted(source, mountpoint) as mount:
             yield mountpoint, mount
 
 

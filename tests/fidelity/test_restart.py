@@ -36,9 +36,9 @@ from tests.fidelity.compare import (
     normalise,
     since,
 )
-from tests.fidelity.run import END, START, Arena, Case, Watcher, prepare, queue_limit, run
+from tests.fidelity.run import END, START, Arena, Case, Watcher, prepare, run
 
-from .test_fidelity import LIMITS, QUEUE
+from .test_fidelity import LIMITS
 
 CHANGES = int(
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MODIFY | Mask.ATTRIB
@@ -46,16 +46,7 @@ CHANGES = int(
 )  # fmt: skip
 NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 ARRIVES = int(Mask.CREATE | Mask.MOVED_TO)
-pytestmark = [
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root can raise fs.inotify.*"),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def deep_queues() -> Iterator[None]:
-    with queue_limit(QUEUE):
-        yield
+pytestmark = pytest.mark.timeout(180)
 
 
 class SocketWatcher:
@@ -108,7 +99,7 @@ class Server:
         self.mount: Mount | None = None
 
     def start(self) -> None:
-        options = ("--socket", str(self.socket), "--max-queued-events", str(QUEUE), "--no-agent")
+        options = ("--socket", str(self.socket), "--no-agent")
         self.mount = self._running.enter_context(mounted(self.source, self.mountpoint, *options))
 
     def stop(self) -> None:
@@ -265,7 +256,7 @@ def test_the_agent_is_killed_in_a_burst(seed: int, tmp_path: Path) -> None:
             killed.append(guest["agent_pid"])
             os.kill(guest["agent_pid"], signal.SIGKILL)
 
-    with mounted(source, mountpoint, "--max-queued-events", str(QUEUE)) as mount:
+    with mounted(source, mountpoint) as mount:
         killer = threading.Thread(target=kill)
         killer.start()
         outcome = run(case, Arena.of(mount))

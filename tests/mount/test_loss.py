@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from harness.mounts import Mount, command, mounted, wait_until
+from harness.overflow import fill, queue_of
 
 from .observing import Line, idle, status, the_mount, watching
 
@@ -188,16 +189,18 @@ def test_stopped_and_killed(share: Mount) -> None:
 
 @contextmanager
 def stopped(share: Mount) -> Iterator[None]:
-    """The server does nothing for the block, so that the host's queue runs full."""
+    """The server does nothing for the block, and the host's queue has room for a few events."""
     share.process.send_signal(signal.SIGSTOP)
     try:
+        with queue_of(share.process.pid) as queue:
+            fill(queue, room=16)
         yield
     finally:
         share.process.send_signal(signal.SIGCONT)
 
 
 def test_overflow_of_the_hosts_queue(make_share: Callable[..., Mount]) -> None:
-    share = make_share("--max-queued-events", "16")
+    share = make_share()
     for name in ("kept", "removed", "renamed"):
         (share.source / name).mkdir()
     (share.source / "changed").write_text("x")
@@ -233,7 +236,7 @@ def test_overflow_of_the_hosts_queue(make_share: Callable[..., Mount]) -> None:
 
 def test_overflow_under_a_recursive_watcher(make_share: Callable[..., Mount]) -> None:
     """Its picture is right in the end: it adds watches for what it is told of."""
-    share = make_share("--max-queued-events", "16")
+    share = make_share()
     (share.source / "a").mkdir()
     with watching(share, recursive=True, events="create,delete,move") as watcher:
         with stopped(share):
@@ -249,7 +252,7 @@ def test_overflow_under_a_recursive_watcher(make_share: Callable[..., Mount]) ->
 
 def test_overflow_and_a_watched_file(make_share: Callable[..., Mount]) -> None:
     """An editor watches the one file that it has open."""
-    share = make_share("--max-queued-events", "16")
+    share = make_share()
     (share.source / "file").write_text("x")
     (share.source / "other").write_text("x")
     file = share.mountpoint / "file"

@@ -21,6 +21,8 @@ from protocol.vhostuser import U64, Inflight, Protocol, Region, Type, VringState
 from .conftest import Server
 from .test_device import M, Machine
 
+pytestmark = pytest.mark.slow
+
 KEEP = """
 import sys
 from fsd.process.keeper import Keeper

@@ -374,6 +374,7 @@ def test_a_kick_that_never_ends(server: Server, running: Machine) -> None:
     running.echo()
 
 
+@pytest.mark.slow
 def test_a_vmm_that_does_so_again_and_again_has_to_wait(server: Server) -> None:
     begun = time.monotonic()
     for _ in range(5):
