@@ -1,1 +1,1 @@
-"""From the host's inotify queue to what happened, and to which object."""
+"""Turns the host's inotify queue into events: what happened, and to which object."""

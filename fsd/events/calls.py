@@ -1,8 +1,8 @@
-"""Which of the events that stand ahead one system call has made. Pure: the resolver reads the
-queue, waits, and says what follows.
+"""Finds which queued events one system call has made. Pure: the resolver reads the queue, waits,
+and draws the conclusions.
 
-Events are looked for in the order in which one system call queues them (see ``resolver``), among
-those of others that may stand between (windows.TWIN_WINDOW).
+Events are matched in the order in which one system call queues them (see ``resolver``), among
+events of others that may stand between (windows.TWIN_WINDOW).
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ _MOVED_FROM, _STRUCTURE, _DELETE = int(Mask.MOVED_FROM), int(STRUCTURE), int(Mas
 _ENDS = int(Mask.DELETE_SELF | Mask.IGNORED)
 _NONE = RawEvent(-1, 0, 0, b"")
 AHEAD = 4 * windows.TWIN_WINDOW
-"""Arrivals that are looked at, at most: an exchange is four names, each within a window."""
+"""Arrivals that are examined at most: an exchange is four names, each within a window."""
 
 Place = tuple[Inode, bytes]
 Ahead = Sequence[Arrival]
-"""The arrivals behind the one that is looked at, up to AHEAD."""
+"""The arrivals behind the current one, up to AHEAD."""
 
 
 class Watches(Protocol):
-    """What is watched."""
+    """What is watched, and for which events."""
 
     def inode_of(self, wd: int) -> Inode | None:
-        """Whose watch that is."""
+        """The inode of a watch."""
 
     def wd_of(self, inode: Inode) -> int:
-        """The watch of an inode, -1 where it has none."""
+        """The watch of an inode, -1 if it has none."""
 
     def mask_of(self, inode: Inode) -> Mask:
-        """For what."""
+        """The mask of its watch."""
 
     def reports(self, inode: Inode, bits: int, number: int) -> bool:
-        """Whether these events of an inode are queued beside the arrival of that number."""
+        """Whether these events of an inode would be queued next to the arrival of that number."""
 
 
 class Own(NamedTuple):
-    """A watched object's own event that stands ahead."""
+    """A watched object's self event, further on in the queue."""
 
     inode: Inode
     number: int
 
 
 class Moved(NamedTuple):
-    """What the own events behind a rename's names say."""
+    """What the self events behind a rename's names show."""
 
     moved: Own | None = None
-    lost: Own | None = None  # a link: what was overwritten
-    end: int = 0  # index of the first arrival ahead that is behind them
-    ended: tuple[int, ...] = ()  # numbers of the end of what was overwritten
-    is_all: bool = True  # none is missing that must be there
+    lost: Own | None = None  # a link: of the overwritten object
+    end: int = 0  # index of the first arrival behind them
+    ended: tuple[int, ...] = ()  # numbers of the overwritten object's end
+    is_all: bool = True  # all required ones are present
 
 
 class Rename(NamedTuple):
-    """A rename of what is taken for ``child``, over ``replaced``; out of ``node`` and into
-    ``node2``, where they are known. ``is_sure``: all names of ``node2`` are known.
+    """A rename of ``child`` (assumed) over ``replaced``, out of ``node`` and into ``node2``, if
+    those are known. ``is_sure``: all names of ``node2`` are known.
     """
 
     arrival: Arrival
@@ -75,14 +75,14 @@ class Rename(NamedTuple):
     is_sure: bool = False
 
     def may_lose(self, inode: Inode) -> bool:
-        """Whether what has lost a link can be what was overwritten."""
+        """Whether an object that has lost a link can be the overwritten one."""
         replaced = self.replaced
         return not self.is_sure or replaced is inode or bool(replaced and replaced.is_placeholder)
 
     def may_be_of(self, inode: Inode, outside: Inode) -> bool:
-        """Whether what moved itself can be what was renamed.
+        """Whether an object that moved can be the renamed one.
 
-        Where it is not, it was renamed right after that, in directories that are not watched.
+        If not, it was renamed right after that, in directories that are not watched.
         """
         if inode.is_dir != bool(self.arrival.raw.mask & _ISDIR):
             return False
@@ -95,7 +95,7 @@ class Rename(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """An unlink or rmdir, whose own events stand before its DELETE."""
+    """An unlink or rmdir, whose self events stand before its DELETE."""
 
     delete: Arrival
     parent: Inode
@@ -105,7 +105,7 @@ class Removal(NamedTuple):
 
 class Back(NamedTuple):
     """A second rename, from the new place of a first one to its old place: RENAME_EXCHANGE queues
-    such a pair, and so does whoever moves back what the first one put there.
+    such a pair, and so does a program that moves the object back.
     """
 
     cookie: int
@@ -115,8 +115,8 @@ class Back(NamedTuple):
 
 
 class Calls:
-    """Tells system calls apart, by what is watched. ``outside``: where a directory is that is not
-    known to be anywhere.
+    """Separates system calls, given what is watched. ``outside``: the directory of directories
+    whose place is unknown.
     """
 
     def __init__(self, watches: Watches, outside: Inode) -> None:
@@ -130,8 +130,8 @@ class Calls:
         ahead: Ahead,
         child_of: Callable[[Inode, bytes], Inode | None],
     ) -> Removal | None:
-        """The unlink or rmdir, whose DELETE stands next, that an ATTRIB or a death of ``node``
-        belongs to. ``child_of``: what a name stood for last.
+        """The unlink or rmdir to which an ATTRIB or a death of ``node`` belongs, and whose DELETE
+        comes next. ``child_of``: the last known object of a name.
         """
         died = not arrival.raw.mask & _ATTRIB
         if died != node.is_dir and int(self._watches.mask_of(node)) & _ATTRIB:
@@ -154,7 +154,7 @@ class Calls:
         return None
 
     def renamed(self, rename: Rename, ahead: Ahead) -> Moved:
-        """The own events of a rename."""
+        """The self events of a rename."""
         child, replaced, number = rename.child, rename.replaced, rename.arrival.number
         moves = child is not None and self._watches.reports(child, _MOVE_SELF, number)
         loses = replaced is not None and self._watches.reports(replaced, _ATTRIB, number)
@@ -180,8 +180,8 @@ class Calls:
         return Moved(moved, lost, index + 1)
 
     def _among_others(self, rename: Rename, ahead: Ahead) -> Moved:
-        """The same with other processes' events between them: of what is known, or of a directory
-        from out of sight that takes the place of what leaves by the same name.
+        """The same with other processes' events between them: those of known objects, or of a
+        directory from out of sight that takes the place of the leaving one under the same name.
         """
         lost, end = None, 0
         nodes = (node for node in (rename.node, rename.node2) if node is not None)
@@ -205,7 +205,9 @@ class Calls:
         return Moved(None, lost, end)
 
     def _end_of(self, inode: Inode, ahead: Ahead, start: int) -> tuple[int, ...]:
-        """Numbers of the death of what a rename overwrote, which stands behind its own events."""
+        """Numbers of the death of the object that a rename overwrote, which comes after its self
+        events.
+        """
         wd = self._watches.wd_of(inode)
         numbers = []
         for later in ahead[start : start + 2]:
@@ -217,10 +219,11 @@ class Calls:
     def changes(
         self, ahead: Ahead, start: int, count: int, *nodes: Inode
     ) -> list[tuple[int, RawEvent]]:
-        """The next changes of names in a rename's directories, from index ``start`` ahead on, with
-        their indices; _NONE for what is not there.
+        """The next changes of names in a rename's directories, from index ``start`` on, with their
+        indices; _NONE if there is none.
 
-        A rename holds its directories' locks: the first that it has not made is behind all it has.
+        A rename holds its directories' locks: the first change by another call comes after all of
+        its own.
         """
         wds = {self._watches.wd_of(node) for node in nodes}
         stop = start + windows.TWIN_WINDOW
@@ -241,7 +244,7 @@ class Calls:
 
     def way_out(self, ahead: Ahead, start: int, place: Place) -> Back | None:
         """The MOVED_FROM of that name, if it is the next change of names there: half of an exchange
-        with a name that nobody watches.
+        with an unwatched name.
         """
         (end, out), (stop, _) = self.changes(ahead, start, 2, place[0])
         if not out.mask & _MOVED_FROM or out.name != place[1]:
@@ -249,7 +252,9 @@ class Calls:
         return Back(out.cookie, end, stop, is_beside=end == start)
 
     def first_move(self, ahead: Ahead, start: int, stop: int, *inodes: Inode) -> Own | None:
-        """The first MOVE_SELF of one of these among the arrivals ahead, ``start`` to ``stop``."""
+        """The first MOVE_SELF of one of these inodes among the arrivals from ``start`` to
+        ``stop``.
+        """
         for index in range(start, min(stop, len(ahead))):
             own = self._own(ahead, index, _MOVE_SELF)
             if own is not None and own.inode in inodes:
@@ -257,7 +262,7 @@ class Calls:
         return None
 
     def touched(self, child: Inode, mask: int, ahead: Ahead) -> Own | None:
-        """The event of an object itself that goes with the one of its name."""
+        """The self event that belongs to the event of an object's name."""
         wd = self._watches.wd_of(child)
         for later in ahead[: windows.TWIN_WINDOW]:
             if later.raw.wd == wd and later.raw.mask == mask:

@@ -1,8 +1,9 @@
-"""After lost events: the difference between what was told and what is, as events.
+"""After lost events: compares directories with their listings, and makes events of the difference.
 
-One way for every loss (DESIGN 4.5): a host overflow, a directory without a watch, a guest's full
-outbox, an agent that was away. What is told: MOVED by inode, DELETE, CREATE, MODIFY with
-CLOSE_WRITE, ATTRIB; in that order, as the true one is not known any more.
+There is one way for every loss: a host overflow, a directory without a watch, a guest's full
+outbox, an agent that was away. The events are MOVED by inode, DELETE, CREATE, MODIFY with
+CLOSE_WRITE, ATTRIB, in that order, because the true order is not known any more
+(docs/decisions/resync.md).
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from .reading import Reader
 from .watcher import HOST, HostWatcher
 
 Changes = dict[tuple[Inode, bytes], Missed]
-"""What may have changed: directory and name -> what was known before, and the kinds of change."""
+"""Possible changes: directory and name -> the state known before, and the kinds of change."""
 
 _CHANGE = int(Mask.MODIFY | Mask.CLOSE_WRITE)
 _ATTEMPTS = 8
-"""Comparisons of a directory that changes all the while, to have one without a change in it."""
+"""Attempts to compare a directory that keeps changing, until no change comes in between."""
 _ATTRIB = int(Mask.ATTRIB)
 _KINDS = [int(k) for k in (Mask.ACCESS, Mask.MODIFY, Mask.ATTRIB)]
 _CLOSES = [int(k) for k in (Mask.CLOSE_WRITE, Mask.CLOSE_NOWRITE)]
 
 
 class Comparer:
-    """Compares one export's directories. ``failed`` is called for each object that nobody could
-    look at, which says nothing of it.
+    """Compares one export's directories. ``failed`` is called for each object that cannot be looked
+    at, of which nothing is known then.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class Comparer:
         self._failed = failed
 
     def difference(self, node: Inode, known: Listing) -> Changes:
-        """``comparing`` in one go."""
+        """``comparing``, completed at once."""
         return finish(self.comparing(node, known))
 
     def comparing(self, node: Inode, known: Listing) -> Job[Changes]:
-        """Compare a directory with its listing, which is brought up to date. What cannot be looked
-        at is as it was, and compared later.
+        """Compare a directory with its listing, and bring the listing up to date. An object that
+        cannot be looked at counts as unchanged, and is compared later.
         """
         changes: Changes = {}
         try:
@@ -94,8 +95,8 @@ class Comparer:
         return changes
 
     def _compared(self, dir_fd: int, name: bytes, before: Known, after: Known) -> tuple[Known, int]:
-        """What was known, without a number where that stands for another object by now, and the
-        kinds of change. Raises OSError for what cannot be looked at.
+        """The state known before, without a number if that stands for another object now, and the
+        kinds of change. Raises OSError if the object cannot be looked at.
         """
         try:
             status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
@@ -106,12 +107,14 @@ class Comparer:
         except OSError as error:
             if not syscalls.is_gone(error):
                 raise
-            # Gone just now, which is an event.
+            # Removed just now, for which there will be an event.
             return before, 0 if before.may_be(after) else _CHANGE
         return before, _touched(status, before) if before.may_be(after) else _CHANGE
 
     def comparing_at_once(self, node: Inode, known: Listing) -> Job[Changes]:
-        """The difference as of one moment: what the queue has of before is in it, and dropped."""
+        """The difference as of one moment: it includes older events of the queue, which are
+        dropped.
+        """
         watcher = self._watcher
         watched = (node, *(child for child in node.children.values() if not child.is_dir))
         wds = {wd for inode in watched if (wd := watcher.wd_of(inode)) >= 0}
@@ -128,9 +131,8 @@ class Comparer:
         return changes
 
     def changed_lately(self, node: Inode, since_ns: int) -> Job[Changes]:
-        """What has come or changed in a directory since then, by the times of its files: all that
-        is left to tell a guest of which not even the names that it missed could be kept. What is
-        gone is not among it.
+        """Changes and new files in a directory since then, by the times of its files: for a guest
+        that missed too many names to keep them. Removed files are not among them.
         """
         changes: Changes = {}
         known = node.listing
@@ -160,7 +162,7 @@ class Comparer:
             os.close(fd)
 
     def told(self, changes: Changes) -> Iterator[Event]:
-        """Events that lead from what was known before to what the listings know now."""
+        """Events that lead from the state known before to that of the listings."""
         gone: dict[tuple[int, int], tuple[Inode, bytes, Known]] = {}
         new: dict[tuple[Inode, bytes], Known] = {}
         kept: list[tuple[Inode, bytes, Known, int]] = []
@@ -183,7 +185,7 @@ class Comparer:
                 new[node, name] = after
         for (node, name), after in list(new.items()):
             source = gone.get((after.ino, after.kind))
-            # A name that is also taken anew is told as DELETE and CREATE: no order of moves is
+            # A name that was also taken again becomes DELETE and CREATE: the order of moves is not
             # known.
             if source is None or source[:2] in new or changes[node, name].before is not None:
                 continue
@@ -228,7 +230,7 @@ class Comparer:
             return child
         try:
             child = self._fs.peek(node, name).inode
-        except OSError:  # gone by now, or nobody could look: the event is about its name
+        except OSError:  # gone, or cannot be looked at: the event is about its name
             child = None
         if child is not None and child.identity.ino == known.ino:
             return child
@@ -258,7 +260,7 @@ def _touched(status: os.stat_result, before: Known) -> int:
 
 
 def _count() -> Iterator[int]:
-    cookie = 0x8000_0000  # apart from the kernel's, which count up from 1
+    cookie = 0x8000_0000  # distinct from the kernel's, which count up from 1
     while True:
         cookie = cookie + 1 & 0xFFFF_FFFF | 0x8000_0000
         yield cookie

@@ -1,4 +1,4 @@
-"""Host events as the export routes them: resolved to inodes, renames as one unit."""
+"""Host events as the export routes them: resolved to inodes, a rename as one unit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RENAME = int(Mask.MOVED_FROM | Mask.MOVED_TO)
 @dataclass(slots=True, eq=False)
 class Event:
     """One event, or both halves of a rename (mask has MOVED_FROM and MOVED_TO). Once it is routed,
-    all guests share it, and nobody changes it any more (``settle``).
+    all guests share it, and it is not changed any more (``settle``).
 
-    For MOVED_TO alone ``node``/``name`` is the new place. An empty name is an event of the
-    watched object itself.
+    For MOVED_TO alone ``node``/``name`` is the new place. An empty name is an event of the watched
+    object itself.
     """
 
     node: Inode
@@ -28,15 +28,15 @@ class Event:
     cookie: int
     origin: Origin
     stamp: float
-    child: Inode | None = None  # what the name stood for as of the event
+    child: Inode | None = None  # the object of the name, as of the event
     nlink: int = 1  # links of a removed child (or of the replaced one) just before the event
-    before: Known | None = None  # what was known under the name before
+    before: Known | None = None  # the state known under the name before
     node2: Inode | None = None  # of a rename: the new directory
     name2: bytes = b""
-    replaced: Inode | None = None  # what a MOVED_TO overwrote
+    replaced: Inode | None = None  # the object that a MOVED_TO overwrote
     part_of: Event | None = None  # the event with the name that the same system call has made
     twin: bool = False  # the same event of the child itself goes with it
-    unlinked: bool = False  # the child, a file, had lost this name by then
+    unlinked: bool = False  # the child, a file, had lost this name already
     exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 
     @property
@@ -45,11 +45,11 @@ class Event:
         return self.mask & 0xFFF
 
     def settle(self) -> None:
-        """From now on, to set an attribute raises AttributeError."""
+        """From now on setting an attribute raises AttributeError."""
         self.__class__ = SettledEvent
 
     def about(self, child: Inode, replaced: Inode | None) -> Event:
-        """The same event, of these objects: a settled one, itself where it is of them already."""
+        """The same event about these objects; itself if it is about them already, else settled."""
         if child is self.child and replaced is self.replaced:
             return self
         other = Event(*(getattr(self, name) for name in Event.__slots__))
@@ -59,7 +59,7 @@ class Event:
 
 
 class SettledEvent(Event):
-    """An event as it is routed."""
+    """An event after routing."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""What somebody was not told of: names with the kinds of their events, and what file times say."""
+"""Missed events: names with the kinds of their events, and what file times show."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ CLOCK_LAG_NS = 20_000_000
 
 
 class Missed(NamedTuple):
-    """A name with events that were not told: what was known before, and their kinds."""
+    """A name with undelivered events: the state known before, and their kinds."""
 
     before: Known | None
     mask: int
 
     def followed_by(self, later: Missed) -> Missed:
-        """Both of the same name: what was known before the first counts."""
+        """Both for the same name: the state known before the first one counts."""
         return Missed(self.before, self.mask | later.mask)
 
 
 def changed_since(status: os.stat_result, seen_ns: int) -> tuple[bool, bool]:
-    """Whether (content, anything) changed after that time. ctime cannot be set by anyone."""
+    """Whether (content, anything) changed after that time. Programs cannot set ctime."""
     since = seen_ns - CLOCK_LAG_NS
     return status.st_mtime_ns > since, status.st_ctime_ns > since

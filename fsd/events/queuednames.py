@@ -1,4 +1,4 @@
-"""Names that events are about which are read from the host's queue, and not processed yet."""
+"""Counts the names of events that were read from the host's queue and are not processed yet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LEAVING = int(Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 
 
 class QueuedNames:
-    """How many events each name of a watch has, those alone that come, go or move."""
+    """How many events each name of a watch has; only those that create, remove or move it."""
 
     def __init__(self) -> None:
         self._changing: dict[tuple[int, bytes], int] = {}
@@ -21,7 +21,7 @@ class QueuedNames:
         self._own: dict[tuple[int, bytes, object], int] = {}  # that a guest has made
 
     def count(self, raw: RawEvent, maker: object, step: int) -> None:
-        """An event has come (1) or gone (-1). ``maker``: the guest, None for the host."""
+        """An event has come (1) or was processed (-1). ``maker``: the guest, None for the host."""
         if not raw.mask & _STRUCTURE:
             return
         key = (raw.wd, raw.name)
@@ -42,7 +42,7 @@ class QueuedNames:
         return self._leaving.get((wd, name), 0)
 
     def is_changing(self, wd: int, name: bytes, besides: object) -> bool:
-        """Whether an event of another than that guest makes, removes or moves the name."""
+        """Whether an event of another party than that guest creates, removes or moves the name."""
         key = (wd, name)
         changing = self._changing.get(key, 0)
         return bool(changing) and changing > self._own.get((*key, besides), 0)

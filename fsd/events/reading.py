@@ -1,7 +1,8 @@
-"""The names of a watched directory are read, and nobody gets an event of that.
+"""Reads the names of a watched directory, without causing events for guests.
 
-Apart from the listings (fsd.files.listing), which say what was read, and from the comparison: a new
-watch and a guest that asks for names need it, too."""
+Apart from the listings (fsd.files.listing), which store what was read, and from the comparison: a
+new watch and a guest that asks for names need it, too.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from ..linux import directories, syscalls
 from .watcher import HostWatcher
 
 _READ_SIZE = 1 << 15
-"""Bytes of names read at once, up to 1,300: some 2 ms of work."""
+"""Bytes of names read at once, up to 1,300: about 2 ms of work."""
 
 
 class Reader:
@@ -29,8 +30,8 @@ class Reader:
         self._watcher = watcher
 
     def names_in(self, inode: Inode) -> Generator[dict[bytes, Known]]:
-        """The names of a directory now, in parts; none where it is gone. Our own echo is no one's
-        event. Raises OSError where it cannot be read.
+        """The current names of a directory, in parts; none if it is gone. The events of the reading
+        are attributed to the server. Raises OSError if it cannot be read.
         """
         fd = -1
         with (
@@ -55,8 +56,8 @@ class Reader:
                 os.close(fd)
 
     def looking(self, inode: Inode, fd: int) -> AbstractContextManager[None]:
-        """Run a call of the server that reads the directory which is open as ``fd``: by the name
-        that it has now, as the news of a rename may be still to come.
+        """Run a call of the server that reads the directory open as ``fd``: under its current name,
+        as the event of a rename may still be queued.
         """
         name = inode.name
         with suppress(OSError):
@@ -65,9 +66,9 @@ class Reader:
 
 
 def read(directory_fd: int) -> dict[bytes, Known]:
-    """The directory's names as they are now. The descriptor must be open for reading, and new.
+    """The directory's current names. The descriptor must be open for reading, and new.
 
-    A name whose object cannot be looked at is one all the same, of unknown type. Raises OSError.
+    A name whose object cannot be looked at is included with an unknown type. Raises OSError.
     """
     names: dict[bytes, Known] = {}
     for some in chunks(directory_fd):
@@ -76,7 +77,7 @@ def read(directory_fd: int) -> dict[bytes, Known]:
 
 
 def chunks(directory_fd: int) -> Iterator[dict[bytes, Known]]:
-    """The same in parts, each as it was at one moment: that of its system call."""
+    """The same in parts, each as of one moment: that of its system call."""
     now = time.time_ns()  # before the call
     while entries := directories.read(directory_fd, _READ_SIZE):
         yield {
@@ -95,7 +96,7 @@ def _kind(directory_fd: int, name: bytes) -> int:
 
 
 def _open_quietly(path: str) -> int:
-    """Open a directory for reading, leaving its atime alone where that is allowed."""
+    """Open a directory for reading, without changing its atime if that is allowed."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_NOATIME)

@@ -1,7 +1,7 @@
-"""Host watches that stand for several inodes: one object, seen through several mounts.
+"""Host watches that serve several inodes: one object, seen through several mounts.
 
 The kernel has one watch for an object, wherever it is mounted (inotify_add_watch(2) returns the
-same descriptor again). Here each inode gets a number of its own, and a copy of each event under it.
+same descriptor again). Here each inode gets a number of its own, and its own copy of each event.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from protocol.inotify import RawEvent
 from protocol.masks import Mask
 
 _FIRST = 1 << 32
-"""Numbers from here on are no watch descriptors of the kernel's."""
+"""Numbers from here on are not the kernel's watch descriptors."""
 _ALWAYS = int(Mask.IGNORED | Mask.UNMOUNT | Mask.Q_OVERFLOW)
 
 
@@ -32,7 +32,7 @@ class SharedWatches:
 
     @staticmethod
     def is_real(number: int) -> bool:
-        """Whether a number is a watch descriptor of the kernel's."""
+        """Whether a number is one of the kernel's watch descriptors."""
         return number < _FIRST
 
     def real(self, number: int) -> int:
@@ -50,7 +50,7 @@ class SharedWatches:
         return number
 
     def leave(self, number: int) -> int:
-        """An inode has given its number back. Returns the watch that nobody needs now, or -1."""
+        """An inode has returned its number. Returns the watch that is no longer needed, or -1."""
         wd = self._real.pop(number, number)
         numbers = self._numbers.get(wd)
         if numbers is None:
@@ -64,7 +64,7 @@ class SharedWatches:
     def copies(
         self, events: Iterable[RawEvent], wants: Callable[[int, int], bool]
     ) -> Iterator[RawEvent]:
-        """Each event once for each number that ``wants`` its mask."""
+        """Each event once for each number whose mask, by ``wants``, includes it."""
         for raw in events:
             numbers = self._numbers.get(raw.wd)
             if numbers is None:

@@ -1,1 +1,1 @@
-"""One shared directory and its guests: whose interest an event meets, and when marks are new."""
+"""One shared directory and its guests: which guests get an event, and how new marks take effect."""

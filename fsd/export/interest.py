@@ -1,6 +1,6 @@
-"""Interest: for each inode, which guest wants which events; the host is watched for their OR.
+"""Interest: which guest wants which events of each inode; the host is watched for their OR.
 
-The RFC's fsnotify_update. Pure bookkeeping: says what changed, places no watch.
+The RFC's fsnotify_update. Pure bookkeeping: returns what changed, sets no watch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Interest:
         count = self._counts[guest] + bool(mask) - (guest in guests)
         if count:
             self._counts[guest] = count
-        else:  # nothing here keeps a guest that has gone
+        else:  # so that this keeps no disconnected guest alive
             self._counts.pop(guest, None)
         if mask:
             guests[guest] = mask
@@ -57,7 +57,7 @@ class Interest:
         return mask
 
     def of(self, guest: Guest, inode: Inode | None) -> Mask:
-        """One guest's mask of an inode, 0 where it has none."""
+        """One guest's mask of an inode, 0 if it has none."""
         return self._marks.get(inode, {}).get(guest, _NOTHING)
 
     def guests(self, inode: Inode | None) -> dict[Guest, Mask]:
@@ -69,5 +69,5 @@ class Interest:
         return {inode: g[guest] for inode, g in self._marks.items() if guest in g}
 
     def inodes(self) -> list[Inode]:
-        """The inodes that anybody is interested in."""
+        """The inodes that any guest is interested in."""
         return [inode for inode in self._marks if inode is not None]

@@ -1,4 +1,4 @@
-"""What is known of directories that guests have just looked up, until their marks arrive."""
+"""State of directories that guests have just looked up, until their marks arrive."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .seen import Seen
 
 
 class Kept(NamedTuple):
-    """An event that may be told later, by its number in the order of all, and how its places were
-    reached then.
+    """An event that may be delivered later, by its number in the order of all, and the ways to its
+    places at that time.
     """
 
     number: int
@@ -33,12 +33,12 @@ class LookUp:
     """One guest's look-ups of a directory."""
 
     open: deque[tuple[int, float]] = field(default_factory=deque)
-    """Of each hint that no scan has answered: its number, and time.monotonic() of the first look-up
-    that it is for."""
+    """For each unanswered hint its number, and time.monotonic() of the first look-up that it is
+    for."""
     threads: set[int] = field(default_factory=set)
-    """Who they are of; THREADS_LIMIT and one more stand for any number."""
+    """The threads; THREADS_LIMIT and one more stand for any number."""
     is_doubtful: bool = False
-    """Something has happened since that is to be told if the guest has a new mark."""
+    """There is an event that is to be delivered if the guest has a new mark."""
     has_new: bool = False
     """The server has seen a new mark since the last scan, or cannot see whether there is one."""
 
@@ -47,13 +47,13 @@ class LookUp:
 
     @property
     def since(self) -> float:
-        """From when on what has happened may be told."""
+        """The time from which events may be delivered."""
         return self.open[0][1] if self.open else math.inf
 
 
 @dataclass(slots=True)
 class Provisional:
-    """A directory that is watched as it was just looked up."""
+    """A directory with a provisional watch, because it was just looked up."""
 
     inode: Inode
     expires: float = field(default_factory=lambda: time.monotonic() + windows.KEEP)
@@ -83,7 +83,7 @@ class Holding:
         self.is_over = False  # it took too long
 
     def take(self, last: int) -> Iterator[tuple[Kept, int]]:
-        """Those up to that number wait no longer."""
+        """Those up to that number no longer wait."""
         while self.events and self.events[0][0].number <= last:
             kept, halves = self.events.popleft()
             self._history.let_go(kept.event)

@@ -1,5 +1,5 @@
-"""Files whose marks are about to apply: watched before that, so that of each event it is known
-whether it came before the mark did.
+"""Files whose marks are about to apply. They are watched before that, so that for each event it is
+known whether it came before the mark.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .export import Export
 
 OWN_LIMIT = 64
-"""A file's own events that are kept until its mark applies, some milliseconds."""
+"""A file's self events that are kept until its mark applies, some milliseconds."""
 GROUP_TIME = 0.05
-"""Seconds after which a group of marks ends all the same: requests wait meanwhile."""
+"""Seconds after which a group of marks ends in any case: requests wait meanwhile."""
 _NOTHING = Mask(0)
 
 
@@ -49,19 +49,19 @@ class MarkedFiles:
         return reduce(or_, marked.by.values(), _NOTHING) if marked is not None else _NOTHING
 
     def remember(self, number: int, event: Event) -> None:
-        """Keep a file's own event."""
+        """Keep a file's self event."""
         marked = self._marked.get(event.node)
         if marked is not None and not event.name and event.part_of is None:
             marked.events.append(Kept(number, event, next(iter(marked.by)).ways(event)))
 
     def events(self, inode: Inode) -> deque[Kept]:
-        """Its own events since ``watch``."""
+        """Its self events since ``watch``."""
         return self._marked[inode].events
 
     def watch(
         self, guest: MountGuest, updates: list[tuple[NodeKey, int]]
     ) -> dict[Inode, Seen | None]:
-        """Watch the files among these; returns how they are then."""
+        """Watch the files among these; returns their state then."""
         export = self._export
         files: dict[Inode, Seen | None] = {}
         end = time.monotonic() + GROUP_TIME
@@ -77,7 +77,7 @@ class MarkedFiles:
         return files
 
     def let_go(self, guest: MountGuest, inode: Inode) -> None:
-        """Its mark applies, or does not."""
+        """Its mark applies, or will not."""
         marked = self._marked[inode]
         del marked.by[guest]
         if not marked.by:

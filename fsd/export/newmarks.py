@@ -1,9 +1,9 @@
-"""Whether programs of this machine hold marks that the agent has not told of yet.
+"""Whether programs of this machine hold marks that the agent has not reported yet.
 
-Where a mount is this machine's own, the server can look by itself at the very moment that decides:
-when something happens in a directory that was just looked up, or it is looked up again since. What
-is read is /proc/PID/fdinfo, which asks no file system. Apart from the agent, which finds out what
-the marks are, and from ``arming``, which decides what is to be told.
+If a mount is this machine's own, the server can check at the decisive moment: when something
+happens in a directory that was just looked up, or when it is looked up again. It reads
+/proc/PID/fdinfo, which asks no file system. Apart from the agent, which finds out what the marks
+are, and from ``arming``, which decides what to deliver.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from protocol.handles import NodeKey, decode_fh
 from ..linux import syscalls
 
 SHARE = 4.0
-"""A look is followed by at least this many times its own duration without one, where something
-happens; by a quarter of that, where it would decide a request of the guest."""
+"""After a look comes a rest of at least this many times its duration, if something happens; of a
+quarter of that if the look would decide a guest's request."""
 BURST = 0.02
 """Seconds of such rest that requests may owe: a few of them are decided however close they are."""
 SLOW = 0.005
-"""Seconds of a look after which its threads are left to the agent for SLOW_SHARE times as long:
-they have very many marks."""
+"""Duration of a look in seconds after which its threads are left to the agent for SLOW_SHARE times
+as long: they have very many marks."""
 SLOW_SHARE = 99.0
 DESCRIPTORS_LIMIT = 256
-"""Descriptors of a process that are looked at; one with more is left to the agent."""
+"""Descriptors of a process that are read; a process with more is left to the agent."""
 TEXT_LIMIT = 1 << 18
-"""Characters of fdinfo read in a look, some 2,500 marks: a user may have a million."""
+"""Characters of fdinfo read in a look, about 2,500 marks: a user may have a million."""
 _NOTIFY = ("anon_inode:inotify", "anon_inode:[fanotify]")
 
 
 class NewMarks:
-    """What can be seen in /proc."""
+    """Reads marks from /proc."""
 
     def __init__(self) -> None:
         self.rest = 0.0
-        """time.monotonic() from which on ``may_be`` is to be asked again."""
+        """time.monotonic() from which ``may_be`` can be asked again."""
         self.rest_of_requests = 0.0
         """The same for a request."""
         self._slow: dict[int, float] = {}  # threads: until when they are left to the agent
@@ -58,7 +58,7 @@ class NewMarks:
                 return True
             texts = _texts(threads)
             return any(_is_new(m, sdev, is_known) for text in texts for m in parse_fdinfo(text))
-        except (OSError, ValueError):  # it cannot be looked at, has ended, or has too many
+        except (OSError, ValueError):  # it cannot be read, has ended, or has too many
             return True
         finally:
             took = time.thread_time() - worked  # not what others have done meanwhile
@@ -73,7 +73,7 @@ class NewMarks:
 
 def _texts(threads: Iterable[int]) -> Iterator[str]:
     """fdinfo of the inotify and fanotify descriptors of the threads' processes. Raises OSError, and
-    ValueError where it is too much, or a thread has ended.
+    ValueError if there is too much of it or a thread has ended.
     """
     room = TEXT_LIMIT
     for thread in threads:

@@ -1,7 +1,7 @@
-"""What a look-up has shown of a file: by the time its mark arrives, what has happened since.
+"""A file's attributes at its look-up, from which the changes up to its mark's arrival follow.
 
-The directory of a file that was just looked up is watched, but says nothing of what is done by
-another name of it: links elsewhere that come, go, or are used. The file's own attributes do.
+The directory of a file that was just looked up is watched, but gets no events for the file's other
+names: links elsewhere that are made, removed or used. The file's own attributes show them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHANGES = _ATTRIB | _MODIFY | _MOVE_SELF
 
 
 class Seen(NamedTuple):
-    """A file as a look-up has shown it."""
+    """The attributes of a file at its look-up."""
 
     nlink: int
     mtime_ns: int
@@ -41,7 +41,7 @@ GONE = Seen(-1, 0, 0)
 
 
 def look(table: InodeTable, inode: Inode) -> Seen | None:
-    """A file as it is now, or GONE; None where nobody could look."""
+    """A file's current attributes, or GONE; None if it cannot be looked at."""
     try:
         with table.reach.opened_by_any_name(inode) as fd:
             return Seen.of(os.fstat(fd))
@@ -51,8 +51,8 @@ def look(table: InodeTable, inode: Inode) -> Seen | None:
 
 
 def own_events(inode: Inode, events: Iterable[Event], guest: object) -> int:
-    """The object's own events among these, or that follow of them; of links that came, only where
-    the guest has made them.
+    """The object's self events among these, or that follow from them; of new links, only those that
+    the guest has made.
     """
     mask = 0
     for event in events:
@@ -77,8 +77,8 @@ def _end(event: Event) -> int:
 
 
 def missing(before: Seen | None, now: Seen | None, told: int) -> int:
-    """Own events that must have been, beside those ``told``, for a file to be as it is ``now``.
-    Only its end where nobody has seen it ``before``.
+    """Self events that must have happened, besides those delivered, for a file to be as it is
+    ``now``. Only its end if it was not seen ``before``.
     """
     if now is GONE:
         return (_ATTRIB | _DELETE_SELF) & ~told if not told & _DELETE_SELF else 0

@@ -1,4 +1,4 @@
-"""What `fsd status` shows: counters and latencies of an export as plain JSON values."""
+"""The content of `fsd status`: counters and latencies of an export as plain JSON values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 SHOWN_LIMIT = 8192
-"""Marks of a guest, and directories without a watch, that are shown one by one: some 50 ms."""
+"""Marks of a guest, and directories without a watch, that are shown one by one: about 50 ms."""
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
-    """The value below which ``share`` (0..1) of the values lie; None of nothing."""
+    """The value below which ``share`` (0..1) of the values lie; None if there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
@@ -34,8 +34,8 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def snapshot(export: Export, viewer: MountGuest | None = None) -> dict[str, Any]:
-    """The state, as a JSON object: all of it for this host, and through its own mount. A machine
-    (``viewer``) sees what is its own, and nothing of other guests and of the host.
+    """The state as a JSON object: all of it for this host, and through its own mount. A machine
+    (``viewer``) sees its own part, and nothing of other guests and of the host.
     """
     if viewer is None or viewer.is_local:
         return _whole(export)
@@ -87,7 +87,7 @@ def _unwatched(export: Export, inodes: Collection[Inode]) -> list[dict[str, str]
 
 
 def _by_kind(kinds: Counter[tuple[str, int]]) -> dict[str, dict[str, int]]:
-    """{kind of event: {what became of it: how often}}; a rename is of two kinds."""
+    """{kind of event: {how it was handled: how often}}; a rename is of two kinds."""
     table: dict[str, dict[str, int]] = {}
     for (what, bits), times in kinds.items():
         for kind in masks.names(bits) if times else ():

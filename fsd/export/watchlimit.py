@@ -1,7 +1,7 @@
-"""How many host watches one server may hold, and which guest has the last of them.
+"""How many host watches one server may hold, and which guest gets the last ones.
 
-The kernel counts the inotify watches of a user, of all programs together (inotify(7)): a server of
-root's that took all would leave none for root's other programs.
+The kernel counts the inotify watches of all programs of a user together (inotify(7)): a server run
+by root that took all would leave none for root's other programs.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from .interest import Interest
 
 SHARE = 3, 4
-"""Of the host's limit, the part that a server takes at most unless --max-watches says another."""
+"""The part of the host's limit that a server takes at most, unless --max-watches is given."""
 FREE = 3, 4
-"""Of the server's limit, the part that any guest may use up; the rest is for guests that have less
+"""The part of the server's limit that any guest may use up; the rest is for guests that have less
 than their fair part."""
 _LIMITS = ("/proc/sys/fs/inotify/max_user_watches", "/proc/sys/user/max_inotify_watches")
 
 
 def default_limit() -> int | None:
-    """Watches that a server may hold: a share of what the host allows this user. None where that is
-    not to be seen, as in a sandbox.
+    """Watches that a server may hold: a share of what the host allows this user. None if that is
+    not visible, as in a sandbox.
     """
     if not syscalls.sees_processes():
         return None
@@ -42,10 +42,11 @@ def default_limit() -> int | None:
 def has_part(
     interested: Iterable[Guest], guests: Iterable[Guest], interest: Interest, used: int, limit: int
 ) -> bool:
-    """Whether one more watch may be had for one of the interested guests: until FREE of the limit
-    is used, for any; then for one that has less than its fair part, all of its observers together.
+    """Whether one more watch is allowed for one of the interested guests: for any until FREE of the
+    limit is used; then for one that has less than its fair part, counting all of its observers
+    together.
     """
-    if used < limit * FREE[0] // FREE[1] or used >= limit:  # there is none for anybody
+    if used < limit * FREE[0] // FREE[1] or used >= limit:  # there is none for any guest
         return True
     parts: dict[Guest, int] = {}
     for guest in guests:

@@ -1,7 +1,7 @@
-"""Appends: a write by an O_APPEND descriptor goes to the end that the host's file has by then.
+"""Appends: a write through an O_APPEND descriptor goes to the current end of the host's file.
 
-Apart because a guest's kernel sends an offset, the end that it remembers, and host programs append
-too; and because each transport says in its own way which writes are appends.
+Apart because a guest's kernel sends an offset, the end that it remembers, while host programs
+append too; and because each transport shows in its own way which writes are appends.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections import Counter, OrderedDict
 from .handle import Handle
 
 ENDS_LIMIT = 4096
-"""Files whose ends are remembered, the last ones used: some 200 bytes each."""
+"""Files whose ends are remembered, the last ones used: about 200 bytes each."""
 _ENDS = 16
-"""Ends of one file: answers about it that its kernel may not have taken yet."""
+"""Ends of one file: answers about it that its kernel may not have processed yet."""
 _UNKNOWN = (-1,)
 _PAGE = mmap.PAGESIZE
 
 
 def follow(handle: Handle, appends: bool) -> None:
-    """Have a descriptor append, or not, as the guest's does by now: fcntl(2) may have changed that.
-    Raises OSError EPERM for a file that the host lets grow only, and that is written elsewhere.
+    """Make a descriptor append, or not, like the guest's now: fcntl(2) may have changed that.
+    Raises OSError EPERM for an append-only file of the host that is written at another place.
     """
     if handle.appends != appends:
         flags = fcntl.fcntl(handle.fd, fcntl.F_GETFL) & ~os.O_APPEND
@@ -32,8 +32,8 @@ def follow(handle: Handle, appends: bool) -> None:
 
 
 class Bypass:
-    """Which open files go past their kernel's page cache: those that append, for the kernel sends
-    what lies across the end of a page as two WRITEs from there, and others could write between.
+    """Which open files bypass their kernel's page cache: those that append, because the kernel
+    sends a write across the end of a page as two WRITEs, and others could write between them.
 
     Linux before 6.6 leaves old pages in the cache then, and maps no such file shared. There, all
     open descriptors of a file are of one kind, and those that may be mapped keep the cache.
@@ -41,7 +41,7 @@ class Bypass:
 
     def __init__(self) -> None:
         self.mixes = False
-        """Whether the kernel is newer, and has agreed on DIRECT_IO_ALLOW_MMAP."""
+        """Whether the kernel is newer, and has agreed to DIRECT_IO_ALLOW_MMAP."""
         self._files: dict[int, tuple[int, bool]] = {}
         self._counts: Counter[tuple[int, bool]] = Counter()
 
@@ -58,7 +58,7 @@ class Bypass:
         return bypasses
 
     def bypasses(self, fh: int) -> bool:
-        """Whether an open file does; not known where the kernel mixes."""
+        """Whether an open file does; not known if the kernel mixes."""
         return self._files.get(fh, (0, False))[1]
 
     def closed(self, fh: int) -> None:
@@ -71,24 +71,25 @@ class Bypass:
 
 
 class Ends:
-    """Where a kernel takes files to end, if WRITE comes without the descriptor's flags: an append
-    has that offset, and what the kernel writes back of a mapped file lies before it.
+    """The end of a file according to its kernel, for transports where WRITE comes without the
+    descriptor's flags: an append has that offset, and written-back pages of a mapped file lie
+    before it.
     """
 
     def __init__(self) -> None:
-        # By nodeid: where the last WRITE ended, or -1, and sizes that were told since.
+        # By nodeid: where the last WRITE ended, or -1, and sizes that the kernel got since.
         self._ends: OrderedDict[int, tuple[int, ...]] = OrderedDict()
 
     def told(self, nodeid: int, size: int) -> None:
-        """The kernel gets to know a file's size. It leaves an answer out that a WRITE has
-        overtaken, so those before it count, too.
+        """The kernel gets a file's size. It ignores an answer that a WRITE has overtaken, so the
+        earlier ones count, too.
         """
         written, *told = self._ends.get(nodeid, _UNKNOWN)
         if not told or told[-1] != size:
             self._set(nodeid, (written, *told[1 - _ENDS :], size))
 
     def is_append(self, handle: Handle, offset: int, size: int) -> bool:
-        """Whether a WRITE is an append, by a descriptor that was opened for appending."""
+        """Whether a WRITE is an append, through a descriptor that was opened for appending."""
         ends = self._ends.get(handle.inode.nodeid, _UNKNOWN)
         is_known = ends != _UNKNOWN
         may_be_mapped = handle.flags & os.O_ACCMODE == os.O_RDWR
@@ -98,7 +99,7 @@ class Ends:
         return offset in ends or not is_known
 
     def written(self, nodeid: int, offset: int, size: int) -> None:
-        """The kernel gets to know that a WRITE has been done: the file ends there, or later."""
+        """The kernel learns that a WRITE was done: the file ends there, or later."""
         end, ends = offset + size, self._ends.get(nodeid, _UNKNOWN)
         later = tuple(one for one in ends if one > end)
         self._set(nodeid, (end if offset in ends or not later else -1, *later))

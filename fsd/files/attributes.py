@@ -1,4 +1,4 @@
-"""Attributes as the transports hand them to a kernel, real or made up for what is gone."""
+"""Attributes as the transports give them to a kernel: real ones, or those of a placeholder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ StatLike = os.stat_result | Attr
 
 
 def placeholder_attr(inode: Inode, nlink: int = 1) -> Attr:
-    """Attributes of an object that is gone: its type, and nothing that could be mistaken."""
+    """Attributes of an object that is gone: its type, and nothing misleading."""
     mode = inode.kind | (0o755 if stat.S_ISDIR(inode.kind) else 0o644)
     return Attr(mode, inode.nodeid, 0, nlink, 0, 0, 0, 0, 4096, 0, 0, 0, 0)
 

@@ -1,4 +1,4 @@
-"""The process that asks for something, on behalf of which the server acts on the host."""
+"""The process that makes a request, on behalf of which the server acts on the host."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class Caller(NamedTuple):
-    """Its numbers: what creating a file needs.
+    """Its uid, gid and so on, as creating a file needs them.
 
-    ``groups`` None: a process of this machine, and /proc has them. Else a guest's, whose kernel
-    has checked permissions and names just those that matter.
+    ``groups`` None: a process of this machine, and /proc has them. Else a guest's process, whose
+    kernel has checked permissions and names only those that matter.
     """
 
     uid: int

@@ -1,4 +1,4 @@
-"""Changes of an object's attributes: what is asked for, which events that makes, how it is done."""
+"""Changes of an object's attributes: the request, its events, and how it is carried out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from protocol.masks import Mask
 from ..linux import credentials, syscalls
 
 Change = Callable[[int], os.stat_result]
-"""Changes attributes, by a descriptor; returns what they are then. In any thread."""
+"""Changes attributes through a descriptor; returns the new ones. Runs in any thread."""
 
 
 class Changes(NamedTuple):
-    """What SETATTR asks for; None = leave it."""
+    """The changes that SETATTR asks for; None = unchanged."""
 
     mode: int | None = None
     uid: int | None = None
@@ -30,12 +30,12 @@ class Changes(NamedTuple):
 
     @property
     def events(self) -> Mask:
-        """The events that they make (include/linux/fsnotify.h, fsnotify_change)."""
+        """The events that they cause (include/linux/fsnotify.h, fsnotify_change)."""
         events = Mask(0)
         if any(value is not None for value in (self.mode, self.uid, self.gid)):
             events |= Mask.ATTRIB
         if self.size is not None:
-            events |= Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
+            events |= Mask.MODIFY | Mask.ATTRIB  # ATTRIB if suid bits are cleared
         if self.atime_ns is not None and self.mtime_ns is not None:
             return events | Mask.ATTRIB
         if self.atime_ns is not None:
@@ -45,9 +45,9 @@ class Changes(NamedTuple):
         return events
 
     def apply(self, fd: int, *, is_open: bool) -> os.stat_result:
-        """Make them, in the order chown, mode, size, times: each undoes side effects before it.
-        Returns the attributes then. ``is_open``: the descriptor is open for writing, no O_PATH.
-        Raises OSError.
+        """Carry them out, in the order chown, mode, size, times: each undoes side effects of the
+        previous ones. Returns the new attributes. ``is_open``: the descriptor is open for writing,
+        not O_PATH. Raises OSError.
         """
         path = syscalls.fd_path(fd)
         mode, uid, gid, size, atime_ns, mtime_ns, kill_suid = self

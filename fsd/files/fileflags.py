@@ -1,4 +1,4 @@
-"""The ioctls that guests may make on files, and the flags of files that these may change.
+"""The ioctls that guests may make on files, and the file flags that these may change.
 
 Apart because it is a rule of its own: the flags of linux/fs.h, and which of them carry rights that
 the host has not given.
@@ -25,13 +25,13 @@ _MAY_CHANGE_X = 0x24F8
 """Of FS_XFLAG_*: IMMUTABLE, APPEND, SYNC, NOATIME, NODUMP, NOSYMLINKS, NODEFRAG. Not PROJINHERIT,
 and nothing about where and in what pieces the host's file system puts data."""
 _SHOWN, _SHOWN_X = 0x1074_3B00, 0x8000_0002
-"""What a file system says of itself and takes from nobody: DIRTY, COMPRBLK, ENCRYPT, INDEX, IMAGIC,
+"""Flags that a file system reports and nobody can set: DIRTY, COMPRBLK, ENCRYPT, INDEX, IMAGIC,
 HUGE_FILE, VERITY, EA_INODE, EOFBLOCKS, INLINE_DATA; HASATTR, PREALLOC."""
 
 
 def check(fd: int, command: int, data: bytes) -> None:
     """Raises OSError EPERM for a change that guests may not make: of the project above all, by
-    which the host gives the share its quota.
+    which the host limits the share.
     """
     may = {SETFLAGS: _may_set_flags, FSSETXATTR: _may_set_xattr}.get(command)
     if may is not None and not may(fd, data):

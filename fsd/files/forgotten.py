@@ -1,6 +1,6 @@
-"""What nodeids stood for that nobody refers to any more: a guest may still hold file handles.
+"""Remembers the objects of unused nodeids: a guest may still hold file handles of them.
 
-Apart from the inode table, which finds the objects again (InodeTable.recall): this only remembers.
+Apart from the inode table, which finds the objects again (recall): this only remembers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import NamedTuple
 from .inode import Identity
 
 FORGOTTEN_LIMIT = 16_384
-"""Objects that are remembered; some 6 MB at worst. Small objects by the ten thousand leave the
-allocator's arenas in part used for good: with eight times as many, a server that guests had worked
-hard kept 50 MB (docs/decisions/fuzzing.md)."""
+"""Objects that are remembered; at most about 6 MB. Tens of thousands of small objects leave the
+allocator's arenas partly used for good: with eight times as many, a server kept 50 MB after guests
+had worked hard (docs/decisions/fuzzing.md)."""
 
 
 class Forgotten(NamedTuple):
-    """One object: which it is, and where it was."""
+    """One object: its identity and its last place."""
 
     identity: Identity
     parent: int  # nodeid; 0 = not known
@@ -42,11 +42,11 @@ class ForgottenObjects:
         return self._by_node.items()
 
     def get(self, nodeid: int) -> Forgotten:
-        """What the nodeid stood for; an object that there is not, where that is not known."""
+        """The object of the nodeid; one that does not exist if it is not known."""
         return self._by_node.get(nodeid, _UNKNOWN)
 
     def add(self, nodeid: int, forgotten: Forgotten) -> None:
-        """Remember one more, and no longer the oldest."""
+        """Remember one more, and drop the oldest."""
         self.drop(nodeid)
         self._by_node[nodeid] = forgotten
         self._nodeids[forgotten.identity] = nodeid
@@ -54,16 +54,16 @@ class ForgottenObjects:
             self.drop(next(iter(self._by_node)))
 
     def drop(self, nodeid: int) -> None:
-        """The nodeid stands for something again."""
+        """The nodeid is in use again."""
         old = self._by_node.pop(nodeid, None)
         if old is not None and self._nodeids.get(old.identity) == nodeid:
             del self._nodeids[old.identity]
 
     def clear(self) -> None:
-        """Remember nothing, and give the memory back."""
+        """Forget all, and free the memory."""
         self._by_node = OrderedDict()
         self._nodeids = {}
 
     def nodeid_of(self, identity: Identity) -> int:
-        """The nodeid that an object had; 0 where that is not known."""
+        """The nodeid that an object had; 0 if it is not known."""
         return self._nodeids.get(identity, 0)

@@ -1,7 +1,7 @@
-"""One object of the export: what guests call it, which host object it is, where that was last seen.
+"""One object of the export: its nodeid, its identity on the host, and its last known place.
 
-A value of the inode table (fsd.files.table), apart from it as every package above names inodes and
-few need the table.
+A value of the inode table (fsd.files.table), apart because every higher package uses inodes and few
+need the table.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 ROOT_ID = 1
 PATH_LEVELS = 256
-"""Names of a path that are walked or shown. People's trees are less deep; of those that a guest
-makes deeper, each use of a directory would cost its depth."""
+"""Names of a path that are walked or shown. People's trees are less deep; if a guest makes deeper
+ones, each use of a directory would cost its depth."""
 
 
 class Identity(NamedTuple):
-    """Which object of the host it is."""
+    """Identifies an object of the host."""
 
-    device: int  # st_dev; below 0: of no object of the host any more
+    device: int  # st_dev; below 0: the host object no longer exists
     ino: int
-    handle: bytes  # b"" where the file system has none
+    handle: bytes  # b"" if the file system has none
     mount: int  # the mount's number
 
     def is_object_of(self, other: Identity) -> bool:
@@ -53,7 +53,7 @@ class Inode:
         self.parent: Inode | None = None
         self.name = b""
         self.children: dict[bytes, Inode] = {}  # of a directory: names that were looked up
-        self.fd = -1  # O_PATH pin, only where handles cannot be opened
+        self.fd = -1  # O_PATH pin, only if handles cannot be opened
         self.nlink = 1  # as last seen
         self.attr_given = False  # to a kernel, for longer than a moment
         self.open_fds: list[int] = []  # of open file handles: reach it after its unlink
@@ -79,16 +79,16 @@ class Inode:
         return f"<Inode {self.nodeid}.{self.generation} {self.shown_path()!r}>"
 
     def path(self) -> bytes:
-        """Path below the root as last known, however long it is."""
+        """Path below the root as last known, however long."""
         return self._end_of_path(sys.maxsize)[0]
 
     def shown_path(self) -> bytes:
-        """The same for people: of a deep one its end, after "..."."""
+        """The same for display: of a deep one its end, after "..."."""
         path, is_whole = self._end_of_path()
         return path if is_whole else b".../" + path
 
     def short_path(self, levels: int = PATH_LEVELS) -> bytes | None:
-        """Path below the root as last known; None where that is too deep to be walked each time."""
+        """Path below the root as last known; None if it is too deep to be walked each time."""
         path, is_whole = self._end_of_path(levels)
         return path if is_whole else None
 

@@ -1,7 +1,7 @@
-"""What the server last knew of a watched directory's names: kept with its inode.
+"""The known names of a watched directory, stored with its inode.
 
-Kept current by the events themselves; after lost events it is compared with the host, and the
-difference is told as events (docs/decisions/resync.md).
+The events keep it up to date; after lost events it is compared with the host, and the difference is
+delivered as events (docs/decisions/resync.md).
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import NamedTuple
 from .inode import Inode
 
 UNKNOWN = (1 << 64) - 1
-"""Inode number of an object that nobody could look at: it may be any."""
+"""Inode number of an object that could not be looked at: any number is possible."""
 
 
 class Known(NamedTuple):
-    """One name: its inode if that was ever looked at, and until when its changes were told."""
+    """One name: its inode if it was ever looked up, and until when its changes were delivered."""
 
     ino: int
-    kind: int  # S_IFMT bits, 0 where nobody could look
+    kind: int  # S_IFMT bits, 0 if it could not be looked at
     seen_ns: int  # time.time_ns()
     inode: Inode | None = None
 
     def may_be(self, other: Known) -> bool:
-        """Whether the two may be one object; its number alone may have been reused."""
+        """Whether the two may be one object; the number alone may have been reused."""
         if self.kind != other.kind and self.kind and other.kind:
             return False
         return self.ino == other.ino or UNKNOWN in (self.ino, other.ino)
 
     def of(self, inode: Inode | None) -> Known:
-        """The same with its inode, if that is it: another object's birth may be too close to
-        ``seen_ns`` to be told apart by that.
+        """The same with its inode, if that is the object: another object's birth may be too close
+        to ``seen_ns`` to tell them apart by it.
         """
         if inode is None or inode.is_placeholder or inode.identity.ino != self.ino:
             return self

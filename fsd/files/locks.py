@@ -1,7 +1,7 @@
-"""Locks as the host's kernel has them: values, the system calls, and what waits for a lock.
+"""Locks as the host's kernel has them: values, the system calls, and requests that wait.
 
-Apart from the locks of a guest (fsd.fuse.hostlocks), which says whose they are: all guests of an
-export wait for one another's.
+Apart from the locks of a guest (fsd.fuse.hostlocks), which knows their owners: all guests of an
+export wait for each other's locks.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _OPERATIONS = {
     fcntl.F_UNLCK: fcntl.LOCK_UN,
 }
 WOKEN = 16
-"""Requests that are tried again at once when a guest gives a lock up: thousands may wait, and each
-try is a system call."""
+"""Requests that are tried again at once when a guest releases a lock: thousands may wait, and each
+attempt is a system call."""
 
 
 class Lock(NamedTuple):
-    """As FUSE and fcntl(2) have it."""
+    """A lock as in FUSE and fcntl(2)."""
 
     kind: int  # F_RDLCK, F_WRLCK, F_UNLCK
     start: int
@@ -40,13 +40,13 @@ class Lock(NamedTuple):
 
 
 class LockWaiters:
-    """Who waits for a lock on an object: tried again when a guest gives one up."""
+    """Requests that wait for a lock on an object: tried again when a guest releases one."""
 
     def __init__(self) -> None:
         self._waiters: dict[Inode, dict[object, Callable[[], None]]] = {}
 
     def add(self, inode: Inode, retry: Callable[[], None]) -> Callable[[], None]:
-        """Call ``retry`` whenever it may succeed; returns what ends that."""
+        """Call ``retry`` whenever it may succeed; returns a function that ends that."""
         waiters = self._waiters.setdefault(inode, {})
         waiters[me := object()] = retry
 
@@ -58,20 +58,20 @@ class LockWaiters:
         return remove
 
     def wake(self, inode: Inode) -> None:
-        """A lock of the object was given up: who has waited longest is called. The others may get
-        theirs a pause later.
+        """A lock of the object was released: those that have waited longest are called. The others
+        may get theirs a pause later.
         """
         for retry in list(islice(self._waiters.get(inode, {}).values(), WOKEN)):
             retry()
 
 
 def set_lock(fd: int, lock: Lock) -> None:
-    """Set or give up an OFD lock. Raises BlockingIOError where another is in the way."""
+    """Set or release an OFD lock. Raises BlockingIOError if it conflicts with another."""
     fcntl.fcntl(fd, _F_OFD_SETLK, _pack(lock))
 
 
 def blocking(fd: int, lock: Lock) -> Lock:
-    """A lock that is in the way of this one, else its kind is F_UNLCK."""
+    """A lock that conflicts with this one, else its kind is F_UNLCK."""
     answer = fcntl.fcntl(fd, _F_OFD_GETLK, _pack(lock))
     kind, _, start, length, pid = _FLOCK.unpack(answer)
     return Lock(kind, start, start + length - 1 if length else OFFSET_MAX, pid)
@@ -91,7 +91,7 @@ def held(fd: int) -> list[Lock]:
 
 
 def flock(fd: int, kind: int) -> None:
-    """flock(2), by the kind that fcntl(2) has for the same. Raises BlockingIOError."""
+    """flock(2), with the kind of fcntl(2). Raises BlockingIOError."""
     if kind not in _OPERATIONS:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     fcntl.flock(fd, _OPERATIONS[kind] | fcntl.LOCK_NB)

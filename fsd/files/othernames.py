@@ -1,5 +1,5 @@
-"""Names of files with several, beside the one that each was seen by last: where a file has no
-handle that can be opened, and loses that one, it is reached by another.
+"""Further names of files with several links. A file without a handle that can be opened is reached
+by another name if it loses its last known one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .inode import Inode
 
 NAMES_LIMIT = 16
-"""Of one file, those seen last: some 200 bytes each, and each is a look where it is not there."""
+"""Of one file, the last ones seen: about 200 bytes each, and one look-up each if it is not
+there."""
 
 
 class OtherNames:
@@ -36,5 +37,5 @@ class OtherNames:
                 yield parent, name
 
     def drop(self, inode: Inode) -> list[tuple[Inode, bytes]]:
-        """Nobody refers to it any more; the names that it had."""
+        """It is not in use any more; returns the names that it had."""
         return list(self._names.pop(inode, ()))

@@ -1,11 +1,11 @@
-"""How an object of the export is reached on the host: opened, and proven to be the one.
+"""How an object of the export is opened on the host, and proven to be the right one.
 
-Identity includes the mount: what lies on another one is reached by its path, through that mount.
+Identity includes the mount: an object on another mount is reached by its path, through that mount.
 
-No descriptor is kept for an object: a held one would delay the host's own IN_DELETE_SELF, and keep
-the host from unmounting what a guest has looked at. Where handles cannot be opened (an ordinary
-user, a file system without export), directories of the share's own mount alone are pinned by an
-O_PATH descriptor, and files are reached through their directory, verified.
+No descriptor is kept for an object: it would delay the host's own IN_DELETE_SELF, and keep the host
+from unmounting what a guest has looked at. If handles cannot be opened (an ordinary user, a file
+system without export), directories of the share's own mount only are pinned by an O_PATH
+descriptor, and files are reached through their directory, verified.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from .inode import ROOT_ID, Identity, Inode
 from .othernames import OtherNames
 
 _MOVES = 3
-"""Tries to find an object that the host may move all the while."""
+"""Attempts to find an object that the host keeps moving."""
 WALKED_LEVELS = 2048
-"""Names of a path that are walked at each use of a directory, where something is mounted below the
-share: as many as fit into PATH_MAX. A use costs some 1 ms then; what is deeper is ENAMETOOLONG."""
+"""Names of a path that are walked at each use of a directory if something is mounted below the
+share: as many as fit into PATH_MAX. A use costs about 1 ms then; deeper ones get ENAMETOOLONG."""
 _CANNOT_OPEN_HANDLES = (
     errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESTALE,
 )  # fmt: skip
-"""Of open_by_handle_at(2) for the root: this user may not, or this file system or kernel cannot."""
+"""Errors of open_by_handle_at(2) for the root: this user may not, or this file system or kernel
+cannot."""
 
 _NO_SUCH_PATH = (errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
-"""Of openat2(2), where something else, or a mount, is on a path that was known."""
+"""Errors of openat2(2) if something else, or a mount, is on a known path."""
 
 
 class Reach:
-    """Opens the objects of one directory tree. Owner of the root's descriptor, and of what is
-    mounted below. Raises OSError.
+    """Opens the objects of one directory tree. Owns the root's descriptor and the mount table.
+    Raises OSError.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Reach:
         self._other_names = other_names
         self._on_found = on_found
         self.overheard: set[Inode] = set()
-        """Watched directories of which somebody hears that they are read."""
+        """Watched directories whose reading would be reported to a guest."""
         self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.by_handle = True
         try:
@@ -89,7 +90,7 @@ class Reach:
         return syscalls.mount_id(fd) if self.mounts.below else self.mounts.own
 
     def identity_of(self, dir_fd: int, name: bytes) -> Identity:
-        """Identity of what is there by that name. Raises OSError."""
+        """Identity of the object of that name. Raises OSError."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             return self.identify(fd)[0]
@@ -105,8 +106,8 @@ class Reach:
         return identity.mount == self._own
 
     def must_pin(self, identity: Identity) -> bool:
-        """Whether a directory can be found again by a descriptor only. On another mount none is
-        kept: the host may unmount it.
+        """Whether a directory can be found again only through a descriptor. On another mount none
+        is kept: the host may unmount it.
         """
         return not (self.by_handle and identity.handle) and self.is_own(identity)
 
@@ -114,7 +115,7 @@ class Reach:
 
     @contextmanager
     def directory(self, inode: Inode) -> Iterator[int]:
-        """An O_PATH descriptor of a directory, for the time of the with block."""
+        """An O_PATH descriptor of a directory, within the with block."""
         fd = self.open_directory(inode)
         try:
             yield fd
@@ -123,14 +124,16 @@ class Reach:
                 os.close(fd)
 
     def _check_answers(self, inode: Inode) -> None:
-        """Raises OSError EIO for what is on a file system below the share that does not answer."""
+        """Raises OSError EIO for an object on a file system below the share that does not
+        answer.
+        """
         if self.mounts.remote and inode.identity.mount in self.mounts.remote:
             self.mounts.check(inode.identity.mount)
 
     def open_directory(self, inode: Inode) -> int:
         """An O_PATH descriptor of a directory: to be closed, unless it is the inode's own ``fd``.
 
-        Raises OSError: ENOTDIR, ENOENT where it is gone, others where it cannot be opened.
+        Raises OSError: ENOTDIR, ENOENT if it is gone, others if it cannot be opened.
         """
         if inode.nodeid == ROOT_ID:
             return inode.fd
@@ -150,11 +153,11 @@ class Reach:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
     def open(self, inode: Inode) -> int:
-        """A new O_PATH descriptor of any object. Raises OSError: ESTALE where it is not found,
-        others where nobody could look.
+        """A new O_PATH descriptor of any object. Raises OSError: ESTALE if it is not found, others
+        if it cannot be looked at.
 
-        A file is opened through the name it was last known by, so that what is done with the
-        descriptor is announced under that name on the host.
+        A file is opened through its last known name, so that later calls on the descriptor are
+        reported under that name on the host.
         """
         if inode.is_dir:
             with self.directory(inode) as fd:
@@ -181,7 +184,7 @@ class Reach:
 
     @contextmanager
     def opened(self, inode: Inode) -> Iterator[int]:
-        """``open`` for the time of a with block."""
+        """``open`` within a with block."""
         fd = self.open(inode)
         try:
             yield fd
@@ -190,7 +193,7 @@ class Reach:
 
     @contextmanager
     def opened_by_any_name(self, inode: Inode) -> Iterator[int]:
-        """The same where it does not matter by what name: to set a watch."""
+        """The same if the name does not matter: to set a watch."""
         by_name = inode.is_dir or inode.open_fds or not self.handle_opens(inode.identity)
         if by_name or self.mounts.below:
             fd = self.open(inode)
@@ -202,8 +205,8 @@ class Reach:
             os.close(fd)
 
     def stat_by_name(self, inode: Inode) -> os.stat_result | None:
-        """Attributes of a file by the name it was last known by; None if that is not it now, or
-        nobody could look.
+        """Attributes of a file by its last known name; None if that is another object now, or
+        cannot be looked at.
         """
         device, ino, handle, mount = inode.identity
         if not handle and self.mounts.below:
@@ -218,7 +221,7 @@ class Reach:
         return None
 
     def _names(self, inode: Inode) -> Iterator[tuple[Inode, bytes]]:
-        """The name that a file was last known by; where there are no handles, then its others."""
+        """A file's last known name; if there are no handles, then its others."""
         if inode.is_placeholder:
             return
         if inode.parent is not None:
@@ -227,17 +230,17 @@ class Reach:
             yield from self._other_names.of(inode)
 
     def open_by_handle(self, inode: Inode) -> int:
-        """A new O_PATH descriptor by file handle. Raises OSError, ESTALE where that cannot be.
+        """A new O_PATH descriptor by file handle. Raises OSError ESTALE if that is impossible.
 
-        Of a directory by its path, where the handle is that of what is there, if it was not used a
-        moment ago or somebody would hear of it: the kernel opens and reads the directories above
-        one whose dentries it has dropped, to find its names, and all who watch those see it
-        (exportfs_get_name in fs/exportfs/expfs.c). Where it has moved there is no other way.
+        A directory is opened by its path, if the handle there is the same, unless it was used a
+        moment ago and no guest would see the reading: the kernel opens and reads the directories
+        above one whose dentries it has dropped, to find its names, and their watchers see it
+        (exportfs_get_name in fs/exportfs/expfs.c). If it has moved, the handle is the only way.
         """
         if not self.handle_opens(inode.identity):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         handle = inode.identity.handle
-        if not inode.is_dir:  # of which the kernel looks for no name
+        if not inode.is_dir:  # for which the kernel searches no name
             return syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
         now = time.monotonic()
         is_warm, inode.warm_until = now < inode.warm_until, now + windows.WARM
@@ -256,7 +259,7 @@ class Reach:
         return fd
 
     def _open_by_path(self, directory: Inode) -> int:
-        """-1 where it is not there, or nobody could look: its handle tells the two apart."""
+        """-1 if it is not there, or cannot be looked at: its handle shows which."""
         path = directory.short_path()
         if path is None:
             return -1
@@ -265,7 +268,7 @@ class Reach:
         return -1
 
     def _open_at(self, path: bytes, inode: Inode) -> int:
-        """-1 where the object is not there. Raises OSError where nobody could look."""
+        """-1 if the object is not there. Raises OSError if it cannot be looked at."""
         try:
             one_mount = self.is_own(inode.identity)
             fd = syscalls.open_below(self.root_fd, path, one_mount=one_mount)
@@ -292,7 +295,7 @@ class Reach:
             try:
                 is_it = syscalls.handle_and_mount(fd) == (handle, mount)
             except OSError as error:
-                if error.errno == errno.EOPNOTSUPP:  # another, where there are no handles
+                if error.errno == errno.EOPNOTSUPP:  # another object, if there are no handles
                     return False
                 raise
             return is_it and os.fstat(fd).st_ino == ino
@@ -301,7 +304,7 @@ class Reach:
             return False
         return self.identify(fd)[0] == inode.identity
 
-    # Where something is mounted below the share
+    # If something is mounted below the share
 
     def _open_visible(self, directory: Inode) -> int:
         """A new O_PATH descriptor of a directory that no other mount masks. Raises OSError."""
@@ -329,10 +332,10 @@ class Reach:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def _open_wherever(self, inode: Inode) -> int:
-        """Also where it is masked, or not in the share: by what is open of it, or by its handle.
+        """Also if it is masked, or not in the share: through an open file of it, or by its handle.
 
-        Not by a handle on another mount: that takes an open file there (open_by_handle_at(2)), and
-        all who watch it would see it opened.
+        Not by a handle on another mount: that takes an open file there (open_by_handle_at(2)),
+        whose opening its watchers would see.
         """
         if inode.fd >= 0 or inode.open_fds:
             return os.dup(inode.fd if inode.fd >= 0 else inode.open_fds[-1])
@@ -343,14 +346,14 @@ class Reach:
         )
 
     def _open_where(self, fd: int, inode: Inode) -> int:
-        """The object at the path that the kernel knows for a descriptor; -1 where that is another,
-        or not in the share.
+        """The object at the path that the kernel has for a descriptor; -1 if that is another, or
+        not in the share.
         """
         path = self.path_of(fd)
         return -1 if path is None else self._open_at(path, inode)
 
     def path_of(self, fd: int) -> bytes | None:
-        """The path below the root that the kernel knows for an open object."""
+        """The path below the root that the kernel has for an open object."""
         top = syscalls.shown_path(self.root_fd).rstrip(b"/") + b"/"
         path = syscalls.shown_path(fd)
         return path[len(top) :] if path.startswith(top) else None

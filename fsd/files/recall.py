@@ -1,6 +1,6 @@
-"""Finding an object again: one that everybody has forgotten, or that may not be where it was.
+"""Finds an object again: one that was forgotten, or that may have moved.
 
-Apart from the table, which knows what is referred to, and from Reach, which opens what is known.
+Apart from the table, which knows the objects in use, and from Reach, which opens known ones.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .inode import Identity, Inode
 from .table import InodeTable
 
 RECALL_SEARCHES = 16
-"""Directories above a forgotten node that are searched for by their handles, as each may
-take a walk of PATH_MAX; all others are where they were, or the node counts as gone."""
+"""Directories above a forgotten node that are searched by their handles, because each may take a
+walk of PATH_MAX; all others have to be where they were, or the node counts as gone."""
 
 
 def recall(table: InodeTable, nodeid: int) -> Inode:
-    """The inode of a file handle that a guest took: also one that it has forgotten since, if it
-    is found again in the export. Raises OSError ESTALE.
+    """The inode of a guest's file handle: also one that was forgotten since, if it is found again
+    in the export. Raises OSError ESTALE.
 
     It may have no reference yet; the caller gives it one.
     """
@@ -52,7 +52,7 @@ def recall(table: InodeTable, nodeid: int) -> Inode:
 
 
 def _by_its_name(table: InodeTable, record: Forgotten) -> Inode | None:
-    """The very object, where it was; None where it is not there any more."""
+    """The very object at its old place; None if it is not there any more."""
     parent = table.known(record.parent)
     with syscalls.skipping_gone:
         if parent is not None and parent.is_dir:
@@ -63,7 +63,7 @@ def _by_its_name(table: InodeTable, record: Forgotten) -> Inode | None:
 
 
 def _by_its_handle(table: InodeTable, record: Forgotten) -> Inode | None:
-    """The very object, wherever it is; None where it is gone."""
+    """The very object, wherever it is; None if it is gone."""
     with syscalls.skipping_gone:
         if table.reach.handle_opens(record.identity):
             handle = record.identity.handle
@@ -76,9 +76,9 @@ def _by_its_handle(table: InodeTable, record: Forgotten) -> Inode | None:
 
 
 def verify_place(table: InodeTable, inode: Inode) -> bool:
-    """Make sure that an object is where it is known to be, or find out where it is; whether it
-    is in the export at all. A directory that is not goes out of sight. Raises OSError where
-    nobody could look.
+    """Make sure that an object is at its known place, or find its place; returns whether it is in
+    the export at all. A directory that is not goes out of sight. Raises OSError if it cannot be
+    looked at.
     """
     parent = inode.parent
     if parent is not None and parent is not table.outside:
@@ -94,8 +94,8 @@ def verify_place(table: InodeTable, inode: Inode) -> bool:
 
 
 def _at_path(table: InodeTable, fd: int) -> Inode | None:
-    """The inode at the path that the kernel knows for an open object: the object's, unless it
-    has just moved. None where that is not in the export.
+    """The inode at the path that the kernel has for an open object: the object's, unless it has
+    just moved. None if it is not in the export.
     """
     path = table.reach.path_of(fd)
     if path is None:
@@ -104,7 +104,7 @@ def _at_path(table: InodeTable, fd: int) -> Inode | None:
 
 
 def walk(table: InodeTable, names: Iterable[bytes]) -> Inode:
-    """The inode that names lead to, from the root; what is on the way is known afterwards.
+    """The inode at the end of a path from the root; the inodes on the way are known afterwards.
     Raises OSError.
     """
     inode, dir_fd = table.root, os.dup(table.reach.root_fd)
@@ -131,5 +131,5 @@ def _step(table: InodeTable, dir_fd: int, parent: Inode, name: bytes) -> Inode:
 
 
 def _matches(found: Identity, known: Identity) -> bool:
-    """Whether an object is that one, whose mount may have had another number before a restart."""
+    """Whether an object is that one; its mount may have had another number before a restart."""
     return found.is_object_of(known) and known.mount in (0, found.mount)

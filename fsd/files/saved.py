@@ -1,6 +1,6 @@
-"""The rows of the inode table: what outlives a server of it, in a checkpoint or a session's record.
+"""The rows of the inode table that outlive a server, in a checkpoint or a session's record.
 
-Plain values, apart from the table: whoever reads them trusts none (fsd.checkpoint.restore_inodes).
+Plain values, apart from the table: their readers do not trust them (fsd.checkpoint.restore_inodes).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from .inode import Identity, Inode
 from .table import InodeTable
 
 GONE = -1
-"""Device of what is no object of the host any more."""
+"""Device of an object that no longer exists on the host."""
 
 
 class SavedInode(NamedTuple):
-    """One inode: what a guest calls it, which object it was, where that was."""
+    """One inode: its nodeid, its identity, its place."""
 
     nodeid: int
     generation: int
@@ -40,7 +40,7 @@ class SavedLink(NamedTuple):
 
 
 class SavedForgotten(NamedTuple):
-    """An object that nobody refers to, but for a file handle perhaps (fsd.files.forgotten)."""
+    """An unused object that a file handle may still refer to (fsd.files.forgotten)."""
 
     nodeid: int
     device: int  # 0 = the root's
@@ -59,7 +59,7 @@ class SavedTable(NamedTuple):
 
 
 def inode_table(table: InodeTable) -> SavedTable:
-    """Every inode that is known, with its place; the references of guests are saved with them."""
+    """Every known inode with its place; the references of guests are saved with them."""
     inodes: list[SavedInode] = []
     links: list[SavedLink] = []
     for inode in table:

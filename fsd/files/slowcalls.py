@@ -1,8 +1,8 @@
-"""System calls that may take long, or for ever: a thread makes them, then the request goes on.
+"""System calls that may take long, or for ever: a thread makes them, then the request continues.
 
-The core is not thread-safe, so a thread makes raw calls on descriptors and nothing else. What needs
-such a call raises ``Later``. The transport makes the call and serves the request once more, with
-the outcome: all checks are made again, and nothing was changed between.
+The core is not thread-safe, so a thread makes raw calls on descriptors and nothing else. Code that
+needs such a call raises ``Later``. The transport makes the call and serves the request once more,
+with the outcome: all checks are made again, and nothing was changed before.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from protocol.masks import Mask
 from .inode import Inode
 
 LONG = 4 << 20
-"""Bytes up to which a file is allocated, cut, removed or copied at once: some milliseconds."""
+"""Bytes up to which a file is allocated, truncated, removed or copied at once: some
+milliseconds."""
 THREADS = 4
-"""Threads of one guest that wait for the share's file system, and for each other one below it."""
+"""Threads of one guest for the share's file system, and for each other one below it."""
 PATIENCE = 10.0
-"""Seconds that a request waits for a file system below the share to say that it is there."""
+"""Seconds that a request waits for a file system below the share to answer."""
 END = 4.5
-"""Seconds from SIGTERM until the server ends without what hangs."""
+"""Seconds from SIGTERM until the server exits in spite of hanging calls."""
 
 
 class Work:
-    """A call with descriptors of its own, as the guest may close its files before it is done: they
-    are made now, and closed with it. Raises OSError.
+    """A call with descriptors of its own, as the guest may close its files before it is done. They
+    are duplicated now, and closed with it. Raises OSError.
     """
 
     def __init__(self, call: Callable[..., Any], *fds: int) -> None:
@@ -41,7 +42,7 @@ class Work:
 
     @classmethod
     def closing(cls, fd: int) -> Work:
-        """To close a descriptor, which it takes."""
+        """Work that closes a descriptor, which it takes."""
         work = cls(_nothing)
         work._fds.append(fd)
         return work
@@ -54,33 +55,33 @@ class Work:
             self.close()
 
     def close(self) -> None:
-        """It is not made, or done."""
+        """It is done, or will not be done."""
         while self._fds:
             os.close(self._fds.pop())
 
 
 def _nothing(*_fds: int) -> None:
-    """It is enough that they are closed."""
+    """Closing them is all."""
 
 
 class SlowCall(NamedTuple):
-    """What is to be done in a thread."""
+    """What to do in a thread."""
 
     what: str
-    """For people, and the name of its outcome: a request makes one of a name."""
+    """For logs, and the key of its outcome: a request makes one call of a name."""
     work: Work
     expected: tuple[tuple[Inode | None, bytes | None, Mask], ...] = ()
-    """The events that it makes: watcher.Expected."""
+    """The events that it causes: watcher.Expected."""
     mount: int = 0
-    """The mount that it waits for, where that is not the share's own."""
+    """The mount that it waits for, if that is not the share's own."""
     discard: Callable[[Any], object] | None = None
-    """What to do with a result that nobody takes."""
+    """What to do with a result that is not taken."""
     patience: float | None = None
-    """Seconds after which the request fails with EIO; None waits."""
+    """Seconds after which the request fails with EIO; None: no limit."""
 
 
 class Outcome:
-    """Of a slow call: to be called in a thread, then ``take`` returns what it did."""
+    """The outcome of a slow call: call it in a thread, then ``take`` returns the result."""
 
     def __init__(self, call: SlowCall) -> None:
         self.call = call
@@ -102,15 +103,13 @@ class Outcome:
             self.drop()
 
     def take(self) -> Any:
-        """The result; one that could be discarded is the caller's now. Raises what the call
-        raised.
-        """
+        """The result, which belongs to the caller now. Raises the exception of the call."""
         if self._error is not None:
             raise self._error
         return self._results[0] if self.call.discard is None else self._results.pop()
 
     def drop(self) -> None:
-        """Nobody wants it: also where it is still being made."""
+        """The result is not needed, even if it is still being made."""
         self._is_unwanted = True
         self._error = None  # its traceback leads back here, and to the request
         if not self._is_begun:
@@ -126,12 +125,12 @@ _running: dict[Outcome, str] = {}
 
 
 def running() -> list[str]:
-    """The calls that threads are making, for people."""
+    """The calls that threads are making, for the log."""
     return sorted(_running.values())
 
 
 class Later(Exception):
-    """The request is to be served again, once a call is done."""
+    """The request has to be served again, once a call is done."""
 
     def __init__(self, call: SlowCall) -> None:
         super().__init__(call.what)

@@ -1,8 +1,9 @@
-"""Names whose object was replaced between a look-up and its use, and what is looked up there next.
+"""Names whose object was replaced between a look-up and its use, and the next object looked up
+there.
 
-The kernel's answer to ESTALE is one more look-up and one more try (LOOKUP_REVAL of fs/namei.c); a
-second ESTALE is the program's. So what that look-up finds is held until it is opened: it may be
-replaced again, and is still what was looked up.
+Upon ESTALE the kernel makes one more look-up and one more attempt (LOOKUP_REVAL of fs/namei.c); the
+program sees a second ESTALE. So the object of that look-up is held until it is opened: it may be
+replaced again, and is still the one that was looked up.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from .inode import Inode
 from .table import InodeTable
 
 HOLD = 1.0
-"""Seconds between two requests of one system call that are waited for: far more than they take."""
+"""Longest time in seconds between two requests of one system call: far more than they take."""
 HELD_LIMIT = 64
-"""Objects held at once, each by a descriptor. The oldest gives way: its program sees ESTALE."""
+"""Objects held at once, each by a descriptor. The oldest is dropped: its program sees ESTALE."""
 _Place = tuple[int, bytes]
 
 
 class Successors:
-    """The objects that are held. ``deadline`` is the time.monotonic() at which to ``expire``."""
+    """The held objects. ``deadline`` is the time.monotonic() at which to ``expire``."""
 
     def __init__(self, table: InodeTable) -> None:
         self._table = table
@@ -38,7 +39,7 @@ class Successors:
     def used(self, inode: Inode) -> Iterator[int]:
         """The very object that a guest's kernel looked up, and whose permissions it has checked.
 
-        Raises OSError ESTALE where another has its name: the kernel then looks the name up again.
+        Raises OSError ESTALE if another has its name: the kernel then looks the name up again.
         """
         try:
             fd = self._table.reach.open(inode)
@@ -52,14 +53,14 @@ class Successors:
             os.close(fd)
 
     def lost(self, inode: Inode) -> OSError:
-        """What to raise for an object that a guest looked up, and that is not there any more."""
-        if inode.parent is None:  # removed since: for a moment, nothing was there
+        """The error for an object that a guest looked up, and that is no longer there."""
+        if inode.parent is None:  # removed since: for a moment, there was nothing
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self.replaced(inode)
         return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def replaced(self, inode: Inode) -> None:
-        """What a guest looked up is not there any more: it will look again."""
+        """The object that a guest looked up is no longer there: it will look again."""
         if inode.parent is None:
             return
         place = (inode.parent.nodeid, inode.name)
@@ -71,7 +72,7 @@ class Successors:
         self.deadline = min(self.deadline, until)
 
     def looked_up(self, parent: Inode, name: bytes, inode: Inode, fd: int) -> None:
-        """A guest looked a name up, and has found what is behind the descriptor."""
+        """A guest looked a name up, and has found the object of the descriptor."""
         now = time.monotonic()
         if self.wanted.get((parent.nodeid, name), 0.0) < now or inode.is_dir:
             return
@@ -89,7 +90,7 @@ class Successors:
             self._drop(inode)
 
     def expire(self, now: float) -> None:
-        """Let go of what nobody came for."""
+        """Drop objects that were not opened in time."""
         if now < self.deadline:
             return
         self.wanted = {place: until for place, until in self.wanted.items() if until > now}
@@ -99,7 +100,7 @@ class Successors:
         self.deadline = min(ends, default=math.inf)
 
     def close(self) -> None:
-        """Let go of all."""
+        """Drop all."""
         self.wanted.clear()
         for inode in list(self._held):
             self._drop(inode)

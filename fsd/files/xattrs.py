@@ -12,16 +12,16 @@ from collections.abc import Iterable
 ACL_ACCESS = b"system.posix_acl_access"
 _ACLS = frozenset({ACL_ACCESS, b"system.posix_acl_default"})
 _SYSTEM = b"system."
-"""The kernel leaves it to the file system to judge who sets these (xattr(7), fs/xattr.c): POSIX,
-NFSv4, SMB and NTFS ACLs. So a guest's kernel asks for them on anybody's behalf. It checks itself,
-before it asks, who may set user.*, trusted.* (CAP_SYS_ADMIN) and security.* (CAP_SETFCAP for
-security.capability, else CAP_SYS_ADMIN, or what its LSM says). The host checks these again, for the
-server: the sandbox has no CAP_SYS_ADMIN, and an LSM of the host's judges its own labels."""
+"""The kernel leaves it to the file system who may set these (xattr(7), fs/xattr.c): POSIX, NFSv4,
+SMB and NTFS ACLs. So a guest's kernel asks for them on any user's behalf. Before it asks, it checks
+who may set user.*, trusted.* (CAP_SYS_ADMIN) and security.* (CAP_SETFCAP for security.capability,
+else CAP_SYS_ADMIN, or what its LSM requires). The host checks these again, for the server: the
+sandbox has no CAP_SYS_ADMIN, and an LSM of the host checks its own labels."""
 
 
 def is_open(name: bytes, *, acls: bool) -> bool:
-    """Whether guests may use an attribute. ``acls``: POSIX ACLs too, as somebody judges who sets
-    them: the guest's kernel, which then has agreed to FUSE_POSIX_ACL.
+    """Whether guests may use an attribute. ``acls``: POSIX ACLs too, because the guest's kernel
+    checks who sets them; it has then agreed to FUSE_POSIX_ACL.
     """
     return not name.startswith(_SYSTEM) or (acls and name in _ACLS)
 
@@ -33,5 +33,5 @@ def check(name: bytes, *, acls: bool) -> None:
 
 
 def listed(names: Iterable[bytes], *, acls: bool) -> list[bytes]:
-    """The names that a guest may know of."""
+    """The names that a guest may see."""
     return [name for name in names if is_open(name, acls=acls)]

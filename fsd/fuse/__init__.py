@@ -1,1 +1,1 @@
-"""One guest's FUSE requests, as raw messages."""
+"""One guest's FUSE session: raw requests in, raw replies out."""

@@ -1,6 +1,8 @@
-"""One open channel file: who waits for its frames. What all transports of a mount share.
+"""One open channel file, and the reads that wait for its frames. Shared by all transports of a
+mount.
 
-Woken in the middle of the core's work, so it only calls back; a transport reads once that is done.
+It is woken in the middle of the core's work, so it only calls back; a transport reads once that is
+done.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class ChannelFile:
         return self._channel.has_outgoing or self._channel.said_bye
 
     def wait(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Call once: when there is something to read, or reads must not wait any longer. Returns
-        what cancels that.
+        """Call once: when there is something to read, or reads must not wait any longer. Returns a
+        function that cancels that.
         """
         self._channel.asked()
         self._waiters.append(call)
@@ -47,14 +49,14 @@ class ChannelFile:
         return cancel
 
     def read(self, size: int) -> bytes:
-        """Frames, up to ``size`` bytes; b"" where there are none."""
+        """Frames, up to ``size`` bytes; b"" if there are none."""
         return self._channel.outgoing(size)
 
     def write(self, data: bytes) -> None:
-        """Frames from the peer. Raises OSError EPROTO for what is none, and ends the channel."""
+        """Frames from the peer. Raises OSError EPROTO for invalid ones, and ends the channel."""
         try:
             self._channel.receive(data)
-        except ValueError as error:  # no frame of our protocol, or nothing that it can mean
+        except ValueError as error:  # not a frame of the protocol, or one with an invalid content
             log.warning("bad frame from guest", error=str(error))
             self._channel.close()
             self._let_go()
@@ -62,7 +64,7 @@ class ChannelFile:
 
     @property
     def is_full(self) -> bool:
-        """Whether the answer to a write is to wait until ``when_taken``."""
+        """Whether the answer to a write has to wait until ``when_taken``."""
         return self._channel.is_full
 
     def when_taken(self, call: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The hidden directory `.fsd`: the agent's channel inside the mount (DESIGN 2.3).
+"""The hidden directory `.fsd`: the agent's channel inside the mount.
 
 Never listed; found only by an explicit look-up by root, or by the user whose local mount it is.
 """
@@ -24,7 +24,8 @@ from ..files.passthrough import Entry
 from ..guests.mount import MountGuest
 
 CHANNELS_LIMIT = 64
-"""Sessions of one mount, beside its agent's: each may hold some 2 MiB of frames and answers."""
+"""Sessions of one mount, in addition to its agent's: each may hold about 2 MiB of frames and
+answers."""
 _NAMES = {
     b"control": (frames.CONTROL, stat.S_IFREG | 0o600),
     b"session": (frames.SESSION, stat.S_IFREG | 0o600),
@@ -61,7 +62,7 @@ class HiddenFiles:
         self._channels = 0
 
     def check(self, who: Caller) -> None:
-        """Nobody else can even see it. Raises OSError ENOENT. A number of another machine's user
+        """Raises OSError ENOENT for other users, who cannot even see it. A uid of another machine
         says nothing about the server's own user.
         """
         if who.uid and not (self._guest.is_local and who.uid == os.geteuid()):
@@ -88,8 +89,8 @@ class HiddenFiles:
     def open(self, nodeid: int, who: Caller, flags: int) -> HiddenHandle:
         """OPEN, OPENDIR. A second agent gets EBUSY.
 
-        Only O_RDWR opens a channel. Opened for reading it is an empty file: so does the kernel
-        itself, for a fanotify group that watches the whole file system.
+        Only O_RDWR opens a channel. Opened for reading it is an empty file: the kernel does that
+        for a fanotify group that watches the whole file system.
         """
         handle = HiddenHandle(nodeid)
         access = flags & os.O_ACCMODE
@@ -107,8 +108,8 @@ class HiddenFiles:
             if not who.pid:  # the safety rule needs to know the replayer by its pid
                 raise PermissionError(errno.EPERM, "the agent is in another pid namespace")
             if self.control is not None:
-                # A killed agent stays in its read until that is answered; then it lets go of the
-                # channel, and the newcomer's next try succeeds.
+                # A killed agent stays in its read until the read is answered; then it closes the
+                # channel, and the new agent's next attempt succeeds.
                 if self.control.channel is not None:
                     self.control.channel.let_go()
                 raise OSError(errno.EBUSY, "an agent is connected")
@@ -123,7 +124,7 @@ class HiddenFiles:
         return handle
 
     def dismiss(self) -> None:
-        """Answer the agent's waiting read, for good."""
+        """Answer the agent's waiting read, permanently."""
         if self.control is not None and self.control.channel is not None:
             self.control.channel.said_bye = True
             self.control.channel.wake()

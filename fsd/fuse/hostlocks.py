@@ -1,8 +1,8 @@
-"""Locks of a guest's processes, held on the host: everyone sees them, the host and other guests.
+"""Locks of a guest's processes, held on the host, where the host and other guests see them.
 
-flock(2) is the open file's own. A fcntl(2) lock belongs to a process there and to an open file
-description here (F_OFD_SETLK): each owner of the guest's has one of its own, borrowed from the
-handle it locks through where no other owner has that. Nothing here waits.
+flock(2) belongs to the open file. A fcntl(2) lock belongs to a process in the guest and to an open
+file description here (F_OFD_SETLK): each owner in the guest has a description of its own, borrowed
+from the handle it locks through if no other owner has that. Nothing here waits.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ..linux import syscalls
 from .record import Owner, SessionRecord
 
 OWNERS_LIMIT = 1 << 16
-"""Owners of one guest that hold locks, be it by a file's own descriptor or by one of their own."""
+"""Lock owners of one guest, with a file's own descriptor or one of their own."""
 
 
 SEARCHED = 1024
-"""Owners among which the process is searched that has a lock: one in the way of another that is not
-found has no process number. Each is a system call."""
+"""Owners among which to search for the process that has a lock: a conflicting one that is not found
+has no process number. Each is a system call."""
 
 
 @dataclass(slots=True, eq=False)
 class _Owner:
     number: int
     fd: int
-    handle: Handle | None  # whose descriptor it is; None = our own
+    handle: Handle | None  # the handle whose descriptor it is; None = its own
     pid: int
 
 
@@ -53,18 +53,18 @@ class GuestLocks:
         self._watcher = watcher
         self._has_room = has_room
         self.opened = 0
-        """Descriptors that are owners' own."""
+        """Descriptors that belong to owners."""
         self.waiters = waiters
         self._owners: dict[Inode, dict[int, _Owner]] = {}
         self._count = 0
         self._numbers = itertools.count(1)
         self.kept: SessionRecord | None = None
-        """Is told who has locks."""
+        """Records the owners of locks."""
 
     # POSIX locks
 
     def get(self, handle: Handle, owner: int, lock: Lock) -> Lock:
-        """GETLK: a lock that is in the way of this one, else its type is F_UNLCK."""
+        """GETLK: a lock that conflicts with this one, else its type is F_UNLCK."""
         mine = self._owner(handle, owner, lock.pid)
         kind, start, end, pid = locks.blocking(mine.fd, lock)
         if kind == fcntl.F_UNLCK:
@@ -78,7 +78,7 @@ class GuestLocks:
         return Lock(kind, start, end, max(pid, 0))
 
     def set(self, handle: Handle, owner: int, lock: Lock) -> None:
-        """SETLK. Raises BlockingIOError where a lock is in the way."""
+        """SETLK. Raises BlockingIOError if a lock conflicts."""
         if lock.kind == fcntl.F_UNLCK:
             known = self._owners.get(handle.inode, {}).get(owner)
             if known is not None:
@@ -107,12 +107,12 @@ class GuestLocks:
         self._numbers = itertools.count(max(number + 1, next(self._numbers)))
 
     def descriptors(self) -> dict[int, int]:
-        """Those that are owners' own."""
+        """Those that belong to owners."""
         owners = (mine for found in self._owners.values() for mine in found.values())
         return {mine.number: mine.fd for mine in owners if mine.handle is None}
 
     def drop(self, inode: Inode, owner: int) -> None:
-        """FLUSH: a process has closed the object, which takes all its locks."""
+        """FLUSH: a process has closed the object, which releases all its locks."""
         owners = self._owners.get(inode)
         mine = owners.pop(owner, None) if owners else None
         if mine is None:
@@ -138,12 +138,12 @@ class GuestLocks:
                 self.drop(handle.inode, owner)
 
     def close(self) -> None:
-        """The guest is gone, and its locks with it."""
+        """The guest has disconnected, and its locks end."""
         for step in self.closing():
             step()
 
     def closing(self) -> Iterator[Callable[[], None]]:
-        """The same, by steps: no owner has locks from now on, as far as the guest is concerned."""
+        """The same in steps: for the guest, no owner has locks from now on."""
         left, self._owners = self._owners, {}
         self._count = 0
         return (
@@ -178,8 +178,8 @@ class GuestLocks:
         mine.fd, mine.handle = fd, None
 
     def _open(self, handle: Handle, mode: int) -> int:
-        """Another description of the handle's file. Nobody has asked for its OPEN event. Raises
-        OSError: ENOLCK where the guest may have no more descriptors.
+        """Another description of the handle's file, whose OPEN event belongs to no party. Raises
+        OSError: ENOLCK if the guest may have no more descriptors.
         """
         if not self._has_room():
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -200,7 +200,7 @@ class GuestLocks:
     # flock
 
     def flock(self, handle: Handle, kind: int) -> None:
-        """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way."""
+        """SETLK with LK_FLOCK. Raises BlockingIOError if a lock conflicts."""
         locks.flock(handle.fd, kind)
         if kind == fcntl.F_UNLCK:
             self.waiters.wake(handle.inode)

@@ -1,4 +1,4 @@
-"""What a guest that has gone has left, given back a part at a time: a million nodes or thousands of
+"""Releases what a disconnected guest has left, a part at a time: a million nodes or thousands of
 open files take seconds, for which other guests would wait.
 """
 
@@ -10,9 +10,9 @@ from itertools import islice
 from ..pacing.guard import Guard
 
 AT_ONCE = 2000
-"""Steps that are done at once, some 20 ms: all that most guests have."""
+"""Steps that are done at once, about 20 ms: all that most guests have."""
 AT_A_TIME = 300
-"""Steps between which others have their turn, some 3 ms."""
+"""Steps between which others get their turn, about 3 ms."""
 
 
 def give_back(
@@ -21,8 +21,8 @@ def give_back(
     then: Callable[[], None],
     count: int = AT_ONCE,
 ) -> None:
-    """Take the steps, and call ``then`` at their end: now, or later by ``soon``. One that fails is
-    lost, and the others are not.
+    """Take the steps, and call ``then`` at their end: now, or later through ``soon``. If one fails,
+    the others are still taken.
     """
     done = 0
     for step in islice(steps, count):

@@ -1,6 +1,6 @@
 """FUSE requests about locks, as raw messages. SETLKW is tried again until it succeeds: at once when
-a guest gives up a lock of that file, else after a pause that grows, as the host tells nobody. The
-pause is one for all of a guest's that wait, and so is the work.
+a guest releases a lock of that file, else after a growing pause, because the host does not report
+it. All waiting requests of a guest share the pause, and the work.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .pending import Loop, Waiting
 from .request import Request
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.25
-"""Seconds between rounds of tries, for locks that a process on the host holds."""
+"""Seconds between rounds of attempts, for locks that a process on the host holds."""
 TRIES = 16
 """Waiting requests that one round tries; the next round tries the next ones. After the longest
-pause it is a 16th of them where that is more: of the 4,096 that a guest may have (WAITING_LIMIT)
-1,000 a second, which takes 1 % of a processor."""
+pause it is a 16th of them if that is more: of the 4,096 that a guest may have (WAITING_LIMIT) 1,000
+a second, which takes 1 % of a processor."""
 
 
 class Locks:
@@ -85,7 +85,7 @@ class _Wait:
     def begin(
         self, retries: _Retries, on_unlock: Callable[[Callable[[], None]], Callable[[], None]]
     ) -> None:
-        """Wait, and hear of locks that are given up."""
+        """Wait, and be called when locks are released."""
         self._waiting.add(self._request, self._stop)
         self._stops = [on_unlock(self._wake), retries.add(self)]
 
@@ -103,7 +103,9 @@ class _Wait:
         self.retry()
 
     def retry(self) -> bool:
-        """Try once more, and answer where that does not have to wait again: then it is true."""
+        """Try once more, and answer unless it has to wait again; returns whether it was
+        answered.
+        """
         self._is_woken = False
         if not self._waiting.waits(self._request):
             return False
@@ -120,7 +122,7 @@ class _Wait:
 
 
 class _Retries:
-    """Tries what waits, a round at a time."""
+    """Tries waiting requests, a round at a time."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -129,7 +131,7 @@ class _Retries:
         self._cancel: Callable[[], None] | None = None
 
     def add(self, wait: _Wait) -> Callable[[], None]:
-        """Try it from now on; returns what ends that."""
+        """Try it from now on; returns a function that ends that."""
         self._waits[wait] = None
         self._begin_anew()
         return lambda: self._remove(wait)

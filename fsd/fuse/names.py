@@ -1,7 +1,7 @@
 """FUSE requests about names and attributes, as raw messages, on the operations.
 
 A handler returns the payload of the reply; the session checks the node of the header before, and
-turns what is raised into the errno of the reply.
+turns an exception into the errno of the reply.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ class Names:
         return self._nodes.attributes(request.who, inode, attr)
 
     def _without_suid(self, request: Request) -> Changes:
-        """Where FUSE_HANDLE_KILLPRIV_V2 is agreed, a kernel asks for no change at all upon chown(2)
-        of neither uid nor gid, which takes suid and sgid bits: of one's own files.
+        """If FUSE_HANDLE_KILLPRIV_V2 is agreed, a kernel asks for no change at all upon chown(2) of
+        neither uid nor gid, which clears suid and sgid bits: of one's own files.
         """
         inode, attr = self._operations.getattr(request.who, request.nodeid)
         mode = attr.st_mode & ~stat.S_ISUID
@@ -212,7 +212,7 @@ class Names:
         return b""
 
     def _kill_sgid(self, request: Request) -> None:
-        """The caller is not in the file's group: to set its ACL takes the sgid bit."""
+        """The caller is not in the file's group: setting its ACL clears the sgid bit."""
         _, attr = self._operations.getattr(request.who, request.nodeid)
         if attr.st_mode & stat.S_ISGID:
             changes = Changes(mode=attr.st_mode & ~stat.S_ISGID)
@@ -234,7 +234,7 @@ class Names:
 
 
 def _sized(value: bytes, size: int) -> bytes:
-    """A size of 0 asks how long the value is. Raises OSError ERANGE where it is longer."""
+    """A size of 0 asks for the value's length. Raises OSError ERANGE if the value is longer."""
     if not size:
         return fuse.GETXATTR_OUT.pack(len(value))
     if len(value) > size:

@@ -1,7 +1,7 @@
-"""The nodes that one guest's kernel holds, and how they are told to it.
+"""The nodes that one guest's kernel holds, and the entries and attributes that it gets.
 
-A guest can use only what it has looked up itself, and can give back only that: the table of inodes
-is shared by all guests of an export.
+A guest can use only nodes that it has looked up itself, and can return only those: all guests of an
+export share the table of inodes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .operations import Operations
 from .record import SessionRecord
 
 NODES_LIMIT = 1 << 21
-"""Nodes that one guest may hold, some 1.5 GB of memory. Beyond it a look-up is ENFILE."""
+"""Nodes that one guest may hold, about 1.5 GB of memory. Beyond it a look-up gets ENFILE."""
 REPLAYER_TIMEOUT_NS = 10_000_000
-"""For which a directory's attributes, as given to the replayer, are good: else its kernel asks at
-every step. What changes a directory is replayed, and that makes the kernel ask anew."""
+"""How long a directory's attributes are valid for the replayer: else its kernel asks at every step.
+A change of a directory is replayed, which makes the kernel ask again."""
 WATCHED_TIMEOUT = 3600
 """The same in seconds for a directory that the host is watched for, where the kernel is told of
 changes (docs/decisions/timeouts.md)."""
@@ -40,7 +40,7 @@ _STATX_BASIC, _STATX_BTIME = 0x7FF, 0x800
 
 @dataclass(frozen=True)
 class Caching:
-    """What the guest's kernel may keep, and how long (docs/decisions/caching.md)."""
+    """What the guest's kernel may cache, and how long (docs/decisions/caching.md)."""
 
     entry_timeout: float = 0.0
     attr_timeout: float = 0.0
@@ -48,11 +48,11 @@ class Caching:
     """File data outlives the close."""
     keep_listings: bool = False
     direct_io: bool = False
-    """File data is never kept."""
+    """File data is never cached."""
 
     @property
     def keeps_attributes(self) -> bool:
-        """Whether names or attributes are good for any time at all."""
+        """Whether names or attributes are valid for any time at all."""
         return bool(self.entry_timeout or self.attr_timeout)
 
 
@@ -63,7 +63,7 @@ CACHE_MODES = {
     "auto": Caching(1.0, 1.0),
     "always": Caching(_DAY, _DAY, keep_data=True, keep_listings=True),
 }
-"""The modes of virtiofsd, by the name that its --cache has for them."""
+"""The modes of virtiofsd, by their names in its --cache."""
 
 
 class Nodes:
@@ -103,7 +103,7 @@ class Nodes:
         return len(self._held)
 
     def closing(self) -> Iterator[Callable[[], None]]:
-        """Steps that give everything back. The guest holds nothing from now on."""
+        """Steps that return everything. The guest holds nothing from now on."""
         held, self._held = self._held, {}
         self._pinned.clear()
         self._operations.pinned = 0
@@ -125,12 +125,12 @@ class Nodes:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def check_handle(self, nodeid: int) -> None:
-        """The same for a node that a file handle names: the guest may have forgotten it since."""
+        """The same for the node of a file handle: the guest may have forgotten it since."""
         if nodeid not in self._forgotten and not self._is_local:
             self.check(nodeid)
 
     def check_room(self) -> None:
-        """Raises OSError ENFILE where the guest may hold no more nodes."""
+        """Raises OSError ENFILE if the guest may hold no more nodes."""
         if self.is_full:
             raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
@@ -162,7 +162,9 @@ class Nodes:
         self._operations.forget(nodeid, count)
 
     def hold(self, inode: Inode) -> Callable[[], None]:
-        """Note a reference that the core has counted already. Returns what gives it back."""
+        """Record a reference that the core has counted already. Returns a function that drops
+        it.
+        """
         nodeid = inode.nodeid
         count = self._held[nodeid] = self._held.get(nodeid, 0) + 1
         if inode.fd >= 0:
@@ -179,12 +181,12 @@ class Nodes:
     # A server's restart
 
     def saved(self) -> dict[int, int]:
-        """Lookup counts by nodeid, for the server after this one."""
+        """Lookup counts by nodeid, for the next server."""
         return dict(self._held)
 
     def restore(self, held: Mapping[int, int], inodes: Mapping[int, Inode]) -> None:
-        """Take over what the guest's kernel holds, as ``saved`` by the server before this one and
-        found again by fsd.checkpoint.restore_inodes. Raises ValueError for what no guest can hold.
+        """Take over what the guest's kernel holds, as ``saved`` by the previous server and found
+        again by fsd.checkpoint.restore_inodes. Raises ValueError for impossible values.
         """
         for nodeid, count in held.items():
             if nodeid >= FSD_DIR:
@@ -226,7 +228,7 @@ class Nodes:
         return fuse.ATTR_OUT.pack(seconds, nanoseconds) + self._attr(inode, attr, flags)
 
     def _attr_valid(self, who: Caller, inode: Inode, attr: StatLike) -> tuple[int, int]:
-        """How long attributes hold that come without a name: seconds, nanoseconds."""
+        """How long attributes without a name are valid: seconds, nanoseconds."""
         if self._operations.is_replayer(who):
             return self._replayer_timeout(inode, attr)
         return self._attr_timeout if self._cached and not self.is_watched(inode) else (0, 0)
@@ -242,7 +244,7 @@ class Nodes:
         return 0, REPLAYER_TIMEOUT_NS
 
     def is_watched(self, inode: Inode) -> bool:
-        """Whether the guest watches an object, or the directory that it is in."""
+        """Whether the guest watches an object, or its directory."""
         parent = inode.parent
         return self._is_watched(inode.nodeid) or (
             parent is not None and self._is_watched(parent.nodeid)
@@ -261,7 +263,7 @@ class Nodes:
         )  # fmt: skip
 
     def _is_watched(self, nodeid: int) -> bool:
-        """Whether the guest watches an object: what is announced there must be seen anew."""
+        """Whether the guest watches an object: then it has to see the new state at each event."""
         if nodeid >= FSD_DIR:
             return True
         interest, guest = self._operations.export.interest, self._operations.guest
@@ -279,8 +281,8 @@ class Nodes:
         return inode.identity.mount, inode.identity.device
 
     def ino(self, inode: Inode) -> int:
-        """The st_ino that the guest sees: the host's, where that is unique in the mount. A mount
-        that is announced has a device of its own there.
+        """The st_ino that the guest sees: the host's, if that is unique in the mount. An announced
+        mount has a device of its own there.
         """
         if self._submounts and not inode.is_placeholder:
             parent = inode.parent
@@ -289,8 +291,8 @@ class Nodes:
         return inode.number
 
     def numbering(self, directory: Inode) -> Callable[[bytes, int], int] | None:
-        """What makes the st_ino that the guest sees of a name and its number in the host's listing
-        of a directory; None where they are the same.
+        """A function that makes the st_ino that the guest sees from a name and its number in the
+        host's listing of a directory; None if they are the same.
         """
         return None if self._submounts else self._table.numbering(directory)
 

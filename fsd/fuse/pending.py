@@ -13,22 +13,24 @@ from .request import Request
 
 log = structlog.get_logger()
 WAITING_LIMIT = 4096
-"""Requests that one guest may have waiting: more than its programs have threads that do."""
+"""Requests that one guest may have waiting: more than its programs have waiting threads."""
 
 
 class Loop(Protocol):
-    """What a session needs of its transport's event loop. Calls come on the thread of ``serve``."""
+    """What a session needs of its transport's event loop. Calls come in the thread of ``serve``."""
 
     def soon(self, call: Callable[[], None]) -> None:
         """Call once the present work is done."""
 
     def later(self, seconds: float, call: Callable[[], None]) -> Callable[[], None]:
-        """Call after a time; returns what cancels that (of no effect once it was called)."""
+        """Call after a time; returns a function that cancels that (without effect after the
+        call).
+        """
 
     def in_thread(
         self, work: Callable[[], None], then: Callable[[BaseException | None], None]
     ) -> None:
-        """Run ``work``, an Outcome, in a thread, then call ``then`` with what it raised."""
+        """Run ``work``, an Outcome, in a thread, then call ``then`` with its exception."""
 
 
 class _Entry(NamedTuple):
@@ -39,13 +41,15 @@ class _Entry(NamedTuple):
 
 
 class Waiting:
-    """The requests that wait, by their number."""
+    """The waiting requests, by their number."""
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
     def check(self, request: Request) -> None:
-        """Whether one more may wait. Raises OSError EAGAIN, EINVAL for a number that is in use."""
+        """Check that one more may wait. Raises OSError EAGAIN, EINVAL for a number that is in
+        use.
+        """
         if len(self._entries) >= WAITING_LIMIT:
             raise OSError(errno.EAGAIN, "too many requests wait")
         if request.unique in self._entries:
@@ -59,8 +63,8 @@ class Waiting:
         interruptible: bool = True,
         instead: Callable[[], None] | None = None,
     ) -> None:
-        """The request waits, after ``check``; ``stop`` ends what would have it answered.
-        ``instead`` of EINTR, that is called on an INTERRUPT.
+        """The request waits, after ``check``; ``stop`` cancels what would answer it. ``instead`` is
+        called on an INTERRUPT, instead of answering EINTR.
         """
         self._entries[request.unique] = _Entry(request, stop, interruptible, instead)
 
@@ -68,7 +72,7 @@ class Waiting:
         self, wait: Wait, request: Request, loop: Loop, serve: Callable[[Request], None]
     ) -> None:
         """Serve a request again once the changes before it are delivered, or that takes too long,
-        or who asks does not want to wait any more.
+        or its process is interrupted.
         """
         try:
             self.check(request)
@@ -102,7 +106,7 @@ class Waiting:
         look(PATIENCE)
 
     def interrupt(self, unique: int) -> None:
-        """INTERRUPT, of a request that may be answered already."""
+        """INTERRUPT of a request that may be answered already."""
         entry = self._entries.get(unique)
         if entry is None or not entry.interruptible:
             return
@@ -112,7 +116,7 @@ class Waiting:
             entry.instead()
 
     def suspend(self) -> None:
-        """Answer none: all are asked again elsewhere."""
+        """Answer none: all are sent again elsewhere."""
         for entry in self._entries.values():
             entry.stop()
         self._entries.clear()
@@ -133,7 +137,7 @@ class Waiting:
         return entry is not None and entry.request is request
 
     def end(self, request: Request) -> bool:
-        """It does not wait any more, and is still to be answered; False where it is answered."""
+        """It no longer waits, and is still to be answered; False if it is answered."""
         if not self.waits(request):
             return False
         self._entries.pop(request.unique).stop()
@@ -146,7 +150,7 @@ class Waiting:
 
 
 def answer(request: Request, payload: Callable[[], bytes]) -> None:
-    """Reply outside of ``serve``, with its rule for what is raised."""
+    """Reply outside of ``serve``, with the same handling of exceptions."""
     try:
         request.reply(payload())
     except OSError as error:

@@ -1,8 +1,9 @@
-"""What outlives the server of one guest's FUSE session: which nodes its kernel holds, what it has
-open, what was agreed. Current at every moment, in a journal that a descriptor store holds.
+"""The record of one guest's FUSE session for the next server process: which nodes its kernel holds,
+what it has open, what was agreed. Current at every moment, in a journal that a descriptor store
+holds.
 
-Open files themselves go into the store at a clean end, each with its very open file description.
-A server that is killed leaves those that could not be opened again: unlinked ones, and those that
+At a clean exit the open files themselves go into the store, as the same open file descriptions. A
+server that is killed leaves those that could not be opened again: unlinked ones, and those that
 carry locks.
 """
 
@@ -27,7 +28,7 @@ from ..process.systemd import Store
 log = structlog.get_logger()
 _AGREED, _NODE, _HANDLE, _AGENT, _OWNER, _MARK = 1, 2, 3, 5, 6, 7
 _INIT = struct.Struct("<IQ")  # minor version, flags
-_ROW = struct.Struct("<IqQIIQB")  # SavedInode but for nodeid, handle and name
+_ROW = struct.Struct("<IqQIIQB")  # SavedInode without nodeid, handle and name
 _OPEN = struct.Struct("<BIQ")  # type, flags, nodeid
 _LOCKS = struct.Struct("<QQIQ")  # Owner
 HELD_LIMIT = 256
@@ -39,7 +40,7 @@ _BATCH = 200  # descriptors in one message; SCM_MAX_FD is 253
 
 
 class Agreed(NamedTuple):
-    """What INIT has come to."""
+    """The result of INIT."""
 
     minor: int
     flags: int
@@ -54,8 +55,8 @@ class Opened(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """A process of the guest that has locks. ``fh`` is the handle whose descriptor has them; 0
-    where that is one of their own.
+    """A process of the guest that has locks. ``fh`` is the handle whose descriptor has them; 0 if
+    the process has a descriptor of its own.
     """
 
     nodeid: int
@@ -68,7 +69,9 @@ FILE, DIRECTORY, IDLE, HIDDEN = range(4)
 
 
 class SessionRecord:
-    """One guest's. What the server before has left is in the attributes, until ``taken``."""
+    """The record of one guest. The previous server's state is in the attributes, until
+    ``taken``.
+    """
 
     def __init__(self, store: Store, name: str) -> None:
         """``name`` begins the names of its descriptors in the store. Raises OSError."""
@@ -81,7 +84,7 @@ class SessionRecord:
         self.handles: dict[int, Opened] = {}
         self.owners: dict[int, Owner] = {}
         self.marks: dict[int, int] = {}
-        """What the guest's agent has said: nodeid (0 = all), mask."""
+        """The marks of the guest's agent: nodeid (0 = all), mask."""
         self.agreed: Agreed | None = None
         self.agent = 0
         """The process number of the guest's agent."""
@@ -93,7 +96,7 @@ class SessionRecord:
             self.clear()
         self._journal.records.clear()
         self.fds = self._descriptors()
-        """Open files of the server before, by handle: whoever takes them out is their owner."""
+        """Open files of the previous server, by handle: the code that takes one out owns it."""
 
     def _new(self) -> Journal:
         journal = Journal()
@@ -144,11 +147,13 @@ class SessionRecord:
         return fds
 
     def owned_fd(self, number: int) -> int:
-        """An owner's own descriptor, of the server before: the caller's now. -1: it is lost."""
+        """An owner's own descriptor from the previous server, which the caller owns now. -1: it is
+        lost.
+        """
         return self.fds.pop(_OWNS | number, -1)
 
     def taken(self) -> None:
-        """All is taken over that can be: forget the rest."""
+        """Everything possible is taken over: drop the rest."""
         for fd in self.fds.values():
             os.close(fd)
         for left in (
@@ -160,10 +165,10 @@ class SessionRecord:
         ):
             left.clear()
 
-    # What happens
+    # Recording
 
     def agree(self, agreed: Agreed) -> None:
-        """INIT: everything begins anew."""
+        """INIT: everything starts from the beginning."""
         self.clear()
         self._journal.put(_AGREED, 0, _INIT.pack(*agreed))
 
@@ -186,7 +191,7 @@ class SessionRecord:
         self._journal.put(_NODE, inode.nodeid, _packed(saved_inode(table, inode)), count)
 
     def forgotten(self, nodeid: int, count: int) -> None:
-        """It has given references back; ``count`` are left."""
+        """It has returned references; ``count`` are left."""
         self._journal.count(_NODE, nodeid, count)
         if not count:
             self._places.pop(nodeid, None)
@@ -202,7 +207,7 @@ class SessionRecord:
             self._release(fh)
 
     def hold(self, fh: int, fd: int) -> None:
-        """The open file could not be opened again as it is: by a server after a kill."""
+        """The open file could not be opened again by the next server after a kill."""
         if fh not in self._held and len(self._held) < HELD_LIMIT:
             self._held.add(fh)
             self._store.put(f"{self._name}-fh{fh}", fd)
@@ -213,7 +218,7 @@ class SessionRecord:
         self.hold(owner.fh or _OWNS | number, fd)
 
     def disowned(self, number: int) -> None:
-        """It has none any more. What is held for a handle stays with that."""
+        """It has none any more. A descriptor held for a handle stays."""
         self._journal.remove(_OWNER, number)
         if _OWNS | number in self._held:
             self._release(_OWNS | number)
@@ -238,7 +243,7 @@ class SessionRecord:
             self._journal.put(_AGENT, pid, b"")
 
     def leave(self, handles: Mapping[int, int], owned: Mapping[int, int]) -> None:
-        """A clean end, with all descriptors: of handles, and of owners that have one."""
+        """A clean exit, with all descriptors: of handles, and of owners that have one."""
         files = {**handles, **{_OWNS | number: fd for number, fd in owned.items()}}
         if files:
             bag = _packed_files(files)
@@ -261,7 +266,7 @@ def _row(nodeid: int, value: bytes) -> SavedInode:
 
 
 def _packed_files(files: Mapping[int, int]) -> socket.socket:
-    """A socket with descriptors in it, on their way for as long as somebody has it: one name in
+    """A socket with descriptors in flight, which exist as long as the socket is held: one name in
     the store for all of them.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

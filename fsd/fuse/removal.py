@@ -1,4 +1,4 @@
-"""The removal of a name whose object may be long, as freeing its blocks takes long."""
+"""The removal of a name whose object may be long: freeing its blocks takes long."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..files.slowcalls import LONG
 
 
 class Removal:
-    """Keeps what a name stands for while that is removed, if it is long: its blocks are freed by
-    the last one that closes it, in a thread then. To be called just before with the name.
+    """Holds the object of a name during its removal, if it is long: its blocks are freed by the
+    last close, which a thread then does. Call it with the name just before the removal.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Removal:
             if os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size > LONG:
                 self._fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         except OSError:
-            pass  # the removal says what is wrong
+            pass  # the removal reports the error
 
     def __exit__(self, *_error: object) -> None:
         if self._fd >= 0:

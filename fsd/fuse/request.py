@@ -1,7 +1,7 @@
-"""One FUSE request in buffers that a guest owns, and its one reply.
+"""One FUSE request in buffers of the guest, and its one reply.
 
-What is decoded is copied first, as the guest may change its memory at any time; file data stays
-where it is and is handed on as memoryviews.
+Decoded parts are copied first, as the guest may change its memory at any time; file data stays in
+place and is passed on as memoryviews.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from ..files.caller import Caller
 
 BODY_LIMIT = (1 << 20) + 4096
 """Bytes of a request without file data. A BATCH_FORGET fills the transport's buffer; the longest
-other, a value for an xattr, has 64 KiB."""
+other one, a value for an xattr, has 64 KiB."""
 MAX_WRITE = 1 << 20
-"""Bytes of file data in one request or reply: the kernel's own limit (256 pages), which INIT agrees
-to. A guest may say more, in buffers that overlap: GiB in one system call, for which all others
-would wait.
-"""
+"""Bytes of file data in one request or reply: the kernel's own limit (256 pages), to which INIT
+agrees. A guest may claim more, in overlapping buffers: GiB in one system call, for which all others
+would wait."""
 _IN_HEADER = fuse.IN_HEADER.size
 _HEADER = fuse.OUT_HEADER.size
 _WRITE, _WRITE_IN = int(fuse.Opcode.WRITE), fuse.WRITE_IN.size
@@ -56,7 +55,7 @@ def part(buffers: Buffers, offset: int, size: int) -> list[memoryview]:
 def copy_out(buffers: Buffers, offset: int, size: int) -> bytes:
     """The buffers' bytes from ``offset``, at most ``size`` of them, as a copy."""
     start = offset
-    for buffer in buffers:  # mostly it is in one: Linux has header and arguments apart
+    for buffer in buffers:  # usually it is in one: Linux keeps header and arguments apart
         if start < len(buffer):
             if start + size <= len(buffer):
                 return bytes(buffer[start : start + size])
@@ -66,7 +65,7 @@ def copy_out(buffers: Buffers, offset: int, size: int) -> bytes:
 
 
 def copy_in(buffers: Buffers, data: bytes) -> None:
-    """Write ``data`` from the buffers' begin; they must be large enough."""
+    """Write ``data`` from the start of the buffers, which must be large enough."""
     if len(data) <= len(buffers[0]):
         buffers[0][: len(data)] = data
         return
@@ -83,10 +82,10 @@ def copy_in(buffers: Buffers, data: bytes) -> None:
 
 
 class Request:
-    """A request with its header decoded. Raises fuse.DecodeError where that is none.
+    """A request with its header decoded. Raises fuse.DecodeError if the header is invalid.
 
-    Exactly one of ``reply``, ``reply_in_place``, ``fail`` and ``drop`` is called, once; what
-    comes after the first is ignored.
+    Exactly one of ``reply``, ``reply_in_place``, ``fail`` and ``drop`` is called, once; later calls
+    are ignored.
     """
 
     __slots__ = (
@@ -101,15 +100,15 @@ class Request:
         done: Callable[[int], None],
         groups: tuple[int, ...] | None = (),
     ) -> None:
-        """``groups`` are the caller's where the request names none."""
+        """``groups``: the caller's, if the request names none."""
         self._done: Callable[[int], None] | None = done
         self.readable: Buffers = readable
         self.writable: Buffers = writable
         self.unique = 0
         self.room = min(size_of(writable) - _HEADER, MAX_WRITE)
-        """Bytes that a reply can have behind its header."""
+        """Bytes that a reply can have after its header."""
         self.on_lost: Callable[[], None] | None = None
-        """Called where the reply did not reach the guest: to take back what it was given."""
+        """Called if the reply did not reach the guest, to take back what it would have got."""
         header = fuse.IN_HEADER.unpack(copy_out(readable, 0, _IN_HEADER))
         length, self.opcode, self.unique, self.nodeid, uid, gid, pid, extensions = header
         if length < _IN_HEADER:
@@ -130,7 +129,7 @@ class Request:
         self.who = Caller(uid, gid, pid, groups)
 
     def reply(self, payload: bytes) -> None:
-        """Success. What does not fit into the guest's buffers is EIO."""
+        """Success. A payload that does not fit the guest's buffers becomes EIO."""
         if len(payload) > self.room:
             self._lost()
             self.fail(errno.EIO)
@@ -141,7 +140,7 @@ class Request:
         self._finish(size)
 
     def reply_in_place(self, size: int) -> None:
-        """Success, with ``size`` bytes that are in ``writable`` already, behind the header."""
+        """Success, with ``size`` bytes that are already in ``writable``, after the header."""
         self._reply_header(_HEADER + size, 0)
 
     def fail(self, number: int) -> None:
@@ -159,15 +158,15 @@ class Request:
         self._finish(size)
 
     def drop(self) -> None:
-        """No reply: the kernel waits for none."""
+        """No reply: the kernel does not wait for one."""
         self._finish(0)
 
     def _finish(self, size: int) -> None:
         done, self._done = self._done, None
         if done is None:
             return
-        # Whoever still holds the request, as an error's traceback may for long, holds no memory of
-        # the guest with it.
+        # Code that still holds the request, such as an error's traceback, then holds no memory of
+        # the guest.
         self.readable = self.writable = ()
         try:
             done(size)
@@ -180,12 +179,12 @@ class Request:
             undo()
 
     def data_out(self, size: int) -> list[memoryview]:
-        """Where file data of at most ``size`` bytes goes in the reply."""
+        """Buffers for file data of at most ``size`` bytes in the reply."""
         return part(self.writable, _HEADER, min(size, max(self.room, 0)))
 
     def data_in(self, size: int) -> list[memoryview]:
-        """The file data of a WRITE. Raises fuse.DecodeError where there is less, OSError EINVAL
-        where it is more than MAX_WRITE.
+        """The file data of a WRITE. Raises fuse.DecodeError if there is less, OSError EINVAL if it
+        is more than MAX_WRITE.
         """
         if size > MAX_WRITE:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

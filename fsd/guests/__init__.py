@@ -1,1 +1,1 @@
-"""Who gets events; from events to orders, and the answers that make them true."""
+"""Guests: turns events into orders for agents, and answers the agents' requests as of the event."""

@@ -1,16 +1,17 @@
-"""A guest's own requests and the host's changes that it is still to see: one history.
+"""Orders a guest's own requests after the host's earlier changes that it has not seen yet.
 
-A guest's kernel makes its own events at once, and the host's when the agent re-enacts them. So that
-both come in the order in which they happened, a request about a name with changes that are not
-delivered waits for these (docs/decisions/one-history.md):
+A guest's kernel makes its own events at once, and the host's when the agent replays them. So that
+both come in the order of the changes, a request about a name with undelivered changes waits for
+these (docs/decisions/one-history.md):
 
-    look-up     answered at once, as the kernel holds the directory's lock: the next request of that
-                thread about what was found waits; where that opens a file, the kernel is then to
-                look the name up once more (ESTALE), as the replay has made the name anew
-    mutation    the kernel holds the lock that the replay needs: ESTALE makes it let go and begin
-                anew, and the first request of that walk waits
+    look-up     answered at once, as the kernel holds the directory's lock: that thread's next
+                request about the object found waits; if that opens a file, the kernel has to look
+                the name up once more (ESTALE), as the replay has made the name again
+    mutation    the kernel holds the lock that the replay needs: upon ESTALE it releases the lock
+                and starts again, and the first request of that walk waits
 
-What went through all the same is told a second time, after the changes before it (``is_awaited``).
+A request that could not wait is reported a second time, after the changes before it
+(``is_awaited``).
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ if TYPE_CHECKING:
     from .mount import MountGuest
 
 PATIENCE = 0.25
-"""Seconds that a request waits while nothing is delivered, nor made ready for the agent."""
+"""Seconds that a request waits while nothing is delivered or prepared for the agent."""
 LONGEST = 3.0
-"""Seconds that it waits in all: for some 10,000 orders before it. Where what is delivered now is
-later than that, no request waits: it would in vain."""
+"""Seconds that it waits in all: for about 10,000 orders before it. If the events being delivered
+are older than that, no request waits: it would wait in vain."""
 PARKED_LIMIT = 24
-"""Requests of one guest that may wait. Well below what is served at a time (99 by pyfuse3, 128 in
-the shortest virtqueue that is usual), as the agent's own are to go on."""
+"""Requests of one guest that may wait. Well below the number served at a time (99 by pyfuse3, 128
+in the shortest usual virtqueue), as the agent's own must continue."""
 WALKS_LIMIT = 256
-"""Threads of one guest that are remembered, some 300 bytes each: those in the middle of a call."""
+"""Threads of one guest that are remembered, about 300 bytes each: those in the middle of a call."""
 RETRIED = 1.0
-"""Seconds within which a call that was sent back comes again, also where others hold the directory;
-after that it is another one, and may be sent back."""
+"""Seconds within which a call that was sent back comes again, even if others hold the directory;
+after that it is another call, and may be sent back."""
 _STRUCTURE = int(STRUCTURE)
 _COUNTED = _STRUCTURE | int(Mask.MODIFY | Mask.ATTRIB)
 
@@ -55,7 +56,7 @@ Place = tuple[Inode, bytes]
 
 
 class Undelivered(Exception):
-    """The request is to be served again, once ``wait`` is over."""
+    """The request has to be served again, once ``wait`` is over."""
 
     def __init__(self, wait: Wait) -> None:
         super().__init__("changes before it are to be delivered")
@@ -64,7 +65,7 @@ class Undelivered(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Walk:
-    """What is known of the call that a thread of the guest is in."""
+    """The state of the call that a thread of the guest is in."""
 
     places: tuple[Place, ...]
     nodeid: int = 0  # that it has found at a place with changes under way; 0: it was sent back
@@ -75,13 +76,13 @@ class _Walk:
     until: float = field(default_factory=lambda: time.monotonic() + LONGEST + RETRIED)
 
     def finish(self) -> None:
-        """It goes on now."""
+        """It continues now."""
         self.is_over = True
         self.until = time.monotonic() + RETRIED
 
 
 class Wait:
-    """Of one request, which holds no lock of the guest's kernel."""
+    """The wait of one request, which holds no lock of the guest's kernel."""
 
     def __init__(self, history: History, walk: _Walk) -> None:
         self._history = history
@@ -96,7 +97,7 @@ class Wait:
         self._history.waits[self] = None
 
     def left(self) -> float:
-        """After PATIENCE seconds: how many more there are to wait; 0 where it is over."""
+        """After PATIENCE seconds: how many more to wait; 0 if it is over."""
         history = self._history
         if not history.is_awaiting(self.walk):
             return 0.0
@@ -114,12 +115,12 @@ class Wait:
         self._history.count_cut()
 
     def end(self) -> None:
-        """Nobody waits any more."""
+        """The request no longer waits."""
         self._history.waits.pop(self, None)
 
 
 class History:
-    """Names of one guest with changes that are not delivered, and who waits for them."""
+    """Names of one guest with undelivered changes, and the requests that wait for them."""
 
     def __init__(self, guest: MountGuest, watcher: HostWatcher) -> None:
         self._guest = guest
@@ -136,23 +137,23 @@ class History:
         self._walks: dict[int, _Walk] = {}  # by thread, the oldest first
         self.waits: dict[Wait, None] = {}
         self.progress = 0  # orders delivered
-        self.stalled_at = -1  # progress at which somebody has waited in vain: nobody else does
+        self.stalled_at = -1  # progress at which a request has waited in vain: no other does
 
     def serve(self, take_back: Callable[[Inode], None] | None) -> None:
-        """A request that raised Undelivered is served again. ``take_back`` has the guest's kernel
-        ask for an inode's attributes anew; without it, the replayer's are to run out.
+        """A request that raised Undelivered is served again. ``take_back`` makes the guest's kernel
+        ask for an inode's attributes again; without it, those of the replayer have to expire.
         """
         self._is_served, self._take_back = True, take_back
 
     @property
     def work(self) -> int:
-        """What is done for the guest, by the agent or before it: it grows."""
+        """The progress of the agent and of the work before it: it grows."""
         return self.progress + self._queued
 
     # Orders
 
     def hold(self, event: Event) -> None:
-        """An event is to be queued later (fsd.export.arming)."""
+        """An event will be queued later (fsd.export.arming)."""
         if event.name and event.kind & _STRUCTURE:
             self._kept.update(_places(event))
 
@@ -176,7 +177,7 @@ class History:
         return self._queued
 
     def delivered(self, event: Event, position: int) -> None:
-        """It was re-enacted, or given up, and so were those before it."""
+        """It was replayed, or dropped, and so were those before it."""
         self._delivered, self._lag = position, time.monotonic() - event.stamp
         lasts = self._lasts(event)
         for place in _places(event):
@@ -189,8 +190,8 @@ class History:
         return self._moves if event.kind & _STRUCTURE else self._touches
 
     def is_awaited(self, event: Event) -> bool:
-        """Whether a change of this guest's own has overtaken others of the same name, and so is to
-        be told once more after them.
+        """Whether a change of this guest's own has overtaken others of the same name, and so has to
+        be reported again after them.
         """
         if not event.name or not event.kind & _STRUCTURE:
             return False
@@ -198,7 +199,7 @@ class History:
         return any(p in self._moves or p in self._touches or p in self._kept for p in places)
 
     def clear(self) -> None:
-        """The guest has gone."""
+        """The guest has disconnected."""
         self._moves.clear()
         self._touches.clear()
         self._kept.clear()
@@ -241,8 +242,8 @@ class History:
             raise self.in_words(who, error, again=again) from None
 
     def in_words(self, who: Caller, error: OSError, *, again: bool = False) -> OSError:
-        """How a call fails: on ESTALE the guest's kernel begins it anew, once. After that, it is
-        something that programs know.
+        """The error of a call: on ESTALE the guest's kernel starts it again, once. After that, it
+        is an error that programs know.
         """
         if error.errno == errno.ESTALE and (self._has_come_again(who) or again):
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -273,7 +274,7 @@ class History:
 
     def changes(self, who: Caller, *places: Place) -> bool:
         """Before a mutation of names. Returns whether it has come again. Raises OSError ESTALE: it
-        is to.
+        has to.
         """
         walk = self._walk(who)
         if walk is not None:
@@ -288,8 +289,8 @@ class History:
         return False
 
     def is_sought(self, directory: Inode) -> bool:
-        """Whether a thread that was sent back is to ask for the directory's attributes, before its
-        kernel takes the lock: these must not hold longer.
+        """Whether a thread that was sent back will ask for the directory's attributes before its
+        kernel takes the lock: these must not be valid longer.
         """
         return any(
             not walk.nodeid and not walk.is_over and any(directory is p[0] for p in walk.places)
@@ -319,7 +320,7 @@ class History:
     # Waiting
 
     def _may_wait(self, who: Caller, *places: Place) -> bool:
-        """Whether changes of these names are to be delivered, and are worth waiting for."""
+        """Whether changes of these names are undelivered, and worth waiting for."""
         guest = self._guest
         if not self._is_served or not guest.pid or not who.pid or guest.is_paused:
             return False
@@ -332,7 +333,7 @@ class History:
         return True
 
     def _await(self, walk: _Walk) -> None:
-        """Raises Undelivered where there is something to wait for."""
+        """Raises Undelivered if there is something to wait for."""
         if walk.is_over:
             return
         if self.is_awaiting(walk):
@@ -344,7 +345,7 @@ class History:
         walk.finish()
 
     def is_awaiting(self, walk: _Walk) -> bool:
-        """Whether changes before a call are to be delivered, and are going to be."""
+        """Whether changes before a call are undelivered, and will be delivered."""
         if walk.is_over or not self._guest.pid or self._guest.is_paused:
             return False
         if walk.number:
@@ -356,7 +357,7 @@ class History:
         return self._delivered < walk.last
 
     def _begun(self, walk: _Walk) -> _Walk:
-        """It waits for what has happened up to now."""
+        """It waits for everything that has happened up to now."""
         watcher = self._watcher
         walk.last = self._last(walk.places)
         guest, kept = self._guest, self._kept
@@ -368,19 +369,19 @@ class History:
         return max((self._moves.get(place, 0) for place in places), default=0)
 
     def _is_changing(self, place: Place) -> bool:
-        """Whether the name comes, goes or stands for another in what is not delivered."""
+        """Whether an undelivered change creates, removes or replaces the name."""
         if place in self._moves or place in self._kept:
             return True
         return self._watcher.is_changing(*place, self._guest)
 
     def check(self) -> None:
-        """Let those go on whose wait is over."""
+        """Let requests continue whose wait is over."""
         for wait in [wait for wait in self.waits if not self.is_awaiting(wait.walk)]:
             wait.end()
             wait.wake()
 
     def count_cut(self) -> None:
-        """Somebody has waited in vain."""
+        """A request has waited in vain."""
         self._guest.counts["waits_cut"] += 1
 
 
@@ -390,7 +391,7 @@ def _places(event: Event) -> tuple[Place, ...]:
 
 
 def _retried() -> _Walk:
-    """Of a call that has been sent back, with nothing left to wait for."""
+    """The state of a call that has been sent back, with nothing left to wait for."""
     walk = _Walk(())
     walk.finish()
     return walk

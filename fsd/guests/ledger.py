@@ -1,8 +1,8 @@
-"""The ledger: what the replayer is being asked to re-enact, and the answers that make it so.
+"""The ledger: the orders of the replayer, and the answers to the requests that they cause.
 
-The agent makes one real system call an order; the requests that arise from it are answered from
-the order at the head, *as of the event*, and touch nothing on the host. Whatever the replayer
-asks for that is not the order's gets EACCES (the safety rule, DESIGN 2.2).
+The agent makes one real system call per order. The requests of that call are answered from the
+order at the head, *as of the event*, and touch nothing on the host. Any other request of the
+replayer gets EACCES (the safety rule, docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ class Step(NamedTuple):
 
 Way = tuple[Step, ...]
 Ways = tuple[Way, Way]
-"""To both places of a rename; else the second is empty."""
+"""To both places of a rename; otherwise the second is empty."""
 
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """An order with what its answers need. ``event`` is None for orders of our own (a closing)."""
+    """An order with what its answers need. ``event`` is None for orders of the server's own (a
+    close).
+    """
 
     order: frames.Order
     child: Inode
     event: Event | None = None
-    target: Inode | None = None  # what a RENAME overwrites
+    target: Inode | None = None  # the object that a RENAME overwrites
     nlink: int = 1  # links of the removed or overwritten object before the event
-    way: Way = ()  # look-ups on the way to where the order acts
+    way: Way = ()  # look-ups on the way to the place of the order
     pinned: tuple[Inode, ...] = ()
     attr: StatLike | None = None  # of the child, once it was asked for
     position: int = 0  # of the event, among all that were queued
@@ -59,41 +61,41 @@ class Task:
 
 
 MOVING = 0.1
-"""Seconds from the answer to a look-up until the kernel has surely done what follows from it."""
+"""Seconds from the answer to a look-up until the kernel has surely acted on it."""
 FOUND_LIMIT = 64
 """Look-ups of directories by users that are remembered for that."""
 KEPT_LIMIT = 2
-"""Times that a CREATE begins anew, as users look the directory up again and again: one less than
-the agent's tries."""
+"""How often a CREATE is started again because users look the directory up repeatedly: one less than
+the agent's attempts."""
 
 
 class UnexpectedCall(OSError):
-    """The replayer asked for what no order covers."""
+    """The replayer made a request that no order covers."""
 
     def __init__(self, what: str) -> None:
         super().__init__(errno.EACCES, f"not in the ledger: {what}")
 
 
 def _check_looked_up(task: Task) -> None:
-    """Raises OSError ESTALE where the kernel has not asked for the order's name: it goes by what it
-    has kept from before anybody watched, and so would those who watch. ESTALE makes it ask, within
-    the same call of the agent (LOOKUP_REVAL of fs/namei.c), and drop what is out of date.
+    """Raises OSError ESTALE if the kernel has not looked up the order's name: it uses what it has
+    cached from before the mark, and so would the watchers. Upon ESTALE it asks, within the same
+    call of the agent (LOOKUP_REVAL of fs/namei.c), and drops outdated data.
     """
     if task.attr is None and task.order.name:
         raise OSError(errno.ESTALE, "not looked up")
 
 
 def _nobody(_task: Task) -> None:
-    """Nobody waits for an order."""
+    """Nothing waits for an order."""
 
 
 def _is_apart(task: Task) -> bool:
-    """Whether it is a TOUCH of a file that has lost its name, by a descriptor made for it."""
+    """Whether it is a TOUCH of a file that has lost its name, through a descriptor made for it."""
     return task.order.op == Op.TOUCH and bool(task.order.generation2)
 
 
 class Ledger:
-    """Orders handed to the agent and not yet done, oldest first."""
+    """Orders sent to the agent and not yet done, oldest first."""
 
     def __init__(self, fs: PassthroughFS) -> None:
         self._fs = fs
@@ -103,7 +105,8 @@ class Ledger:
         self._found: deque[tuple[int, bytes, float]] = deque(maxlen=FOUND_LIMIT)
         self.done: list[Task] = []  # taken over by the guest's counters
         self.on_done: Callable[[Task], None] = _nobody
-        """Told of each order once the agent's call has returned, which its next one shows."""
+        """Called with each order once the agent's call has returned, which its next request
+        shows."""
         self._returning: Task | None = None
 
     def __len__(self) -> int:
@@ -117,11 +120,11 @@ class Ledger:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether the agent is in the middle of its orders: its next request comes at once."""
+        """Whether the agent is executing orders: its next request comes at once."""
         return self._begun and bool(self._tasks)
 
     def finish(self) -> None:
-        """The agent asks for more: all it had is executed."""
+        """The agent asks for more: all its orders are executed."""
         while self._tasks:
             self._pop()
         self._returned()
@@ -143,7 +146,7 @@ class Ledger:
         return self._tasks
 
     def abandon(self) -> list[Task]:
-        """The agent is gone: orders that it had not executed."""
+        """The agent is gone: returns the orders that it had not executed."""
         self._returned()
         rest = list(self._tasks)
         self._tasks.clear()
@@ -158,7 +161,7 @@ class Ledger:
         self._returning = task
 
     def _returned(self) -> None:
-        """The agent asks for something: the call before has returned."""
+        """The agent makes a request: the previous call has returned."""
         task, self._returning = self._returning, None
         if task is not None:
             self.on_done(task)
@@ -168,7 +171,7 @@ class Ledger:
             self._table.unpin(inode)
 
     def _head(self, *ops: Op) -> Task | None:
-        """The order being executed. A CLOSE needs no answer, so what comes after it has begun."""
+        """The order being executed. A CLOSE needs no answer, so the next order has begun."""
         self._begun = True
         self._returned()
         while self._tasks and self._tasks[0].order.op == Op.CLOSE:
@@ -180,10 +183,10 @@ class Ledger:
     # Answers
 
     def lookup(self, nodeid: int, name: bytes) -> Entry | None:
-        """LOOKUP as of the event; None where no order concerns that name.
+        """LOOKUP as of the event; None if no order is about that name.
 
-        Raises OSError ESTALE for "..", by which the agent's kernel would look for the place of a
-        directory that it knows by handle only: the agent then walks there, as of the event.
+        Raises OSError ESTALE for "..", with which the agent's kernel would look for the place of a
+        directory that it knows only by handle: the agent then walks there, as of the event.
         """
         if name in (b".", b".."):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -214,9 +217,9 @@ class Ledger:
         return entry
 
     def found(self, nodeid: int, name: bytes) -> None:
-        """A user has found a directory under a name. Where its CREATE is being re-enacted, the
-        kernel has moved it back, and it may be in use by now: "not there" would detach what is
-        mounted on it.
+        """A user has found a directory under a name. If its CREATE is being replayed, the kernel
+        has moved it back, and it may be in use by now: "not there" would detach what is mounted on
+        it.
         """
         self._found.append((nodeid, name, time.monotonic()))
         if self._tasks:
@@ -231,7 +234,7 @@ class Ledger:
         return any(found[:2] == place and found[2] > since for found in self._found)
 
     def _death(self, task: Task) -> Entry:
-        """The end of an object without a name: there is no link to it, and then it is not there."""
+        """The end of an object without a name: first with no links, then not found."""
         if task.attr is not None:
             self._pop()
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -277,7 +280,7 @@ class Ledger:
         self._pop()
 
     def setattr(self, nodeid: int) -> StatLike:
-        """SETATTR that makes the event; the host's attributes stay as they are."""
+        """SETATTR that causes the event; the host's attributes do not change."""
         task = self._head(Op.TOUCH)
         if task is not None:
             _check_looked_up(task)
@@ -287,8 +290,8 @@ class Ledger:
         return task.attr or self.attributes(task.child)
 
     def getattr(self, inode: Inode) -> StatLike:
-        """GETATTR. Raises OSError ESTALE for what the kernel keeps under the name of an order, so
-        that it asks for that name; not for the directories on the way there.
+        """GETATTR. Raises OSError ESTALE for the object that the kernel has cached under the name
+        of an order, so that it looks that name up; not for the directories on the way there.
         """
         task = self._tasks[0] if self._tasks else None
         is_meant = task is not None and (inode is task.child or not inode.is_dir)
@@ -297,14 +300,14 @@ class Ledger:
         return self.attributes(inode)
 
     def touch(self, inode: Inode, event: Mask) -> None:
-        """READ, WRITE of an open file that make the event; no data is moved."""
+        """READ, WRITE of an open file that cause the event; no data is moved."""
         task = self._head(Op.TOUCH)
         if task is None or task.child is not inode or task.order.arg != event:
             raise UnexpectedCall(f"data of node {inode.nodeid}")
         self._pop()
 
     def open(self, nodeid: int) -> Inode:
-        """OPEN, OPENDIR: the caller answers with a handle that does nothing."""
+        """OPEN, OPENDIR: the caller answers with a handle without data."""
         task = self._head(Op.OPEN, Op.TOUCH)
         if task is not None:
             _check_looked_up(task)
@@ -316,8 +319,8 @@ class Ledger:
         return task.child
 
     def attributes(self, inode: Inode, nlink: int | None = None) -> StatLike:
-        """Attributes as they are; made up where the object is gone. Raises OSError where nobody
-        could look: a guest's kernel would believe them.
+        """The current attributes; those of a placeholder if the object is gone. Raises OSError if
+        it cannot be looked at: a guest's kernel would believe them.
         """
         attr: StatLike
         try:

@@ -1,7 +1,7 @@
-"""How was it opened? What an OPEN that waits is taken for, by what has come after it. Pure: the
-caller looks at the clock, the queue and /proc.
+"""Decides how a file was opened, from the events that followed its OPEN. Pure: the caller reads the
+clock, the queue and /proc.
 
-The host's OPEN says neither how, nor how many times: inotify merges those that follow one another
+The host's OPEN shows neither the mode nor the number of opens: inotify merges consecutive ones
 (docs/decisions/open-look-ahead.md).
 """
 
@@ -18,12 +18,12 @@ OPENS_LIMIT = 16
 
 
 class Need(Enum):
-    """What is to be looked at before there is a verdict."""
+    """What to look at before there can be a verdict."""
 
     QUEUE = 1
     """Is more queued, and what has come? ``unread`` and ``written``."""
     PROC = 2
-    """Who has the file open? ``proc``."""
+    """How is the file open? ``proc``."""
 
 
 class Opens(NamedTuple):
@@ -33,27 +33,27 @@ class Opens(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Nothing is known before more has come, or that time.monotonic()."""
+    """Nothing is known before more events come, or before that time.monotonic()."""
 
     until: float
 
 
 class Evidence(NamedTuple):
-    """What is known of an OPEN at the head of the events that wait."""
+    """What is known of an OPEN at the head of the waiting events."""
 
     arrived: float  # time.monotonic()
     closes: list[bool]  # ``closes_of`` those behind it
     is_dir: bool = False
-    is_gone: bool = False  # nobody can look at the file
-    unread: bool | None = None  # more is queued, and may be its CLOSE; None: nobody has looked
-    written: bool | None = None  # what came first behind it: a MODIFY (True), or an ACCESS
+    is_gone: bool = False  # the file cannot be looked at
+    unread: bool | None = None  # more is queued, and may be its CLOSE; None: not checked
+    written: bool | None = None  # the first event behind it: a MODIFY (True), or an ACCESS
     proc: tuple[bool, bool | None] | None = None
     """(Whether /proc has been read since, whether it is open for writing there; None: it is not
-    open); None: nobody has asked."""
+    open); None: not requested."""
 
 
 def judge(known: Evidence, now: float) -> Opens | Wait | Need:
-    """The best evidence that there is, or what to do for better."""
+    """The verdict from the best evidence, or how to get better evidence."""
     if known.closes:
         return Opens(known.closes[:OPENS_LIMIT])
     closing = known.arrived + windows.CLOSE_WAIT
@@ -85,11 +85,11 @@ def judge(known: Evidence, now: float) -> Opens | Wait | Need:
 
 
 def closes_of(later: Iterable[bool | None], before: Mapping[bool, int]) -> list[bool]:
-    """Which CLOSEs behind an OPEN are its own (True: for writing). ``later``: the OPENs (None) and
+    """Which CLOSEs behind an OPEN belong to it (True: for writing). ``later``: the OPENs (None) and
     CLOSEs of that file behind it; ``before``: how often it was open already, for writing or not.
 
-    The last opened is taken to be the first closed. Closes beyond what is known to be open belong
-    to the OPEN before them: the kernel merged several.
+    The last opened is assumed to be the first closed. Closes beyond the known opens belong to the
+    OPEN before them: the kernel merged several.
     """
     left = dict(before)
     found: list[bool] = []
