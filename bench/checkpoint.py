@@ -59,7 +59,7 @@ def saved_and_restored(count: int) -> tuple[float, float, int]:
         restored = time.monotonic() - begun
         (guest,) = export.waiting.values()
         assert export.interest.count(guest) == count
-        assert not export.unwatched, next(iter(export.unwatched.values()))
+        assert not export.watches.unwatched, next(iter(export.watches.unwatched.values()))
         assert not guest.undelivered()
         export.close()
         return saved, restored, state.path.stat().st_size

@@ -192,10 +192,11 @@ class Resumption:
             for guest, saved in self._marks
             for nodeid, mask in saved.marks
         )
-        export.resume_marks(marks, sorted(self._wds, key=self._wds.__getitem__))
+        export.restore_marks(marks, sorted(self._wds, key=self._wds.__getitem__))
         if inotify >= 0:
-            export.drop_watches(self._wds)
+            export.watches.drop_unwanted(self._wds)
         else:
             export.watcher.remembered()
         self.table.release()
-        export.resume(WAIT_FOR, compare=inotify < 0)
+        export.recovery.after_a_restart(compare=inotify < 0)
+        export.wait_for_observers(WAIT_FOR)

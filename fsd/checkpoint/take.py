@@ -179,7 +179,7 @@ class _Taking:
 
     def _listing(self, node: Inode, known: Listing) -> Iterator[SavedName]:
         """The names of a directory; for watched ones all events are delivered up to now."""
-        told_ns = 0 if node in self._export.unwatched else self._told_ns
+        told_ns = 0 if node in self._export.watches.unwatched else self._told_ns
         for name, entry in known.names.items():
             yield self._known(node, name, entry._replace(seen_ns=max(told_ns, entry.seen_ns)))
 

@@ -72,6 +72,7 @@ class Arming:
 
     def __init__(self, export: Export) -> None:
         self._export = export
+        self._watches = export.watches
         self._nodes: dict[Inode, Provisional] = {}
         self._kept = 0  # events in all histories
         self._counts: dict[Guest, int] = {}  # directories that each guest has looked up
@@ -83,10 +84,6 @@ class Arming:
         self._doubts: dict[MountGuest, dict[LookUp, Provisional]] = {}
         self._holding: dict[MountGuest, Holding] = {}
         self._expiry = math.inf  # of the first provisional watch
-
-    def __contains__(self, inode: Inode) -> bool:
-        node = self._nodes.get(inode)
-        return node is not None and not node.muted
 
     @property
     def deadline(self) -> float:
@@ -110,7 +107,8 @@ class Arming:
             return
         if node is None:
             node = self._nodes[directory] = Provisional(directory)
-            self._export.set_watch(directory)
+            self._watches.provisional.add(directory)
+            self._watches.set_watch(directory)
             self._expiry = min(self._expiry, node.expires)
             self._export.watcher.on_arrival()
         if not known:
@@ -200,7 +198,8 @@ class Arming:
                 self._count_down(guest)
                 self._forget_seen(guest, look_up)
                 self._doubt_no_more(guest, look_up)
-            self._export.set_watch(inode)
+            self._watches.provisional.discard(inode)
+            self._watches.set_watch(inode)
         self._expiry = min((node.expires for node in self._nodes.values()), default=math.inf)
 
     def remember(self, event: Event) -> None:
@@ -241,7 +240,8 @@ class Arming:
         node.missed.clear()
         node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
         self._export.counts["muted"] += 1
-        self._export.set_watch(node.inode)
+        self._watches.provisional.discard(node.inode)
+        self._watches.set_watch(node.inode)
 
     def _ask(self, node: Provisional, event: Event) -> None:
         """Doubt for which guests the event is, and look where that can be seen."""
@@ -409,7 +409,8 @@ class Arming:
         untold = [
             kept
             for kept in found.values()
-            if not self._is_told(guest, kept.event) and not export.follows(guest, kept.event)
+            if not self._is_told(guest, kept.event)
+            and not export.interest.follows(guest, kept.event)
         ]
         end = time.monotonic() + GROUP_TIME
         done = 0
@@ -462,7 +463,7 @@ class Arming:
 
     def _is_told(self, guest: MountGuest, event: Event) -> bool:
         export = self._export
-        if event.origin is guest or export.wanted_halves(guest, event):
+        if event.origin is guest or export.interest.wanted_halves(guest, event):
             return True
         return event.child is not None and bool(
             int(export.interest.of(guest, event.child)) & event.kind
@@ -471,7 +472,7 @@ class Arming:
     def _wanted(self, guest: MountGuest, kept: Kept) -> tuple[Kept, int] | None:
         """What of an event the guest has asked for by now."""
         event = kept.event
-        halves = self._export.wanted_halves(guest, event)
+        halves = self._export.interest.wanted_halves(guest, event)
         if halves:
             return kept, halves
         if event.child is not None and event.name:

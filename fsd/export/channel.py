@@ -239,7 +239,7 @@ class Channel:
             while self._export.is_arming(inode):
                 yield Pause.LATER
             if inode is None and update.mask:
-                self._export.check_watched(None)
+                self._export.watches.check(None)
         except (OSError, ValueError) as error:
             self._refuse(update.request, key, error)
         else:
@@ -359,7 +359,7 @@ class Channel:
                 data += map(frames.encode, guest.take(BATCH))
             self._unsent = memoryview(b"".join(data))
             if guest is not None and guest.missing and not guest.depth:
-                self._export.catch_up(guest)
+                self._export.recovery.catch_up(guest)
                 self._export.watcher.on_arrival()  # for the planning of what is told
             if self._is_stalled and self._background is not None:
                 self._is_stalled = False

@@ -6,15 +6,16 @@ The RFC's fsnotify_update. Pure bookkeeping: returns what changed, sets no watch
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from protocol.masks import Mask
 
+from ..events.event import RENAME, Event
 from ..files.inode import Inode
+from ..guests.guest import FIRST, SECOND, Guest
+from ..guests.mount import MountGuest
 
-if TYPE_CHECKING:
-    from ..guests.guest import Guest
-
+_MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
+_LEAVES = int(Mask.DELETE | Mask.DELETE_SELF | Mask.MOVED_FROM | Mask.MOVED_TO)
 _NOTHING = Mask(0)  # made once: an enum's call costs more than the look-up
 
 
@@ -71,3 +72,33 @@ class Interest:
     def inodes(self) -> list[Inode]:
         """The inodes that any guest is interested in."""
         return [inode for inode in self._marks if inode is not None]
+
+    # Events
+
+    def follows(self, guest: Guest, event: Event) -> bool:
+        """Whether a guest's kernel makes the event by itself, from what it is told by name."""
+        named = event.part_of
+        if named is None or not isinstance(guest, MountGuest):
+            return False
+        return bool(self.wanted_halves(guest, named))
+
+    def wanted_halves(self, guest: Guest, event: Event) -> int:
+        """Which halves of an event the guest asked for; 0 = none.
+
+        A replaying guest also gets what removes, moves or replaces an object that it watches:
+        its kernel makes the object's own events of that.
+        """
+        of = self.of
+        whole = int(of(guest, None))
+        kind = event.kind
+        if kind == RENAME:
+            assert event.node2 is not None
+            halves = FIRST if (int(of(guest, event.node)) | whole) & _MOVED_FROM else 0
+            if (int(of(guest, event.node2)) | whole) & _MOVED_TO:
+                halves |= SECOND
+        else:
+            halves = FIRST if (int(of(guest, event.node)) | whole) & kind else 0
+        if halves or not isinstance(guest, MountGuest) or not kind & _LEAVES:
+            return halves
+        ends = (event.child, event.replaced) if event.name else (event.node,)
+        return FIRST if any(i is not None and of(guest, i) for i in ends) else 0

@@ -27,7 +27,6 @@ OWN_LIMIT = 64
 """A file's self events that are kept until its mark applies, some milliseconds."""
 GROUP_TIME = 0.05
 """Seconds after which a group of marks ends in any case: requests wait meanwhile."""
-_NOTHING = Mask(0)
 
 
 @dataclass(slots=True)
@@ -42,11 +41,6 @@ class MarkedFiles:
     def __init__(self, export: Export) -> None:
         self._export = export
         self._marked: dict[Inode, _Marked] = {}
-
-    def coming(self, inode: Inode) -> Mask:
-        """What marks that are about to apply ask for."""
-        marked = self._marked.get(inode) if self._marked else None
-        return reduce(or_, marked.by.values(), _NOTHING) if marked is not None else _NOTHING
 
     def remember(self, number: int, event: Event) -> None:
         """Keep a file's self event."""
@@ -70,7 +64,7 @@ class MarkedFiles:
             if inode is None or inode.is_dir or not bits or export.interest.of(guest, inode):
                 continue
             self._marked.setdefault(inode, _Marked()).by[guest] = Mask(bits) & EVENTS
-            export.set_watch(inode)
+            self._watch(inode)
             files[inode] = look(export.table, inode)
             if time.monotonic() > end:
                 break
@@ -82,4 +76,13 @@ class MarkedFiles:
         del marked.by[guest]
         if not marked.by:
             del self._marked[inode]
-            self._export.set_watch(inode)
+            self._watch(inode)
+
+    def _watch(self, inode: Inode) -> None:
+        """As the marks ask that are about to apply."""
+        watches, marked = self._export.watches, self._marked.get(inode)
+        if marked is None:
+            watches.coming.pop(inode, None)
+        else:
+            watches.coming[inode] = reduce(or_, marked.by.values())
+        watches.set_watch(inode)

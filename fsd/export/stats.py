@@ -49,7 +49,7 @@ def _whole(export: Export) -> dict[str, Any]:
         "uptime_s": round(time.time() - export.started, 1),
         "inodes": len(export.table),
         "host_watches": len(export.watcher),
-        "unwatched": _unwatched(export, export.unwatched),
+        "unwatched": _unwatched(export, export.watches.unwatched),
         "backlog": export.watcher.backlog,
         "counts": dict(export.counts),
         "by_kind": _by_kind(export.kinds),
@@ -79,7 +79,7 @@ def _of_machine(export: Export, viewer: MountGuest) -> dict[str, Any]:
 
 
 def _unwatched(export: Export, inodes: Collection[Inode]) -> list[dict[str, str]]:
-    shown = ((inode, why) for inode, why in export.unwatched.items() if inode in inodes)
+    shown = ((inode, why) for inode, why in export.watches.unwatched.items() if inode in inodes)
     return [
         {"path": inode.shown_path().decode(errors="backslashreplace"), "reason": reason}
         for inode, reason in itertools.islice(shown, SHOWN_LIMIT)

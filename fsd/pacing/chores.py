@@ -90,6 +90,10 @@ class Chores:
         if not begin(job):
             self.add(owner, job)
 
+    def of(self, owner: object) -> OwnChores:
+        """Those of one owner."""
+        return OwnChores(self, owner)
+
     def run(self, seconds: float = TURN) -> int:
         """One turn. Returns how many jobs have failed."""
         failed = idle = 0
@@ -125,6 +129,22 @@ class Chores:
                     job.close()
         self._jobs.clear()
         self._owners.clear()
+
+
+class OwnChores:
+    """One owner's."""
+
+    def __init__(self, chores: Chores, owner: object) -> None:
+        self._chores = chores
+        self._owner = owner
+
+    def add(self, job: Job[Any]) -> None:
+        """Do it in later turns."""
+        self._chores.add(self._owner, job)
+
+    def do(self, job: Job[Any]) -> None:
+        """Begin it now, and do the rest in later turns."""
+        self._chores.do(self._owner, job)
 
 
 def _slice(job: Job[Any]) -> Pause | None:

@@ -428,7 +428,8 @@ def test_what_is_too_much_to_keep_is_told_as_a_difference(
     assert told[:10] == [(Op.CREATE, b"%d" % name) for name in range(10)]
     mount.guest.asked()
     assert not mount.guest.depth
-    world.export.catch_up(mount.guest)  # as the session does, once all that was queued is done
+    # As the session does, once all that was queued is done.
+    world.export.recovery.catch_up(mount.guest)
     told += replays(world, mount)
     assert sorted(told) == sorted(
         [*((Op.CREATE, b"%d" % name) for name in range(29)), (Op.REMOVE, b"file")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fsd.events.watcher import _OVERFLOW
-from fsd.export import arming, channel, export
+from fsd.export import arming, channel, export, watches
 from fsd.export.channel import Channel
 from fsd.files import forgotten
 from fsd.files.forgotten import Forgotten, ForgottenObjects
@@ -65,7 +65,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(begin, "__defaults__", (2,))
     monkeypatch.setattr(chores, "TURN", 0.0)
     monkeypatch.setattr(export, "TURN", 0.0)
-    monkeypatch.setattr(export, "CHUNKS_AT_ONCE", 1)
+    monkeypatch.setattr(watches, "CHUNKS_AT_ONCE", 1)
     monkeypatch.setattr(chores, "SLICE", 0.0)
     monkeypatch.setattr(Chores.run, "__defaults__", (0.0,))
 
@@ -355,7 +355,7 @@ def test_a_comparison_lets_requests_in_between_and_events_wait_for_it(world: Wor
 def test_only_refused_directories_are_looked_at_and_seldom(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "COMPARE_EVERY", 0.01)
+    monkeypatch.setattr(watches, "COMPARE_EVERY", 0.01)
     world = make_world(watch_limit=20)
     for n in range(25):
         (world.source / f"d{n:02}").mkdir()
@@ -363,7 +363,7 @@ def test_only_refused_directories_are_looked_at_and_seldom(
     for n in range(25):
         with suppress(OSError):
             world.mark(guest, f"d{n:02}", STRUCTURE)
-    assert world.export.unwatched
+    assert world.export.watches.unwatched
     seen: set[bytes] = set()
     real = world.export.reader.names_in
 
@@ -381,7 +381,7 @@ def test_only_refused_directories_are_looked_at_and_seldom(
 
     turns(world, is_told)
     assert told == [(b"d24/x", "create,isdir")]
-    assert len(seen) == len([node for node in world.export.unwatched if node.is_dir])
+    assert len(seen) == len([node for node in world.export.watches.unwatched if node.is_dir])
 
 
 # Memory
@@ -402,7 +402,7 @@ def test_a_guest_that_never_reads_keeps_no_names_of_what_came_and_went(
     world.pump()
     assert len(guest.missed) < 100
     world.taken(guest)
-    world.export.catch_up(guest)
+    world.export.recovery.catch_up(guest)
     assert (b"stays", "create") in plain(world.take(guest))
     assert guest.account.used == 0
 
@@ -426,7 +426,7 @@ def test_more_names_than_can_be_kept_are_told_by_their_times(
     assert guest.lost_since
     taken = guest.take(1000)
     guest.limit = 1000
-    world.export.catch_up(guest)
+    world.export.recovery.catch_up(guest)
     world.pump()
     taken += guest.take(1000)
     told = [m for m in taken if isinstance(m, frames.Event)]
@@ -454,7 +454,7 @@ def test_the_outboxes_of_one_guest_share_a_bound_in_bytes(world: World) -> None:
     world.export.remove_guest(first)
     world.taken(second)
     mount.guest.account.limit = 1 << 20
-    world.export.catch_up(second)
+    world.export.recovery.catch_up(second)
     world.taken(second)
     assert mount.guest.account.used == 0
 

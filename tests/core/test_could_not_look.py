@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from fsd.events import reading
-from fsd.export import export as export_module
+from fsd.export import watches
 from fsd.files.recall import recall
 from fsd.linux import directories
 from protocol.masks import Mask
@@ -36,18 +36,18 @@ guest = world.observer()
 sub = world.mark(guest, "sub")
 os.chmod(world.source / "sub", int(sys.argv[2], 8))
 world.take(guest)
-world.export._resync(world.export.watcher.inodes())
+world.export.recovery.resync(world.export.watcher.inodes())
 told = plain(world.take(guest))
 assert not [event for event in told if "delete" in event[1]], told
-assert (sub in world.export.unwatched) == (sys.argv[2] != "0755")
+assert (sub in world.export.watches.unwatched) == (sys.argv[2] != "0755")
 os.chmod(world.source / "sub", 0o755)
 (world.source / "sub/new").touch()
 world.pump()
-world.export._compare_at = 0.0
+world.export.watches.look_again_at = 0.0
 told = plain(world.take(guest))
 assert (b"sub/new", "create") in told, told
 assert not [event for event in told if "delete" in event[1]], told
-assert not world.export.unwatched
+assert not world.export.watches.unwatched
 world.close()
 print("done")
 """
@@ -80,7 +80,7 @@ def tree(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
         (world.source / directory).mkdir()
         for name in "abc":
             (world.source / directory / name).write_text("x")
-    monkeypatch.setattr(export_module, "COMPARE_EVERY", 0.0)
+    monkeypatch.setattr(watches, "COMPARE_EVERY", 0.0)
     return world
 
 
@@ -90,15 +90,15 @@ def test_a_comparison_without_descriptors(tree: World) -> None:
     file = tree.mark(guest, "sub/a")
     tree.take(guest)
     settle(tree.source)
-    tree.export._resync(tree.export.watcher.inodes())
+    tree.export.recovery.resync(tree.export.watcher.inodes())
     tree.take(guest)
     with no_descriptors():
-        tree.export._resync(tree.export.watcher.inodes())
-        assert tree.export.unwatched[sub] == os.strerror(errno.EMFILE)
+        tree.export.recovery.resync(tree.export.watcher.inodes())
+        assert tree.export.watches.unwatched[sub] == os.strerror(errno.EMFILE)
         assert tree.export.counts["looks_failed"]
         assert not tree.taken(guest)
     assert not tree.take(guest)
-    assert not tree.export.unwatched
+    assert not tree.export.watches.unwatched
     assert tree.host_mask(file)
     (tree.source / "sub/new").touch()
     (tree.source / "sub/a").unlink()
@@ -127,7 +127,7 @@ def test_a_tree_that_is_covered_without_descriptors(tree: World) -> None:
     with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
         tree.export.update(guest, WHOLE, int(Mask.CREATE))
     tree.take(guest)
-    assert not tree.export.unwatched
+    assert not tree.export.watches.unwatched
     for directory in ("sub", "other"):
         (tree.source / directory / "new").touch()
     told = plain(tree.take(guest))
@@ -188,5 +188,5 @@ def test_a_name_of_unknown_type_is_a_name(tree: World, monkeypatch: pytest.Monke
     assert {known.kind for known in names.values()} == {0}
     guest = tree.observer("after")
     tree.export.update(guest, sub.key, ALL)
-    tree.export._resync(tree.export.watcher.inodes())
+    tree.export.recovery.resync(tree.export.watcher.inodes())
     assert not [event for event in plain(tree.take(guest)) if "delete" in event[1]]

@@ -235,7 +235,7 @@ def test_the_servers_own_look_at_a_directory_is_nobodys_event(tree: World) -> No
     observer = tree.observer()
     settle(tree.source)
     tree.export.update(observer, WHOLE, ALL)
-    tree.export._resync(tree.export.watcher.inodes())
+    tree.export.recovery.resync(tree.export.watcher.inodes())
     assert tree.take(observer) == []
 
 

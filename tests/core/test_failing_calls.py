@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from fsd.export import export as export_module
+from fsd.export import watches
 from fsd.files.changes import Changes
 from fsd.files.locks import Lock
 from fsd.guests.guest import Observer
@@ -107,7 +107,7 @@ class Scenario:
         (self.source / "d/new").write_text("x")
         (self.source / "d/a").write_text("changed")
         self._pump()
-        world.export._resync(world.export.watcher.inodes())
+        world.export.recovery.resync(world.export.watcher.inodes())
         self._pump()
 
     def _pump(self) -> None:
@@ -208,9 +208,9 @@ class Scenario:
         export = self.world.export
         for _ in range(3):
             self.seen += self.world.take(self.observer)
-            if not export.unwatched:
+            if not export.watches.unwatched:
                 break
-        assert not export.unwatched
+        assert not export.watches.unwatched
         before = len(self.seen)
         for path in ("", "d", "d/sub", "e"):
             (self.source / path / "after").touch()
@@ -233,7 +233,7 @@ class Scenario:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused is tried again at once."""
-    monkeypatch.setattr(export_module, "COMPARE_EVERY", 0.0)
+    monkeypatch.setattr(watches, "COMPARE_EVERY", 0.0)
     monkeypatch.setattr(windows, "RENAME_WAIT", 0.0)
 
 

@@ -119,14 +119,14 @@ def test_a_fault_in_one_event_is_counted_and_the_next_is_told(
 ) -> None:
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
-    real = world.export._route
+    real = world.export.router.route
 
     def route(event: Any) -> None:
         if event.name == b"bad":
             raise Bug("boom")
         real(event)
 
-    monkeypatch.setattr(world.export, "_route", route)
+    monkeypatch.setattr(world.export.router, "route", route)
     for name in ("a", "bad", "b"):
         (world.source / name).mkdir()
     with structlog.testing.capture_logs() as logs:

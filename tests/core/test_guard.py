@@ -90,7 +90,7 @@ async def test_the_end_of_a_watch(world: World, monkeypatch: pytest.MonkeyPatch)
     operations = world.mount()
     for name in "abc":
         operations.lookup(USER, 1, name.encode())
-    monkeypatch.setattr(world.export, "set_watch", failing(world.export.set_watch))
+    monkeypatch.setattr(world.export.watches, "set_watch", failing(world.export.watches.set_watch))
     for node in world.export.arming._nodes.values():
         node.expires = 0.0
     world.export.arming._expiry = 0.0

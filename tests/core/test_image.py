@@ -124,7 +124,7 @@ class Share:
                     assert recall(export.table, nodeid).identity.ino in self.inos
             for observer in list(export.waiting.values()):
                 observer.take(1 << 20)
-                export.catch_up(observer)
+                export.recovery.catch_up(observer)
             for inode in export.watcher.inodes():
                 with export.table.reach.opened(inode) as fd:
                     assert os.fstat(fd).st_ino == inode.identity.ino

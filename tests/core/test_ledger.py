@@ -392,7 +392,7 @@ def test_publishing_interest_changes_nothing(tree: World) -> None:
     observer = tree.observer()
     for path in ("", "dir", "empty", "file"):
         tree.mark(observer, path)
-    tree.export._resync(tree.export.watcher.inodes())
+    tree.export.recovery.resync(tree.export.watcher.inodes())
     tree.pump()
     assert snapshot(tree.source) == before
 

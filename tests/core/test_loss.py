@@ -252,7 +252,7 @@ def drain_like_a_session(world: World, guest: Observer) -> list[tuple[bytes, str
         told += plain(world.taken(guest))
         if not guest.missing:
             return told
-        world.export.catch_up(guest)
+        world.export.recovery.catch_up(guest)
 
 
 def test_a_full_outbox_is_caught_up_with_the_difference(make_world: Worlds) -> None:
@@ -301,7 +301,7 @@ def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
                 events.append((message.mask, message.name))
             if not guest.missing:
                 return events
-            world.export.catch_up(guest)
+            world.export.recovery.catch_up(guest)
 
     lost = [(int(Mask.Q_OVERFLOW), b"")]
     (world.source / "before").touch()
@@ -419,7 +419,7 @@ def orders_to_the_end(world: World, mount: Operations) -> list[Order]:
     orders = []
     while mount.guest.depth or mount.guest.missing:
         if not mount.guest.depth:
-            world.export.catch_up(mount.guest)
+            world.export.recovery.catch_up(mount.guest)
         orders += world.orders(mount)
     return orders
 
@@ -447,7 +447,7 @@ def test_an_absent_agents_full_outbox_becomes_a_difference(make_world: Worlds) -
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fsd.export.export.COMPARE_EVERY", 0.02)
+    monkeypatch.setattr("fsd.export.watches.COMPARE_EVERY", 0.02)
 
 
 def until_told(world: World, guest: Observer, wanted: set[tuple[bytes, str]]) -> list[str]:
@@ -472,7 +472,7 @@ def test_enospc_is_reported_and_the_directory_compared(make_world: Worlds) -> No
     with pytest.raises(OSError, match="limit on host watches") as error:
         world.mark(guest, "b", STRUCTURE | CHANGE)
     assert error.value.errno == errno.ENOSPC
-    assert {node.path(): why for node, why in world.export.unwatched.items()} == {
+    assert {node.path(): why for node, why in world.export.watches.unwatched.items()} == {
         b"b": "limit on host watches reached"
     }
     assert world.export.counts["watch_failures"] >= 1
@@ -520,10 +520,10 @@ def test_a_watch_that_becomes_free_is_taken(make_world: Worlds) -> None:
         world.export.update(guest, second.key, STRUCTURE)
     world.export.update(guest, first.key, 0)
     deadline = time.monotonic() + 5
-    while world.export.unwatched and time.monotonic() < deadline:
+    while world.export.watches.unwatched and time.monotonic() < deadline:
         world.pump()
         time.sleep(0.01)
-    assert not world.export.unwatched
+    assert not world.export.watches.unwatched
     assert world.host_mask(second) == DIRECTORY | MARKED
     (world.source / "b/x").touch()
     assert plain(world.take(guest)) == [(b"b/x", "create")]
@@ -538,7 +538,7 @@ def test_comparing_ends_with_the_interest(make_world: Worlds) -> None:
     with pytest.raises(OSError, match="limit"):
         world.mark(guest, "b", STRUCTURE)
     world.mark(guest, "b", 0)
-    assert not world.export.unwatched
+    assert not world.export.watches.unwatched
     deadline = time.monotonic() + 5
     while world.export.next_deadline != float("inf"):
         assert time.monotonic() < deadline
@@ -578,7 +578,7 @@ def test_the_hosts_own_limit(make_world: Worlds) -> None:
     finally:
         limit.write_text(before)
     assert error.value.errno == errno.ENOSPC
-    assert node in world.export.unwatched
+    assert node in world.export.watches.unwatched
 
 
 # Listings

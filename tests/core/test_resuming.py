@@ -303,7 +303,7 @@ def test_missed_events_come_back(make_world: Worlds, restart: Callable[..., Worl
     guest = back(new)
     seen = plain(new.take(guest))
     assert seen[:2] == [(b"a", "create"), (b"b", "create")]
-    new.export.catch_up(guest)
+    new.export.recovery.catch_up(guest)
     rest = plain(new.take(guest))
     assert sorted(rest) == [(b"a", "delete"), (b"c", "create"), (b"d", "create")]
 

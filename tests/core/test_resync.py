@@ -150,11 +150,11 @@ def test_after_an_overflow(before: list[Step], during: list[Step]) -> None:
         for step in during:
             do(world.source, step)
         world.export.watcher._read(1 << 20)  # read, and thrown away
-        world.export._resync(world.export.watcher.inodes())
+        world.export.recovery.resync(world.export.watcher.inodes())
         apply(old, plain(world.take(guest)))
         equal(old, names_of(take(world.source)))
         # And once more: nothing is left to tell but changes within the clock's lag.
-        world.export._resync(world.export.watcher.inodes())
+        world.export.recovery.resync(world.export.watcher.inodes())
         assert {mask for _, mask in plain(world.take(guest))} <= {"modify", "close_write"}
 
 
@@ -172,7 +172,7 @@ def test_after_a_full_outbox(during: list[Step], limit: int) -> None:
         for _ in range(100):
             if not guest.missing:
                 break
-            world.export.catch_up(guest)
+            world.export.recovery.catch_up(guest)
             events += plain(world.taken(guest))
         assert not guest.missing
         apply(old, events)
@@ -191,10 +191,10 @@ def test_without_watches(during: list[Step]) -> None:
         old = names_of(take(world.source))
         for step in during:
             do(world.source, step)
-        unwatched = [node for node in world.export.unwatched if node.is_dir]
+        unwatched = [node for node in world.export.watches.unwatched if node.is_dir]
         assert len(unwatched) == 2
         events = plain(world.take(guest))
-        world.export._resync(unwatched)
+        world.export.recovery.resync(unwatched)
         events += plain(world.taken(guest))
         seen = {"": False, "a": True, "b": True}
         inside = [e for e in events if seen.get(os.fsdecode(e[0]).rpartition("/")[0])]
@@ -329,7 +329,7 @@ def test_a_large_directory(world: World) -> None:
     (world.source / "n8").rename(world.source / "m8")
     (world.source / "new").touch()
     world.export.watcher._read(1 << 20)
-    world.export._resync(world.export.watcher.inodes())
+    world.export.recovery.resync(world.export.watcher.inodes())
     assert sorted(plain(world.take(guest))) == [
         (b"m8", "moved_to"), (b"n7", "delete"), (b"n8", "moved_from"), (b"new", "create"),
     ]  # fmt: skip

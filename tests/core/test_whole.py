@@ -148,7 +148,7 @@ def test_a_mark_and_the_whole_tell_an_event_once(world: World, marks: str) -> No
 def test_no_watch_for_a_subtree_is_reported_and_compared(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.export.export.COMPARE_EVERY", 0.01)
+    monkeypatch.setattr("fsd.export.watches.COMPARE_EVERY", 0.01)
     world = make_world(watch_limit=2)
     (world.source / "a").mkdir()
     (world.source / "b").mkdir()
@@ -156,7 +156,7 @@ def test_no_watch_for_a_subtree_is_reported_and_compared(
     with pytest.raises(OSError, match="limit") as error:
         world.export.update(guest, WHOLE, CREATE)
     assert error.value.errno == 28
-    assert [node.path() for node in world.export.unwatched] in ([b"a"], [b"b"])
+    assert [node.path() for node in world.export.watches.unwatched] in ([b"a"], [b"b"])
     (world.source / "a/x").touch()
     (world.source / "b/x").touch()
     told: set[tuple[bytes, str]] = set()
