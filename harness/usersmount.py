@@ -14,11 +14,18 @@ from .namespace import UID, as_user, device_of_everybody, private, python_of_eve
 
 
 @contextmanager
-def users_mount(tmp_path: Path, *options: str, setup: str = "") -> Iterator[tuple[Mount, Path]]:
-    """A mount made by nobody, by fusermount3, in a namespace of its own, after lines ``setup``."""
+def users_mount(
+    tmp_path: Path, *options: str, setup: str = "", below: str = ""
+) -> Iterator[tuple[Mount, Path]]:
+    """A mount made by nobody, by fusermount3, in a namespace of its own, after lines ``setup``;
+    source and mountpoint are in a directory of the name ``below``.
+    """
     with tempfile.TemporaryDirectory(prefix="fsd-user-") as name:
         top = Path(name)
         top.chmod(0o755)
+        if below:
+            top /= below
+            top.mkdir()
         source, mountpoint = top / "source", top / "mount"
         for directory in (source, mountpoint):
             directory.mkdir()

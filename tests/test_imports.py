@@ -38,14 +38,14 @@ MAY_IMPORT = {
 # none. The standard library is for all, but for ctypes, which takes what Python cannot check.
 THIRD_PARTY = {
     "structlog": "*",
-    "trio": "transports servers cli/main.py",  # cli: until `fsd mount` is devfuse's alone
-    "pyfuse3": "transports/libfuse.py servers/mount.py",  # mount: the same
+    "trio": "transports servers",
+    "pyfuse3": "transports/libfuse.py transports/libfuse_operations.py",
     "pyinotify": "events/watcher.py",
     "google": "checkpoint/image.py checkpoint/server_pb2.py",
     "click": "cli",
     "rich": "cli/status.py",
     "ctypes": "linux process/seccomp.py process/sandbox.py process/scheduling.py virtio/mapping.py"
-    " virtio/eventfds.py transports/libfuse.py transports/devfuse.py",
+    " virtio/eventfds.py transports/libfuse_operations.py",
 }
 # Where guest_tools knows protobuf; the one is imported when a command needs it, the other by it.
 PROTOBUF = (

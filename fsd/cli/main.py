@@ -18,13 +18,13 @@ from ..process.logs import log_to_stderr
 from ..servers import deadmount
 from ..servers.mount import (
     TRANSPORTS,
-    Mounted,
     Options,
     Place,
     StartError,
     check,
     mend,
     reductions,
+    serve,
 )
 from .status import render
 from .virtiofs import virtiofs
@@ -170,8 +170,6 @@ def mount(
 
 
 def _run(options: Options, place: Place, line: str, behind: Daemon | None) -> None:
-    import trio
-
     notify = systemd.Manager().notify
 
     def ready() -> None:
@@ -182,22 +180,11 @@ def _run(options: Options, place: Place, line: str, behind: Daemon | None) -> No
         if behind is not None:
             behind.ready()
 
-    try:
-        trio.run(Mounted(options, place, ready, _complain).run, strict_exception_groups=True)
-    except* StartError as errors:
-        raise _first(errors) from None
+    serve(options, place, ready, _complain)
 
 
 def _complain(line: str) -> None:
     print(f"fsd: {line}", file=sys.stderr, flush=True)
-
-
-def _first(group: BaseExceptionGroup[StartError]) -> StartError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, StartError)
-    return error
 
 
 @cli.command()

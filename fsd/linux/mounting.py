@@ -26,7 +26,10 @@ class Mount(NamedTuple):
     device: int
     """st_dev of what is in it."""
     path: str
+    flags: str
+    """Of the mount, such as nosuid."""
     type: str
+    source: str
     options: str
     """Of the file system itself."""
 
@@ -35,14 +38,18 @@ def mounts() -> Iterator[Mount]:
     """All mounts of this process, those on top of others behind them."""
     with open(syscalls.mountinfo_path(), "rb") as mountinfo:
         for line in mountinfo:
-            number, parent, device, _root, point, rest = line.split(b" ", 5)
-            kind, _, options = rest.partition(b" - ")[2].decode(errors="replace").split(" ", 2)
+            number, parent, device, _root, point, flags, rest = line.split(b" ", 6)
+            kind, source, options = rest.rstrip(b"\n").partition(b"- ")[2].split(b" ", 2)
             major, _, minor = device.partition(b":")
-            path = point.decode("unicode_escape").encode("latin-1")
             yield Mount(
-                int(number), int(parent), os.makedev(int(major), int(minor)), os.fsdecode(path),
-                kind, options.strip(),
+                int(number), int(parent), os.makedev(int(major), int(minor)), _plain(point),
+                _plain(flags), _plain(kind), _plain(source), _plain(options),
             )  # fmt: skip
+
+
+def _plain(field: bytes) -> str:
+    """A field without its escapes: blanks, newlines and backslashes are there as \\ooo."""
+    return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))
 
 
 def mounted_on(fd: int) -> Mount | None:

@@ -37,7 +37,7 @@ from .autosave import Snapshots
 from .pump import Pump
 
 __all__ = [
-    "TRANSPORTS", "Mounted", "Options", "Place", "StartError", "check", "mend", "reductions",
+    "TRANSPORTS", "Options", "Place", "StartError", "check", "mend", "reductions", "serve",
 ]  # fmt: skip
 
 log = structlog.get_logger()
@@ -319,6 +319,27 @@ class Mounted:
                 raise StartError(str(error)) from None
         if starting.cancelled_caught:
             raise StartError(f"{mountpoint} is not ready after {READY_TIMEOUT:.0f} s")
+
+
+def serve(
+    options: Options,
+    place: Place,
+    on_ready: Callable[[], None],
+    complain: Callable[[str], None],
+) -> None:
+    """Run a mount from start to end. Raises StartError."""
+    try:
+        trio.run(Mounted(options, place, on_ready, complain).run, strict_exception_groups=True)
+    except* StartError as errors:
+        raise _first(errors) from None
+
+
+def _first(group: BaseExceptionGroup[StartError]) -> StartError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, StartError)
+    return error
 
 
 def _raise_file_limit() -> None:
