@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DELETE_SELF)
 _NOTHING = Mask(0)
+_T = TypeVar("_T")
 HISTORY_LIMIT = 16_384
 """Events kept for one directory: what the kernel keeps for a watcher that does not read
 (max_queued_events of inotify(7)). What happens beyond it is told as a difference."""
@@ -50,6 +52,8 @@ KEEP. Beyond it, what happens before the mark arrives is not told."""
 SEEN_LIMIT = 16_384
 """Files that one guest has looked up in KEEP whose attributes are remembered, some 10 MB. Of others
 it is not told what is done by a name elsewhere before the mark arrives."""
+DRAIN_EVERY = 128
+"""Events that are worked on before the host's queue is read again, some 2 ms."""
 GROUP = 512
 """Marks of a scan that are applied as one."""
 STORM_LIMIT = 4096
@@ -117,6 +121,7 @@ class Arming:
         if node.muted:
             return
         node.expires = time.monotonic() + windows.KEEP
+        node.renewals = windows.KEEP_RENEWALS
         self._export.watcher.catch_up()  # what is queued happened before
         if look_up.open and (look_up.is_doubtful or self._is_queued(directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
@@ -190,7 +195,8 @@ class Arming:
                 self._give_up(guest, holding)
         if now < self._expiry:
             return
-        old = [inode for inode, node in self._nodes.items() if node.expires <= now]
+        due = [(inode, node) for inode, node in self._nodes.items() if node.expires <= now]
+        old = [inode for inode, node in due if not node.renew(now)]
         for inode in old:
             node = self._nodes.pop(inode)
             self._kept -= len(node.history)
@@ -211,7 +217,10 @@ class Arming:
             if node is None or inode is None or node.muted:
                 continue
             self._ask(node, event)
-            may_be_told = any(event.stamp > look_up.since for look_up in node.by.values())
+            may_be_told = any(
+                event.stamp > look_up.since and not self._is_told(guest, event)
+                for guest, look_up in node.by.items()
+            )
             if may_be_told and len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
                 guest = next(iter(node.by))
                 node.history.append(Kept(self._number, event, guest.ways(event)))
@@ -371,12 +380,13 @@ class Arming:
                 group = updates[done : done + GROUP]
                 files = self.files.watch(guest, group)
                 try:
-                    yield from self._routing()
+                    yield from self._routing(self._as_of(guest, group))
                     done += self._apply(guest, group, files, failed, told)
                 finally:
                     for inode in files:
                         self.files.let_go(guest, inode)
-                yield None
+                if done < len(updates):
+                    yield None  # not behind the last: what comes now is told after these
         finally:
             self._tell(guest, told)
             self._tell_missed(guest, updates[:done])
@@ -385,13 +395,27 @@ class Arming:
                 self._disprove(node, guest, hint)
         return failed
 
-    def _routing(self) -> Job[None]:
-        """All that has happened so far."""
+    def _as_of(self, guest: MountGuest, updates: list[tuple[NodeKey, int]]) -> float:
+        """From when on the marks may hold (time.monotonic()): in general from now on. But all that
+        has happened in a directory since its look-up is told, so what waits in the host's queue
+        needs no place in its history, which a storm soon fills.
+        """
         self._export.watcher.drain()
-        now = time.monotonic()
-        while not self._export.has_routed(now):
+        as_of = 0.0
+        for key, bits in updates:
+            inode = self._export.table.known(key.nodeid)
+            node = self._nodes.get(inode) if inode is not None else None
+            look_up = node.by.get(guest) if node is not None else None
+            if not bits or look_up is None or not look_up.open:
+                return time.monotonic()
+            as_of = max(as_of, look_up.since)
+        return as_of
+
+    def _routing(self, stamp: float) -> Job[None]:
+        """All that has happened up to then."""
+        while not self._export.has_routed(stamp):
             self._export.route(GROUP)
-            if not self._export.has_routed(now):
+            if not self._export.has_routed(stamp):
                 yield Pause.LATER
 
     def _apply(
@@ -408,7 +432,7 @@ class Arming:
         found |= {kept.number: kept for inode in files for kept in self.files.events(inode)}
         untold = [
             kept
-            for kept in found.values()
+            for kept in self._draining(found.values())
             if not self._is_told(guest, kept.event)
             and not export.interest.follows(guest, kept.event)
         ]
@@ -423,7 +447,7 @@ class Arming:
             if time.monotonic() > end:
                 break
         by_name = set()  # told now; what is part of it follows by itself
-        for kept in untold:
+        for kept in self._draining(untold):
             if (wanted := self._wanted(guest, kept)) is not None:
                 told[kept.number] = wanted
                 by_name.add(kept.event)
@@ -439,6 +463,13 @@ class Arming:
                     self._number += 1
                     told[self._number] = Kept(self._number, event, guest.ways(event)), FIRST
         return done
+
+    def _draining(self, items: Iterable[_T]) -> Iterator[_T]:
+        """These; meanwhile the host's queue is read, which would overflow in a storm."""
+        for index, item in enumerate(items):
+            if index % DRAIN_EVERY == DRAIN_EVERY - 1:
+                self._export.watcher.drain()
+            yield item
 
     def _tell_missed(self, guest: Guest, updates: list[tuple[NodeKey, int]]) -> None:
         """What was too much to keep is told as a difference."""
@@ -490,7 +521,7 @@ class Arming:
         holding = self._holding.get(guest)
         if holding is not None:
             told |= {kept.number: (kept, halves) for kept, halves in holding.take(last)}
-        for _, (kept, halves) in sorted(told.items()):
+        for _, (kept, halves) in self._draining(sorted(told.items())):
             guest.offer(kept.event, halves, kept.ways)
 
     def _let_go(self, guest: MountGuest, holding: Holding) -> None:

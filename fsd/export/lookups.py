@@ -57,6 +57,7 @@ class Provisional:
 
     inode: Inode
     expires: float = field(default_factory=lambda: time.monotonic() + windows.KEEP)
+    renewals: int = windows.KEEP_RENEWALS
     by: dict[MountGuest, LookUp] = field(default_factory=dict)
     history: deque[Kept] = field(default_factory=deque)
     missed: Changes = field(default_factory=dict)
@@ -66,6 +67,16 @@ class Provisional:
     begun: float = 0.0
     lost_ns: int = 0
     """time.time_ns() since which not even names are kept; 0 = they are."""
+
+    def renew(self, now: float) -> bool:
+        """Keep it watched for longer, as an agent has still to say whether there is a mark. Whether
+        it does.
+        """
+        if not self.renewals or not any(g.pid and up.open for g, up in self.by.items()):
+            return False
+        self.renewals -= 1
+        self.expires = now + windows.KEEP
+        return True
 
     @property
     def muted(self) -> bool:

@@ -39,6 +39,8 @@ PLAN_AHEAD = 1024
 
 KEEP = 3.0
 """How long to watch a directory that a guest has looked up, for a mark that may come."""
+KEEP_RENEWALS = 9
+"""How often KEEP begins anew if the agent has not answered yet."""
 HOLD = 0.25
 """How long events wait behind those of a directory that may have a new mark, for the agent's
 answer."""

@@ -12,6 +12,7 @@ import pytest
 from fsd.checkpoint.take import take
 from fsd.fuse.operations import Operations
 from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
+from fsd.pacing.chores import finish
 from protocol import frames
 from protocol.frames import ALIAS, STAGING, Op
 from protocol.handles import NodeKey
@@ -250,6 +251,87 @@ def test_the_provisional_watch_ends(
         world.export.process(1)
     assert world.export.next_deadline == float("inf")
     assert not world.export.arming._nodes
+
+
+def test_the_provisional_watch_lasts_until_the_agent_answers(
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that is very busy its answer comes after KEEP."""
+    monkeypatch.setattr("fsd.pacing.windows.KEEP", 0.2)
+    mount.guest.pid = AGENT.pid
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/early").mkdir()
+    late = time.monotonic() + 0.5
+    while time.monotonic() < late:
+        world.pump()
+        time.sleep(0.01)
+    scanned(world, mount, number, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"early")]
+
+
+def test_what_comes_while_marks_are_applied_is_told_after_what_was_before(
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark applies and what was kept is told in one step."""
+    monkeypatch.setattr("fsd.pacing.windows.HOLD", 0.0)
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    (world.source / "d/first").mkdir()
+    world.pump()
+    world.export.arming.scan_update(mount.guest, key, CREATE)
+    ending = world.export.arming.scan_ending(mount.guest, number, full=False)
+    for step in ending:
+        assert step is None
+        (world.source / "d/second").mkdir(exist_ok=True)
+        world.pump()
+    assert replays(world, mount)[0] == (Op.CREATE, b"first")
+
+
+def test_a_long_history_does_not_keep_the_hosts_queue_from_being_read(
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It overflows in a storm after a fraction of a second."""
+    monkeypatch.setattr("fsd.export.arming.DRAIN_EVERY", 10)
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    for index in range(30):
+        (world.source / f"d/{index}").mkdir()
+    world.pump()
+    drained = 0
+
+    def drain() -> None:
+        nonlocal drained
+        drained += 1
+        read()
+
+    read = world.export.watcher.drain
+    monkeypatch.setattr(world.export.watcher, "drain", drain)
+    scanned(world, mount, number)
+    before, drained = drained, 0
+    for index in range(30):
+        (world.source / f"d/more{index}").mkdir()
+    look_up(world, mount, "d")
+    scanned(world, mount, number + 1, (key, CREATE))
+    assert drained >= before + 6
+
+
+def test_what_waits_in_the_queue_when_the_mark_arrives_needs_no_place_in_the_history(
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A storm is far ahead of what is routed, and the history would soon be full."""
+    monkeypatch.setattr("fsd.export.arming.HISTORY_LIMIT", 10)
+    key = look_up(world, mount, "d")
+    number = hint(mount)
+    for index in range(30):
+        (world.source / f"d/{index}").mkdir()
+        (world.source / f"d/{index}").rmdir()
+    world.export.watcher.drain()
+    world.export.arming.scan_update(mount.guest, key, int(Mask.DELETE))
+    finish(world.export.arming.scan_ending(mount.guest, number, full=False))
+    (node,) = [n for i, n in world.export.arming._nodes.items() if i.path() == b"d"]
+    assert replays(world, mount) == [(Op.REMOVE, b"%d" % index) for index in range(30)]
+    assert not any(kept.event.kind == int(Mask.DELETE) for kept in node.history), "told already"
 
 
 def test_the_provisional_watch_becomes_the_marks(
