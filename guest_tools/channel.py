@@ -144,7 +144,7 @@ class Client:
         """Send Keep, so that the next server knows us; call before any other request."""
         self._keep(b"", 0)
 
-    def come_back(self, old: Client) -> bool:
+    def reconnect_as(self, old: Client) -> bool:
         """Continue at another server as the observer that had ``old``. Returns whether the server
         knows it: then marks hold, and changes since then come as events.
         """

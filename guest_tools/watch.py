@@ -84,7 +84,7 @@ class Watch:
         while True:
             try:
                 self._client = self._connect()
-                known = self._client.come_back(old)
+                known = self._client.reconnect_as(old)
                 break
             except (ChannelError, ConnectionError):
                 self._client.close()

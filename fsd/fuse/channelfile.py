@@ -28,7 +28,7 @@ class ChannelFile:
         self._waiters: deque[Callable[[], None]] = deque()
         self._poller: Callable[[], None] | None = None
         channel.wake = self._wake
-        channel.let_go = self._let_go
+        channel.let_go = self._wake_all
 
     @property
     def is_ready(self) -> bool:
@@ -59,7 +59,7 @@ class ChannelFile:
         except ValueError as error:  # not a frame of the protocol, or one with an invalid content
             log.warning("bad frame from guest", error=str(error))
             self._channel.close()
-            self._let_go()
+            self._wake_all()
             raise OSError(errno.EPROTO, str(error)) from None
 
     @property
@@ -83,12 +83,12 @@ class ChannelFile:
 
     def _wake(self) -> None:
         if self._channel.said_bye:
-            self._let_go()
+            self._wake_all()
         elif self._waiters:
             self._waiters.popleft()()
         self._notify()
 
-    def _let_go(self) -> None:
+    def _wake_all(self) -> None:
         waiters, self._waiters = self._waiters, deque()
         for waiter in waiters:
             waiter()

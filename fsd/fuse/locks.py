@@ -133,7 +133,7 @@ class _Retries:
     def add(self, wait: _Wait) -> Callable[[], None]:
         """Try it from now on; returns a function that ends that."""
         self._waits[wait] = None
-        self._begin_anew()
+        self._restart()
         return lambda: self._remove(wait)
 
     def _remove(self, wait: _Wait) -> None:
@@ -142,7 +142,7 @@ class _Retries:
             self._cancel()
             self._cancel = None
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         if self._cancel is not None and self._pause > FIRST_PAUSE:
             self._cancel()
             self._cancel = None

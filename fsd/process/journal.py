@@ -165,7 +165,7 @@ class Journal:
         self.records.clear()
         self._places.clear()
         self._live = 0
-        self._begin_anew([])
+        self._rewrite([])
 
     def _compact(self) -> None:
         kept = []
@@ -174,9 +174,9 @@ class Journal:
             (count,) = _COUNT.unpack(raw[-_COUNT.size :])
             body = raw[_HEAD.size : -_COUNT.size]
             kept.append((key, body[: -body[-1]], count))
-        self._begin_anew(kept)
+        self._rewrite(kept)
 
-    def _begin_anew(self, records: list[tuple[Key, bytes, int]]) -> None:
+    def _rewrite(self, records: list[tuple[Key, bytes, int]]) -> None:
         """Write these records elsewhere in the file; that part becomes valid once it is
         complete.
         """

@@ -57,7 +57,7 @@ class Keeper:
         self._child = 0
         self._started = self._end_by = 0.0
         self._young = 0  # deaths in a row
-        self._is_ready = self._is_ending = self._was_told = False
+        self._is_ready = self._is_ending = self._is_asked = False
 
     def run(self) -> int:
         """Run until a signal, or until the server exits normally. Returns the exit status."""
@@ -75,7 +75,7 @@ class Keeper:
             cleanup.callback(os.close, wake)
             cleanup.callback(os.close, woken)
             for number in (*_ENDING, signal.SIGUSR2, signal.SIGCHLD):
-                signal.signal(number, self._told)
+                signal.signal(number, self._on_signal)
             signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
             self._start()
             while True:
@@ -83,32 +83,32 @@ class Keeper:
                 select.select([self._endpoint.fileno(), wake], [], [], wait and max(wait, 0.0))
                 with suppress(BlockingIOError):
                     os.read(wake, 512)
-                self._hear()
+                self._receive()
                 if self._end_by and time.monotonic() >= self._end_by:
                     os.kill(self._child, signal.SIGKILL)
                     self._end_by = 0.0
                 pid, status = os.waitpid(self._child, os.WNOHANG)
                 if pid:
-                    self._hear()
+                    self._receive()
                     code = os.waitstatus_to_exitcode(status)
-                    if not self._goes_on(code):
-                        return 0 if self._is_ending and self._was_told else abs(code)
+                    if not self._should_restart(code):
+                        return 0 if self._is_ending and self._is_asked else abs(code)
                     self._start()
 
-    def _told(self, number: int, _frame: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         if number in _ENDING:
             self._is_ending = True
         if number != signal.SIGCHLD and self._child:
-            self._was_told = True
+            self._is_asked = True
             with suppress(ProcessLookupError):
                 os.kill(self._child, signal.SIGTERM)
             self._end_by = time.monotonic() + STOP_TIMEOUT
 
-    def _goes_on(self, code: int) -> bool:
+    def _should_restart(self, code: int) -> bool:
         """Whether to start another server after one that exited so."""
-        if self._is_ending or not (self._is_ready and (code or self._was_told)):
+        if self._is_ending or not (self._is_ready and (code or self._is_asked)):
             return False
-        if time.monotonic() - self._started > LIVED or self._was_told:
+        if time.monotonic() - self._started > LIVED or self._is_asked:
             self._young = 0
         self._young += 1
         log.warning("the server exited, starting it again", status=code)
@@ -116,7 +116,7 @@ class Keeper:
 
     # Messages from the server
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         while True:
             fds = array.array("i")
             room = socket.CMSG_SPACE(_MOST_FDS * fds.itemsize)
@@ -143,7 +143,7 @@ class Keeper:
                 self._held.remove(held)
                 os.close(held[1])
         if told.get("STOPPING") == "1":
-            self._was_told = True
+            self._is_asked = True
         if told.get("READY") == "1" and not self._is_ready:
             self._is_ready = True
             self._manager.notify("READY=1")
@@ -168,7 +168,7 @@ class Keeper:
     # The server
 
     def _start(self) -> None:
-        self._was_told, self._end_by = False, 0.0
+        self._is_asked, self._end_by = False, 0.0
         self._started = time.monotonic()
         names = [*("" for _ in self._sockets), *(name for name, _ in self._held)]
         fds = [*self._sockets, *(fd for _, fd in self._held)]

@@ -82,7 +82,7 @@ class Agent:
         )
         self._reader = frames.FrameReader()
 
-    def _come_back(self) -> None:
+    def _reconnect(self) -> None:
         """Reconnect to the next server, which does not know this channel."""
         with self._sending:
             replayer, channel = self._replayer, self._channel
@@ -92,7 +92,7 @@ class Agent:
             with suppress(OSError):
                 channel.close()
             self._hello()
-        self._scanner.anew()
+        self._scanner.expect_new_server()
 
     def _hello(self) -> None:
         hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF)
@@ -163,7 +163,7 @@ class Agent:
             while True:
                 try:
                     if is_reset:
-                        self._come_back()
+                        self._reconnect()
                     is_reset = False
                     self._serve()
                 except ConnectionResetError:

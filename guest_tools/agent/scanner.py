@@ -90,7 +90,7 @@ class Scanner(threading.Thread):
             self._is_active = True
             self._poke()
 
-    def anew(self) -> None:
+    def expect_new_server(self) -> None:
         """Prepare for another server, which has no marks yet."""
         with self._lock:
             self._is_new = True
@@ -170,7 +170,7 @@ class Scanner(threading.Thread):
         if is_new:
             self._answered = -1
             self._published.clear()
-            self._schedule.anew(now)
+            self._schedule.expect_new_server(now)
         for number, threads in given.items():
             self._schedule.hint(number, set(map(process_of, threads)), now)
         if self._is_active:  # until the known watchers are looked at: one order wakes us, not each
@@ -230,16 +230,16 @@ class Scanner(threading.Thread):
         if self._answered < 0 and not complete:
             return False  # the server takes the first word for all of it
         if self._watchers.is_changed or self._is_unsent or self._answered < 0:
-            return self._tell(max(self._answered, 0)) and complete
+            return self._send_changes(max(self._answered, 0)) and complete
         return complete
 
     def _answer(self, now: float) -> None:
         """Answer hints, if it is time."""
         answered = self._schedule.answer(now)
-        if 0 <= self._answered < answered and not self._tell(answered):
+        if 0 <= self._answered < answered and not self._send_changes(answered):
             self._schedule.look_at_all(now + RETRY)
 
-    def _tell(self, answered: int) -> bool:
+    def _send_changes(self, answered: int) -> bool:
         """Send the changes, and the last hint that they cover. Returns whether they were sent."""
         wanted = self._watchers.wanted()
         changed = {node: mask for node, mask in wanted.items() if self._published.get(node) != mask}

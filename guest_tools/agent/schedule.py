@@ -137,7 +137,7 @@ class Schedule:
         if self._recheck_at == inf:
             self._recheck_at = now + RECHECK
 
-    def anew(self, now: float) -> None:
+    def expect_new_server(self, now: float) -> None:
         """Prepare for another server, which has sent no hints yet and needs all marks."""
         self._open.clear()
         self._answered, self._answer_at = 0, 0.0
@@ -193,7 +193,7 @@ class Schedule:
         for pid in list(self._hot) if look.full else look.pids:
             self._looked_at(pid, pid in gone, began, now, took / max(1, len(look.pids)))
         if complete:
-            self._settle(look, gone, began)
+            self._settle_hints(look, gone, began)
 
     def _looked_at(self, pid: int, is_gone: bool, began: float, now: float, took: float) -> None:
         hot = self._hot.get(pid)
@@ -205,7 +205,7 @@ class Schedule:
             del self._hot[pid]
         hot.rest = now + max(SHARE * took, min(SPACING, (now - hot.began) / 4))
 
-    def _settle(self, look: Look, gone: Collection[int], began: float) -> None:
+    def _settle_hints(self, look: Look, gone: Collection[int], began: float) -> None:
         """Note for each hint which of its processes have been read late enough."""
         for hint in self._open:
             hint.pids.difference_update(gone)

@@ -95,7 +95,7 @@ class Restorer:
                     self._problem(file.id, f"cannot be made: {error.strerror}")
             for file in self._state.files:
                 if file.id in self._files:
-                    self._settle(file)
+                    self._set_flags(file)
                     if isinstance(file, Epoll):
                         self._entries(file)
 
@@ -122,7 +122,7 @@ class Restorer:
     def _problem(self, file_id: int, what: str) -> None:
         self.problems.append(f"descriptor {self._fds[file_id]}: {what}")
 
-    def _settle(self, file: File) -> None:
+    def _set_flags(self, file: File) -> None:
         """Set flags and owner of a file."""
         fd, owner = self._files[file.id], file.owner
         flags = file.flags & (os.O_NONBLOCK | os.O_ASYNC)
@@ -243,7 +243,7 @@ class _Numbers:
 
     def __init__(self, instance: int) -> None:
         self._instance = instance
-        self._told = True  # the kernel takes INOTIFY_IOC_SETNEXTWD
+        self._sets_numbers = True  # the kernel takes INOTIFY_IOC_SETNEXTWD
         self._left = REACH
         self._watches: set[int] = set()
         self._removed = 0
@@ -254,13 +254,13 @@ class _Numbers:
         """Add a watch. Raises Failure if it cannot get the number, OSError if the file cannot be
         watched.
         """
-        if self._told:
+        if self._sets_numbers:
             try:
                 notify.set_next_wd(self._instance, wd)
             except OSError as error:
                 if error.errno != errno.ENOTTY:
                     raise
-                self._told = False
+                self._sets_numbers = False
         while True:
             got = notify.add_watch(self._instance, path, mask)
             if got == wd:
@@ -268,7 +268,7 @@ class _Numbers:
                 return
             notify.remove_watch(self._instance, got)
             self._removed += 1
-            if self._told or got > wd:
+            if self._sets_numbers or got > wd:
                 raise Failure(f"its number is not free (the kernel gave {got})")
             if wd - got > self._left:
                 raise Failure(
