@@ -1,4 +1,4 @@
-"""A guest's end of the channel: frames in, frames out. Sans-IO; transports move the bytes.
+"""The server's end of a channel: frames in, frames out. Sans-IO; transports move the bytes.
 
 The same channel runs over `.fsd/control` (the replayer), `.fsd/session` and the Unix socket.
 """
@@ -29,7 +29,8 @@ from .stats import snapshot
 
 log = structlog.get_logger()
 BATCH = 256
-"""Messages a read: enough to make the round trip of a read small beside the orders' own."""
+"""Messages per read: enough to make the round trip of a read small compared with the orders'
+own."""
 RESOLVED_LIMIT = MARKS_LIMIT
 """Nodes that one channel may hold by Resolve: as many as it may mark."""
 PENDING_LIMIT = 1 << 20
@@ -41,10 +42,11 @@ _STATS_PART = 32 * 1024
 
 
 class Channel:
-    """One channel. ``replayer`` is the mount's guest where this is its control channel; ``via``
-    that of the mount in which it was opened, None where that was not in a mount.
+    """One channel. ``replayer``: the mount guest whose control channel this is. ``via``: the guest
+    of the mount in which it was opened, None for a socket.
 
-    ``receive`` raises frames.ProtocolError on what is no frame; the transport then closes it.
+    ``receive`` raises frames.ProtocolError for invalid frames; the transport then closes the
+    channel.
     """
 
     def __init__(
@@ -76,8 +78,8 @@ class Channel:
         self.let_go: Callable[[], None] = lambda: None  # answer waiting reads with nothing
 
     def close(self) -> None:
-        """The peer is gone. An observer's marks go with it, unless the server goes and it may come
-        back to another; the mount's wait for a new agent.
+        """The peer is gone. An observer's marks end with it, unless the server exits and the
+        observer may reconnect to another; a mount's marks stay for a new agent.
         """
         stays = self._export.is_stopping and not self.said_bye
         self._closed = self.said_bye = True
@@ -104,14 +106,14 @@ class Channel:
 
     @property
     def _owner(self) -> object:
-        """With whom it shares its turns: all channels of a guest have one."""
+        """With which it shares its turns: all channels of a guest have the same."""
         return self._via or self._export.interest
 
     # In
 
     def receive(self, data: bytes) -> None:
-        """Take bytes from the peer and do what they ask: the first of it now, the rest in turns of
-        the export's chores. Raises ProtocolError; in a later turn, that ends the channel.
+        """Take bytes from the peer and carry them out: some now, the rest in turns of the export's
+        chores. Raises ProtocolError; in a later turn, that ends the channel.
         """
         if self._closed:
             raise frames.ProtocolError("the channel has ended")
@@ -149,7 +151,7 @@ class Channel:
             self._job = None
 
     def _going_on(self, job: Job[None]) -> Job[None]:
-        """The rest of it, without the peer: what is no frame ends the channel."""
+        """The rest of it, after the peer is gone: an invalid frame ends the channel."""
         try:
             yield from job
         except ValueError as error:
@@ -159,7 +161,7 @@ class Channel:
             self.wake()
 
     def _unless_unread(self) -> Job[None]:
-        """A step is done. Where the peer reads no answers, nothing goes on until it does."""
+        """A step is done. If the peer reads no answers, wait until it does."""
         yield None
         while self._answers_size >= ANSWERS_LIMIT:
             self._is_stalled = True
@@ -272,7 +274,7 @@ class Channel:
         self._answer(frames.Result(message.request, 0, *inode.key, inode.kind))
 
     def _walking(self, names: list[bytes]) -> Job[Inode]:
-        """The inode that names lead to, pinned. As InodeTable.walk."""
+        """The inode at the end of a path, pinned. Like InodeTable.walk."""
         table = self._export.table
         inode, dir_fd = table.root, os.dup(table.reach.root_fd)
         table.pin(inode)
@@ -342,13 +344,13 @@ class Channel:
         )
 
     def asked(self) -> None:
-        """The peer asks, and waits where there is nothing."""
+        """The peer asks, and waits if there is nothing."""
         if isinstance(self.guest, MountGuest):
             self.guest.asked()
 
     def outgoing(self, size: int) -> bytes:
-        """Up to ``size`` bytes for the peer. From a replayer, asking means that all orders it was
-        given are executed.
+        """Up to ``size`` bytes for the peer. A replayer's question means that all its orders are
+        executed.
         """
         guest = self.guest
         if not self._unsent:
@@ -360,7 +362,7 @@ class Channel:
             self._unsent = memoryview(b"".join(data))
             if guest is not None and guest.missing and not guest.depth:
                 self._export.recovery.catch_up(guest)
-                self._export.watcher.on_arrival()  # for the planning of what is told
+                self._export.watcher.on_arrival()  # so that events get planned
             if self._is_stalled and self._background is not None:
                 self._is_stalled = False
                 self._export.chores.add(self._owner, self._background)
@@ -370,4 +372,4 @@ class Channel:
 
 
 def _asleep() -> None:
-    """Nobody waits for the mount's events while its agent is away."""
+    """No request waits for the mount's events while its agent is away."""

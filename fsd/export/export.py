@@ -1,8 +1,8 @@
 """The Export: one shared directory, its guests, and the way of an event between them.
 
-host inotify -> HostWatcher -> Resolver -> here: own echo? interest? -> each guest's outbox.
-Here too: which host watches that interest asks for, and what is told after events were lost.
-Synchronous; the transports call it, and call ``process`` when there is work (``next_deadline``).
+host inotify -> HostWatcher -> Resolver -> here: own echo? interest? -> each guest's outbox. Also
+here: which host watches the interest needs, and what is delivered after losses. Synchronous; the
+transports call it, and call ``process`` when there is work (``next_deadline``).
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ _CREATE = int(Mask.CREATE)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
 _UNMOUNT = int(Mask.UNMOUNT)
 _SETTLING = 2 * CLOCK_LAG_NS / 1e9
-"""Seconds without a change after which file times tell later changes from earlier ones."""
+"""Quiet time after which file timestamps can tell changes before a save from changes after it."""
 
 
 class Export:
-    """One shared directory. Raises OSError where ``source`` cannot be opened.
+    """One shared directory. Raises OSError if ``source`` cannot be opened.
 
-    ``read_only``: to its guests; what the host changes is announced all the same.
-    ``overflow_after_loss``: observers get IN_Q_OVERFLOW for losses that are made up for, too.
+    ``read_only``: for its guests; the host's changes are still reported. ``overflow_after_loss``:
+    observers get IN_Q_OVERFLOW also for losses that a comparison recovers.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Export:
         self.guests: list[Guest] = []
         self.lock_waiters = LockWaiters()
         self.descriptors = share()
-        """That each guest may have, for files that it has open."""
+        """Descriptors that each guest may have, for its open files."""
         self.counts: Counter[str] = Counter()
         self.kinds: Counter[tuple[str, int]] = Counter()
         self.chores = Chores()
         self._own_chores = self.chores.of(self)
         self.turn = Turn()
-        """In which events are processed: what waits for them is answered at its end."""
+        """The turn in which events are processed: what waits for them is answered at its end."""
         self._steps = Steps(self.counts)
         self.watches = Watches(
             self.table,
@@ -135,11 +135,11 @@ class Export:
         self.confirmed_ns = 0  # up to then, listings are known to be right
         self.on_change: Callable[[], None] = _nobody
         self.on_name: Callable[[Inode, bytes, Inode], None] = _unnoted
-        """Told of each name that comes: its directory, it, and what it stands for."""
-        self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, where that may be
+        """Called for each new name: its directory, the name, and its object."""
+        self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, if that is possible
         self._outbox_limit = outbox_limit
         self._overflow_after_loss = overflow_after_loss
-        self._give_up_at = math.inf  # on those who wait
+        self._give_up_at = math.inf  # when to give up waiting observers
         self._openers = Openers(self._lone_files)
         self._paused_until = 0.0  # after a fault
         self.started = time.time()
@@ -155,7 +155,7 @@ class Export:
     # Guests
 
     def add_mount_guest(self, name: str, *, is_local: bool = False) -> MountGuest:
-        """A mount with an agent: another machine's, or (``is_local``) one of this machine."""
+        """Add a mount guest: another machine's, or (``is_local``) one of this machine."""
         limit, openers = self._outbox_limit, self._openers
         guest = MountGuest(name, self.fs, self.watcher, openers, limit=limit, is_local=is_local)
         guest.asks = partial(self.interest.of, guest)
@@ -170,8 +170,8 @@ class Export:
         return guest
 
     def hand_marks(self, via: MountGuest | None = None) -> HandMarks:
-        """The guest that stands for marks set by hand in the mount ``via``: each machine has one,
-        and this host has one for all its mounts and sockets.
+        """The guest that holds marks set by hand in the mount ``via``: each machine has one, and
+        this host has one for all its mounts and sockets.
         """
         if via is not None and via.is_local:
             via = None
@@ -187,13 +187,13 @@ class Export:
         return next((guest for guest in marks if guest.via is via), None)
 
     def drop_hand_marks(self, via: MountGuest) -> None:
-        """The machine has gone, or has started anew: its marks by hand go with it."""
+        """The machine has disconnected or restarted: drop its marks set by hand."""
         marks = self._hand_marks_of(via)
         if marks is not None:
             self.remove_guest(marks)
 
     def remove_guest(self, guest: Guest) -> None:
-        """The guest has gone, and its marks with it: many of them a few at a time."""
+        """The guest has disconnected; its marks are removed, a few at a time if there are many."""
         if isinstance(guest, MountGuest):
             self.drop_hand_marks(guest)
         self.arming.forget(guest)
@@ -208,13 +208,15 @@ class Export:
         for inode in list(self.interest.marks(guest)):
             self._set_interest(guest, inode, Mask(0))
             yield None
-        if not self.guests and not self.is_stopping:  # nobody is left who could hold a file handle
+        if (
+            not self.guests and not self.is_stopping
+        ):  # no guest is left that could hold a file handle
             self.table.forgotten.clear()
 
     def update(self, guest: Guest, key: NodeKey, bits: int) -> Inode | None:
-        """fsnotify_update. Raises MaskError (EINVAL), OSError ESTALE for an unknown node, ENOSPC
-        where the guest has too many marks or the host gives no watch (the mark holds all the
-        same: the directory is compared periodically).
+        """fsnotify_update. Raises MaskError (EINVAL), OSError: ESTALE for an unknown node, ENOSPC
+        if the guest has too many marks or the host gives no watch (the mark holds: the directory is
+        compared periodically).
         """
         mask = masks.requested(bits) & guest.events
         if bits and not mask:
@@ -255,7 +257,7 @@ class Export:
     # Events
 
     def process(self, budget: int) -> None:
-        """Route up to ``budget`` events, do what is due, and a turn of what takes longer."""
+        """Route up to ``budget`` events, do what is due, and a turn of longer work."""
         self.route(budget)
         self._due("planning", self._plan)
         now = time.monotonic()
@@ -273,7 +275,7 @@ class Export:
                 guest.history.check()
 
     def _due(self, what: str, do: Callable[[], None]) -> None:
-        """Work that is due: where it fails, the rest is done, and it is tried again later."""
+        """Work that is due: if it fails, the rest is done, and it is tried again later."""
         with Guard(what) as guard:
             do()
         if guard.failed:
@@ -310,7 +312,7 @@ class Export:
         return self.is_behind or bool(self.chores)
 
     def _plan(self) -> None:
-        """Let replaying guests make orders, once they see as far ahead as there is to see."""
+        """Let mount guests make orders, once they see as far ahead as possible."""
         guests = [g for g in self.guests if isinstance(g, MountGuest) and g.held]
         if not guests:
             return
@@ -329,7 +331,7 @@ class Export:
 
     @property
     def next_deadline(self) -> float:
-        """time.monotonic() at which ``process`` has something to do; inf at rest."""
+        """time.monotonic() at which ``process`` has something to do; inf if never."""
         if self._steps or self.chores:
             return 0.0
         if self.watcher.backlog and self._resolver.waiting_until is None:
@@ -353,7 +355,7 @@ class Export:
                 guest.events_lost()
             yield from self.recovery.resyncing(self.watcher.inodes())
             return
-        if event.mask & _UNMOUNT:  # of what lies on another mount than the share
+        if event.mask & _UNMOUNT:  # of a file on another mount than the share
             self.recovery.died(event.node)
             self.table.retire(event.node)
             return
@@ -381,8 +383,8 @@ class Export:
             self.on_change()
 
     def settle(self, patience: float) -> None:
-        """Tell all that has happened, before the state is saved. Waits up to ``patience`` seconds
-        for a moment in which nothing does: what changed just before would be told again.
+        """Deliver everything that has happened, before the state is saved. Waits up to ``patience``
+        seconds for a quiet moment: a change just before would be delivered again.
         """
         deadline = time.monotonic() + patience
         self.watcher.drain()
@@ -392,9 +394,9 @@ class Export:
             self.watcher.drain()
 
     def hand_over(self, patience: float) -> int:
-        """Tell all that has happened, and leave to the next process what happens from now on.
-        Returns the inotify instance in which that is queued; -1 where something could not be told
-        within ``patience`` seconds. Nothing but the state may be asked for afterwards.
+        """Deliver everything that has happened, and leave later events to the next process. Returns
+        the inotify instance in which they are queued; -1 if not everything could be delivered
+        within ``patience`` seconds. After this only the state may be asked for.
         """
         deadline = time.monotonic() + patience
         self._work_off(deadline, drain=True)
@@ -420,14 +422,14 @@ class Export:
 
     @property
     def is_settled(self) -> bool:
-        """Whether all is told, and nothing has changed for a moment."""
+        """Whether everything is delivered, and nothing has changed for a moment."""
         quiet = time.monotonic() - self.watcher.last_activity > _SETTLING
         return quiet and not self.is_behind
 
     def restore_marks(
         self, marks: Iterable[tuple[Guest, Inode | None, Mask]], order: Iterable[Inode]
     ) -> None:
-        """Marks that were set in the server before: all of them first, then each watch once, in
+        """Marks that were set in the previous server: all of them first, then each watch once, in
         that order as far as it goes.
         """
         inodes: dict[Inode, None] = {}
@@ -447,7 +449,7 @@ class Export:
         self._give_up_at = time.monotonic() + patience if self.waiting else math.inf
 
     def come_back(self, token: bytes, received: int) -> Observer | None:
-        """The observer that waits for whoever has the token, if it is one."""
+        """The observer that waits for this token, if there is one."""
         guest = self.waiting.pop(token, None)
         self._change()
         if guest is not None:
@@ -462,8 +464,8 @@ class Export:
 
 
 def _unnoted(directory: Inode, name: bytes, child: Inode) -> None:
-    """Nobody writes down what comes."""
+    """Names are not recorded."""
 
 
 def _nobody() -> None:
-    """Nobody keeps the state."""
+    """The state is not saved."""

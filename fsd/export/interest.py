@@ -76,7 +76,9 @@ class Interest:
     # Events
 
     def follows(self, guest: Guest, event: Event) -> bool:
-        """Whether a guest's kernel makes the event by itself, from what it is told by name."""
+        """Whether a guest's kernel makes the event itself, from the replay of the one with the
+        name.
+        """
         named = event.part_of
         if named is None or not isinstance(guest, MountGuest):
             return False
@@ -85,8 +87,8 @@ class Interest:
     def wanted_halves(self, guest: Guest, event: Event) -> int:
         """Which halves of an event the guest asked for; 0 = none.
 
-        A replaying guest also gets what removes, moves or replaces an object that it watches:
-        its kernel makes the object's own events of that.
+        A mount guest also gets events that remove, move or replace an object that it watches: its
+        kernel makes the object's self events of them.
         """
         of = self.of
         whole = int(of(guest, None))

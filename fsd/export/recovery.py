@@ -27,9 +27,9 @@ from .wholetree import WholeTree
 _MOVED_FROM = int(Mask.MOVED_FROM)
 _OWN = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 COMPARE_SHARE = 9
-"""Comparing them all is followed by at least this many times its own duration of rest."""
+"""Comparing them all is followed by a rest of at least this many times its own duration."""
 CHANGES_LIMIT = 4096
-"""Changed names that such comparisons gather before they are told, to find moves among them."""
+"""Changed names that such comparisons collect before delivery, to find moves among them."""
 
 
 class Recovery:
@@ -63,7 +63,9 @@ class Recovery:
         finish(self.resyncing(directories))
 
     def resyncing(self, directories: list[Inode]) -> Job[None]:
-        """Compare directories with what was told of them, and tell everyone the difference."""
+        """Compare directories with what was delivered of them, and deliver the difference to
+        all.
+        """
         self._counts["resyncs"] += 1
         self._check_watches()
         yield from self._comparing_all(directories)
@@ -113,8 +115,8 @@ class Recovery:
         self._router.route(Event(inode, mask, b"", 0, HOST, time.monotonic(), inode))
 
     def looking_again(self) -> Job[None]:
-        """Try again what the host has refused, and tell what has changed there since. The next time
-        comes the later, the longer this takes.
+        """Try again what the host has refused, and deliver changes there since. The longer it
+        takes, the later the next attempt comes.
         """
         begun = time.monotonic()
         refused, uncovered = list(self._watches.unwatched), self._tree.uncovered
@@ -143,7 +145,7 @@ class Recovery:
         finish(self._telling(changes))
 
     def catch_up(self, guest: Guest) -> None:
-        """Tell a guest what it missed, now that its outbox is empty, before any other event."""
+        """Deliver what a guest missed, now that its outbox is empty, before any other event."""
         changes, since_ns = guest.caught_up()
         guest.counts["resyncs"] += 1
         self._steps.do(self._catching_up(guest, changes, since_ns))
@@ -165,7 +167,7 @@ class Recovery:
         """Tell what happened since the listings were saved."""
         watched, refused = self._watcher.mask_of, self._watches.unwatched
         missing = [i for i in self._interest.inodes() if not watched(i) and i not in refused]
-        # What is reached by its path alone may only have moved: the comparison finds it again.
+        # An object that is reached only by its path may have moved: the comparison finds it again.
         dead = [inode for inode in missing if self._table.reach.handle_opens(inode.identity)]
         if compare:
             self._compare([*self._watcher.inodes(), *dead])

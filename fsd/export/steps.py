@@ -38,7 +38,7 @@ class Steps:
             yield Pause.LATER
 
     def work(self, end: float) -> bool:
-        """Work on the first step until then; whether it is done."""
+        """Work on the first step until then; returns whether it is done."""
         try:
             for _ in self._jobs[0]:
                 if time.monotonic() >= end:

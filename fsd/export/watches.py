@@ -25,7 +25,7 @@ from .interest import Interest
 from .watchlimit import has_part
 
 COMPARE_EVERY = 2.0
-"""Seconds between comparisons of a directory that the host gave no watch for (ENOSPC)."""
+"""Seconds between comparisons of a directory for which the host gave no watch (ENOSPC)."""
 CHUNKS_AT_ONCE = 8
 """Reads of a directory's names at once, before the rest becomes a chore: 8,000 names, 10 ms."""
 _NOTHING = Mask(0)
@@ -71,7 +71,7 @@ class Watches:
         return directory in self._unread
 
     def check(self, inode: Inode | None) -> None:
-        """Raises OSError ENOSPC where the host gave no watch for an inode; of None, for any."""
+        """Raises OSError ENOSPC if the host gave no watch for an inode; for None, for any inode."""
         if inode in self.unwatched or (inode is None and self.unwatched):
             reason = next(iter(self.unwatched.values())) if inode is None else self.unwatched[inode]
             raise OSError(errno.ENOSPC, reason)
@@ -82,7 +82,7 @@ class Watches:
         self._allowed(inode)
 
     def wanted(self, inode: Inode) -> Mask:
-        """What the host is to be watched for: the aggregate, and what keeps names right."""
+        """What to watch the host for: the aggregate, and what keeps names right."""
         mask = self._interest.aggregate(inode) | self.coming.get(inode, _NOTHING)
         if mask:
             mask |= MARKED
@@ -116,7 +116,7 @@ class Watches:
             self._take_listing(inode)
 
     def _check_part(self, inode: Inode) -> None:
-        """Raises OSError ENOSPC where all who want the watch have had their part."""
+        """Raises OSError ENOSPC if all guests that want the watch have used their part."""
         interested = self._interest.guests(inode) | self._interest.guests(None)
         used, limit = len(self._watcher), self._limit
         if limit is None or not interested:
@@ -125,7 +125,7 @@ class Watches:
             raise OSError(errno.ENOSPC, "the guest's part of the host watches is used up")
 
     def _allowed(self, inode: Inode) -> None:
-        """The host refuses no watch of it any more."""
+        """The host no longer refuses watches for it."""
         if self.unwatched.pop(inode, None) is not None:
             self._table.unpin(inode)
 
@@ -133,8 +133,8 @@ class Watches:
         return bool(self._interest.aggregate(inode) or self._interest.aggregate(None))
 
     def _take_listing(self, inode: Inode) -> None:
-        """Know the names of a directory that somebody watches, to compare with later: those of a
-        huge one by and by.
+        """Read the names of a watched directory, for later comparisons; those of a huge one
+        gradually.
         """
         if listing(inode).complete or inode in self._unread:
             return
@@ -146,7 +146,7 @@ class Watches:
             self._unread[inode] = None
 
     def look_later(self, inode: Inode, error: OSError) -> None:
-        """Nobody could look at it, which says nothing of it: it is tried again, and compared."""
+        """It could not be looked at, so nothing is known of it: it is tried again, and compared."""
         self._counts["looks_failed"] += 1
         if inode not in self.unwatched:
             self._table.pin(inode)
@@ -161,14 +161,14 @@ class Watches:
             self._unread.pop(inode, None)
 
     def reading(self, inode: Inode) -> Job[None]:
-        """Take in the names of a directory. What its events say meanwhile holds: a part is taken in
+        """Take in the names of a directory. Events meanwhile take precedence: each part is taken in
         as soon as it is read, so that no event is handled between.
         """
         known = listing(inode)
         try:
             for names in self._reader.names_in(inode):
                 if inode.listing is not known:
-                    return  # nobody watches it any more
+                    return  # it is not watched any more
                 for name, entry in names.items():
                     known.names.setdefault(name, entry.of(inode.children.get(name)))
                 yield None
@@ -209,7 +209,7 @@ class Watches:
             self.set_watch(inode)
 
     def drop_unwanted(self, inodes: Iterable[Inode]) -> None:
-        """Watch none of these that nobody is interested in."""
+        """Drop the watches of these inodes if no guest is interested."""
         for inode in inodes:
             if not self.wanted(inode):
                 self.set_watch(inode)

@@ -54,8 +54,8 @@ class WholeTree:
         return self._walk is not None
 
     def bring_in_line(self, mask: Mask) -> None:
-        """Interest in the whole file system has changed. However often it does, one walk is under
-        way: the latest.
+        """Interest in the whole file system has changed. There is only ever one walk, the
+        latest.
         """
         if self._walk is not None:
             self._walk.close()
@@ -74,7 +74,9 @@ class WholeTree:
             self._walk = None
 
     def covering(self, top: Inode, *, announce: bool) -> Job[None]:
-        """Watch a tree for whole-file-system interest; announce what was in it before the watch."""
+        """Watch a tree for whole-file-system interest; report files that were in it before the
+        watch.
+        """
         self._table.pin(top)
         todo = [top]
         try:
@@ -125,7 +127,7 @@ class WholeTree:
             yield None
 
     def cover_arrival(self, event: Event, child: Inode) -> Job[None]:
-        """Whole-file-system interest extends to a directory that has come."""
+        """Whole-file-system interest extends to a new directory."""
         if event.mask & (_CREATE | _MOVED_TO) and child.is_dir and self._interest.aggregate(None):
             yield from self.covering(child, announce=bool(event.mask & _CREATE))
 

@@ -1,4 +1,4 @@
-"""The passthrough file system: FUSE operations on the host directory, and nothing about events.
+"""The passthrough file system: FUSE operations on the host directory. Knows nothing of events.
 
 Synchronous; returns plain values; raises OSError with the errno for the guest. Every path is one
 name below a directory descriptor, so no symlink and no race leads out of the export.
@@ -29,14 +29,14 @@ from .table import InodeTable
 
 
 class Entry(NamedTuple):
-    """Answer to what looks a name up or makes one; the guest's kernel then holds a reference."""
+    """The result of a look-up or a creation; the guest's kernel then holds a reference."""
 
     inode: Inode
     attr: StatLike
 
 
 Keep = Callable[[int, bytes], None]
-"""Called before a name goes, with a descriptor of its directory."""
+"""Called before a name is removed, with a descriptor of its directory."""
 
 
 class PassthroughFS:
@@ -46,7 +46,7 @@ class PassthroughFS:
         self.table = table
         self.successors = Successors(table)
         self.on_unlinked: list[Callable[[Inode], None]] = []
-        """Told of open files that have lost their last name, as far as is known."""
+        """Called with open files that have lost their last name, as far as is known."""
 
     # Names
 
@@ -56,7 +56,7 @@ class PassthroughFS:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     def peek(self, parent: Inode, name: bytes, *, is_guest: bool = False) -> Entry:
-        """The entry behind a name, without a reference for the guest's kernel."""
+        """The entry of a name, without a reference for the guest's kernel."""
         if name == b".":
             return Entry(parent, self.getattr(parent))
         if name == b"..":
@@ -76,7 +76,7 @@ class PassthroughFS:
                 os.close(dir_fd)
 
     def peek_at(self, dir_fd: int, parent: Inode, name: bytes, *, is_guest: bool = False) -> Entry:
-        """The entry behind a name of a directory that is open."""
+        """The entry of a name in an open directory."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
             entry = Entry(*self.table.intern(fd, parent, name))
@@ -92,7 +92,7 @@ class PassthroughFS:
 
     @staticmethod
     def referenced(entry: Entry) -> Entry:
-        """The entry, counted as handed to the guest's kernel."""
+        """The entry, counted as given to the guest's kernel."""
         entry.inode.lookups += 1
         return entry
 
@@ -112,11 +112,11 @@ class PassthroughFS:
 
     @staticmethod
     def _mode(mode: int, who: Caller) -> int:
-        """Of a new file: what another has made must not run as the server's user."""
+        """The mode of a new file: a file made by another user must not run as the server's user."""
         return mode & ~0o6000 if credentials.takes_for_itself(who.uid) else mode
 
     def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, who: Caller) -> Entry:
-        """MKNOD. Device nodes are for root to make, as natively; a guest's kernel opens its own
+        """MKNOD. Only root may make device nodes, as natively; a guest's kernel opens its own
         devices by them.
         """
         is_device = stat.S_IFMT(mode) in (stat.S_IFCHR, stat.S_IFBLK)
@@ -138,8 +138,8 @@ class PassthroughFS:
         return self._made(parent, name, stat.S_IFLNK)
 
     def _made(self, parent: Inode, name: bytes, kind: int) -> Entry:
-        """What was just made by the name. Raises FileNotFoundError where that is gone by now, also
-        where something of another kind has come: kernels take that for a broken server (EIO).
+        """The object just made under the name. Raises FileNotFoundError if it is gone, and also if
+        an object of another kind is there: kernels would take that for a broken server (EIO).
         """
         entry = self.peek(parent, name, is_guest=True)
         if entry.inode.kind != kind:
@@ -157,7 +157,7 @@ class PassthroughFS:
             with self._creating(parent, name, who) as dir_fd:
                 new = flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 fd = os.open(name, new, self._mode(mode, who), dir_fd=dir_fd)
-        except FileExistsError:  # made by somebody else since the guest looked
+        except FileExistsError:  # another party made it since the guest looked
             if exclusive:
                 raise
             fd = self._open_existing(parent, name, flags, who, open_file)
@@ -183,7 +183,7 @@ class PassthroughFS:
     def _open_existing(
         self, parent: Inode, name: bytes, flags: int, who: Caller, open_file: OpenFile
     ) -> int:
-        """Open what a CREATE has found there. No guest's kernel has checked permissions."""
+        """Open a file that a CREATE has found. No guest's kernel has checked permissions."""
         with self.table.reach.directory(parent) as dir_fd:
             path_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)
         try:
@@ -215,8 +215,8 @@ class PassthroughFS:
         self._gone(parent, name)
 
     def _removing(self, who: Caller, *dir_fds: int) -> AbstractContextManager[None]:
-        """As the caller where a directory is sticky: the guest's kernel has judged whose the file
-        is that it knows by the name, and the name may stand for another's by now.
+        """As the caller if a directory is sticky: the guest's kernel has checked the owner of the
+        file that it knows by the name, and the name may stand for another user's now.
         """
         if who.uid and any(os.fstat(fd).st_mode & stat.S_ISVTX for fd in dir_fds):
             return self._acting_as(who)
@@ -277,8 +277,8 @@ class PassthroughFS:
     @staticmethod
     def _check_movable(dir_fd: int, name: bytes, who: Caller) -> None:
         """Raises PermissionError for a directory that the caller cannot write, whatever its groups:
-        it cannot move elsewhere (vfs_rename in fs/namei.c). The guest's kernel has judged the one
-        that it knows by the name.
+        it cannot move elsewhere (vfs_rename in fs/namei.c). The guest's kernel has checked the
+        object that it knows by the name.
         """
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         writable = status.st_uid == who.uid or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
@@ -293,7 +293,7 @@ class PassthroughFS:
     # Attributes
 
     def getattr(self, inode: Inode) -> os.stat_result:
-        """GETATTR; of an unlinked file by one of its open handles."""
+        """GETATTR; of an unlinked file through one of its open handles."""
         if inode.open_fds:
             return os.fstat(inode.open_fds[-1])
         if inode.is_dir:
@@ -306,7 +306,7 @@ class PassthroughFS:
             return os.fstat(fd)
 
     def getattr_by_path(self, inode: Inode) -> os.stat_result:
-        """GETATTR on the way to open a path. Raises OSError ESTALE as ``Successors.used`` does."""
+        """GETATTR on the way to open a path. Raises OSError ESTALE like ``Successors.used``."""
         try:
             return self.getattr(inode)
         except OSError as error:
@@ -321,8 +321,9 @@ class PassthroughFS:
         handle: Handle | None,
         run: Callable[[Change, int, bool], os.stat_result],
     ) -> os.stat_result:
-        """SETATTR, in the order chown, mode, size, times: each undoes side effects before it.
-        ``run`` does it, given the descriptor, and whether that is the caller's open file.
+        """SETATTR, in the order chown, mode, size, times: each undoes side effects of the previous
+        ones. ``run`` carries it out, given the descriptor, and whether that is the caller's open
+        file.
         """
         if handle is not None and handle.fd >= 0 and handle.inode is inode:
             return run(partial(changes.apply, is_open=True), handle.fd, True)
@@ -333,7 +334,7 @@ class PassthroughFS:
             return run(change, fd, False)
 
     def born_ns(self, inode: Inode) -> int:
-        """Time of creation; 0 where the file system has none."""
+        """Time of creation; 0 if the file system has none."""
         with self.successors.used(inode) as fd:
             return syscalls.born_ns(fd, b"")
 
@@ -363,7 +364,7 @@ class PassthroughFS:
             return os.access(syscalls.fd_path(fd), mode)
 
     def statfs(self, inode: Inode) -> os.statvfs_result:
-        """STATFS, of the file system that an object is on."""
+        """STATFS of the file system that an object is on."""
         if self.table.reach.is_own(inode.identity):
             return os.fstatvfs(self.table.reach.root_fd)
         with self.table.reach.opened(inode) as fd:
@@ -386,14 +387,14 @@ class PassthroughFS:
         return self._handle(inode, fd, flags)
 
     def reopen(self, inode: Inode, flags: int) -> Handle:
-        """The very object again, for a handle that another process had. Raises OSError."""
+        """Open the very object again, for a handle that another process had. Raises OSError."""
         check_regular(inode.kind)
         with self.table.reach.opened(inode) as path_fd:
             fd = os.open(syscalls.fd_path(path_fd), flags | os.O_CLOEXEC)
         return self._handle(inode, fd, flags)
 
     def resume(self, inode: Inode | None, fd: int, flags: int) -> Handle:
-        """A file or directory that is open; None where nobody knows which. Takes ``fd``."""
+        """A file or directory that is open; None if it is not known which. Takes ``fd``."""
         if inode is None:
             inode, _ = self.table.intern_nameless(fd, self.table.root)
         handle = self._handle(inode, fd, flags)
@@ -408,14 +409,14 @@ class PassthroughFS:
         return self._handle(inode, fd, os.O_RDONLY)
 
     def ioctl(self, handle: Handle, who: Caller, command: int, data: bytes) -> bytes:
-        """IOCTL, one of fsd.linux.ioctls.FILES: permission to change flags is the caller's."""
+        """IOCTL, one of fsd.linux.ioctls.FILES, with the caller's permission to change flags."""
         fileflags.check(handle.fd, command, data)
         with self._acting_as(who, judged=False):
             return fcntl.ioctl(handle.fd, command, data)
 
     @staticmethod
     def read_directory(handle: Handle, position: int, size: int) -> list[DirEntry]:
-        """READDIR: entries from a position on, some ``size`` bytes of them; [] at the end."""
+        """READDIR: entries from a position on, about ``size`` bytes of them; [] at the end."""
         if position != handle.position:
             handle.position = -1
             directories.seek(handle.fd, position)
@@ -429,7 +430,7 @@ class PassthroughFS:
             os.close(self.let_go(handle))
 
     def let_go(self, handle: Handle) -> int:
-        """The same for a handle that is open; its descriptor is still to be closed."""
+        """The same without closing: returns the descriptor to close, which stays open."""
         fd, handle.fd = handle.fd, -1
         handle.inode.open_fds.remove(fd)
         self.table.unpin(handle.inode)

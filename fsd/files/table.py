@@ -1,10 +1,9 @@
-"""The inode table: which host object a (nodeid, generation) stands for, and where it is known to
-be.
+"""The inode table: which host object a (nodeid, generation) stands for, and its known place.
 
-Identity is the host's file handle where there is one, so a reused inode number is a new node.
-nodeid is the host's st_ino wherever that is free, so that the guest's st_ino is the host's.
+Identity is the host's file handle if there is one, so a reused inode number is a new node. nodeid
+is the host's st_ino if that is free, so that the guest's st_ino is the host's.
 
-How an object is opened is Reach's (reach.py); what was forgotten is found again by recall.py.
+reach.py opens objects; recall.py finds forgotten ones again.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from .othernames import OtherNames
 from .reach import Reach
 
 _SYNTHETIC = 1 << 62
-"""First nodeid for what cannot have its st_ino: above the inode numbers of real file systems."""
+"""First nodeid for objects that cannot have their st_ino: above the inode numbers of real file
+systems."""
 
 
 def _hidden_directory(nodeid: int, name: bytes) -> Inode:
@@ -36,7 +36,7 @@ def _hidden_directory(nodeid: int, name: bytes) -> Inode:
 
 
 class LookupCountError(AssertionError):
-    """A guest forgot more than it had looked up: a bug of ours, loud in tests."""
+    """A guest forgot more than it had looked up: a bug in the server, which tests make visible."""
 
 
 class InodeTable:
@@ -46,7 +46,7 @@ class InodeTable:
         self._next_synthetic = _SYNTHETIC
         self.moves = 0  # of directories: paths made before are out of date
         self.on_moved: list[Callable[[Inode], None]] = []
-        """Told of each object that has another place than it had."""
+        """Called with each object whose place has changed."""
         self._other_names = OtherNames()
         self.reach = Reach(root, self._other_names, self.place)
         self.mounts = self.reach.mounts
@@ -56,7 +56,7 @@ class InodeTable:
         self.root.number = status.st_ino
         self.root.nlink = status.st_nlink
         self.root.pins = 1
-        # Where directories are that went out of sight: moved to where nobody watches.
+        # The parent of directories that went out of sight: moved to an unwatched place.
         self.outside = _hidden_directory(STAGING, b"staging")
         self.outside.parent = _hidden_directory(FSD_DIR, FSD_NAME)
         self.outside.parent.parent = self.root
@@ -114,7 +114,7 @@ class InodeTable:
         return inode, status
 
     def intern_nameless(self, fd: int, directory: Inode) -> tuple[Inode, os.stat_result]:
-        """The inode of a file that was opened in a directory with O_TMPFILE. Its events go by the
+        """The inode of a file that was opened in a directory with O_TMPFILE. Its events have the
         name that the kernel shows for it.
         """
         identity, status = self.reach.identify(fd)
@@ -130,7 +130,7 @@ class InodeTable:
         if inode.parent is parent and inode.name == name and parent.children.get(name) is inode:
             return
         if inode.is_dir and is_below(parent, inode):
-            self.lose(parent)  # what was known of it is out of date
+            self.lose(parent)  # its known place is out of date
         old = inode.parent
         moved = old is not None and (old is not parent or inode.name != name)
         # A hard link keeps its other names; a directory or a single link has just this one.
@@ -150,7 +150,7 @@ class InodeTable:
                 tell(inode)
 
     def lose(self, directory: Inode) -> None:
-        """Note that a directory is no longer where it was, and not known where it is."""
+        """Note that a directory is no longer where it was, and its place is unknown."""
         self.place(directory, self.outside, b"%d" % directory.nodeid)
 
     @staticmethod
@@ -160,7 +160,7 @@ class InodeTable:
             del parent.children[name]
 
     def placeholder(self, kind: int, parent: Inode | None, name: bytes) -> Inode:
-        """An inode for an object that is gone already; it is no one else's identity."""
+        """An inode for an object that is already gone; it has an identity of its own."""
         nodeid = self._synthetic()
         inode = Inode(nodeid, 1, Identity(-1, nodeid, b"", 0), kind)
         inode.parent, inode.name = parent, name
@@ -188,7 +188,7 @@ class InodeTable:
         return self._by_node.get(inode.nodeid) is inode
 
     def current(self, inode: Inode) -> Inode:
-        """The table's own object for the same host object, if it holds one."""
+        """The table's own object for the same host object, if it has one."""
         return self._by_identity.get(inode.identity, inode)
 
     def _synthetic(self) -> int:
@@ -196,8 +196,8 @@ class InodeTable:
         return self._next_synthetic - 1
 
     def numbering(self, directory: Inode) -> Callable[[bytes, int], int] | None:
-        """What makes unique numbers of those in the host's listing of a directory, each with its
-        name; None where they are.
+        """A function that makes unique numbers from those in the host's listing of a directory,
+        each with its name; None if they are unique.
         """
         device, _, _, mount = directory.identity
         if self.mounts.is_own(mount, device) and not self.mounts.below:
@@ -220,8 +220,8 @@ class InodeTable:
         if (old := self._by_node.get(nodeid)) is not None:
             self.release(old)
         if not ROOT_ID < nodeid < _SYNTHETIC or nodeid in self._by_node:
-            # Also where the host reused the number: a guest's requests name only the nodeid, so the
-            # old object keeps it for as long as anybody refers to it.
+            # Also if the host reused the number: a guest's requests name only the nodeid, so the
+            # old object keeps it as long as it is in use.
             had = self.forgotten.nodeid_of(identity)
             nodeid = had if had >= _SYNTHETIC else self._synthetic()
         self.forgotten.drop(nodeid)
@@ -233,7 +233,7 @@ class InodeTable:
 
     def adopt(self, nodeid: int, generation: int, identity: Identity, kind: int) -> Inode:
         """An inode as another run of the server knew it. It has no place and no reference yet.
-        Raises ValueError where its nodeid or its object is another's.
+        Raises ValueError if its nodeid or its object belongs to another.
         """
         if nodeid in self._by_node or not ROOT_ID < nodeid < FSD_DIR:
             raise ValueError(f"nodeid {nodeid} is taken")
@@ -249,7 +249,7 @@ class InodeTable:
         return inode
 
     def identify_as(self, inode: Inode, identity: Identity) -> None:
-        """An inode stands for that object. Raises ValueError where it is another's."""
+        """An inode stands for that object. Raises ValueError if another does."""
         if self._by_identity.get(identity, inode) is not inode:
             raise ValueError(f"the object of nodeid {inode.nodeid} has another")
         self._by_identity.pop(inode.identity, None)
@@ -259,7 +259,7 @@ class InodeTable:
         self._by_identity[identity] = inode
 
     def retire(self, inode: Inode) -> None:
-        """The inode's object is gone for good: what is found with the same identity is another."""
+        """The inode's object is gone for good: an object with the same identity is another."""
         if self.holds(inode):
             self.identify_as(inode, Identity(-1, inode.nodeid, b"", 0))
 
@@ -275,7 +275,7 @@ class InodeTable:
         self.release(inode)
 
     def pin(self, inode: Inode) -> None:
-        """Keep the inode for the server's own need."""
+        """Keep the inode for the server's own use."""
         inode.pins += 1
 
     def unpin(self, inode: Inode) -> None:
@@ -285,8 +285,8 @@ class InodeTable:
         self.release(inode)
 
     def release(self, inode: Inode | None) -> None:
-        """Drop the inode from the table if nobody refers to it, nor to anything below it; then the
-        directory that it was in, and so on upwards: as deep as guests make their trees.
+        """Drop the inode from the table if neither it nor anything below it is in use; then its
+        directory, and so on upwards: as deep as guests make their trees.
         """
         while inode is not None and not (inode.pins or inode.lookups or inode.children):
             if self._by_node.get(inode.nodeid) is not inode:
@@ -315,7 +315,7 @@ class InodeTable:
         self.remember(inode.nodeid, Forgotten(inode.identity, *place))
 
     def remember(self, nodeid: int, forgotten: Forgotten) -> None:
-        """Keep in mind what a nodeid stood for that nobody refers to any more."""
+        """Remember the object of a nodeid that is no longer in use."""
         self.forgotten.add(nodeid, forgotten)
         if nodeid >= self._next_synthetic:
             self._next_synthetic = nodeid + 1

@@ -1,4 +1,4 @@
-"""FUSE requests about open files and directories, as raw messages: data in place, listings."""
+"""FUSE requests about open files and directories, as raw messages: file data in place, listings."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .record import SessionRecord
 from .request import Request
 
 LONG_POLL = 10.0
-"""Seconds that a read of the channel waits where poll(2) cannot: a killed agent stays in it until
-it is answered, and over virtiofs nothing tells of the kill (docs/protocol.md)."""
+"""Seconds that a read of the channel waits if poll(2) cannot: a killed agent stays in it until it
+is answered, and over virtiofs the server does not learn of the kill (docs/protocol.md)."""
 LONG_POLL_WITH_POLL = 1.0
-"""The same where an agent with nothing to do waits in poll(2)."""
+"""The same if an idle agent waits in poll(2)."""
 CHANNEL_WRITE_LIMIT = 1 << 20
-"""Bytes of frames in one write: what the kernel sends at most."""
+"""Bytes of frames in one write: the kernel sends at most that."""
 LISTING_LIMIT = 1 << 17
-"""Bytes of a listing in one reply, though the guest has room for more: READDIRPLUS looks up some
-800 names for it, which takes 10 ms. The kernel asks again, from where the reply ends."""
+"""Bytes of a listing in one reply, even if the guest has room for more: READDIRPLUS looks up about
+800 names for it, which takes 10 ms. The kernel asks again, from the end of the reply."""
 _ENTRY_SIZE = fuse.ENTRY_SIZE
 _DIRENT_SIZE = fuse.DIRENT.size
 _NO_ENTRY = bytes(_ENTRY_SIZE)
@@ -90,7 +90,7 @@ class Files:
         }
 
     def resume(self, kept: SessionRecord, inodes: Mapping[int, Inode]) -> None:
-        """Take over what was open in another process."""
+        """Take over files that were open in another process."""
         self._handles.update(self._operations.resume(kept, inodes))
         for handle in self._operations.files():  # in the order of opening
             self.bypass.opened(handle)
@@ -117,7 +117,7 @@ class Files:
         handle = self._operations.handle(fh)
         if isinstance(handle, HiddenHandle) and handle.channel is not None:
             self._channels[fh] = ChannelFile(handle.channel)
-        if isinstance(handle, HiddenHandle | IdleHandle):  # no data of it may be cached
+        if isinstance(handle, HiddenHandle | IdleHandle):  # its data must not be cached
             return self._opened(request, fh, _DIRECT_IO)
         if flags & self._direct_io:
             self._bypass_cache(fh)
@@ -127,11 +127,13 @@ class Files:
         return self._opened(request, fh, reply_flags)
 
     def _data_flags(self, handle: Handle) -> int:
-        """What the guest's kernel may keep of a file that it opens."""
+        """What the guest's kernel may cache of a file that it opens."""
         return _DIRECT_IO if self.bypass.opened(handle) else self._file_flags
 
     def _bypass_cache(self, fh: int) -> None:
-        """O_DIRECT for an open file. Raises OSError EINVAL where its file system knows none."""
+        """O_DIRECT for an open file. Raises OSError EINVAL if its file system does not support
+        it.
+        """
         fd = self._operations.file_fd(fh)
         try:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
@@ -256,7 +258,7 @@ class Files:
         self._operations.fsync(fh, data_only=bool(flags & fuse.FSYNC_FDATASYNC))
         return b""
 
-    # What waits
+    # Requests that wait
 
     def _read_channel(self, request: Request, channel: ChannelFile, size: int) -> None:
         """The long poll: frames, or nothing when its time is over."""
@@ -280,7 +282,7 @@ class Files:
         self._waiting.add(request, stop)
 
     def _write_channel(self, request: Request, channel: ChannelFile, data: bytes) -> None:
-        """Answered at once, unless too much of what was written before is still to be handled."""
+        """Answered at once, unless too much of the earlier writes is still to be handled."""
         self._waiting.check(request)
         channel.write(data)
         reply = fuse.WRITE_OUT.pack(len(data))
@@ -358,7 +360,7 @@ class Files:
             else:
                 is_full = self._nodes.is_full
                 entry = None if is_full else self._operations.entry(fh, name)
-                if entry is not None:  # else the name alone: the kernel asks if it needs more
+                if entry is not None:  # else only the name: the kernel asks if it needs more
                     entry.inode.lookups += 1
                     undo.append(self._nodes.hold(entry.inode))
                     plus = self._nodes.entry(request.who, entry, node.nodeid)
@@ -370,4 +372,4 @@ class Files:
 
 
 def _nothing() -> None:
-    """A thread goes on to its end."""
+    """A thread continues to its end."""

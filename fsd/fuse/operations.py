@@ -1,8 +1,8 @@
 """The operations that a transport offers to one mount: passthrough, own echo, replay, hidden files.
 
-Each call comes from the mount's users, from its replayer, or concerns the hidden directory; this
-is where the three part. Synchronous, plain values; an OSError carries the errno for the guest.
-Names and attributes are here, open files in servicefiles.
+Each call comes from the mount's users, from its replayer, or is about the hidden directory; this
+module separates the three. Synchronous, plain values; an OSError carries the errno for the guest.
+Names and attributes are here, open files in handles.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ class Operations(FileService):
             self._fs.rename(old, name, new, name2, flags, who, keep)
 
     def _to_change(self, who: Caller, nodeid: int, name: bytes) -> Inode:
-        """The directory in which a user changes a name. Raises OSError ESTALE: not now."""
+        """The directory in which a user changes a name. Raises OSError ESTALE if that has to
+        wait.
+        """
         node = self._names(nodeid, name)
         self.guest.history.changes(who, (node, name))
         return node
@@ -190,7 +192,7 @@ class Operations(FileService):
     def create(
         self, who: Caller, nodeid: int, name: bytes, mode: int, flags: int, *, kill: bool = False
     ) -> tuple[Entry, int]:
-        """CREATE; with O_TRUNC, ``kill`` suid and sgid bits of what is there already."""
+        """CREATE; with O_TRUNC, ``kill`` suid and sgid bits of an existing file."""
         self.check_room()
         self._refuse_replayer(who, "create")
         node = self._names(nodeid, name)
@@ -240,21 +242,21 @@ class Operations(FileService):
         self.guest.history.asks(who, nodeid)
         if inode.is_placeholder:
             return inode, self.guest.ledger.attributes(inode)
-        self._looked_up(who, inode)  # a mark may be set by a descriptor, without a look-up
+        self._looked_up(who, inode)  # a mark may be set through a descriptor, without a look-up
         try:
             return inode, self._wherever(inode, partial(self._fs.getattr_by_path, inode))
-        except FileNotFoundError:  # a removed directory that somebody works in
+        except FileNotFoundError:  # a removed directory in which a program works
             return inode, placeholder_attr(inode, nlink=0)
         except OSError as error:
             raise self.guest.history.in_words(who, error) from None
 
     def born_ns(self, who: Caller, nodeid: int) -> int:
-        """STATX: time of creation; 0 where that is not known."""
+        """STATX: time of creation; 0 if it is not known."""
         if nodeid >= FSD_DIR or self.is_replayer(who):
             return 0
         try:
             return self._fs.born_ns(self._table.get(nodeid))
-        except OSError:  # gone by now
+        except OSError:  # gone
             return 0
 
     def setattr(
@@ -274,7 +276,8 @@ class Operations(FileService):
         events = self._about(inode, changes.events)
 
         def run(change: Change, fd: int, is_open: bool) -> os.stat_result:
-            # Somebody may have a lease on what is not open, and to cut a long file takes long.
+            # A program may have a lease on a file that is not open, and truncating a long file
+            # takes long.
             size = changes.size
             if size is None or (is_open and os.fstat(fd).st_size - size <= LONG):
                 return change(fd)
@@ -321,10 +324,10 @@ class Operations(FileService):
             self._fs.removexattr(inode, name)
 
     def access(self, nodeid: int, mode: int) -> bool:
-        """ACCESS; asked only where the kernel does not check permissions itself."""
+        """ACCESS; sent only if the kernel does not check permissions itself."""
         return True if nodeid >= FSD_DIR else self._fs.access(self._table.get(nodeid), mode)
 
     def statfs(self, nodeid: int) -> os.statvfs_result:
-        """STATFS: of the file system that a node is on, the share's for what is gone."""
+        """STATFS of the file system that a node is on; of the share's if the node is gone."""
         inode = self._table.root if nodeid >= FSD_DIR else self._table.get(nodeid)
         return self._fs.statfs(self._table.root if inode.is_placeholder else inode)

@@ -1,8 +1,8 @@
 """The FUSE session of one guest: raw requests in, raw replies out. Transports move the bytes.
 
 Serves a virtiofs device's queues or a /dev/fuse descriptor alike. It calls the operations, as
-transports/libfuse.py does for pyfuse3. What can be answered at once is, in the call; what has to
-wait (locks, the channel's long poll, fsync) is answered later through the transport's ``Loop``.
+transports/libfuse.py does for pyfuse3. Most requests are answered within the call; those that have
+to wait (locks, the channel's long poll, fsync) are answered later through the transport's ``Loop``.
 
 The guest is not trusted: nothing that it sends raises out of ``serve``.
 """
@@ -39,7 +39,7 @@ from .request import MAX_WRITE, Buffers, Request, copy_in, copy_out, size_of
 log = structlog.get_logger()
 MAX_PAGES = 256
 _MAX_BACKGROUND = 64
-"""Requests that the kernel may have under way beside those that a process waits for."""
+"""Background requests that the kernel may have under way, beyond those that a process waits for."""
 _ALWAYS = (
     Init.ASYNC_READ | Init.ATOMIC_O_TRUNC | Init.EXPORT_SUPPORT | Init.BIG_WRITES
     | Init.DONT_MASK | Init.HAS_IOCTL_DIR | Init.AUTO_INVAL_DATA | Init.ASYNC_DIO
@@ -58,14 +58,14 @@ _ONCE = frozenset({
     Opcode.LINK, Opcode.REMOVEXATTR, Opcode.CREATE, Opcode.RENAME2, Opcode.TMPFILE, Opcode.IOCTL,
     Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64,
 })  # fmt: skip
-"""Requests that do something else the second time (docs/decisions/restart.md)."""
+"""Requests that have another effect the second time (docs/decisions/restart.md)."""
 FORGETS_LIMIT = 1 << 22
 """Bytes of BATCH_FORGET that are still to be done, of one guest over virtiofs; Linux sends none
-there. By /dev/fuse they come from this machine's kernel, and are done at once."""
+there. Through /dev/fuse they come from this machine's kernel, and are done at once."""
 _NAME_AT: dict[int, int] = {Opcode.LOOKUP: 0, Opcode.CREATE: fuse.CREATE_IN.size}
-"""Requests that open what is there by a name, and where in their body that is."""
+"""Requests that open an existing object by a name, and the name's offset in their body."""
 _DOTS = (b".\0", b"..\0")
-"""What LOOKUP asks for of a node that a file handle names (fs/fuse/inode.c, fuse_get_dentry)."""
+"""Names that LOOKUP asks for in the node of a file handle (fs/fuse/inode.c, fuse_get_dentry)."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +74,25 @@ class SessionOptions:
 
     caching: Caching = field(default_factory=Caching)
     posix_acl: bool = False
-    """The guest's kernel minds ACLs; the export's file system should have them."""
+    """The guest's kernel enforces ACLs; the export's file system should have them."""
     is_judged: bool = True
     """The guest's kernel checks permissions; else the host does, for the one user of the mount."""
     xattr: bool = True
     locks: bool = True
-    """Locks are the host's, seen by everyone; else each guest's own."""
+    """Locks are the host's, seen by all; else local to each guest."""
     submounts: bool = False
-    """Tell the guest where another file system of the host begins."""
+    """Show the guest where another file system of the host begins."""
     readdirplus: bool = True
-    """Listings come with attributes, where the guest may keep those."""
+    """Listings come with attributes, if the guest may cache those."""
     direct_io: bool = False
-    """O_DIRECT holds on the host, too: it is to keep no data of such a file either."""
+    """O_DIRECT applies on the host, too: the host caches no data of such a file either."""
     is_local: bool = False
-    """The guest's processes are this machine's: /proc has their groups."""
+    """The guest's processes run on this machine: /proc has their groups."""
     notify: Callable[[bytes], None] | None = None
-    """Sends an unsolicited message; None where there is no way, as with virtiofs."""
+    """Sends an unsolicited message; None if that is impossible, as with virtiofs."""
     nodes_limit: int = NODES_LIMIT
     kept: SessionRecord | None = None
-    """What outlives this process of the session, and what an earlier one has left of it."""
+    """Records this session for the next process, and holds the record of an earlier one."""
 
 
 class FuseSession:
@@ -104,7 +104,7 @@ class FuseSession:
         self._operations = operations
         self._guest = operations.guest.name  # for the log
         self._loop = loop
-        self._era = 0  # how often everything was given back
+        self._era = 0  # how often everything was returned
         self._forgetting = 0  # bytes of BATCH_FORGET that are not done
         self._options = options or SessionOptions()
         caching, submounts = self._options.caching, self._options.submounts
@@ -151,8 +151,8 @@ class FuseSession:
     def serve(self, readable: Buffers, writable: Buffers, done: Callable[[int], None]) -> None:
         """One request: its message in ``readable``, its reply into ``writable``.
 
-        ``done`` is called once, now or later, with the number of bytes written; 0 = no reply. Where
-        it raises OSError, the guest does not have the reply. Never raises.
+        ``done`` is called once, now or later, with the number of bytes written; 0 = no reply. If it
+        raises OSError, the guest did not get the reply. Never raises.
         """
         try:
             request = Request(readable, writable, done, self._groups)
@@ -186,7 +186,9 @@ class FuseSession:
             request.fail(errno.EIO)
 
     def _serve_later(self, request: Request, call: SlowCall) -> None:
-        """A thread makes the call, then the request is served again: other requests meanwhile."""
+        """A thread makes the call, then the request is served again; other requests run
+        meanwhile.
+        """
         outcome, operations = Outcome(call), self._operations
         try:
             self._waiting.check(request)
@@ -220,7 +222,9 @@ class FuseSession:
         self._loop.in_thread(outcome, done)
 
     def _close_slowly(self, fd: int, expected: Events) -> None:
-        """To close a descriptor may take long: a thread does. All at the end, one does."""
+        """Closing a descriptor may take long, so a thread does it. At the end of the session, one
+        does for all.
+        """
         if self._closing is not None:
             self._closing.append(fd)
             return
@@ -255,8 +259,9 @@ class FuseSession:
     def serve_again(
         self, readable: Buffers, writable: Buffers, done: Callable[[int], None], *, safe: bool
     ) -> None:
-        """As ``serve``, for a request that a session before may have done, but not answered: it is
-        done again where that comes to the same, and else fails with EIO. Not ``safe``: it fails.
+        """As ``serve``, for a request that an earlier session may have carried out, but not
+        answered: it is done again if that has the same effect, and else fails with EIO. Not
+        ``safe``: it fails.
         """
         try:
             request = Request(readable, writable, done, self._groups)
@@ -277,7 +282,7 @@ class FuseSession:
 
     @staticmethod
     def _changes_more(request: Request) -> bool:
-        """Whether the arguments make a difference to a second time."""
+        """Whether its arguments give it another effect the second time."""
         try:
             if request.opcode == Opcode.SETXATTR:  # XATTR_CREATE, XATTR_REPLACE
                 return bool(int.from_bytes(request.body[4:8], "little"))
@@ -290,12 +295,12 @@ class FuseSession:
         return False
 
     def suspend(self) -> None:
-        """Answer nothing any more: what waits is asked again."""
+        """Answer nothing any more: waiting requests are sent again."""
         self._waiting.suspend()
 
     def close(self, then: Callable[[], None] = lambda: None) -> None:
-        """The guest is gone: answer what still waits, give back all that it held. ``then`` is
-        called once that is done: where it is much, later.
+        """The guest has disconnected: answer waiting requests, drop everything that it held.
+        ``then`` is called once that is done: if there is much, later.
         """
         self._minor = 0
         self._era += 1
@@ -317,8 +322,8 @@ class FuseSession:
     # The server before, and the one after this
 
     def resume(self, inodes: Mapping[int, Inode]) -> None:
-        """Go on where the session of another process was; ``inodes`` by the nodeids that it had.
-        Raises ValueError for what cannot have been.
+        """Continue the session of a previous process. ``inodes`` maps its nodeids to our inodes.
+        Raises ValueError if the saved state is inconsistent.
         """
         kept = self._kept
         if kept is None or kept.agreed is None:
@@ -330,7 +335,7 @@ class FuseSession:
         kept.taken()
 
     def leave(self) -> None:
-        """The session goes on in another process: hand over what is open."""
+        """The session continues in another process: hand over open files."""
         if self._kept is not None:
             self._kept.leave(self._operations.descriptors(), self._operations.locks.descriptors())
 
@@ -338,7 +343,7 @@ class FuseSession:
 
     def _init(self, request: Request) -> bytes:
         major, minor, readahead, flags = fuse.INIT_IN.unpack(request.body)
-        if major > fuse.MAJOR:  # the kernel asks again with ours
+        if major > fuse.MAJOR:  # the kernel asks again with this server's version
             return fuse.INIT_OUT.pack(fuse.MAJOR, fuse.MINOR, *(0,) * 11)
         if major < fuse.MAJOR or minor < fuse.OLDEST_MINOR:
             log.error(
@@ -415,7 +420,7 @@ class FuseSession:
 
 
 def _take_back(notify: Callable[[bytes], None], inode: Inode) -> None:
-    """FUSE_NOTIFY_INVAL_INODE of the attributes alone, which waits for no lock."""
+    """FUSE_NOTIFY_INVAL_INODE of the attributes only, which waits for no lock."""
     message = fuse.NOTIFY_INVAL_INODE_OUT.pack(inode.nodeid, -1, 0)
     size = fuse.OUT_HEADER.size + len(message)
     notify(fuse.OUT_HEADER.pack(size, fuse.NOTIFY_INVAL_INODE, 0) + message)
@@ -431,7 +436,7 @@ def _close_all(fds: list[int]) -> None:
 
 
 def _refuse(readable: Buffers, writable: Buffers, done: Callable[[int], None]) -> None:
-    """Answer what is no request: EINVAL where there is room for it, to the number it may have."""
+    """Answer an invalid request: EINVAL if there is room for it, to the number that it may have."""
     size = fuse.OUT_HEADER.size
     if size_of(writable) < size:
         done(0)

@@ -1,7 +1,7 @@
-"""Guests: who gets events, and the bounded outbox through which they get them.
+"""Guests, the receivers of events, and the bounded outbox of each.
 
-A Guest that reads slowly never delays another: at its limit, events are not queued but noted by
-name, and told as a difference once the outbox has room (DESIGN 4.5).
+A guest that reads slowly never delays another: at its limit, events are not queued but noted by
+name, and delivered as a difference once the outbox has room.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 TOKEN_SIZE = 16
-"""Bytes of what an observer shows when it comes back."""
+"""Bytes of the token that an observer presents when it reconnects."""
 OUTBOX_LIMIT = 262_144
-"""Events queued for one guest: bursts that a native watcher with a raised max_queued_events
-survives; some 100 MB at worst."""
+"""Events queued for one guest: as many as a native watcher with a raised max_queued_events
+survives; about 100 MB at most."""
 OUTBOX_BYTES = 256 << 20
 """Bytes of events that wait for one guest, in its agent's outbox and those of all its observers
-together: OUTBOX_LIMIT events of an agent. What is beyond that is noted by name."""
+together: OUTBOX_LIMIT events of an agent. Beyond that, events are noted by name."""
 EVENT_COST = 350
-"""Bytes of an event in an observer's outbox, beside its name."""
+"""Bytes of an event in an observer's outbox, without its name."""
 MISSED_COST = 600
-"""Bytes of a name that was missed, beside the name and what was known of it."""
+"""Bytes of a missed name, without the name and its known state."""
 MISSED_LIMIT = 65_536
-"""Names that one guest may have missed, 40 MB. Beyond it they are given up, and the directories
-that it watches are looked at as a whole (fsd.events.compare.changed_lately)."""
+"""Names that one guest may have missed, 40 MB. Beyond it they are dropped, and the directories that
+it watches are compared as a whole (fsd.events.compare.changed_lately)."""
 QUEUED = 2.0
-"""Seconds that the first event that was missed may have stood in the host's queue."""
+"""Longest time in seconds that the first missed event may have waited in the host's queue."""
 PRUNE_AT = 4096
-"""Names that were missed among which those that came and went are looked for; then at twice as many
-as are left."""
+"""Number of missed names at which those that came and went are removed; then at twice as many as
+are left."""
 MARKS_LIMIT = 524_288
-"""Marks of one guest: as high as editors advise to set max_user_watches; some 0.5 GB without host
+"""Marks of one guest: as high as editors advise to set max_user_watches; about 0.5 GB without host
 watches, whose number has a limit of its own (fsd.export.watchlimit)."""
 
 _LEAVES = int(Mask.DELETE | Mask.MOVED_FROM)
 _numbers = itertools.count(1)
 _LOST = frames.Event(0, 0, int(Mask.Q_OVERFLOW), 0, b"")
 FIRST, SECOND = 1, 2
-"""Which half of a rename a guest asked for: what happened at the old, at the new place."""
+"""Which half of a rename a guest asked for: the event at the old, at the new place."""
 
 
 def new_token() -> bytes:
-    """What an observer shows when it comes back; not to be guessed."""
+    """The token that an observer presents when it reconnects; it cannot be guessed."""
     return secrets.token_bytes(TOKEN_SIZE)
 
 
 class Account:
-    """Bytes of what waits for one guest, its own and that of the channels that came through it."""
+    """Bytes that wait for one guest, its own and those of the channels that came through it."""
 
     __slots__ = ("limit", "used")
 
@@ -80,7 +80,7 @@ class Account:
 
     @property
     def is_overdrawn(self) -> bool:
-        """Whether not even the names of what was missed may be noted: those have a quarter more."""
+        """Whether not even missed names may be noted: they have a quarter more."""
         return self.used >= self.limit * 5 // 4
 
 
@@ -99,7 +99,7 @@ class Guest(Origin):
         self.limit = limit
         self.events = EVENTS
         self.counts: Counter[str] = Counter()
-        self.kinds: Counter[tuple[str, int]] = Counter()  # what of counts is events: by their bits
+        self.kinds: Counter[tuple[str, int]] = Counter()  # the counts of events, by their bits
         self.latencies: deque[float] = deque(maxlen=4096)  # seconds, host event to delivered
         self.missed: dict[tuple[Inode, bytes], Missed] = {}
         self.missing = False  # events are noted, not queued
@@ -121,10 +121,12 @@ class Guest(Origin):
         self.via, self.account = via, account
 
     def events_lost(self) -> None:
-        """The host's events were lost; a comparison has told, or will tell, the difference."""
+        """Events of the host were lost; a comparison has delivered, or will deliver, the
+        difference.
+        """
 
     def leave(self) -> None:
-        """The guest has gone: drop all that waits for it."""
+        """The guest has disconnected: drop everything that waits for it."""
         self.has_left = True
         self.wake = _nothing
         self.missed = {}
@@ -140,14 +142,14 @@ class Guest(Origin):
         raise NotImplementedError
 
     def enqueue(self, event: Event, halves: int, ways: Ways | None = None) -> None:
-        """Queue an event that the guest is interested in. ``ways``: how its places were reached,
-        where it is not the present that counts.
+        """Queue an event that the guest is interested in. ``ways``: the ways to its places, if not
+        the present ones.
         """
         raise NotImplementedError
 
     def offer(self, event: Event, halves: int = FIRST, ways: Ways | None = None) -> None:
-        """Queue an event (see ``enqueue``), or note it as missed. Of a rename, ``halves`` are asked
-        for. Nobody changes it any more.
+        """Queue an event (see ``enqueue``), or note it as missed. For a rename, ``halves`` are
+        those asked for. The event is not changed any more.
         """
         if self.has_left:
             return
@@ -168,8 +170,8 @@ class Guest(Origin):
             self.counts["overflows"] += 1
 
     def has_missed(self, missed: dict[tuple[Inode, bytes], Missed], lost_since: int) -> None:
-        """These are told as a difference, once the outbox is empty; and all that has changed since
-        ``lost_since`` (time.time_ns(); 0 = no more than these).
+        """These are delivered as a difference, once the outbox is empty; and all changes since
+        ``lost_since`` (time.time_ns(); 0 = only these).
         """
         self._begin_missing(time.monotonic())
         for (node, name), one in missed.items():
@@ -179,7 +181,9 @@ class Guest(Origin):
         self.wake()
 
     def note_missed(self, event: Event) -> None:
-        """Remember by name what could not be told; the first ``before`` of a name counts."""
+        """Note by name an event that could not be delivered; the first ``before`` of a name
+        counts.
+        """
         self.counts["missed"] += 1
         if self.lost_since:
             return
@@ -198,7 +202,7 @@ class Guest(Origin):
             self.missed[node, name] = old.followed_by(missed)
 
     def _prune(self) -> None:
-        """Drop names that came and went meanwhile; where too many are left, all of them."""
+        """Drop names that came and went meanwhile; if too many are left, all of them."""
         kept = {
             place: missed for place, missed in self.missed.items() if not is_void(*place, missed)
         }
@@ -216,8 +220,8 @@ class Guest(Origin):
         self.missed = kept
 
     def caught_up(self) -> tuple[dict[tuple[Inode, bytes], Missed], int]:
-        """What is to be told now, and from now on events are queued again: names, and since when
-        all that changed is to be (time.time_ns(); 0 = no more than the names).
+        """What to deliver now; from now on events are queued again. Returns names, and the time
+        since which all changes are to be delivered (time.time_ns(); 0 = only the names).
         """
         missed, since = self.missed, self.lost_since
         self._forget_missed({})
@@ -225,7 +229,7 @@ class Guest(Origin):
         return missed, since
 
     def count(self, what: str, mask: int, times: int = 1) -> None:
-        """Count what became of an event."""
+        """Count how an event was handled."""
         self.counts[what] += times
         self.kinds[what, mask & 0xFFF] += times
 
@@ -236,7 +240,7 @@ class Guest(Origin):
 
 
 def missed_by(event: Event) -> Iterator[tuple[tuple[Inode, bytes], Missed]]:
-    """What somebody has missed who was not told of the event, by place."""
+    """What a guest has missed that did not get the event, by place."""
     before = event.before
     if before is None and event.kind & _LEAVES and event.name and event.child is not None:
         before = of_inode(event.child)  # of a directory whose names were not known
@@ -247,20 +251,20 @@ def missed_by(event: Event) -> Iterator[tuple[tuple[Inode, bytes], Missed]]:
 
 
 def is_void(node: Inode, name: bytes, missed: Missed) -> bool:
-    """Whether the name was not there before, and is not now."""
+    """Whether the name did not exist before, and does not now."""
     if missed.before is not None or not name:
         return False
     return node.listing is None or name not in node.listing.names
 
 
 def _nothing() -> None:
-    """No one waits for this guest's outbox yet."""
+    """Nothing waits for this guest's outbox yet."""
 
 
 class Observer(Guest):
-    """A guest that gets events as they are: tools, tests, simulated guests.
+    """A guest that gets events as messages: tools, tests, simulated guests.
 
-    ``hears_losses``: it gets IN_Q_OVERFLOW also for a loss that a comparison makes up for.
+    ``hears_losses``: it gets IN_Q_OVERFLOW also for a loss that a comparison recovers.
     """
 
     __slots__ = ("_before", "_handed", "_outbox", "hears_losses", "token", "told")
@@ -268,9 +272,9 @@ class Observer(Guest):
     def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT, hears_losses: bool = False) -> None:
         super().__init__(name, limit=limit)
         self.hears_losses = hears_losses
-        self.token = b""  # by which it comes back to another server; b"" where it does not
-        self.told = 0  # events that were handed out, and have left
-        self._handed: list[frames.Event] = []  # those handed out last: they may be on the way
+        self.token = b""  # to reconnect to another server; b"" if it will not
+        self.told = 0  # events that were handed out before the last batch
+        self._handed: list[frames.Event] = []  # the last batch handed out: it may be on the way
         self._before = 0  # how many of the outbox are of the server before
         self._outbox: deque[tuple[frames.Event, float]] = deque()
 
@@ -314,22 +318,22 @@ class Observer(Guest):
         return frame, stamp
 
     def leave(self) -> None:
-        """The guest has gone."""
+        """The guest has disconnected."""
         super().leave()
         self._outbox.clear()
         self._handed.clear()
 
     def caught_up(self) -> tuple[dict[tuple[Inode, bytes], Missed], int]:
-        """As any guest; as from an inotify queue that was full, it hears that events were lost."""
+        """As for any guest; as with a full inotify queue, the observer gets IN_Q_OVERFLOW."""
         missed, since = super().caught_up()
         if since or self.hears_losses:
             self._queue(_LOST, time.monotonic())
         return missed, since
 
     def events_lost(self) -> None:
-        """Where it hears losses, one IN_Q_OVERFLOW for those that follow one another."""
+        """If it wants losses reported, one IN_Q_OVERFLOW for consecutive ones."""
         if not self.hears_losses or self.missing:
-            return  # in the latter case it hears when it has caught up
+            return  # in the latter case it gets one when it has caught up
         if not self._outbox or self._outbox[-1][0] is not _LOST:
             self._queue(_LOST, time.monotonic())
             self.wake()
@@ -345,27 +349,27 @@ class Observer(Guest):
         return list(self._handed)
 
     def undelivered(self) -> list[frames.Event]:
-        """What may not have arrived: more than ``told`` events, and these have."""
+        """Events that may not have arrived; those before them have."""
         return [*self._handed, *(frame for frame, _ in self._outbox)]
 
     def resume(self, told: int, events: Sequence[frames.Event]) -> None:
-        """Take up what the server before has told, and has not."""
+        """Take over what the previous server has delivered, and what it has not."""
         now = time.monotonic()
         self.told, self._before = told, len(events)
         for event in events:
             self._queue(event, now)
 
     def keep(self, token: bytes) -> None:
-        """From now on, what is told is counted."""
+        """From now on, delivered events are counted."""
         self.token, self.told, self._handed = token, 0, []
 
     def received(self, count: int) -> None:
-        """The guest has come back, with so many events received in all."""
+        """The observer has reconnected; it has received ``count`` events in total."""
         known = min(max(count - self.told, 0), self._before)
         for _ in range(known):
             self._next()
-        # What happened meanwhile is told by comparing; and where the server was killed before it
-        # saved what it had told, nobody knows what that was.
+        # A comparison delivers the changes meanwhile; and if the server was killed before it saved
+        # what it had delivered, that is unknown.
         if self.hears_losses or count > self.told + known:
             self._queue(_LOST, time.monotonic())
             self._outbox.rotate(1)
@@ -374,12 +378,12 @@ class Observer(Guest):
 
 
 BY_HAND = "by hand"
-"""The name of the guest that stands for the host's own marks by hand. An image names that of a
-machine by its mount."""
+"""The name of the guest that holds the host's own marks by hand. An image names that of a machine
+by its mount."""
 
 
 class HandMarks(Guest):
-    """Marks that people set by hand. They hold host watches; their events are only counted."""
+    """Marks set by hand. They hold host watches; their events are only counted."""
 
     __slots__ = ()
 

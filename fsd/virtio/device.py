@@ -99,7 +99,7 @@ class Session(Interface):
         """
 
     def close(self) -> None:
-        """The guest has gone."""
+        """The guest has disconnected."""
 
 
 class Listener(Interface):
