@@ -208,9 +208,7 @@ class Export:
         for inode in list(self.interest.marks(guest)):
             self._set_interest(guest, inode, Mask(0))
             yield None
-        if (
-            not self.guests and not self.is_stopping
-        ):  # no guest is left that could hold a file handle
+        if not self.guests and not self.is_stopping:  # nobody has a file handle any more
             self.table.forgotten.clear()
 
     def update(self, guest: Guest, key: NodeKey, bits: int) -> Inode | None:
@@ -445,7 +443,7 @@ class Export:
             finish(self._tree.covering(self.table.root, announce=False))
 
     def wait_for_observers(self, patience: float) -> None:
-        """Give observers up that do not come back within so many seconds."""
+        """Drop observers that do not reconnect within so many seconds."""
         self._give_up_at = time.monotonic() + patience if self.waiting else math.inf
 
     def come_back(self, token: bytes, received: int) -> Observer | None:

@@ -1,7 +1,8 @@
-"""After lost events: directories are compared with what was told of them, and the difference told.
+"""Recovery from lost events: compares directories with what was delivered of them, and delivers the
+difference.
 
-The queue has overflowed, a directory had no watch, a guest's outbox was full, no server ran: one
-way for all of them (docs/decisions/resync.md). What the comparison is, events/compare.py says.
+The queue has overflowed, a directory had no watch, a guest's outbox was full, no server ran: there
+is one way for all of them (docs/decisions/resync.md). events/compare.py does the comparison.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Recovery:
         self._unchecked = False  # whether the kernel has ended watches, and the news was lost
 
     def resync(self, directories: list[Inode]) -> None:
-        """``resyncing`` in one go."""
+        """``resyncing``, completed at once."""
         finish(self.resyncing(directories))
 
     def resyncing(self, directories: list[Inode]) -> Job[None]:
@@ -110,7 +111,7 @@ class Recovery:
             self._watches.ended(inode)
 
     def died(self, inode: Inode) -> None:
-        """Tell everyone of the end of an object."""
+        """Deliver the end of an object to all guests."""
         mask = int(Mask.DELETE_SELF)  # never with ISDIR
         self._router.route(Event(inode, mask, b"", 0, HOST, time.monotonic(), inode))
 
@@ -164,7 +165,7 @@ class Recovery:
             yield None
 
     def after_a_restart(self, *, compare: bool) -> None:
-        """Tell what happened since the listings were saved."""
+        """Deliver the changes since the listings were saved."""
         watched, refused = self._watcher.mask_of, self._watches.unwatched
         missing = [i for i in self._interest.inodes() if not watched(i) and i not in refused]
         # An object that is reached only by its path may have moved: the comparison finds it again.

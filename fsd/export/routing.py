@@ -1,4 +1,6 @@
-"""The last step of an event in the export: own echo is dropped, each guest that asked gets it."""
+"""The last step of an event in the export: drops own echo, and gives the event to each guest that
+asked.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ class Router:
         self._counts = counts
 
     def route(self, event: Event) -> None:
-        """Offer an event to all who want it."""
+        """Offer an event to all guests that want it."""
         if event.origin is SERVER:
             self._counts["own"] += 1
             return

@@ -1,4 +1,4 @@
-"""Long work on the way of events, in steps: no event is routed before it is done."""
+"""Long work in the way of events, done in steps: no event is routed before it is finished."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Steps:
         return bool(self._jobs)
 
     def add(self, job: Job[None]) -> None:
-        """Do it in later turns, behind what is there."""
+        """Do it in later turns, after earlier jobs."""
         self._jobs.append(job)
 
     def do(self, job: Job[None]) -> None:
-        """Begin it now if nothing is before it, and do the rest in later turns."""
+        """Begin it now if no job is before it, and do the rest in later turns."""
         if self._jobs or not begin(job):
             self._jobs.append(job)
 

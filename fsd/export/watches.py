@@ -1,6 +1,6 @@
-"""The host watches that guests' interest asks for, and the listings of what is watched.
+"""The host watches that guests' interest needs, and the listings of watched directories.
 
-Apart from the interest, which is only kept there: a watch may be refused, and is then tried again.
+Apart from the interest, which is pure bookkeeping: a watch may be refused, and is then tried again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NOTHING = Mask(0)
 
 
 class Watches:
-    """Those of one export. ``limit`` is the most that it may have, ``guests`` who shares them."""
+    """The host watches of one export. ``limit``: how many it may have; ``guests`` share them."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class Watches:
         self._chores = chores
         self._counts = counts
         self.unwatched: dict[Inode, str] = {}
-        """Wanted, but the host gave no watch: why."""
+        """Wanted, but the host gave no watch: the reason."""
         self.look_again_at = math.inf
-        """time.monotonic() at which to try again what nobody could look at."""
+        """time.monotonic() at which to try again what could not be looked at."""
         self.provisional: set[Inode] = set()
-        """Directories that were just looked up (Arming keeps it)."""
+        """Directories that were just looked up (set by Arming)."""
         self.coming: dict[Inode, Mask] = {}
-        """What marks that are about to apply ask for (MarkedFiles keeps it)."""
+        """What marks that are about to apply ask for (set by MarkedFiles)."""
         self._named_by: dict[Inode, Inode] = {}  # watched object -> the directory that names it
         self._naming: Counter[Inode] = Counter()
         self._unread: dict[Inode, None] = {}  # watched directories whose names are still to be read
@@ -178,7 +178,7 @@ class Watches:
             known.complete = True
 
     def follow_name(self, inode: Inode) -> None:
-        """A watched object's directory is watched too, so that its removal comes with a name."""
+        """Watch a watched object's directory, too, so that its removal comes with a name."""
         parent = inode.parent if self._interest.aggregate(inode) else None
         old = self._named_by.pop(inode, None)
         if parent is not None:
@@ -194,12 +194,14 @@ class Watches:
             self.set_watch(directory)
 
     def look_again(self, pause: float = 0.0) -> None:
-        """Try again what nobody could look at, after ``pause`` seconds at the earliest."""
+        """Try again what could not be looked at, after ``pause`` seconds at the earliest."""
         pause = max(COMPARE_EVERY, pause)
         self.look_again_at = min(self.look_again_at, time.monotonic() + pause)
 
     def restore(self, marked: Iterable[Inode], order: Iterable[Inode]) -> None:
-        """Watch what had marks in the server before: each once, in that order as far as it goes."""
+        """Watch inodes that had marks in the previous server: each once, in that order as far as it
+        goes.
+        """
         inodes = dict.fromkeys(marked)
         for inode in inodes:
             if inode.parent is not None:

@@ -1,6 +1,6 @@
-"""Interest in the whole file system: every directory of the tree is watched, and those that come.
+"""Interest in the whole file system: watches every directory of the tree, and new ones.
 
-Apart from the watches: here the tree is walked, which may take long.
+Apart from the watches because walking the tree may take long.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class WholeTree:
         self._router = router
         self._chores = chores
         self.uncovered: dict[Inode, bool] = {}
-        """To cover once more: whether to announce."""
+        """Trees to cover once more, and whether to report their files."""
         self._walk: Job[None] | None = None  # brings the watches of the tree in line
 
     @property

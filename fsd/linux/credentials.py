@@ -1,6 +1,6 @@
-"""Acting as a caller: his file system identity, his capabilities, his limits on disk.
+"""Acts as a caller: with its file system identity, its capabilities, its limits on disk.
 
-Of one thread each, and by raw numbers of system calls, as glibc would change every thread.
+For one thread each, and with raw numbers of system calls, because glibc would change every thread.
 """
 
 from __future__ import annotations

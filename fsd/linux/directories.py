@@ -1,8 +1,8 @@
-"""Reading an open directory from a position on: what is kept between two requests of a guest is the
-kernel's own file position, and nothing else.
+"""Reads an open directory from a position on. Between two requests of a guest only the kernel's own
+file position is kept.
 
-Positions are the kernel's (d_off of getdents64(2)), as telldir(3) gives them natively: they outlive
-this process, and a directory may change between two requests as it may under any reader.
+Positions are the kernel's (d_off of getdents64(2)), as telldir(3) returns them natively: they
+outlive this process, and a directory may change between two requests as for any reader.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ LONGEST = 280
 
 
 class DirEntry(NamedTuple):
-    """A name in a directory, with what the listing says of it."""
+    """A name in a directory, with its type and number from the listing."""
 
     name: bytes
     ino: int
     type: int  # DT_* of readdir(3), 0 = unknown
-    next: int  # position behind it
+    next: int  # position after it
 
 
 def read(fd: int, size: int) -> list[DirEntry]:
-    """Entries from the file position of ``fd`` on, in as many bytes of struct linux_dirent64; []
-    at the end. "." and ".." are among them. Raises OSError.
+    """Entries from the file position of ``fd`` on, in as many bytes of struct linux_dirent64; [] at
+    the end. "." and ".." are included. Raises OSError.
     """
     data = syscalls.getdents(fd, max(size, LONGEST))
     entries = []
@@ -43,5 +43,5 @@ def read(fd: int, size: int) -> list[DirEntry]:
 
 
 def seek(fd: int, position: int) -> None:
-    """Go to a position; 0 begins anew. Raises OSError EINVAL, OverflowError for what is none."""
+    """Go to a position; 0 starts again. Raises OSError EINVAL, OverflowError for an invalid one."""
     os.lseek(fd, position, os.SEEK_SET)

@@ -10,7 +10,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result: int, what: object = None) -> int:
-    """The result of a call, if it has not failed. Raises OSError; ``what`` is its file name."""
+    """The result of a call. Raises OSError if it failed; ``what`` is its file name."""
     if result < 0:
         raise last_error(what)
     return result

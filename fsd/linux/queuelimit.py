@@ -1,7 +1,7 @@
 """The length of the host's inotify queues: fs.inotify.max_queued_events.
 
-Apart from the watcher because that number is the whole machine's, so it is the administrator's to
-set: fsd only looks, and says how.
+Apart from the watcher because that number belongs to the whole machine, so the administrator sets
+it: fsd only reads it, and reports how to set it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def queue_length() -> int:
 
 
 def require_queue(length: int) -> None:
-    """Raises OSError where the machine's inotify queues are shorter."""
+    """Raises OSError if the machine's inotify queues are shorter."""
     now = queue_length()
     if now < length:
         raise OSError(

@@ -1,6 +1,6 @@
 """System calls that Python lacks: file handles, openat2, renameat2, statx and a few more.
 
-Also the paths in /proc of what a descriptor refers to. Acting as a caller is in credentials.py.
+Also the paths in /proc of descriptors. Acting as a caller is in credentials.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is to be done right after the core's present work, such as answers to those who wait for it.
+"""Calls to make right after the core's present work, such as answers to waiting requests.
 
-Apart from the event loop's own queue because that costs a system call to itself and a second turn,
-some 200 us of an event's way.
+Apart from the event loop's own queue, because that costs a system call to itself and a second turn,
+about 200 us of an event's way.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from .guard import Guard
 
 
 class Turn:
-    """A context in which the core works: what was put ``after`` it is called at its end."""
+    """A context in which the core works: calls put ``after`` it are made at its end."""
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], None]] = deque()
         self._is_on = False
 
     def after(self, call: Callable[[], None]) -> bool:
-        """Call it at the end; False where nobody is at work, so that it was not taken."""
+        """Call it at the end; False if no turn is under way, and the call was not taken."""
         if self._is_on:
             self._calls.append(call)
         return self._is_on
