@@ -98,7 +98,7 @@ def _put_guest(message: Guest, guest: SavedGuest) -> None:
     message.name = os.fsencode(guest.name)
     message.token = guest.token
     message.events = guest.events
-    message.told = guest.told
+    message.told = guest.sent
     _put(message.marks, guest.marks)
     _put(message.outbox, guest.outbox)
     _put(message.held, guest.held)

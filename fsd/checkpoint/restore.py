@@ -104,7 +104,7 @@ class Resumption:
             raise ImageError(f"{len(saved.marks)} marks of one guest, limit {MARKS_LIMIT}")
         guest.events = EVENTS & saved.events
         if isinstance(guest, Observer):
-            guest.resume(saved.told, saved.outbox)
+            guest.resume(saved.sent, saved.outbox)
         elif isinstance(guest, MountGuest):
             for event in saved.held:
                 guest.enqueue(self._event(event), 0)

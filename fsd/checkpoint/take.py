@@ -84,7 +84,7 @@ class SavedGuest:
     name: str
     token: bytes = b""  # by which an observer shows that it is the one
     events: int = 0
-    told: int = 0  # events that were handed out
+    sent: int = 0  # events that were handed out
     marks: list[tuple[int, int]] = field(default_factory=list)  # nodeid (0 = whole), mask
     outbox: list[frames.Event] = field(default_factory=list)
     held: list[SavedEvent] = field(default_factory=list)
@@ -131,7 +131,7 @@ class _Taking:
         self._export = export
         self._table = export.table
         self._nodeids = {inode.nodeid: inode for inode in self._table}  # that can be named
-        self._told_ns = 0  # time of the last delivered change in watched directories
+        self._delivered_ns = 0  # time of the last delivered change in watched directories
         self._others: dict[Identity, Inode] = {}  # named below, and in the table no more
 
     def take(self, nodes: Mapping[Guest, dict[int, int]]) -> SavedExport:
@@ -141,7 +141,7 @@ class _Taking:
         watcher.drain()
         if not watcher.backlog:
             # File times lag: a file made right after this may seem older than it.
-            self._told_ns = saved.saved_ns - CLOCK_LAG_NS
+            self._delivered_ns = saved.saved_ns - CLOCK_LAG_NS
             self._confirm(watcher)
         for inode in watcher.inodes():
             if SharedWatches.is_real(watcher.wd_of(inode)):
@@ -179,7 +179,7 @@ class _Taking:
 
     def _listing(self, node: Inode, known: Listing) -> Iterator[SavedName]:
         """The names of a directory; for watched ones all events are delivered up to now."""
-        told_ns = 0 if node in self._export.watches.unwatched else self._told_ns
+        told_ns = 0 if node in self._export.watches.unwatched else self._delivered_ns
         for name, entry in known.names.items():
             yield self._known(node, name, entry._replace(seen_ns=max(told_ns, entry.seen_ns)))
 
@@ -199,7 +199,7 @@ class _Taking:
             return  # some of it may be newer than the delivered events
         for known, names in right:
             known.names.update(names)
-        self._export.confirmed_ns = self._told_ns
+        self._export.confirmed_ns = self._delivered_ns
 
     def _looked_at(self, node: Inode, known: Listing) -> dict[bytes, Known]:
         since = self._export.confirmed_ns
@@ -214,7 +214,7 @@ class _Taking:
         kind = GuestKind.MOUNT
         saved = SavedGuest(kind, guest.name, events=int(guest.events), nodes=nodes)
         if isinstance(guest, Observer):
-            saved.kind, saved.token, saved.told = GuestKind.OBSERVER, guest.token, guest.told
+            saved.kind, saved.token, saved.sent = GuestKind.OBSERVER, guest.token, guest.sent
             saved.outbox = guest.undelivered()
         elif isinstance(guest, MountGuest):
             waiting = [*guest.undelivered(), *self._export.arming.held(guest)]

@@ -161,7 +161,7 @@ class Comparer:
         finally:
             os.close(fd)
 
-    def told(self, changes: Changes) -> Iterator[Event]:
+    def events_for(self, changes: Changes) -> Iterator[Event]:
         """Events that lead from the state known before to that of the listings."""
         gone: dict[tuple[int, int], tuple[Inode, bytes, Known]] = {}
         new: dict[tuple[Inode, bytes], Known] = {}

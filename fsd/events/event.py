@@ -16,7 +16,7 @@ RENAME = int(Mask.MOVED_FROM | Mask.MOVED_TO)
 @dataclass(slots=True, eq=False)
 class Event:
     """One event, or both halves of a rename (mask has MOVED_FROM and MOVED_TO). Once it is routed,
-    all guests share it, and it is not changed any more (``settle``).
+    all guests share it, and it is not changed any more (``freeze``).
 
     For MOVED_TO alone ``node``/``name`` is the new place. An empty name is an event of the watched
     object itself.
@@ -44,21 +44,21 @@ class Event:
         """The event bits alone."""
         return self.mask & 0xFFF
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """From now on setting an attribute raises AttributeError."""
-        self.__class__ = SettledEvent
+        self.__class__ = FrozenEvent
 
     def about(self, child: Inode, replaced: Inode | None) -> Event:
-        """The same event about these objects; itself if it is about them already, else settled."""
+        """The same event about these objects; itself if it is about them already, else frozen."""
         if child is self.child and replaced is self.replaced:
             return self
         other = Event(*(getattr(self, name) for name in Event.__slots__))
         other.child, other.replaced = child, replaced
-        other.settle()
+        other.freeze()
         return other
 
 
-class SettledEvent(Event):
+class FrozenEvent(Event):
     """An event after routing."""
 
     __slots__ = ()

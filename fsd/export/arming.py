@@ -183,7 +183,7 @@ class Arming:
             del self._doubts[guest]
             holding = self._holding.pop(guest, None)
             if holding is not None:
-                self._let_go(guest, holding)
+                self._release(guest, holding)
 
     def expire(self, now: float) -> None:
         """Drop watches that nobody came for, and let nothing wait for too long."""
@@ -281,7 +281,7 @@ class Arming:
             self._give_up(guest, holding)
         if holding.is_over:
             return False
-        event.settle()
+        event.freeze()
         holding.events.append((Kept(self._number, event, guest.ways(event)), halves))
         guest.history.hold(event)
         return True
@@ -294,7 +294,7 @@ class Arming:
     def _give_up(self, guest: MountGuest, holding: Holding) -> None:
         """Nothing waits until the doubt has ended."""
         holding.is_over = True
-        self._let_go(guest, holding)
+        self._release(guest, holding)
 
     # Scans
 
@@ -384,7 +384,7 @@ class Arming:
                     done += self._apply(guest, group, files, failed, told)
                 finally:
                     for inode in files:
-                        self.files.let_go(guest, inode)
+                        self.files.drop(guest, inode)
                 if done < len(updates):
                     yield None  # not behind the last: what comes now is told after these
         finally:
@@ -524,7 +524,7 @@ class Arming:
         for _, (kept, halves) in self._draining(sorted(told.items())):
             guest.offer(kept.event, halves, kept.ways)
 
-    def _let_go(self, guest: MountGuest, holding: Holding) -> None:
+    def _release(self, guest: MountGuest, holding: Holding) -> None:
         """Tell what waits."""
         for kept, halves in holding.take(self._number):
             guest.offer(kept.event, halves, kept.ways)

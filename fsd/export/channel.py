@@ -75,7 +75,7 @@ class Channel:
         self.said_bye = False
         self._closed = False
         self.wake: Callable[[], None] = lambda: None  # there is something to read
-        self.let_go: Callable[[], None] = lambda: None  # answer waiting reads with nothing
+        self.dismiss_readers: Callable[[], None] = lambda: None  # answer waiting reads with nothing
 
     def close(self) -> None:
         """The peer is gone. An observer's marks end with it, unless the server exits and the

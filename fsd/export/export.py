@@ -164,8 +164,8 @@ class Export:
 
     def add_observer(self, name: str) -> Observer:
         """A guest that reads events."""
-        hears = self._overflow_after_loss
-        guest = Observer(name, limit=self._outbox_limit, hears_losses=hears)
+        losses = self._overflow_after_loss
+        guest = Observer(name, limit=self._outbox_limit, reports_losses=losses)
         self.guests.append(guest)
         return guest
 

@@ -97,5 +97,5 @@ class Holding:
         """Those up to that number no longer wait."""
         while self.events and self.events[0][0].number <= last:
             kept, halves = self.events.popleft()
-            self._history.let_go(kept.event)
+            self._history.unhold(kept.event)
             yield kept, halves

@@ -70,7 +70,7 @@ class MarkedFiles:
                 break
         return files
 
-    def let_go(self, guest: MountGuest, inode: Inode) -> None:
+    def drop(self, guest: MountGuest, inode: Inode) -> None:
         """Its mark applies, or will not."""
         marked = self._marked[inode]
         del marked.by[guest]

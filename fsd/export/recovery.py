@@ -84,7 +84,7 @@ class Recovery:
             changes.update((yield from compare(node, node.listing)))
 
     def _telling(self, changes: Changes) -> Job[None]:
-        for event in self._comparer.told(changes):
+        for event in self._comparer.events_for(changes):
             yield None
             self._router.route(event)
             if event.child is not None and event.name:
@@ -158,7 +158,7 @@ class Recovery:
             for node in nodes:
                 if node is not None and node.is_dir:
                     changes.update((yield from self._comparer.changed_lately(node, since_ns)))
-        for event in self._comparer.told(changes):
+        for event in self._comparer.events_for(changes):
             halves = self._interest.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)

@@ -80,7 +80,7 @@ class Ends:
         # By nodeid: where the last WRITE ended, or -1, and sizes that the kernel got since.
         self._ends: OrderedDict[int, tuple[int, ...]] = OrderedDict()
 
-    def told(self, nodeid: int, size: int) -> None:
+    def size_reported(self, nodeid: int, size: int) -> None:
         """The kernel gets a file's size. It ignores an answer that a WRITE has overtaken, so the
         earlier ones count, too.
         """

@@ -232,8 +232,8 @@ class PassthroughFS:
         if inode.nlink:
             inode.nlink -= 1
         if not inode.nlink and inode.open_fds:
-            for tell in self.on_unlinked:
-                tell(inode)
+            for report in self.on_unlinked:
+                report(inode)
 
     def rename(
         self,
@@ -427,9 +427,9 @@ class PassthroughFS:
     def release(self, handle: Handle) -> None:
         """RELEASE, RELEASEDIR. Closes the descriptor once."""
         if handle.fd >= 0:
-            os.close(self.let_go(handle))
+            os.close(self.detach(handle))
 
-    def let_go(self, handle: Handle) -> int:
+    def detach(self, handle: Handle) -> int:
         """The same without closing: returns the descriptor to close, which stays open."""
         fd, handle.fd = handle.fd, -1
         handle.inode.open_fds.remove(fd)

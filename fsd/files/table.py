@@ -146,8 +146,8 @@ class InodeTable:
         inode.parent, inode.name = parent, name
         parent.children[name] = inode
         if moved:
-            for tell in self.on_moved:
-                tell(inode)
+            for report in self.on_moved:
+                report(inode)
 
     def lose(self, directory: Inode) -> None:
         """Note that a directory is no longer where it was, and its place is unknown."""

@@ -28,7 +28,7 @@ class ChannelFile:
         self._waiters: deque[Callable[[], None]] = deque()
         self._poller: Callable[[], None] | None = None
         channel.wake = self._wake
-        channel.let_go = self._wake_all
+        channel.dismiss_readers = self._wake_all
 
     @property
     def is_ready(self) -> bool:

@@ -578,7 +578,7 @@ class FileService:
         if self.kept is not None:
             self.kept.released(fh)
         if isinstance(handle, LostHandle) and handle.is_agents and self.hidden.control is None:
-            self.guest.let_go()
+            self.guest.agent_gone()
         if isinstance(handle, Handle):
             reading = handle.flags & os.O_ACCMODE == os.O_RDONLY
             closing = Mask.CLOSE_NOWRITE if reading else Mask.CLOSE_WRITE
@@ -587,7 +587,7 @@ class FileService:
                 self.locks.released(handle)
                 if self._is_elsewhere(handle) or self._is_last_of_long(handle):
                     gone = (handle.inode, b"", closing | Mask.DELETE_SELF)
-                    self.close_slowly(self._fs.let_go(handle), (*events, gone))
+                    self.close_slowly(self._fs.detach(handle), (*events, gone))
                 else:
                     with self._own(*events):
                         self._fs.release(handle)

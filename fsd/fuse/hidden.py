@@ -111,7 +111,7 @@ class HiddenFiles:
                 # A killed agent stays in its read until the read is answered; then it closes the
                 # channel, and the new agent's next attempt succeeds.
                 if self.control.channel is not None:
-                    self.control.channel.let_go()
+                    self.control.channel.dismiss_readers()
                 raise OSError(errno.EBUSY, "an agent is connected")
             handle.channel = Channel(self._export, "agent", who.pid, self._guest, self._guest)
             self.control = handle

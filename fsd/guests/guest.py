@@ -153,7 +153,7 @@ class Guest(Origin):
         """
         if self.has_left:
             return
-        event.settle()
+        event.freeze()
         if self.missing or self.depth >= self.limit or self.account.is_full:
             self._begin_missing(event.stamp)
             self.note_missed(event)
@@ -264,16 +264,18 @@ def _nothing() -> None:
 class Observer(Guest):
     """A guest that gets events as messages: tools, tests, simulated guests.
 
-    ``hears_losses``: it gets IN_Q_OVERFLOW also for a loss that a comparison recovers.
+    ``reports_losses``: it gets IN_Q_OVERFLOW also for a loss that a comparison recovers.
     """
 
-    __slots__ = ("_before", "_handed", "_outbox", "hears_losses", "token", "told")
+    __slots__ = ("_before", "_handed", "_outbox", "reports_losses", "sent", "token")
 
-    def __init__(self, name: str, *, limit: int = OUTBOX_LIMIT, hears_losses: bool = False) -> None:
+    def __init__(
+        self, name: str, *, limit: int = OUTBOX_LIMIT, reports_losses: bool = False
+    ) -> None:
         super().__init__(name, limit=limit)
-        self.hears_losses = hears_losses
+        self.reports_losses = reports_losses
         self.token = b""  # to reconnect to another server; b"" if it will not
-        self.told = 0  # events that were handed out before the last batch
+        self.sent = 0  # events that were handed out before the last batch
         self._handed: list[frames.Event] = []  # the last batch handed out: it may be on the way
         self._before = 0  # how many of the outbox are of the server before
         self._outbox: deque[tuple[frames.Event, float]] = deque()
@@ -326,13 +328,13 @@ class Observer(Guest):
     def caught_up(self) -> tuple[dict[tuple[Inode, bytes], Missed], int]:
         """As for any guest; as with a full inotify queue, the observer gets IN_Q_OVERFLOW."""
         missed, since = super().caught_up()
-        if since or self.hears_losses:
+        if since or self.reports_losses:
             self._queue(_LOST, time.monotonic())
         return missed, since
 
     def events_lost(self) -> None:
         """If it wants losses reported, one IN_Q_OVERFLOW for consecutive ones."""
-        if not self.hears_losses or self.missing:
+        if not self.reports_losses or self.missing:
             return  # in the latter case it gets one when it has caught up
         if not self._outbox or self._outbox[-1][0] is not _LOST:
             self._queue(_LOST, time.monotonic())
@@ -340,7 +342,7 @@ class Observer(Guest):
 
     def take(self, limit: int) -> list[frames.Message]:
         """The next messages to send."""
-        self.told += len(self._handed)
+        self.sent += len(self._handed)
         self._handed = []
         while self._outbox and len(self._handed) < limit:
             frame, stamp = self._next()
@@ -352,29 +354,29 @@ class Observer(Guest):
         """Events that may not have arrived; those before them have."""
         return [*self._handed, *(frame for frame, _ in self._outbox)]
 
-    def resume(self, told: int, events: Sequence[frames.Event]) -> None:
+    def resume(self, sent: int, events: Sequence[frames.Event]) -> None:
         """Take over what the previous server has delivered, and what it has not."""
         now = time.monotonic()
-        self.told, self._before = told, len(events)
+        self.sent, self._before = sent, len(events)
         for event in events:
             self._queue(event, now)
 
     def keep(self, token: bytes) -> None:
         """From now on, delivered events are counted."""
-        self.token, self.told, self._handed = token, 0, []
+        self.token, self.sent, self._handed = token, 0, []
 
     def received(self, count: int) -> None:
         """The observer has reconnected; it has received ``count`` events in total."""
-        known = min(max(count - self.told, 0), self._before)
+        known = min(max(count - self.sent, 0), self._before)
         for _ in range(known):
             self._next()
         # A comparison delivers the changes meanwhile; and if the server was killed before it saved
         # what it had delivered, that is unknown.
-        if self.hears_losses or count > self.told + known:
+        if self.reports_losses or count > self.sent + known:
             self._queue(_LOST, time.monotonic())
             self._outbox.rotate(1)
         self._before = 0
-        self.told = count
+        self.sent = count
 
 
 BY_HAND = "by hand"

@@ -157,7 +157,7 @@ class History:
         if event.name and event.kind & _STRUCTURE:
             self._kept.update(_places(event))
 
-    def let_go(self, event: Event) -> None:
+    def unhold(self, event: Event) -> None:
         """It is queued next."""
         if event.name and event.kind & _STRUCTURE:
             for place in _places(event):

@@ -164,11 +164,11 @@ class MountGuest(Guest):
 
     def disconnect(self) -> None:
         """The agent is gone: what it had not executed waits for the next one."""
-        self.let_go()
-        self._settle()
+        self.agent_gone()
+        self._count_done()
         self._tasks.extendleft(reversed(self.ledger.abandon()))
 
-    def let_go(self) -> None:
+    def agent_gone(self) -> None:
         """There is no agent any more."""
         self.pid = 0
         self.history.check()
@@ -228,7 +228,7 @@ class MountGuest(Guest):
     def asked(self) -> None:
         """The agent asks for more: it has executed all it was given."""
         self.ledger.finish()
-        self._settle()
+        self._count_done()
 
     def take(self, limit: int) -> list[frames.Message]:
         """The next messages for the agent, which has executed all it was given before."""
@@ -277,7 +277,7 @@ class MountGuest(Guest):
         task = self.ledger.failed(seq) if number else None
         if task is None and number == errno.ETXTBSY and len(self._only_read) < ONLY_READ_LIMIT:
             self._only_read.add(seq)
-        self._settle()
+        self._count_done()
         if task is None or task.event is None:
             return None
         self._done(task)
@@ -290,7 +290,7 @@ class MountGuest(Guest):
         if task.event is not None:
             self.history.delivered(task.event, task.position)
 
-    def _settle(self) -> None:
+    def _count_done(self) -> None:
         for task in self.ledger.done:
             if task.event is None:
                 continue

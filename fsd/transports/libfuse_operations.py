@@ -277,7 +277,7 @@ class LibfuseOperations(pyfuse3.Operations):
 
     def _attributes(self, inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
         if inode.kind == stat.S_IFREG:
-            self._ends.told(inode.nodeid, attr.st_size)
+            self._ends.size_reported(inode.nodeid, attr.st_size)
         return _attributes(inode, attr)
 
     def _own_ino(self, inode: Inode, attr: StatLike) -> pyfuse3.EntryAttributes:
@@ -363,7 +363,7 @@ class LibfuseOperations(pyfuse3.Operations):
         self._reach(inode)
         fh = self._operations.open(_caller(ctx), inode, flags)
         if flags & os.O_TRUNC:
-            self._ends.told(inode, 0)
+            self._ends.size_reported(inode, 0)
         handle = self._operations.handle(fh)
         bare = not isinstance(handle, Handle) or self._bypass.opened(handle)
         if isinstance(handle, HiddenHandle) and handle.channel is not None:

@@ -229,7 +229,7 @@ def known(world: World) -> Inode:
 
 
 def events(world: World, changes: Changes) -> list[Event]:
-    return list(world.export.comparer.told(changes))
+    return list(world.export.comparer.events_for(changes))
 
 
 def told_of(world: World) -> list[tuple[bytes, str]]:
