@@ -20,9 +20,10 @@ from harness.mounts import Mount, mounted  # noqa: E402
 FUSE = Path("/dev/fuse")
 TESTS = Path(__file__).parent
 
-QUICK = frozenset(
-    {"protocol", "core", "virtio", "test_imports.py", "test_limits.py", "test_threat_model.py"}
-)
+QUICK = {
+    "protocol", "core", "virtio", "test_decisions.py", "test_imports.py", "test_limits.py",
+    "test_locks.py", "test_threat_model.py",
+}  # fmt: skip
 """Folders, and files of tests itself, that need no mount and no virtual machine."""
 
 ORDER = [
