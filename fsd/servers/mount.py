@@ -155,27 +155,6 @@ def reductions(options: Options) -> list[str]:
     return lines
 
 
-def serve(
-    options: Options,
-    place: Place,
-    on_ready: Callable[[], None],
-    complain: Callable[[str], None],
-) -> None:
-    """Serve a mount, which is ready at ``on_ready``, until it ends. Raises StartError."""
-    try:
-        trio.run(Mounted(options, place, on_ready, complain).run, strict_exception_groups=True)
-    except* StartError as errors:
-        raise _first(errors) from None
-
-
-def _first(group: BaseExceptionGroup[StartError]) -> StartError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, StartError)
-    return error
-
-
 class Mounted:
     """A running mount. ``on_ready`` is called once it can be used."""
 
