@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.mounts import mounted
+from harness.mounts import Mount, mounted
 from protocol.masks import EVENTS, Mask
 
 from .polling import POLLERS, poll_latencies
@@ -26,6 +26,7 @@ TYPICAL = Mask.MODIFY | Mask.CLOSE_WRITE | Mask.CREATE
 SAMPLES = 250  # of each lane
 FILES = 16  # written in turn, so that their events cannot merge
 PAUSE = (0.02, 0.05)  # seconds between two samples, so that they cannot queue up
+TRANSPORTS = {"fsd": "devfuse", "fsd over libfuse": "libfuse"}
 RARE_SAMPLES = 15
 RARE_PAUSE = 1.3  # seconds; by then the agent has gone from its long poll to sleep
 
@@ -72,11 +73,11 @@ def measure() -> Report:
     report = Report("latency")
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        source, mountpoint = Path(scratch, "source"), Path(scratch, "mount")
+        source = Path(scratch, "source")
         titles = [
             (f"{side}, {mask_name}{pace}", side, mask)
             for mask_name, mask in (("typical mask", TYPICAL), ("all events", EVENTS))
-            for side in ("native", "fsd")
+            for side in ("native", *TRANSPORTS)
             for pace in ("", ", after a rest")
         ]
         for index in range(len(titles)):
@@ -84,16 +85,20 @@ def measure() -> Report:
             directory.mkdir(parents=True)
             for file in range(FILES):
                 (directory / f"w{file}").touch()
-        mountpoint.mkdir()
-        mount = stack.enter_context(mounted(source, mountpoint))
+        mounts: dict[str, Mount] = {}
+        for side, transport in TRANSPORTS.items():
+            mountpoint = Path(scratch, transport)
+            mountpoint.mkdir()
+            options = (f"--transport={transport}",)
+            mounts[side] = stack.enter_context(mounted(source, mountpoint, *options))
         lanes: list[Lane] = []
         for index, (title, side, mask) in enumerate(titles):
             host = source / str(index)
-            watched = mountpoint / str(index) if side == "fsd" else host
+            watched = mounts[side].mountpoint / str(index) if side in mounts else host
             reader = stack.enter_context(reading(host, watched, mask))
             lanes.append(Lane(title, reader))
-            if side == "fsd":
-                mount.wait_armed(watched, pid=reader.process.pid)
+            if side in mounts:
+                mounts[side].wait_armed(watched, pid=reader.process.pid)
         run([lane for lane in lanes if "rest" not in lane.title], SAMPLES, 0.0)
         run([lane for lane in lanes if "rest" in lane.title], RARE_SAMPLES, RARE_PAUSE)
         for lane in lanes:
@@ -104,13 +109,13 @@ def measure() -> Report:
             p10 = percentile(both, 0.1)
             shown = [*p50s, number(p10), number(p50), number(p99), str(len(both))]
             rows.append([lane.title, *shown])
-            if lane.title.startswith("fsd"):
+            if lane.title.startswith("fsd,"):
                 for kind, values in kinds.items():
                     title = f"{kind.name}, {lane.title.removeprefix('fsd, ')}"
                     report.add(f"p50 {title}", percentile(values, 0.5), "ms", goal=1.0)
                     report.add(f"p99 {title}", percentile(values, 0.99), "ms")
         for poller in POLLERS:
-            values = poll_latencies(poller, mount, report.notes)
+            values = poll_latencies(poller, mounts["fsd"], report.notes)
             if values:
                 p50, p99 = percentile(values, 0.5), percentile(values, 0.99)
                 p10 = percentile(values, 0.1)

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,40 +91,52 @@ class Result(NamedTuple):
 
 
 def measure() -> Report:
-    """Run it: some 60 s."""
+    """Run it: some 100 s."""
     report = Report("throughput")
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        source, mountpoint = Path(scratch, "source"), Path(scratch, "mount")
-        source.mkdir()
-        mountpoint.mkdir()
-        with mounted(source, mountpoint) as mount:
-            for index, case in enumerate(CASES):
-                natives, mounts = [], []
-                for number_ in range(ROUNDS):
-                    natives.append(_round(case, mount, f"{index}.{number_}n", native=True))
-                    mounts.append(_round(case, mount, f"{index}.{number_}", native=False))
-                rate = median([len(result.seen) / result.reader for result in mounts])
-                cpu = median([result.cpu / len(result.seen) * 1e6 for result in mounts])
-                native = median([len(result.seen) / result.reader for result in natives])
-                host = median([len(result.seen) / result.host for result in mounts])
-                pairs = zip(natives, mounts, strict=True)
-                lost = sum(len(_kinds(one.seen) - _kinds(other.seen)) for one, other in pairs)
-                numbers = [number(value) for value in (host, native, rate, cpu)]
-                rows.append([case.title, *numbers, str(lost)])
-                goal = None if case.mask == EVENTS else 5000.0
-                report.add(f"replayed, {case.title}", rate, "events/s", goal=goal, at_least=True)
-            state = _state(mount)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        sides = [
+            stack.enter_context(_mounted(Path(scratch), name)) for name in ("devfuse", "libfuse")
+        ]
+        mount = sides[0]
+        for index, case in enumerate(CASES):
+            natives: list[Result] = []
+            rounds: list[list[Result]] = [[] for _ in sides]
+            for number_ in range(ROUNDS):
+                natives.append(_round(case, mount, f"{index}.{number_}n", native=True))
+                for side, results in zip(sides, rounds, strict=True):
+                    results.append(_round(case, side, f"{index}.{number_}", native=False))
+            mounts = rounds[0]
+            rates = [median([len(r.seen) / r.reader for r in results]) for results in rounds]
+            cpus = [median([r.cpu / len(r.seen) * 1e6 for r in results]) for results in rounds]
+            native = median([len(result.seen) / result.reader for result in natives])
+            host = median([len(result.seen) / result.host for result in mounts])
+            pairs = zip(natives, mounts, strict=True)
+            lost = sum(len(_kinds(one.seen) - _kinds(other.seen)) for one, other in pairs)
+            values = (host, native, rates[0], cpus[0], rates[1], cpus[1])
+            rows.append([case.title, *map(number, values), str(lost)])
+            goal = None if case.mask == EVENTS else 5000.0
+            report.add(f"replayed, {case.title}", rates[0], "events/s", goal=goal, at_least=True)
+        state = _state(mount)
     overflows = sum(guest["overflows"] for guest in state["guests"])
     overflows += state["counts"].get("overflows", 0)
     report.table(
         f"a burst, from its first call to the reader's last wake-up (medians of {ROUNDS})",
-        ["burst", "host makes/s", "native/s", "fsd/s", "CPU, us/event", "lost"],
+        ["burst", "host makes/s", "native/s", "fsd/s", "us CPU", "libfuse/s", "us CPU", "lost"],
         rows,
     )
     failed = sum(guest["failed"] for guest in state["guests"])
     report.notes.append(f"overflows: {overflows}, orders that failed: {failed}")
     return report
+
+
+@contextmanager
+def _mounted(scratch: Path, transport: str) -> Iterator[Mount]:
+    source, mountpoint = scratch / f"source-{transport}", scratch / transport
+    source.mkdir()
+    mountpoint.mkdir()
+    with mounted(source, mountpoint, f"--transport={transport}") as mount:
+        yield mount
 
 
 def _round(case: Case, mount: Mount, name: str, *, native: bool) -> Result:

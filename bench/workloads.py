@@ -185,10 +185,10 @@ def _sides(scratch: Path, notes: list[str]) -> dict[str, Side]:
         mountpoint.mkdir()
         return source, mountpoint
 
-    def of_fsd(source: Path, mountpoint: Path) -> Side:
+    def of_fsd(source: Path, mountpoint: Path, transport: str) -> Side:
         @contextmanager
         def side() -> Iterator[Path]:
-            with mounted(source, mountpoint):
+            with mounted(source, mountpoint, f"--transport={transport}"):
                 yield mountpoint
 
         return side
@@ -202,12 +202,15 @@ def _sides(scratch: Path, notes: list[str]) -> dict[str, Side]:
         return side
 
     native, _ = places("native")
-    sides: dict[str, Side] = {"native": lambda: nullcontext(native), "fsd": of_fsd(*places("fsd"))}
+    sides: dict[str, Side] = {"native": lambda: nullcontext(native)}
+    for name, transport in (("fsd", "devfuse"), ("libfuse", "libfuse")):
+        sides[name] = of_fsd(*places(name), transport)
     source, mountpoint = places("bindfs")
     if command := bindfs(source, mountpoint):
         sides["bindfs"] = of_other(command, mountpoint)
     else:
         notes.append("bindfs is not there")
+    notes.append("fsd: over /dev/fuse; libfuse: fsd with --transport=libfuse")
     notes.append("ll: libfuse's passthrough_ll, which caches for 1 s; ll-0: with cache=never")
     for name, cache in (("ll", ""), ("ll-0", ",cache=never")):
         source, mountpoint = places(name)
