@@ -112,8 +112,8 @@ def overlay() -> bytes:
         ]
     suite = [path for pattern in SUITE for path in sorted(ROOT.glob(pattern))]
     parents = {parent for path in suite for parent in path.relative_to(ROOT.parent).parents}
-    for folder in sorted(Path("suite", *parent.parts[1:]) for parent in parents if parent.name):
-        files.append(entry(folder.as_posix(), stat.S_IFDIR | 0o755))
+    folders = sorted(Path("suite", *parent.parts[1:]) for parent in parents if parent.name)
+    files += [entry(folder.as_posix(), stat.S_IFDIR | 0o755) for folder in folders]
     for path in suite:
         name = path.relative_to(ROOT).as_posix()
         files.append(entry(f"suite/{name}", stat.S_IFREG | 0o644, path.read_bytes()))
@@ -202,8 +202,9 @@ def _base(tree: Path, python: str) -> Iterator[bytes]:
         target = "usr/bin" if link == "sbin" else f"usr/{link}"
         files.append(entry(link, stat.S_IFLNK | 0o777, target.encode()))
     directories |= {"usr/lib64", "usr/lib/modules"}
-    for applet in _applets(tree):
-        files.append(entry(f"usr/bin/{applet}", stat.S_IFLNK | 0o777, b"busybox"))
+    files += [
+        entry(f"usr/bin/{applet}", stat.S_IFLNK | 0o777, b"busybox") for applet in _applets(tree)
+    ]
     files.append(entry("usr/bin/python3", stat.S_IFLNK | 0o777, python.encode()))
     for name, data in modules.items():
         files.append(entry(f"usr/lib/modules/{name}.ko", stat.S_IFREG | 0o644, data))

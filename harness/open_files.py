@@ -67,7 +67,7 @@ def main(directory: str) -> None:
             listing = []
             names = half_read(listing)
             print("OK", flush=True)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the other process raises it
             print(traceback.format_exc().replace("\n", " | "), flush=True)
 
 

@@ -131,8 +131,7 @@ class Queue:
             offset = self.ram.alloc(len(data), 1)
             self.ram.bytes[offset : offset + len(data)] = data
             buffers.append((offset, len(data), 0))
-        for size in writable:
-            buffers.append((self.ram.alloc(size, 1), size, WRITE))
+        buffers += [(self.ram.alloc(size, 1), size, WRITE) for size in writable]
         return self.add_buffers(buffers, indirect=indirect)
 
     def add_buffers(

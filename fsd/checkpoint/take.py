@@ -187,11 +187,12 @@ class _Taking:
         """All events are delivered, so the object under a name is the current one: in a storm the
         server may have taken it for another.
         """
-        right: list[tuple[Listing, dict[bytes, Known]]] = []
         try:
-            for node in watcher.inodes():
-                if node.listing is not None and node.listing.complete:
-                    right.append((node.listing, self._looked_at(node, node.listing)))
+            right = [
+                (node.listing, self._looked_at(node, node.listing))
+                for node in watcher.inodes()
+                if node.listing is not None and node.listing.complete
+            ]
         except OSError:
             return  # it could not be looked at
         watcher.drain()

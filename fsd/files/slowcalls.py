@@ -95,7 +95,7 @@ class Outcome:
         _running[self] = self.call.what
         try:
             self._results.append(self.call.work())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised where the result is taken
             self._error = error
         finally:
             del _running[self]

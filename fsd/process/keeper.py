@@ -185,7 +185,7 @@ class Keeper:
         if not self._child:
             try:
                 _become(self._command, fds, environment)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - the child ends here
                 print(f"fsd: {self._command[0]}: {error}", file=sys.stderr, flush=True)
             finally:
                 os._exit(127)

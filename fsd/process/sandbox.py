@@ -111,7 +111,7 @@ def _exit_with(inside: Callable[[int], int], lifeline: int) -> None:
     status = 1
     try:
         status = inside(lifeline)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the child ends here
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):

@@ -46,7 +46,7 @@ class Snapshots:
             export.is_changed = False
             return
         with trio.move_on_after(self._patience):
-            while not export.is_settled:
+            while not export.is_settled:  # noqa: ASYNC110 - time settles it, no event does
                 await trio.sleep(_STEP)
         begun = trio.current_time()
         write = self._saver.take()

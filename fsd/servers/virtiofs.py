@@ -414,7 +414,7 @@ async def _leave(
     for guest in guests:
         guest.is_paused = True
     with trio.move_on_after(QUIET):  # until agents have executed their orders
-        while any(guest.pid and len(guest.ledger) for guest in guests):
+        while any(guest.pid and len(guest.ledger) for guest in guests):  # noqa: ASYNC110 - rare
             await trio.sleep(0.002)
     for transport in transports:
         transport.leave()

@@ -78,7 +78,7 @@ class TrioLoop:
         except trio.Cancelled as cancelled:
             _guarded(partial(then, cancelled))
             raise
-        except Exception as caught:
+        except Exception as caught:  # noqa: BLE001 - raised below
             error = caught
         finally:
             self.threads -= 1

@@ -131,7 +131,7 @@ def main() -> None:
     for line in questions:
         try:
             answer = [eval(json.loads(line), names), None]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the other process raises it
             answer = [None, repr(error)]
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -125,9 +125,7 @@ def bodies(directory: Path) -> dict[str, bytes]:
 @settings(max_examples=150)
 @given(STATES)
 def test_states_come_back(state: State) -> None:
-    written = {}
-    for name, body in zip(NAMES, stored.bodies(state), strict=True):
-        written[name] = body
+    written = dict(zip(NAMES, stored.bodies(state), strict=True))
     again = stored.parse(*(written[name] for name in NAMES))
     assert again == state
     assert as_json(again)["pid"] == 7
@@ -296,7 +294,7 @@ def test_restoring_anything_ends_well(state: State) -> None:
             restorer.restore()
             os.write(write, f"{restorer.watches}".encode())
             status = 0
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the parent raises it
             os.write(write, repr(error).encode())
         finally:
             os._exit(status)

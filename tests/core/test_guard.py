@@ -51,7 +51,7 @@ def failing(real: Callable[..., Any], times: int = 1) -> Callable[..., Any]:
 
 async def until(condition: Callable[[], object]) -> None:
     with trio.fail_after(BOUND):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - any condition
             await trio.sleep(0.005)
 
 

@@ -77,7 +77,7 @@ def in_child(work: Callable[[], None], before: Callable[[int], None] | None = No
             ):
                 known.cache_clear()  # what the process of the tests may do
             work()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child ends here
             traceback.print_exc()
             os._exit(1)
         os._exit(0)

@@ -118,7 +118,7 @@ def _start(work: Callable[[], Any]) -> tuple[multiprocessing.process.BaseProcess
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             theirs.send(("", work()))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the parent reports it
             kind = "broken" if isinstance(error, Broken) else "failed"
             if isinstance(error, Gone):
                 kind = "gone"
