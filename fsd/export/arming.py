@@ -1,12 +1,12 @@
-"""Closing the arming gap: from inotify_add_watch(2) in the guest to the host watch.
+"""Closes the arming gap: from inotify_add_watch(2) in the guest to the host watch.
 
-Before the guest's kernel can hold a mark, its path was looked up through us. So the server watches
-a directory that was just looked up, keeps what happens there for a moment, and has the agent read
-the marks of the process that asked. When the mark arrives, what happened since the first look-up
-that no scan has disproved is told: the one by which the mark was set is not older (DESIGN 4.6).
+Before the guest's kernel can hold a mark, its path was looked up through the server. So the server
+watches a directory that was just looked up, remembers its events for a moment, and has the agent
+read the marks of the process that looked it up. When the mark arrives, the server delivers the
+events since the first look-up that no scan has disproved: the look-up of the mark is not older.
 
-While it is in doubt whether something is to be told, what comes after it waits, so that all is told
-in order. Where the mount is this machine's own, the doubt mostly ends at once (``newmarks``).
+While it is in doubt whether an event is to be delivered, later events wait, so that the order is
+kept. If the mount is this machine's own, the doubt usually ends at once (``newmarks``).
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ _MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DE
 _NOTHING = Mask(0)
 _T = TypeVar("_T")
 HISTORY_LIMIT = 16_384
-"""Events kept for one directory: what the kernel keeps for a watcher that does not read
-(max_queued_events of inotify(7)). What happens beyond it is told as a difference."""
+"""Events kept for one directory: as many as the kernel keeps for a watcher that does not read
+(max_queued_events of inotify(7)). Beyond it, the difference is delivered."""
 HISTORIES_LIMIT = 65_536
-"""Events kept for all of them together, some 60 MB."""
+"""Events kept for all of them together, about 60 MB."""
 DIRECTORIES_LIMIT = 16_384
-"""Looked-up directories that are watched for one guest's sake: as many as a program goes through in
-KEEP. Beyond it, what happens before the mark arrives is not told."""
+"""Looked-up directories that are watched for one guest: as many as a program visits in KEEP. Beyond
+it, events before the mark arrives are not delivered."""
 SEEN_LIMIT = 16_384
-"""Files that one guest has looked up in KEEP whose attributes are remembered, some 10 MB. Of others
-it is not told what is done by a name elsewhere before the mark arrives."""
+"""Files that one guest has looked up in KEEP whose attributes are remembered, about 10 MB. For
+others, changes through other names before the mark arrives are not delivered."""
 DRAIN_EVERY = 128
 """Events that are worked on before the host's queue is read again, some 2 ms."""
 GROUP = 512
-"""Marks of a scan that are applied as one."""
+"""Marks of a scan that are applied together."""
 STORM_LIMIT = 4096
-"""Events of a looked-up directory in KEEP that are not kept, beyond which it is followed no more:
-a storm where nobody has a mark takes the time of those who have."""
+"""Events of a looked-up directory in KEEP that are not kept, beyond which it is no longer watched:
+a storm in an unmarked directory takes time from guests with marks."""
 HOLD_LIMIT = 4096
-"""Events that wait for one guest's scan, at most: some 50 ms of a storm."""
+"""Largest number of events that wait for one guest's scan: about 50 ms of a storm."""
 THREADS_LIMIT = 16
-"""Threads of which the server sees by itself what they watch; more are left to the agent."""
+"""Threads whose marks the server reads itself; more are left to the agent."""
 QUEUE_LOOK = 256
-"""Events of the host's queue among which those of one directory are looked for."""
+"""Events of the host's queue among which to search for those of one directory."""
 DIFFERENCE_LIMIT = 4096
 """Names kept of what does not fit into the history of a directory."""
 OPEN_HINTS_LIMIT = 8
-"""Hints without an answer that are told apart in one directory."""
+"""Unanswered hints that are kept apart in one directory."""
 
 
 class Arming:
@@ -91,7 +91,7 @@ class Arming:
 
     @property
     def deadline(self) -> float:
-        """time.monotonic() at which ``expire`` has something to do; inf at rest."""
+        """time.monotonic() at which ``expire`` has something to do; inf if never."""
         due = self._expiry
         for guest, holding in self._holding.items():
             if holding.events:
@@ -122,7 +122,7 @@ class Arming:
             return
         node.expires = time.monotonic() + windows.KEEP
         node.renewals = windows.KEEP_RENEWALS
-        self._export.watcher.catch_up()  # what is queued happened before
+        self._export.watcher.catch_up()  # queued events happened before
         if look_up.open and (look_up.is_doubtful or self._is_queued(directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
         if not look_up.open or (
@@ -136,15 +136,15 @@ class Arming:
             self._seen[guest] += 1
 
     def _is_queued(self, directory: Inode) -> bool:
-        """Whether something may have happened there that is not routed yet."""
+        """Whether there may be an event that is not routed yet."""
         watcher = self._export.watcher
         if not watcher.backlog:
             return False
         return watcher.backlog > QUEUE_LOOK or watcher.has_any({watcher.wd_of(directory)})
 
     def _look(self, guest: MountGuest, node: Provisional, look_up: LookUp, rest: float) -> None:
-        """Where the guest can be seen to have no new mark there, what was before is not to be told.
-        Not before ``rest``.
+        """If the guest can be seen to have no new mark there, earlier events are not delivered to
+        it. Not before ``rest``.
         """
         if look_up.has_new or time.monotonic() < rest:
             return
@@ -164,7 +164,7 @@ class Arming:
     def _knows(
         self, guest: MountGuest, directory: Inode, look_up: LookUp, key: NodeKey, bits: int
     ) -> bool:
-        """Whether a mark is elsewhere, or told of already."""
+        """Whether a mark is elsewhere, or already known."""
         try:
             inode = self._export.table.find(key)
         except OSError:
@@ -186,7 +186,7 @@ class Arming:
                 self._release(guest, holding)
 
     def expire(self, now: float) -> None:
-        """Drop watches that nobody came for, and let nothing wait for too long."""
+        """Drop watches for which no mark came, and end waits that are too long."""
         for guest, holding in list(self._holding.items()):
             if now >= self._new_marks.rest:
                 for look_up, node in list(self._doubts.get(guest, {}).items()):
@@ -235,7 +235,7 @@ class Arming:
                 self._miss(node, event)
 
     def _miss(self, node: Provisional, event: Event) -> None:
-        """Keep what differs by it, in place of the event."""
+        """Keep the difference that it makes instead of the event."""
         for place, missed in missed_by(event):
             before = node.missed.get(place)
             node.missed[place] = missed if before is None else before.followed_by(missed)
@@ -245,7 +245,7 @@ class Arming:
             self._mute(node, event)
 
     def _mute(self, node: Provisional, event: Event) -> None:
-        """Follow the directory no more, unless somebody has a mark there."""
+        """Stop watching the directory, unless a guest has a mark there."""
         node.missed.clear()
         node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
         self._export.counts["muted"] += 1
@@ -253,7 +253,7 @@ class Arming:
         self._watches.set_watch(node.inode)
 
     def _ask(self, node: Provisional, event: Event) -> None:
-        """Doubt for which guests the event is, and look where that can be seen."""
+        """Note for which guests the event is in doubt, and check where that is possible."""
         for guest, look_up in node.by.items():
             if event.stamp <= look_up.since or self._is_told(guest, event):
                 continue
@@ -263,14 +263,14 @@ class Arming:
             self._look(guest, node, look_up, self._new_marks.rest)
 
     def _has_mark(self, guest: MountGuest, event: Event) -> bool:
-        """Whether the guest watches there already. Then a new mark that asks for more is not likely
-        enough for other events to wait: each look-up by a watcher would make the next ones late.
+        """Whether the guest watches there already. Then a new mark that asks for more is too
+        unlikely to make other events wait: each look-up by a watcher would delay the next ones.
         """
         of = self._export.interest.of
         return any(i is not None and of(guest, i) for i in (event.node, event.child))
 
     def holds(self, guest: Guest, event: Event, halves: int) -> bool:
-        """Whether an event for the guest, the last that was remembered, waits for a scan."""
+        """Whether an event for the guest, the last one remembered, waits for a scan."""
         if not isinstance(guest, MountGuest) or guest not in self._doubts:
             return False
         holding = self._holding.get(guest)
@@ -310,7 +310,7 @@ class Arming:
         self._updates.pop(guest, None)
 
     def forget(self, guest: Guest) -> None:
-        """The guest has gone."""
+        """The guest has disconnected."""
         self.scan_abort(guest)
         for node in self._nodes.values():
             if isinstance(guest, MountGuest) and node.by.pop(guest, None) is not None:
@@ -322,7 +322,7 @@ class Arming:
             self._holding.pop(guest, None)
 
     def _disprove(self, node: Provisional, guest: MountGuest, hint: int) -> None:
-        """The guest has no mark there that was set by the look-ups up to that hint."""
+        """The guest has no mark there from the look-ups up to that hint."""
         look_up = node.by[guest]
         look_up.has_new = not guest.device
         while look_up.open and look_up.open[0][0] <= hint:
@@ -335,7 +335,7 @@ class Arming:
             self._doubt_no_more(guest, look_up)
 
     def _trim(self, node: Provisional) -> None:
-        """Forget what nobody is told any more."""
+        """Drop events that no guest will get any more."""
         since = min((look_up.since for look_up in node.by.values()), default=math.inf)
         while node.history and node.history[0].event.stamp <= since:
             node.history.popleft()
@@ -353,15 +353,15 @@ class Arming:
     def scan_end(
         self, guest: MountGuest, hint: int, *, full: bool
     ) -> list[tuple[NodeKey, Exception]]:
-        """``scan_ending`` in one go."""
+        """``scan_ending``, completed at once."""
         self._export.process(self._export.watcher.backlog)
         return finish(self.scan_ending(guest, hint, full=full))
 
     def scan_ending(
         self, guest: MountGuest, hint: int, *, full: bool
     ) -> Job[list[tuple[NodeKey, Exception]]]:
-        """Apply the marks, tell what happened since they were set; returns those that failed. A
-        GROUP at a time, so that a scan of very many is not one.
+        """Apply the marks, deliver the events since they were set; returns those that failed. Works
+        on a GROUP at a time, so that a very large scan is divided.
         """
         guest.scanned(hint)
         export = self._export
@@ -426,7 +426,7 @@ class Arming:
         failed: list[tuple[NodeKey, Exception]],
         told: dict[int, tuple[Kept, int]],
     ) -> int:
-        """How many of them are done. Adds what is to be told now, by number."""
+        """How many of them are done. Adds the events to deliver now, by number."""
         export = self._export
         found, seen = self._since_look_ups(guest)
         found |= {kept.number: kept for inode in files for kept in self.files.events(inode)}
@@ -446,7 +446,7 @@ class Arming:
                 failed.append((key, error))
             if time.monotonic() > end:
                 break
-        by_name = set()  # told now; what is part of it follows by itself
+        by_name = set()  # delivered now; their self events follow in the guest
         for kept in self._draining(untold):
             if (wanted := self._wanted(guest, kept)) is not None:
                 told[kept.number] = wanted
@@ -472,14 +472,14 @@ class Arming:
             yield item
 
     def _tell_missed(self, guest: Guest, updates: list[tuple[NodeKey, int]]) -> None:
-        """What was too much to keep is told as a difference."""
+        """Deliver the difference for what was too much to keep."""
         marked = {key for key, bits in updates if bits}
         for inode, node in self._nodes.items():
             if (node.missed or node.lost_ns) and inode.key in marked:
                 guest.has_missed(node.missed, node.lost_ns)
 
     def _since_look_ups(self, guest: MountGuest) -> tuple[dict[int, Kept], dict[Inode, Seen]]:
-        """What has happened where the guest has looked; and files as it saw them."""
+        """The events where the guest has looked, and the files as it saw them."""
         found: dict[int, Kept] = {}
         seen: dict[Inode, Seen] = {}
         for node in self._nodes.values():
@@ -501,7 +501,7 @@ class Arming:
         )
 
     def _wanted(self, guest: MountGuest, kept: Kept) -> tuple[Kept, int] | None:
-        """What of an event the guest has asked for by now."""
+        """The part of an event that the guest has asked for by now."""
         event = kept.event
         halves = self._export.interest.wanted_halves(guest, event)
         if halves:
@@ -514,7 +514,7 @@ class Arming:
         return None
 
     def _tell(self, guest: MountGuest, told: dict[int, tuple[Kept, int]]) -> None:
-        """Tell these, each behind what waits and is older."""
+        """Deliver these, each behind older waiting events."""
         if not told:
             return
         last = max(told)
@@ -525,6 +525,6 @@ class Arming:
             guest.offer(kept.event, halves, kept.ways)
 
     def _release(self, guest: MountGuest, holding: Holding) -> None:
-        """Tell what waits."""
+        """Deliver the waiting events."""
         for kept, halves in holding.take(self._number):
             guest.offer(kept.event, halves, kept.ways)

@@ -1,7 +1,7 @@
-"""mount(2) and umount2(2), and what is mounted where.
+"""mount(2), umount2(2), and the table of mounts.
 
-Apart from mounts.py, which follows the mounts below a share: this makes and takes away one mount.
-A place is named by a descriptor, so that nobody can put another directory there meanwhile.
+Apart from mounts.py, which follows the mounts below a share: this makes and removes one mount. A
+place is given by a descriptor, so that no other directory can take its place meanwhile.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Mount(NamedTuple):
     number: int
     parent: int
     device: int
-    """st_dev of what is in it."""
+    """st_dev of its files."""
     path: str
     flags: str
-    """Of the mount, such as nosuid."""
+    """Flags of the mount, such as nosuid."""
     type: str
     source: str
     options: str
-    """Of the file system itself."""
+    """Options of the file system itself."""
 
 
 def mounts() -> Iterator[Mount]:
-    """All mounts of this process, those on top of others behind them."""
+    """All mounts of this process, lower ones before those on top."""
     with open(syscalls.mountinfo_path(), "rb") as mountinfo:
         for line in mountinfo:
             number, parent, device, _root, point, flags, rest = line.split(b" ", 6)
@@ -48,12 +48,12 @@ def mounts() -> Iterator[Mount]:
 
 
 def _plain(field: bytes) -> str:
-    """A field without its escapes: blanks, newlines and backslashes are there as \\ooo."""
+    """A field without its escapes: blanks, newlines and backslashes are written as \\ooo."""
     return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))
 
 
 def mounted_on(fd: int) -> Mount | None:
-    """What is mounted on an open directory: the topmost, if there are several."""
+    """The mount on an open directory: the topmost, if there are several."""
     number, path = syscalls.mount_id(fd), os.fsdecode(syscalls.shown_path(fd))
     found = None
     for each in mounts():
@@ -70,7 +70,7 @@ def mount(source: str, fd: int, kind: str, flags: int, data: str) -> None:
 
 
 def unmount(fd: int) -> None:
-    """Take away what is mounted on an open directory, whoever still uses it. Raises OSError, EINVAL
-    where nothing is mounted there.
+    """Unmount what is mounted on an open directory, even if it is in use. Raises OSError: EINVAL if
+    nothing is mounted there.
     """
     check(libc.umount2(syscalls.fd_path(fd).encode(), _MNT_DETACH))

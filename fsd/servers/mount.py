@@ -1,4 +1,4 @@
-"""`fsd mount`: one export at one mountpoint, its agent, its socket, from start to clean end."""
+"""`fsd mount`: one export at one mountpoint, its agent, its socket, from start to clean exit."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ __all__ = [
 log = structlog.get_logger()
 TRANSPORTS = ("auto", "devfuse", "libfuse")
 READY_TIMEOUT = 20.0
-"""Seconds for the mount and the agent to come up, on a busy machine."""
+"""Seconds for the mount and the agent to become ready, on a busy machine."""
 
 
 class StartError(Exception):
-    """Why a mount cannot be made, in one line for people."""
+    """Why a mount cannot be made, in one line for the user."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `fsd mount` was asked for."""
+    """The options of `fsd mount`."""
 
     source: str
     mountpoint: str
@@ -63,9 +63,9 @@ class Options:
     watch_limit: int | None = None
     overflow_after_loss: bool = False
     transport: str = "auto"
-    """Of TRANSPORTS; auto: devfuse, and libfuse where that cannot be had."""
+    """One of TRANSPORTS; auto: devfuse, or libfuse if that is not available."""
     restore: bool | None = None
-    """None: where there is an image."""
+    """None: if there is an image."""
     state_dir: str | None = None
 
     @property
@@ -75,8 +75,8 @@ class Options:
 
 
 def mend(options: Options) -> list[str]:
-    """Take away what dead servers have left at the mountpoint, and say so. Raises StartError where
-    that is somebody else's.
+    """Unmount what this user's dead servers have left at the mountpoint; returns lines that say so.
+    Raises StartError if it belongs to another user.
     """
     mountpoint = options.mountpoint
     try:
@@ -91,7 +91,9 @@ def mend(options: Options) -> list[str]:
 
 
 def check(options: Options) -> Place:
-    """Where to mount. Raises StartError for everything that can be seen before mounting."""
+    """Returns where to mount. Raises StartError for every fault that can be seen before
+    mounting.
+    """
     if reason := credentials.cannot_change_identity():
         raise StartError(reason)
     source, mountpoint = Path(options.source), Path(options.mountpoint)
@@ -140,7 +142,7 @@ def _check_mountpoint(source: Path, mountpoint: Path, fd: int) -> None:
 
 
 def reductions(options: Options) -> list[str]:
-    """What this mount will lack, a line each, to be said once at its start."""
+    """What this mount will lack, a line each, printed once at its start."""
     lines = []
     if os.geteuid() != 0:
         lines.append(
@@ -254,7 +256,7 @@ class Mounted:
         return transport
 
     def _make_mount(self, operations: Operations) -> MountTransport:
-        """By the transport that was asked for. Raises StartError."""
+        """Mount by the requested transport. Raises StartError."""
         asked = self._options.transport
         try:
             if asked != "libfuse":
@@ -273,8 +275,8 @@ class Mounted:
             raise StartError(f"mounting on {mountpoint} failed: {error}") from None
 
     def _serves(self, device: int) -> None:
-        """What is at the mountpoint's path has that st_dev. Raises StartError where that is not
-        this mount: the agent would work there.
+        """The mountpoint's path leads to a file system with that st_dev. Raises StartError if that
+        is not this mount: the agent would work there.
         """
         mount = mounting.mounted_on(self._place.fd)
         if mount is None or mount.device != device:

@@ -69,12 +69,12 @@ class DevfuseTransport:
         return fd
 
     def close(self) -> None:
-        """Unmount, unless somebody has, and end the connection."""
+        """Unmount, unless that has happened, and end the connection."""
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
         if self._is_users:
-            os.close(fd)  # first: fusermount3 may look at the mount, and nobody would answer
+            os.close(fd)  # first: fusermount3 may look at the mount, and nothing would answer
         try:
             if not self._gone:
                 with suppress(OSError, MountError):
@@ -117,7 +117,7 @@ class DevfuseTransport:
         return bool(self._poll.poll(0))
 
     def _burst(self, session: FuseSession) -> bool:
-        """Answer what is there, for a while; whether there may be more."""
+        """Answer waiting requests for a while; returns whether there may be more."""
         buffers = self._buffers
         for _ in range(_BURST):
             request, reply = buffers.pop() if buffers else _new_buffers()
@@ -136,7 +136,7 @@ class DevfuseTransport:
         return True
 
     def _notify(self, message: bytes) -> None:
-        with suppress(OSError):  # the file is closed by now, or the mount is gone
+        with suppress(OSError):  # the file is closed, or the mount is gone
             os.write(self.fd, message)
 
     def _done(self, request: memoryview, reply: memoryview) -> Callable[[int], None]:

@@ -1,7 +1,7 @@
-"""Mounts of ordinary users: fusermount3 makes them, passes the connection on, and unmounts.
+"""Mounts of ordinary users: fusermount3 mounts, passes the connection on, and unmounts.
 
-The protocol is libfuse's, and every FUSE library speaks it: the program is given a socket's number
-in _FUSE_COMMFD, and sends the descriptor of /dev/fuse there (SCM_RIGHTS).
+The protocol is libfuse's, and every FUSE library speaks it: the program gets a socket's number in
+_FUSE_COMMFD, and sends the descriptor of /dev/fuse there (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .mounting import MountError, Place, UnavailableError
 
 PROGRAM = "fusermount3"
 _TIMEOUT = 20.0
-"""Seconds for it to mount or unmount: it does nothing that could take longer."""
+"""Seconds for it to mount or unmount: it does nothing that takes longer."""
 _DIRECTORIES = "/usr/local/bin:/usr/bin:/bin"
-"""Where it may be beside PATH."""
+"""Directories to search in addition to PATH."""
 _SPECIAL = re.compile(r"[\\,]")
 
 
 def mount(place: Place, kind: str) -> int:
-    """Have it mounted; returns the descriptor of the connection. Raises MountError,
-    UnavailableError where there is no such program, or it passes no descriptor.
+    """Mount; returns the descriptor of the connection. Raises MountError, UnavailableError if there
+    is no such program, or it passes no descriptor.
     """
     options = [f"fsname={_quoted(place.source)}", f"subtype={_quoted(kind)}", "nosuid", "nodev"]
     options += ["default_permissions"] * place.is_judged + ["allow_other"] * place.for_all
@@ -47,8 +47,8 @@ def mount(place: Place, kind: str) -> int:
 
 
 def unmount(place: Place, timeout: float = _TIMEOUT) -> None:
-    """Take away what is mounted at a place, whoever still uses it: as root by umount2(2), else by
-    fusermount3. Raises MountError, OSError.
+    """Unmount a place even if it is in use: as root by umount2(2), else by fusermount3. Raises
+    MountError, OSError.
     """
     if os.geteuid() == 0:
         try:
@@ -72,7 +72,7 @@ def _run(
         environment["_FUSE_COMMFD"] = str(passed)
     try:
         return subprocess.run(
-            [PROGRAM, *arguments],  # by its name alone, as it calls itself in what it says
+            [PROGRAM, *arguments],  # by its name only, as in its own messages
             executable=path,
             env=environment,
             pass_fds=() if passed is None else (passed,),
@@ -89,7 +89,9 @@ def _run(
 
 
 def _quoted(text: str) -> str:
-    """As a value of fsname= or subtype=, which alone may have commas: each behind a backslash."""
+    """A value of fsname= or subtype=, the only options that may contain commas: each after a
+    backslash.
+    """
     return _SPECIAL.sub(r"\\\g<0>", text)
 
 

@@ -1,7 +1,7 @@
 """The libfuse transport: pyfuse3 mounts, and calls libfuse_operations.py.
 
-Apart from them, as libfuse has one mount a process, in its own variables; and imported only where
-it is asked for.
+Apart from the operations, because libfuse has one mount per process, in its own variables. Imported
+only if this transport is used.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LibfuseTransport:
         pyfuse3.terminate()
 
     def close(self) -> None:
-        """Unmount, unless somebody has, and end the connection."""
+        """Unmount, unless that has happened, and end the connection."""
         pyfuse3.close()
 
 
@@ -74,7 +74,9 @@ def _options(place: Place) -> set[str]:
 
 @contextmanager
 def _stderr_in(fd: int) -> Iterator[None]:
-    """libfuse and fusermount3 say why they fail on stderr only; in here that goes to ``fd``."""
+    """libfuse and fusermount3 report why they fail on stderr only; within the block that goes to
+    ``fd``.
+    """
     own = os.dup(2)
     try:
         os.dup2(fd, 2)

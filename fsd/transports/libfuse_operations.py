@@ -1,4 +1,5 @@
-"""pyfuse3's operations as a thin adapter on those of fsd.fuse: what the libfuse transport calls.
+"""The operations that pyfuse3 calls: a thin adapter on those of fsd.fuse, for the libfuse
+transport.
 
 It is the boundary for errors: an OSError becomes its errno, anything else EIO and one logged
 traceback. pyfuse3 would unmount on any exception other than FUSEError.

@@ -1,4 +1,4 @@
-"""What a transport of `fsd mount` is given, and what it offers: the same for all of them."""
+"""The interface of the transports of `fsd mount`: what they get, and what they offer."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from typing import Protocol
 
 
 class MountError(Exception):
-    """Why a mount cannot be made, in a few words for people."""
+    """Why a mount cannot be made, in a few words for the user."""
 
 
 class UnavailableError(MountError):
-    """The transport cannot be had on this machine; another one might."""
+    """The transport is not available on this machine; another one might be."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What is mounted where, and for whom."""
+    """What to mount where, and for which users."""
 
     source: str
     """A path, for people."""
     mountpoint: str
     fd: int
-    """The mountpoint's, O_PATH: a path may lead elsewhere by the time of the mount."""
+    """The mountpoint's, O_PATH: its path may lead elsewhere by the time of the mount."""
     for_all: bool
     """Whether other users than the server's may use the mount."""
 
     @property
     def is_judged(self) -> bool:
-        """Whether the kernel checks permissions: wherever the server does for others what it may
-        do itself. For an ordinary user alone the host's file system judges better.
+        """Whether the kernel checks permissions: whenever the server acts for others with its own
+        rights. For an ordinary user alone the host's file system checks more exactly.
         """
         return self.for_all or os.geteuid() == 0
 
 
 class MountTransport(Protocol):
-    """A mount that was made. Its constructor takes the operations and the place, and raises
+    """An existing mount. Its constructor takes the operations and the place, and raises
     MountError.
     """
 
@@ -49,4 +49,4 @@ class MountTransport(Protocol):
         """Make ``run`` return."""
 
     def close(self) -> None:
-        """Unmount, unless somebody has, and end the connection. After ``run``."""
+        """Unmount, unless that has happened, and end the connection. Call it after ``run``."""
