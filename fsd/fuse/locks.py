@@ -42,7 +42,7 @@ class Locks:
     def _getlk(self, request: Request) -> bytes:
         fh, owner, start, end, kind, pid, _flags = fuse.LK_IN.unpack(request.body)
         lock = Lock(kind, start, end, pid)
-        kind, start, end, pid = self._operations.getlk(request.who, fh, owner, lock)
+        kind, start, end, pid = self._operations.files.getlk(request.who, fh, owner, lock)
         return fuse.LK_OUT.pack(start, end, kind, pid)
 
     def _setlk(self, request: Request) -> bytes:
@@ -52,18 +52,19 @@ class Locks:
     def _set(self, request: Request) -> None:
         fh, owner, start, end, kind, pid, flags = fuse.LK_IN.unpack(request.body)
         if flags & fuse.LK_FLOCK:
-            self._operations.flock(request.who, fh, kind)
+            self._operations.files.flock(request.who, fh, kind)
         else:
-            self._operations.setlk(request.who, fh, owner, Lock(kind, start, end, pid))
+            self._operations.files.setlk(request.who, fh, owner, Lock(kind, start, end, pid))
 
     def _setlkw(self, request: Request) -> bytes | None:
         try:
             self._set(request)
         except BlockingIOError:
             self._waiting.check(request)
-            inode = self._operations.file(fuse.LK_IN.unpack(request.body).fh).inode
+            inode = self._operations.handles.file(fuse.LK_IN.unpack(request.body).fh).inode
             _Wait(request, lambda: self._set(request), self._loop, self._waiting).begin(
-                self._retries, lambda retry: self._operations.locks.waiters.add(inode, retry)
+                self._retries,
+                lambda retry: self._operations.handles.locks.waiters.add(inode, retry),
             )
             return None
         return b""

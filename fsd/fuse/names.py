@@ -188,7 +188,7 @@ class Names:
 
     def _access(self, request: Request) -> bytes:
         mask = fuse.ACCESS_IN.unpack(request.body)
-        if not self._operations.access(request.nodeid, mask & (os.R_OK | os.W_OK | os.X_OK)):
+        if not self._operations.may_access(request.nodeid, mask & (os.R_OK | os.W_OK | os.X_OK)):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         return b""
 

@@ -106,7 +106,7 @@ class Nodes:
         """Steps that return everything. The guest holds nothing from now on."""
         held, self._held = self._held, {}
         self._pinned.clear()
-        self._operations.pinned = 0
+        self._operations.handles.pinned = 0
         return (partial(self._operations.forget, *node) for node in held.items())
 
     def end(self) -> None:
@@ -139,7 +139,7 @@ class Nodes:
         """Whether the guest holds as many nodes as it may."""
         if len(self._held) >= self._limit:
             return True
-        return bool(self._pinned) and not self._operations.has_room()
+        return bool(self._pinned) and not self._operations.handles.has_room()
 
     def forget(self, nodeid: int, count: int) -> None:
         """FORGET: at most what the guest holds."""
@@ -151,7 +151,7 @@ class Nodes:
             del self._held[nodeid]
             if nodeid in self._pinned:
                 self._pinned.remove(nodeid)
-                self._operations.pinned -= 1
+                self._operations.handles.pinned -= 1
             self._forgotten[nodeid] = None
             if len(self._forgotten) > FORGOTTEN_LIMIT:
                 self._forgotten.popitem(last=False)
@@ -176,7 +176,7 @@ class Nodes:
     def _pin(self, inode: Inode) -> None:
         if inode.nodeid not in self._pinned and inode.nodeid != ROOT_ID:
             self._pinned.add(inode.nodeid)
-            self._operations.pinned += 1
+            self._operations.handles.pinned += 1
 
     # A server's restart
 
@@ -206,7 +206,7 @@ class Nodes:
         """struct fuse_entry_out of a node found in or added to the directory ``parent``."""
         inode, attr = entry
         seconds = nanoseconds = attr_seconds = attr_nanoseconds = 0
-        if self._operations.is_replayer(who):
+        if self._operations.access.is_replayer(who):
             if parent < FSD_DIR:  # else users may look at it next
                 attr_seconds, attr_nanoseconds = self._replayer_timeout(inode, attr)
         elif self._cached and not (self._is_watched(parent) or self._is_watched(inode.nodeid)):
@@ -229,7 +229,7 @@ class Nodes:
 
     def _attr_valid(self, who: Caller, inode: Inode, attr: StatLike) -> tuple[int, int]:
         """How long attributes without a name are valid: seconds, nanoseconds."""
-        if self._operations.is_replayer(who):
+        if self._operations.access.is_replayer(who):
             return self._replayer_timeout(inode, attr)
         return self._attr_timeout if self._cached and not self.is_watched(inode) else (0, 0)
 

@@ -16,9 +16,10 @@ from ..files.handle import Handle
 from ..files.inode import Inode
 from ..files.passthrough import Entry
 from .channelfile import READY, ChannelFile
+from .handles import IdleHandle
 from .hidden import HiddenHandle
 from .nodes import Caching, Nodes
-from .operations import IdleHandle, Operations
+from .operations import Operations
 from .pending import Loop, Waiting
 from .record import SessionRecord
 from .request import Request
@@ -91,8 +92,8 @@ class Files:
 
     def resume(self, kept: SessionRecord, inodes: Mapping[int, Inode]) -> None:
         """Take over files that were open in another process."""
-        self._handles.update(self._operations.resume(kept, inodes))
-        for handle in self._operations.files():  # in the order of opening
+        self._handles.update(self._operations.handles.resume(kept, inodes))
+        for handle in self._operations.handles.files():  # in the order of opening
             self.bypass.opened(handle)
 
     def closing(self) -> Iterator[Callable[[], None]]:
@@ -103,7 +104,7 @@ class Files:
         self._handles.discard(fh)
         self._channels.pop(fh, None)
         self.bypass.closed(fh)
-        self._operations.release(fh)
+        self._operations.files.release(fh)
 
     def _opened(self, request: Request, fh: int, flags: int) -> bytes:
         self._handles.add(fh)
@@ -112,9 +113,9 @@ class Files:
     def _open(self, request: Request) -> bytes:
         flags, more = fuse.OPEN_IN.unpack(request.body)
         kill = bool(more & fuse.OPEN_KILL_SUIDGID)
-        fh = self._operations.open(request.who, request.nodeid, flags, kill=kill)
+        fh = self._operations.files.open(request.who, request.nodeid, flags, kill=kill)
         request.on_lost = lambda: self._close(fh)
-        handle = self._operations.handle(fh)
+        handle = self._operations.handles.handle(fh)
         if isinstance(handle, HiddenHandle) and handle.channel is not None:
             self._channels[fh] = ChannelFile(handle.channel)
         if isinstance(handle, HiddenHandle | IdleHandle):  # its data must not be cached
@@ -134,7 +135,7 @@ class Files:
         """O_DIRECT for an open file. Raises OSError EINVAL if its file system does not support
         it.
         """
-        fd = self._operations.file_fd(fh)
+        fd = self._operations.handles.file_fd(fh)
         try:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
         except OSError:
@@ -172,7 +173,7 @@ class Files:
 
         request.on_lost = undo
         reply = self._nodes.entry(request.who, entry, request.nodeid)
-        handle = self._operations.file(fh)
+        handle = self._operations.handles.file(fh)
         return reply + self._opened(request, fh, self._data_flags(handle))
 
     def _read(self, request: Request) -> bytes | None:
@@ -181,11 +182,11 @@ class Files:
         if channel is not None:
             self._read_channel(request, channel, min(size, request.room))
             return None
-        handle = self._operations.handle(fh)
+        handle = self._operations.handles.handle(fh)
         if isinstance(handle, HiddenHandle):
             return handle.text[offset : offset + min(size, request.room)]
         views = request.data_out(size)
-        request.reply_in_place(self._operations.read_into(fh, views, offset) if views else 0)
+        request.reply_in_place(self._operations.files.read_into(fh, views, offset) if views else 0)
         return None
 
     def _write(self, request: Request) -> bytes | None:
@@ -199,31 +200,31 @@ class Files:
             self._write_channel(request, channel, b"".join(views))
             return None
         kill = bool(flags & fuse.WRITE_KILL_SUIDGID)
-        written = self._operations.write_from(
+        written = self._operations.files.write_from(
             request.who, fh, views, offset, kill=kill, append=write.appends
         )
         return fuse.WRITE_OUT.pack(written)
 
     def _flush(self, request: Request) -> bytes:
         fh, owner = fuse.FLUSH_IN.unpack(request.body)
-        self._operations.flush(fh, owner)
+        self._operations.files.flush(fh, owner)
         return b""
 
     def _release(self, request: Request) -> bytes:
         fh, _flags, release_flags, _owner = fuse.RELEASE_IN.unpack(request.body)
         if release_flags & fuse.RELEASE_FLOCK_UNLOCK:
-            self._operations.unlock(fh)
+            self._operations.files.unlock(fh)
         self._close(fh)
         return b""
 
     def _fallocate(self, request: Request) -> bytes:
         fh, offset, length, mode = fuse.FALLOCATE_IN.unpack(request.body)
-        self._operations.fallocate(request.who, fh, mode, offset, length)
+        self._operations.files.fallocate(request.who, fh, mode, offset, length)
         return b""
 
     def _lseek(self, request: Request) -> bytes:
         fh, offset, whence = fuse.LSEEK_IN.unpack(request.body)
-        return fuse.LSEEK_OUT.pack(self._operations.lseek(fh, offset, whence))
+        return fuse.LSEEK_OUT.pack(self._operations.files.lseek(fh, offset, whence))
 
     def _copy_file_range(self, request: Request) -> bytes:
         return fuse.WRITE_OUT.pack(self._copied(request))
@@ -238,7 +239,9 @@ class Files:
         if flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._nodes.check(nodeid_out)
-        return self._operations.copy_file_range(request.who, fh, offset, fh_out, offset_out, size)
+        return self._operations.files.copy_file_range(
+            request.who, fh, offset, fh_out, offset_out, size
+        )
 
     def _ioctl(self, request: Request) -> bytes:
         fh, flags, command, _arg, in_size, out_size = fuse.IOCTL_IN.unpack(request.body)
@@ -246,16 +249,16 @@ class Files:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         start = fuse.IOCTL_IN.size
         data = request.body[start : start + in_size]
-        result = self._operations.ioctl(request.who, fh, command, data)[:out_size]
+        result = self._operations.files.ioctl(request.who, fh, command, data)[:out_size]
         return fuse.IOCTL_OUT.pack(0, 0, 0, 0) + result
 
     def _syncfs(self, request: Request) -> bytes:
-        self._operations.syncfs()
+        self._operations.files.syncfs()
         return b""
 
     def _fsync(self, request: Request) -> bytes:
         fh, flags = fuse.FSYNC_IN.unpack(request.body)
-        self._operations.fsync(fh, data_only=bool(flags & fuse.FSYNC_FDATASYNC))
+        self._operations.files.fsync(fh, data_only=bool(flags & fuse.FSYNC_FDATASYNC))
         return b""
 
     # Requests that wait
@@ -300,7 +303,7 @@ class Files:
         fh, kernel_handle, flags, _events = fuse.POLL_IN.unpack(request.body)
         channel = self._channels.get(fh)
         if channel is None:
-            self._operations.handle(fh)
+            self._operations.handles.handle(fh)
             return fuse.POLL_OUT.pack(READY)
         notify = self._notify
         if notify is None:  # always readable: the read waits
@@ -315,10 +318,10 @@ class Files:
     # Directories
 
     def _opendir(self, request: Request) -> bytes:
-        fh = self._operations.opendir(request.who, request.nodeid)
+        fh = self._operations.files.opendir(request.who, request.nodeid)
         request.on_lost = lambda: self._close(fh)
         flags = self._directory_flags
-        handle = self._operations.handle(fh)
+        handle = self._operations.handles.handle(fh)
         if flags and (isinstance(handle, HiddenHandle) or self._nodes.is_watched(handle.inode)):
             flags = 0
         return self._opened(request, fh, flags)
@@ -326,7 +329,7 @@ class Files:
     def _readdir(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
         size = min(size, request.room, LISTING_LIMIT)
-        node, entries = self._operations.names(fh, offset, size * 3 // 4)
+        node, entries = self._operations.files.names(fh, offset, size * 3 // 4)
         number = self._nodes.numbering(node)
         reply = bytearray()
         for name, ino, kind, following in entries:
@@ -345,7 +348,7 @@ class Files:
     def _readdirplus(self, request: Request) -> bytes:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)
         size = min(size, request.room, LISTING_LIMIT)
-        node, entries = self._operations.names(fh, offset, size * 3 // 16)
+        node, entries = self._operations.files.names(fh, offset, size * 3 // 16)
         number = self._nodes.numbering(node)
         reply = bytearray()
         undo: list[Callable[[], None]] = []
@@ -359,7 +362,7 @@ class Files:
                 ino = self._nodes.ino(above)
             else:
                 is_full = self._nodes.is_full
-                entry = None if is_full else self._operations.entry(fh, name)
+                entry = None if is_full else self._operations.files.entry(fh, name)
                 if entry is not None:  # else only the name: the kernel asks if it needs more
                     entry.inode.lookups += 1
                     undo.append(self._nodes.hold(entry.inode))

@@ -2,7 +2,7 @@
 
 Each call comes from the mount's users, from its replayer, or is about the hidden directory; this
 module separates the three. Synchronous, plain values; an OSError carries the errno for the guest.
-Names and attributes are here, open files in handles.
+Names and attributes are here, open files in openfiledata.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import partial
 from protocol.frames import FSD_DIR, FSD_NAME
 from protocol.masks import Mask
 
+from ..export.export import Export
 from ..files import xattrs
 from ..files.attributes import StatLike, placeholder_attr
 from ..files.caller import Caller
@@ -26,18 +27,42 @@ from ..files.passthrough import Entry
 from ..files.recall import recall
 from ..files.slowcalls import LONG
 from ..guests.ledger import UnexpectedCall
+from ..guests.mount import MountGuest
 from ..linux import credentials, syscalls
-from .handles import AnyHandle, Events, FileService, IdleHandle, opening, writing
+from .access import Access, Events, opening, writing
+from .handles import Handles
+from .hidden import HiddenFiles
+from .openfiledata import OpenFileData
 from .removal import Removal
+from .slowwork import SlowWork
 
 _UNLINKED = Mask.ATTRIB | Mask.DELETE_SELF
 _NEW, _NEW_TRUNC = Mask.CREATE | opening(0), Mask.CREATE | opening(os.O_TRUNC)
 
-__all__ = ["AnyHandle", "IdleHandle", "Operations"]
 
+class Operations:
+    """Operations of one mount, which is ``guest``, on an export."""
 
-class Operations(FileService):
-    """Operations of one mount on an export."""
+    def __init__(self, export: Export, guest: MountGuest) -> None:
+        self.export = export
+        self.guest = guest
+        self._fs = export.fs
+        self._table = export.table
+        self.hidden = HiddenFiles(export, guest)
+        self.acls = False
+        """Whether POSIX ACLs may be used (fsd.files.xattrs): the transport knows."""
+        self.access = Access(export, guest)
+        self.slow = SlowWork(export.table.mounts)
+        self.handles = Handles(export, guest, self.access)
+        self.files = OpenFileData(export, guest, self.access, self.slow, self.handles, self.hidden)
+
+    def close(self) -> None:
+        """Release every lock and every handle."""
+        self.handles.keep_no_longer()
+        self.handles.locks.close()
+        for fh in self.handles:
+            self.files.release(fh)
+        self._fs.successors.close()
 
     # Names
 
@@ -45,7 +70,7 @@ class Operations(FileService):
         """LOOKUP."""
         if nodeid >= FSD_DIR or (nodeid == ROOT_ID and name == FSD_NAME):
             return self._hidden_lookup(who, nodeid, name)
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             entry = self.guest.ledger.lookup(nodeid, name)
             if entry is not None:
                 return entry
@@ -62,12 +87,12 @@ class Operations(FileService):
         history.looked_up(who, directory, name, entry.inode)
         if entry.inode.is_dir:
             self.guest.ledger.found(nodeid, name)
-        self._looked_up(who, entry.inode, entry)
+        self.access.looked_up(who, entry.inode, entry)
         return entry
 
     def _hidden_lookup(self, who: Caller, nodeid: int, name: bytes) -> Entry:
         self.hidden.check(who)
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             entry = self.guest.ledger.lookup(nodeid, name)
             if entry is not None:
                 return entry
@@ -80,43 +105,43 @@ class Operations(FileService):
 
     def mknod(self, who: Caller, nodeid: int, name: bytes, mode: int, rdev: int) -> Entry:
         """MKNOD."""
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFMT(mode))
         # bind(2) asks only once (net/unix/af_unix.c).
         node = (self._names if stat.S_ISSOCK(mode) else partial(self._to_change, who))(nodeid, name)
-        with self._own((node, name, Mask.CREATE)):
+        with self.access.own((node, name, Mask.CREATE)):
             return self._fs.mknod(node, name, mode, rdev, who)
 
     def mkdir(self, who: Caller, nodeid: int, name: bytes, mode: int) -> Entry:
         """MKDIR."""
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFDIR)
         node = self._to_change(who, nodeid, name)
-        with self._own((node, name, Mask.CREATE)):
+        with self.access.own((node, name, Mask.CREATE)):
             return self._fs.mkdir(node, name, mode, who)
 
     def symlink(self, who: Caller, nodeid: int, name: bytes, target: bytes) -> Entry:
         """SYMLINK."""
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFLNK)
         node = self._to_change(who, nodeid, name)
-        with self._own((node, name, Mask.CREATE)):
+        with self.access.own((node, name, Mask.CREATE)):
             return self._fs.symlink(node, name, target, who)
 
     def _replay_create(self, nodeid: int, name: bytes, kind: int) -> Entry:
         try:
             return self.guest.ledger.create(nodeid, name, kind)
         except UnexpectedCall as error:
-            raise self._refused(error) from None
+            raise self.access.refused(error) from None
 
     def link(self, who: Caller, nodeid: int, new_parent: int, name: bytes) -> Entry:
         """LINK."""
-        self._refuse_replayer(who, "link")
+        self.access.refuse_replayer(who, "link")
         inode, node = self._table.get(nodeid), self._names(new_parent, name)
         again = self.guest.history.changes(who, (node, name))
         about = (node, name, Mask.CREATE), (inode, b"", Mask.ATTRIB)
         with (
-            self._own(*about),
+            self.access.own(*about),
             writing(who.uid, kill=False),
             self.guest.history.coming(who, again),
         ):
@@ -131,18 +156,18 @@ class Operations(FileService):
         self._remove(who, nodeid, name, is_dir=True)
 
     def _remove(self, who: Caller, nodeid: int, name: bytes, *, is_dir: bool) -> None:
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             try:
                 self.guest.ledger.remove(nodeid, name)
             except UnexpectedCall as error:
-                raise self._refused(error) from None
+                raise self.access.refused(error) from None
             return
         node = self._to_change(who, nodeid, name)
         child = node.children.get(name)
         remove = self._fs.rmdir if is_dir else self._fs.unlink
         with (
-            Removal(self.close_slowly, child) as keep,
-            self._own((node, name, Mask.DELETE), (child, b"", _UNLINKED)),
+            Removal(self.slow.close, child) as keep,
+            self.access.own((node, name, Mask.DELETE), (child, b"", _UNLINKED)),
         ):
             remove(node, name, who, keep)
 
@@ -150,11 +175,11 @@ class Operations(FileService):
         self, who: Caller, nodeid: int, name: bytes, nodeid2: int, name2: bytes, flags: int
     ) -> None:
         """RENAME, RENAME2."""
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             try:
                 self.guest.ledger.rename(nodeid, name, nodeid2, name2, flags)
             except UnexpectedCall as error:
-                raise self._refused(error) from None
+                raise self.access.refused(error) from None
             return
         old, new = self._names(nodeid, name), self._names(nodeid2, name2)
         self.guest.history.changes(who, (old, name), (new, name2))
@@ -163,8 +188,8 @@ class Operations(FileService):
         lost = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
         replaced = new.children.get(name2)
         with (
-            Removal(self.close_slowly, replaced) as keep,
-            self._own(
+            Removal(self.slow.close, replaced) as keep,
+            self.access.own(
                 (old, name, moved),
                 (new, name2, arrived),
                 (old.children.get(name), b"", Mask.MOVE_SELF),
@@ -186,15 +211,15 @@ class Operations(FileService):
         """A directory in which names may change: not the hidden one, nor its name."""
         if nodeid >= FSD_DIR or (nodeid == ROOT_ID and name == FSD_NAME):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        self._check_writable()
+        self.access.check_writable()
         return self._table.get(nodeid)
 
     def create(
         self, who: Caller, nodeid: int, name: bytes, mode: int, flags: int, *, kill: bool = False
     ) -> tuple[Entry, int]:
         """CREATE; with O_TRUNC, ``kill`` suid and sgid bits of an existing file."""
-        self.check_room()
-        self._refuse_replayer(who, "create")
+        self.handles.check_room()
+        self.access.refuse_replayer(who, "create")
         node = self._names(nodeid, name)
         again = self.guest.history.changes(who, (node, name))
         opened = opening(flags)
@@ -205,21 +230,21 @@ class Operations(FileService):
         )
         # An ordinary user acts without CAP_FSETID here anyway.
         kill = kill and not who.uid
-        open_file = partial(self._open_file, events, kill)
+        open_file = partial(self.slow.open_file, events, kill)
         suid = credentials.killing_suid() if kill else nullcontext()
-        with self._own(*events), suid, self.guest.history.coming(who, again):
+        with self.access.own(*events), suid, self.guest.history.coming(who, again):
             entry, handle = self._fs.create(node, name, mode, flags, who, open_file)
-        return entry, self._new(handle, who)
+        return entry, self.handles.add(handle, who)
 
     def tmpfile(self, who: Caller, nodeid: int, mode: int, flags: int) -> tuple[Entry, int]:
         """TMPFILE."""
-        self.check_room()
-        self._refuse_replayer(who, "tmpfile")
-        self._check_writable()
+        self.handles.check_room()
+        self.access.refuse_replayer(who, "tmpfile")
+        self.access.check_writable()
         node = self._node(nodeid)
-        with self._own((node, None, Mask.OPEN)):
+        with self.access.own((node, None, Mask.OPEN)):
             entry, handle = self._fs.tmpfile(node, mode, flags, who)
-        return entry, self._new(handle, who)
+        return entry, self.handles.add(handle, who)
 
     def readlink(self, nodeid: int) -> bytes:
         """READLINK."""
@@ -237,14 +262,15 @@ class Operations(FileService):
         if nodeid >= FSD_DIR:
             return self.hidden.getattr(nodeid)
         inode = self._table.get(nodeid)
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             return inode, self.guest.ledger.getattr(inode)
         self.guest.history.asks(who, nodeid)
         if inode.is_placeholder:
             return inode, self.guest.ledger.attributes(inode)
-        self._looked_up(who, inode)  # a mark may be set through a descriptor, without a look-up
+        # A mark may be set through a descriptor, without a look-up.
+        self.access.looked_up(who, inode)
         try:
-            return inode, self._wherever(inode, partial(self._fs.getattr_by_path, inode))
+            return inode, self.access.wherever(inode, partial(self._fs.getattr_by_path, inode))
         except FileNotFoundError:  # a removed directory in which a program works
             return inode, placeholder_attr(inode, nlink=0)
         except OSError as error:
@@ -252,7 +278,7 @@ class Operations(FileService):
 
     def born_ns(self, who: Caller, nodeid: int) -> int:
         """STATX: time of creation; 0 if it is not known."""
-        if nodeid >= FSD_DIR or self.is_replayer(who):
+        if nodeid >= FSD_DIR or self.access.is_replayer(who):
             return 0
         try:
             return self._fs.born_ns(self._table.get(nodeid))
@@ -266,14 +292,14 @@ class Operations(FileService):
         if nodeid >= FSD_DIR:
             return self.hidden.getattr(nodeid)
         inode = self._table.get(nodeid)
-        if self.is_replayer(who):
+        if self.access.is_replayer(who):
             try:
                 return inode, self.guest.ledger.setattr(nodeid)
             except UnexpectedCall as error:
-                raise self._refused(error) from None
-        self._check_writable()
-        handle = self._handles.get(fh) if fh is not None else None
-        events = self._about(inode, changes.events)
+                raise self.access.refused(error) from None
+        self.access.check_writable()
+        handle = self.handles.known(fh) if fh is not None else None
+        events = self.access.about(inode, changes.events)
 
         def run(change: Change, fd: int, is_open: bool) -> os.stat_result:
             # A program may have a lease on a file that is not open, and truncating a long file
@@ -281,17 +307,17 @@ class Operations(FileService):
             size = changes.size
             if size is None or (is_open and os.fstat(fd).st_size - size <= LONG):
                 return change(fd)
-            status: os.stat_result = self.slowly("setattr", change, fd, expected=events)
+            status: os.stat_result = self.slow.slowly("setattr", change, fd, expected=events)
             return status
 
-        with self._own(*events):
+        with self.access.own(*events):
             return inode, self._fs.setattr(
                 inode, changes, handle if isinstance(handle, Handle) else None, run
             )
 
     def getxattr(self, who: Caller, nodeid: int, name: bytes) -> bytes:
         """GETXATTR; the replayer's calls have no privileges to kill."""
-        if nodeid >= FSD_DIR or (self.is_replayer(who) and name == b"security.capability"):
+        if nodeid >= FSD_DIR or (self.access.is_replayer(who) and name == b"security.capability"):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         xattrs.check(name, acls=self.acls)
         try:
@@ -307,23 +333,23 @@ class Operations(FileService):
 
     def setxattr(self, who: Caller, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
         """SETXATTR."""
-        self._refuse_replayer(who, "setxattr")
+        self.access.refuse_replayer(who, "setxattr")
         inode = self._node(nodeid)
         xattrs.check(name, acls=self.acls)
-        self._check_writable()
-        with self._own(*self._about(inode, Mask.ATTRIB)), writing(who.uid, kill=False):
+        self.access.check_writable()
+        with self.access.own(*self.access.about(inode, Mask.ATTRIB)), writing(who.uid, kill=False):
             self._fs.setxattr(inode, name, value, flags)
 
     def removexattr(self, who: Caller, nodeid: int, name: bytes) -> None:
         """REMOVEXATTR."""
-        self._refuse_replayer(who, "removexattr")
+        self.access.refuse_replayer(who, "removexattr")
         inode = self._node(nodeid)
         xattrs.check(name, acls=self.acls)
-        self._check_writable()
-        with self._own(*self._about(inode, Mask.ATTRIB)):
+        self.access.check_writable()
+        with self.access.own(*self.access.about(inode, Mask.ATTRIB)):
             self._fs.removexattr(inode, name)
 
-    def access(self, nodeid: int, mode: int) -> bool:
+    def may_access(self, nodeid: int, mode: int) -> bool:
         """ACCESS; sent only if the kernel does not check permissions itself."""
         return True if nodeid >= FSD_DIR else self._fs.access(self._table.get(nodeid), mode)
 

@@ -25,7 +25,7 @@ from protocol.fuse import Init, Opcode
 from ..files.inode import Inode
 from ..files.slowcalls import Later, Outcome, SlowCall, Work
 from ..guests.history import Undelivered
-from .handles import Events
+from .access import Events
 from .leaving import give_back
 from .locks import Locks
 from .names import Names
@@ -110,8 +110,8 @@ class FuseSession:
         caching, submounts = self._options.caching, self._options.submounts
         limit = self._options.nodes_limit
         self._kept = self._options.kept
-        operations.keep(self._kept)
-        operations.has_threads, operations.close_slowly = True, self._close_slowly
+        operations.handles.keep(self._kept)
+        operations.slow.use_threads(self._close_slowly)
         notify = self._options.notify
         take_back = None if notify is None else partial(_take_back, notify)
         operations.guest.history.serve(take_back)
@@ -196,7 +196,7 @@ class FuseSession:
             outcome.drop()
             request.fail(error.errno or errno.EIO)
             return
-        outcomes = operations.outcomes
+        outcomes = operations.slow.outcomes
         end = operations.export.watcher.expect(operations.guest, call.expected)
 
         def fail() -> None:
@@ -208,11 +208,11 @@ class FuseSession:
             if not self._waiting.end(request) or error is not None:
                 outcome.drop()
                 return
-            operations.outcomes = made = {**outcomes, call.what: outcome}
+            operations.slow.outcomes = made = {**outcomes, call.what: outcome}
             try:
                 self._try(request)
             finally:
-                operations.outcomes = {}
+                operations.slow.outcomes = {}
                 if not self._waiting.waits(request):
                     for each in made.values():
                         each.drop()
@@ -251,7 +251,7 @@ class FuseSession:
         if self._mounts.remote:
             is_name = opcode in _NAME_AT
             body = request.body[_NAME_AT.get(opcode, 0) :]
-            self._operations.reach(request.nodeid, body, is_name=is_name)
+            self._operations.files.reach(request.nodeid, body, is_name=is_name)
         payload = handler(request)
         if payload is not None:
             request.reply(payload)
@@ -306,7 +306,9 @@ class FuseSession:
         self._era += 1
         self._waiting.close()
         self._operations.export.drop_hand_marks(self._operations.guest)
-        steps = chain(self._operations.locks.closing(), self._files.closing(), self.nodes.closing())
+        steps = chain(
+            self._operations.handles.locks.closing(), self._files.closing(), self.nodes.closing()
+        )
         closing = self._closing = self._closing or []
 
         def closed() -> None:
@@ -337,7 +339,9 @@ class FuseSession:
     def leave(self) -> None:
         """The session continues in another process: hand over open files."""
         if self._kept is not None:
-            self._kept.leave(self._operations.descriptors(), self._operations.locks.descriptors())
+            self._kept.leave(
+                self._operations.handles.descriptors(), self._operations.handles.locks.descriptors()
+            )
 
     # INIT and DESTROY
 

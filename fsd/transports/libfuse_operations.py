@@ -33,8 +33,8 @@ from ..files.handle import Handle
 from ..files.inode import Inode
 from ..files.passthrough import Entry
 from ..files.slowcalls import THREADS, Later, Outcome, Outcomes, SlowCall
+from ..fuse.access import Events
 from ..fuse.channelfile import READY, ChannelFile
-from ..fuse.handles import Events
 from ..fuse.hidden import HiddenHandle
 from ..fuse.nodes import REPLAYER_TIMEOUT_NS, WATCHED_TIMEOUT
 from ..fuse.operations import Operations
@@ -187,12 +187,11 @@ class LibfuseOperations(pyfuse3.Operations):
         self._walked: dict[int, int] = {}  # by process: what its last LOOKUP found
         self._limiters: dict[int, trio.CapacityLimiter] = {}  # by the mount that is waited for
         self._ends, self._bypass = Ends(), Bypass()
-        operations.patience = PATIENCE
-        operations.has_threads, operations.close_slowly = True, self._close_slowly
+        operations.slow.use_threads(self._close_slowly, PATIENCE)
 
     def _set_outcomes(self, outcomes: Outcomes) -> None:
         """Set what threads have done for the request that a handler begins with now."""
-        self._operations.outcomes = outcomes
+        self._operations.slow.outcomes = outcomes
 
     async def _make(self, call: SlowCall) -> Outcome:
         """Make a call in a thread. Raises OSError EIO if it takes longer than its patience."""
@@ -227,7 +226,7 @@ class LibfuseOperations(pyfuse3.Operations):
     def _reach(self, nodeid: int, name: bytes | None = None, fh: int = 0) -> None:
         """Wait for a file system below the share that may not answer."""
         body = struct.pack("<Q", fh) if name is None else name
-        self._operations.reach(nodeid, body, is_name=name is not None)
+        self._operations.files.reach(nodeid, body, is_name=name is not None)
 
     @staticmethod
     def invalidate(inode: Inode) -> None:
@@ -266,7 +265,7 @@ class LibfuseOperations(pyfuse3.Operations):
         """For the replayer a directory's attributes are valid longer, else its kernel asks for them
         at every step (docs/decisions/timeouts.md).
         """
-        if inode.is_dir and self._operations.is_replayer(_caller(ctx)):
+        if inode.is_dir and self._operations.access.is_replayer(_caller(ctx)):
             if self._operations.guest.history.is_sought(inode):
                 return entry
             inode.attr_given = self._operations.export.watcher.tells_changes(inode)
@@ -362,10 +361,10 @@ class LibfuseOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         self._walked.pop(ctx.pid, None)
         self._reach(inode)
-        fh = self._operations.open(_caller(ctx), inode, flags)
+        fh = self._operations.files.open(_caller(ctx), inode, flags)
         if flags & os.O_TRUNC:
             self._ends.size_reported(inode, 0)
-        handle = self._operations.handle(fh)
+        handle = self._operations.handles.handle(fh)
         bare = not isinstance(handle, Handle) or self._bypass.opened(handle)
         if isinstance(handle, HiddenHandle) and handle.channel is not None:
             self._channels[fh] = ChannelFile(handle.channel)
@@ -382,7 +381,7 @@ class LibfuseOperations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         self._reach(parent_inode, name)
         entry, fh = self._operations.create(_caller(ctx), parent_inode, name, mode, flags)
-        direct_io = self._bypass.opened(self._operations.file(fh))
+        direct_io = self._bypass.opened(self._operations.handles.file(fh))
         return pyfuse3.FileInfo(fh=fh, direct_io=direct_io, keep_cache=False), self._entry(entry)
 
     @_guarded
@@ -390,10 +389,10 @@ class LibfuseOperations(pyfuse3.Operations):
         channel = self._channels.get(fh)
         if channel is not None:
             return await _read(channel, size)
-        handle = self._operations.handle(fh)
+        handle = self._operations.handles.handle(fh)
         if isinstance(handle, HiddenHandle):
             return handle.text[off : off + size]
-        return self._operations.read(fh, off, size)
+        return self._operations.files.read(fh, off, size)
 
     @_guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -408,13 +407,13 @@ class LibfuseOperations(pyfuse3.Operations):
         return len(buf)
 
     def _write(self, fh: int, offset: int, data: bytes) -> int:
-        handle = self._operations.handle(fh)
+        handle = self._operations.handles.handle(fh)
         if not isinstance(handle, Handle):
-            return self._operations.write(fh, offset, data)
+            return self._operations.files.write(fh, offset, data)
         append = bool(handle.flags & os.O_APPEND)
         append = append and self._ends.is_append(handle, offset, len(data))
         kill = self._bypass.bypasses(fh)  # else the kernel has cleared suid bits itself
-        size = self._operations.write(fh, offset, data, append=append, kill=kill)
+        size = self._operations.files.write(fh, offset, data, append=append, kill=kill)
         self._ends.written(handle.inode.nodeid, offset, size)
         return size
 
@@ -435,25 +434,25 @@ class LibfuseOperations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         self._channels.pop(fh, None)
         self._bypass.closed(fh)
-        self._operations.release(fh)
+        self._operations.files.release(fh)
 
     @_guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
-        self._operations.fsync(fh, data_only=datasync)
+        self._operations.files.fsync(fh, data_only=datasync)
 
     @_guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         self._walked.pop(ctx.pid, None)
         self._reach(inode)
-        return self._operations.opendir(_caller(ctx), inode)
+        return self._operations.files.opendir(_caller(ctx), inode)
 
     @_guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         position = start_id
         while True:  # until the reply is full: an empty one would be the end
-            _, entries = self._operations.names(fh, position, _LISTING)
+            _, entries = self._operations.files.names(fh, position, _LISTING)
             for name, ino, _type, position in entries:
-                entry = self._operations.entry(fh, name)
+                entry = self._operations.files.entry(fh, name)
                 attr = _name_alone(ino) if entry is None else self._entry(entry)
                 if not pyfuse3.readdir_reply(token, name, attr, position):
                     return
@@ -464,11 +463,11 @@ class LibfuseOperations(pyfuse3.Operations):
 
     @_guarded
     async def releasedir(self, fh: int) -> None:
-        self._operations.release(fh)
+        self._operations.files.release(fh)
 
     @_guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        self._operations.fsync(fh, data_only=datasync)
+        self._operations.files.fsync(fh, data_only=datasync)
 
     @_guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -506,4 +505,4 @@ class LibfuseOperations(pyfuse3.Operations):
     @_guarded
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         self._reach(inode)
-        return self._operations.access(inode, mode)
+        return self._operations.may_access(inode, mode)

@@ -110,7 +110,7 @@ class ExportSession:
 
     def close(self) -> None:
         """The guest has disconnected; drop everything that it held."""
-        self._operations.keep_no_longer()  # the next session is kept in the same place
+        self._operations.handles.keep_no_longer()  # the next session is kept in the same place
         self._session.close(self._closed)
 
     def _closed(self) -> None:

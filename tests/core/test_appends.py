@@ -101,16 +101,24 @@ def test_an_append_that_was_begun_is_not_done_again(world: World, flags: int, er
     [
         ([], 100, 5, True, True),  # nothing is known of the file
         ([], 4096, 5, False, True),
-        (["told 100"], 100, 5, True, True),
-        (["told 100"], 2, 5, False, False),  # O_APPEND is off by now
-        (["told 100", "told 300"], 100, 5, True, True),  # an answer that a WRITE has overtaken
-        (["told 100", "told 300", "written 300 5"], 100, 5, False, False),
-        (["told 100", "told 300", "written 100 5"], 105, 5, True, True),
-        (["told 100", "told 300", "written 100 5"], 300, 5, True, True),
-        (["told 0", "told 9000"], 0, 4096, False, True),  # a page that is written back
-        (["told 8192"], 8192, 4096, True, True),
-        (["told 9000", "told 8192", "told 10000"], 8192, 808, False, True),
-        (["told 0", "written 0 9000"], 8192, 808, False, False),
+        (["size_reported 100"], 100, 5, True, True),
+        (["size_reported 100"], 2, 5, False, False),  # O_APPEND is off by now
+        # An answer that a WRITE has overtaken.
+        (["size_reported 100", "size_reported 300"], 100, 5, True, True),
+        (["size_reported 100", "size_reported 300", "written 300 5"], 100, 5, False, False),
+        (["size_reported 100", "size_reported 300", "written 100 5"], 105, 5, True, True),
+        (["size_reported 100", "size_reported 300", "written 100 5"], 300, 5, True, True),
+        # A page that is written back.
+        (["size_reported 0", "size_reported 9000"], 0, 4096, False, True),
+        (["size_reported 8192"], 8192, 4096, True, True),
+        (
+            ["size_reported 9000", "size_reported 8192", "size_reported 10000"],
+            8192,
+            808,
+            False,
+            True,
+        ),
+        (["size_reported 0", "written 0 9000"], 8192, 808, False, False),
     ],
 )
 def test_an_append_comes_at_an_end_that_the_kernel_knows(

@@ -473,15 +473,15 @@ def test_hints_that_nobody_reads_become_one_to_read_everything(
 def test_sessions_of_a_mount_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden, "CHANNELS_LIMIT", 3)
     mount, other = world.mount(), world.mount("other")
-    held = [mount.open(USER, frames.SESSION, os.O_RDWR) for _ in range(3)]
+    held = [mount.files.open(USER, frames.SESSION, os.O_RDWR) for _ in range(3)]
     with pytest.raises(OSError, match="files") as error:
-        mount.open(USER, frames.SESSION, os.O_RDWR)
+        mount.files.open(USER, frames.SESSION, os.O_RDWR)
     assert error.value.errno == errno.ENFILE
-    other.release(other.open(USER, frames.SESSION, os.O_RDWR))
-    mount.release(held.pop())
-    held.append(mount.open(USER, frames.SESSION, os.O_RDWR))
+    other.files.release(other.files.open(USER, frames.SESSION, os.O_RDWR))
+    mount.files.release(held.pop())
+    held.append(mount.files.open(USER, frames.SESSION, os.O_RDWR))
     for fh in held:
-        mount.release(fh)
+        mount.files.release(fh)
 
 
 def test_looked_up_directories_are_followed_up_to_a_bound(
@@ -493,10 +493,10 @@ def test_looked_up_directories_are_followed_up_to_a_bound(
     mount, other = world.mount(), world.mount("other")
     for n in range(20):
         node = mount.lookup(USER, 1, b"d%d" % n).inode
-        mount.opendir(USER, node.nodeid)
+        mount.files.opendir(USER, node.nodeid)
     assert len(world.export.watcher) <= 6
     node = other.lookup(USER, 1, b"d19").inode
-    other.opendir(USER, node.nodeid)
+    other.files.opendir(USER, node.nodeid)
     assert world.host_mask(node)  # the bound is each guest's own
 
 
@@ -507,7 +507,7 @@ def test_histories_of_looked_up_directories_share_a_bound(
     mount = world.mount()
     for n in range(10):
         (world.source / f"d{n}").mkdir()
-        mount.opendir(USER, mount.lookup(USER, 1, b"d%d" % n).inode.nodeid)
+        mount.files.opendir(USER, mount.lookup(USER, 1, b"d%d" % n).inode.nodeid)
     for n in range(10):
         for k in range(20):
             (world.source / f"d{n}/f{k}").touch()

@@ -138,11 +138,11 @@ def test_requests_without_descriptors(tree: World) -> None:
     """They fail for that reason, and names stay in listings."""
     mount = tree.mount(agent=False)
     sub, file = tree.node("sub"), tree.node("sub/a")
-    fh = mount.opendir(USER, sub.nodeid)
+    fh = mount.files.opendir(USER, sub.nodeid)
     with no_descriptors():
         requests: list[Callable[[], object]] = [
             lambda: mount.lookup(USER, sub.nodeid, b"b"),
-            lambda: mount.open(USER, file.nodeid, os.O_RDONLY),
+            lambda: mount.files.open(USER, file.nodeid, os.O_RDONLY),
             lambda: mount.mkdir(USER, sub.nodeid, b"new", 0o755),
             lambda: mount.unlink(USER, sub.nodeid, b"a"),
             lambda: recall(tree.table, sub.nodeid),
@@ -150,10 +150,10 @@ def test_requests_without_descriptors(tree: World) -> None:
         for request in requests:
             with pytest.raises(OSError, match="Too many open files"):
                 request()
-        names = {entry.name for entry in mount.names(fh, 0)[1]}
+        names = {entry.name for entry in mount.files.names(fh, 0)[1]}
         assert names == {b".", b"..", b"a", b"b", b"c"}
-        assert mount.entry(fh, b"a") is None
-    mount.release(fh)
+        assert mount.files.entry(fh, b"a") is None
+    mount.files.release(fh)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")

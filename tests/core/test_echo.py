@@ -29,18 +29,18 @@ def nodeid(world: World, path: str = "") -> int:
 
 def create(world: World, mount: Operations) -> None:
     _, fh = mount.create(USER, nodeid(world), b"new", 0o644, os.O_RDWR | os.O_CREAT)
-    mount.release(fh)
+    mount.files.release(fh)
 
 
 def write(world: World, mount: Operations) -> None:
-    fh = mount.open(USER, nodeid(world, "file"), os.O_RDWR)
-    mount.write(fh, 0, b"x")
-    mount.read(fh, 0, 1)
-    mount.release(fh)
+    fh = mount.files.open(USER, nodeid(world, "file"), os.O_RDWR)
+    mount.files.write(fh, 0, b"x")
+    mount.files.read(fh, 0, 1)
+    mount.files.release(fh)
 
 
 def open_truncating(world: World, mount: Operations) -> None:
-    mount.release(mount.open(USER, nodeid(world, "file"), os.O_WRONLY | os.O_TRUNC))
+    mount.files.release(mount.files.open(USER, nodeid(world, "file"), os.O_WRONLY | os.O_TRUNC))
 
 
 def truncate(world: World, mount: Operations) -> None:
@@ -107,9 +107,9 @@ def rename_directory(world: World, mount: Operations) -> None:
 
 
 def read_directory(world: World, mount: Operations) -> None:
-    fh = mount.opendir(USER, nodeid(world, "dir"))
-    mount.names(fh, 0)
-    mount.release(fh)
+    fh = mount.files.opendir(USER, nodeid(world, "dir"))
+    mount.files.names(fh, 0)
+    mount.files.release(fh)
 
 
 STEPS: list[Step] = [

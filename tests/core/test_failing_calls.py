@@ -147,13 +147,13 @@ class Scenario:
         self._try(mount.lookup, USER, nodes["d/sub"].nodeid, b"..")
         self._try(mount.listxattr, nodes["d/a"].nodeid)
         self._try(mount.statfs, nodes["d/a"].nodeid)
-        listing = self._try(mount.opendir, USER, nodes["d"].nodeid)
+        listing = self._try(mount.files.opendir, USER, nodes["d"].nodeid)
         if listing is not None:
-            names = self._try(mount.names, listing, 0)
+            names = self._try(mount.files.names, listing, 0)
             found = {entry.name for entry in names[1]} if names is not None else None
             assert found is None or found >= {b"a", b"b", b"sub"}
-            self._try(mount.entry, listing, b"a")
-            self._try(mount.release, listing)
+            self._try(mount.files.entry, listing, b"a")
+            self._try(mount.files.release, listing)
 
     def _change(self) -> None:
         """Requests that change things, in a directory of their own."""
@@ -163,18 +163,18 @@ class Scenario:
             return
         (entry, fh), attempt = made, self._try
         node = entry.inode.nodeid
-        attempt(mount.write, fh, 0, b"12345678")
-        attempt(mount.write_from, USER, fh, [memoryview(b"1")], 0, kill=True)
-        attempt(mount.read, fh, 0, 4)
-        attempt(mount.read_into, fh, [memoryview(bytearray(4))], 0)
-        attempt(mount.fallocate, USER, fh, 0, 0, 64)
-        attempt(mount.lseek, fh, 0, os.SEEK_DATA)
-        attempt(mount.copy_file_range, USER, fh, 0, fh, 4, 2)
-        attempt(mount.ioctl, USER, fh, 0x8008_6601, b"")
+        attempt(mount.files.write, fh, 0, b"12345678")
+        attempt(mount.files.write_from, USER, fh, [memoryview(b"1")], 0, kill=True)
+        attempt(mount.files.read, fh, 0, 4)
+        attempt(mount.files.read_into, fh, [memoryview(bytearray(4))], 0)
+        attempt(mount.files.fallocate, USER, fh, 0, 0, 64)
+        attempt(mount.files.lseek, fh, 0, os.SEEK_DATA)
+        attempt(mount.files.copy_file_range, USER, fh, 0, fh, 4, 2)
+        attempt(mount.files.ioctl, USER, fh, 0x8008_6601, b"")
         lock = Lock(fcntl.F_WRLCK, 0, 9, 1)
-        attempt(mount.setlk, USER, fh, 1, lock)
-        attempt(mount.getlk, USER, fh, 2, lock)
-        attempt(mount.flock, USER, fh, fcntl.F_WRLCK)
+        attempt(mount.files.setlk, USER, fh, 1, lock)
+        attempt(mount.files.getlk, USER, fh, 2, lock)
+        attempt(mount.files.flock, USER, fh, fcntl.F_WRLCK)
         for changes in (
             Changes(mode=0o600), Changes(uid=0, gid=0), Changes(size=3), Changes(atime_ns=1)
         ):  # fmt: skip
@@ -186,11 +186,11 @@ class Scenario:
             mount.removexattr(USER, node, b"user.x")
         unnamed = attempt(mount.tmpfile, USER, there, 0o600, os.O_RDWR)
         for handle in (fh, *([unnamed[1]] if unnamed else ())):
-            attempt(mount.flush, handle, 1)
-            attempt(mount.release, handle)
-        reopened = attempt(mount.open, USER, node, os.O_RDONLY)
+            attempt(mount.files.flush, handle, 1)
+            attempt(mount.files.release, handle)
+        reopened = attempt(mount.files.open, USER, node, os.O_RDONLY)
         if reopened is not None:
-            attempt(mount.release, reopened)
+            attempt(mount.files.release, reopened)
         attempt(mount.link, USER, node, there, b"l")
         attempt(mount.mkdir, USER, there, b"m", 0o755)
         attempt(mount.mknod, USER, there, b"p", 0o010644, 0)

@@ -116,7 +116,7 @@ def test_what_has_replaced_a_file_is_not_opened(world: World, flags: int) -> Non
     os.replace(_written(world, "new"), world.source / "x")
     mount = world.mount()
     with pytest.raises(OSError, match="Stale") as error:
-        mount.open(USER, inode.nodeid, flags)
+        mount.files.open(USER, inode.nodeid, flags)
     assert error.value.errno == errno.ESTALE
     with pytest.raises(OSError, match="Stale"):
         mount.getattr(USER, inode.nodeid)  # nor are its owner and mode given for the other's
@@ -142,13 +142,13 @@ def test_a_replaced_file_is_lost_once_only(world: World) -> None:
     for number in range(1, 30):
         os.replace(_written(world, f"{number}"), world.source / "x")
         with pytest.raises(OSError, match="Stale"):
-            mount.open(USER, entry.inode.nodeid, os.O_RDONLY)
+            mount.files.open(USER, entry.inode.nodeid, os.O_RDONLY)
         again = mount.lookup(USER, 1, b"x")
         os.replace(_written(world, f"{number}+"), world.source / "x")
         assert mount.getattr(USER, again.inode.nodeid)[1].st_size == len(str(number))
-        fh = mount.open(USER, again.inode.nodeid, os.O_RDONLY)
-        assert mount.read(fh, 0, 10) == b"%d" % number
-        mount.release(fh)
+        fh = mount.files.open(USER, again.inode.nodeid, os.O_RDONLY)
+        assert mount.files.read(fh, 0, 10) == b"%d" % number
+        mount.files.release(fh)
         assert not _open_files(world.source)
         world.export.fs.successors.close()  # as after a second in which nobody has lost any
         entry = mount.lookup(USER, 1, b"x")
@@ -164,7 +164,7 @@ def test_what_nobody_opens_is_let_go(world: World, monkeypatch: pytest.MonkeyPat
         entry = mount.lookup(USER, 1, name)
         os.replace(_written(world, "new"), path)
         with pytest.raises(OSError, match="Stale"):
-            mount.open(USER, entry.inode.nodeid, os.O_RDONLY)
+            mount.files.open(USER, entry.inode.nodeid, os.O_RDONLY)
         mount.lookup(USER, 1, name)
         assert 1 <= len(_open_files(world.source)) <= successors.HELD_LIMIT
     world.pump()
@@ -239,15 +239,15 @@ def _written(world: World, text: str) -> str:
 def test_an_open_unlinked_file_is_reached_by_its_handle(world: World) -> None:
     mount = world.mount()
     entry, fh = mount.create(USER, 1, b"x", 0o644, os.O_RDWR | os.O_CREAT)
-    mount.write(fh, 0, b"content")
+    mount.files.write(fh, 0, b"content")
     mount.unlink(USER, 1, b"x")
     (world.source / "x").write_text("another")
-    assert mount.read(fh, 0, 100) == b"content"
+    assert mount.files.read(fh, 0, 100) == b"content"
     assert mount.getattr(USER, entry.inode.nodeid)[1].st_nlink == 0
     mount.setattr(USER, entry.inode.nodeid, Changes(size=3), None)
-    assert mount.read(fh, 0, 100) == b"con"
+    assert mount.files.read(fh, 0, 100) == b"con"
     assert (world.source / "x").read_text() == "another"
-    mount.release(fh)
+    mount.files.release(fh)
 
 
 # Reference counts
@@ -290,12 +290,12 @@ def test_a_look_without_a_reference_stays_without_one(world: World) -> None:
     mount = world.mount()
     for i in range(50):
         (world.source / str(i)).touch()
-    fh = mount.opendir(USER, 1)
+    fh = mount.files.opendir(USER, 1)
     for i in range(50):
-        entry = mount.entry(fh, b"%d" % i)
+        entry = mount.files.entry(fh, b"%d" % i)
         assert entry is not None
         world.table.release(entry.inode)  # as the transport does when the kernel took no reference
-    mount.release(fh)
+    mount.files.release(fh)
     assert len(world.table) == 1
 
 
@@ -359,7 +359,7 @@ def test_a_symlink_leads_nowhere(world: World) -> None:
     with pytest.raises(OSError, match="directory"):
         mount.lookup(USER, entry.inode.nodeid, b"secret")
     with pytest.raises(OSError, match=r"symbolic|Too many"):
-        mount.open(USER, entry.inode.nodeid, os.O_RDONLY)
+        mount.files.open(USER, entry.inode.nodeid, os.O_RDONLY)
 
 
 def test_a_directory_replaced_by_a_symlink_in_a_race(world: World) -> None:

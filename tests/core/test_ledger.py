@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fsd.export.channel import Channel
 from fsd.files.changes import Changes
-from fsd.fuse import handles as file_handles
+from fsd.fuse import openfiledata
 from fsd.fuse.channelfile import ChannelFile
 from fsd.fuse.operations import Operations
 from protocol import frames
@@ -51,10 +51,10 @@ CHANGING: dict[str, Call] = {
     "utime": lambda w, s: s.setattr(AGENT, at(w, "file"), Changes(mtime_ns=1), None),
     "setxattr": lambda w, s: s.setxattr(AGENT, at(w, "file"), b"user.x", b"y", 0),
     "removexattr": lambda w, s: s.removexattr(AGENT, at(w, "file"), b"user.kept"),
-    "open": lambda w, s: s.open(AGENT, at(w, "file"), os.O_RDONLY),
-    "open for writing": lambda w, s: s.open(AGENT, at(w, "file"), os.O_RDWR),
-    "open truncating": lambda w, s: s.open(AGENT, at(w, "file"), os.O_RDWR | os.O_TRUNC),
-    "opendir": lambda w, s: s.opendir(AGENT, at(w, "dir")),
+    "open": lambda w, s: s.files.open(AGENT, at(w, "file"), os.O_RDONLY),
+    "open for writing": lambda w, s: s.files.open(AGENT, at(w, "file"), os.O_RDWR),
+    "open truncating": lambda w, s: s.files.open(AGENT, at(w, "file"), os.O_RDWR | os.O_TRUNC),
+    "opendir": lambda w, s: s.files.opendir(AGENT, at(w, "dir")),
 }
 
 
@@ -115,7 +115,7 @@ def replay_all(mount: Operations, orders: list[Order]) -> int:
             make.get(kind, default)(order)
             continue
         if order.op == Op.CLOSE:
-            mount.release(opened.pop(order.arg))
+            mount.files.release(opened.pop(order.arg))
             continue
         child = mount.lookup(AGENT, order.nodeid, order.name).inode if order.name else None
         node = child.nodeid if child is not None else order.nodeid
@@ -126,7 +126,9 @@ def replay_all(mount: Operations, orders: list[Order]) -> int:
         elif order.op == Op.TOUCH:
             mount.setattr(AGENT, node, Changes(mtime_ns=5, atime_ns=5), None)
         elif order.op == Op.OPEN:
-            opened[order.seq] = mount.open(AGENT, node, os.O_WRONLY if order.arg else os.O_RDONLY)
+            opened[order.seq] = mount.files.open(
+                AGENT, node, os.O_WRONLY if order.arg else os.O_RDONLY
+            )
     return len(orders)
 
 
@@ -216,21 +218,21 @@ def test_the_replayers_handles_do_nothing(tree: World) -> None:
     orders = tree.orders(mount)
     opening = next(order for order in orders if order.op == Op.OPEN)
     node = mount.lookup(AGENT, opening.nodeid, opening.name).inode
-    fh = mount.open(AGENT, node.nodeid, os.O_WRONLY)
+    fh = mount.files.open(AGENT, node.nodeid, os.O_WRONLY)
     before = snapshot(tree.source)
 
     def write() -> int:
-        return mount.write(fh, 0, b"z")
+        return mount.files.write(fh, 0, b"z")
 
     def read() -> bytes:
-        return mount.read(fh, 0, 1)
+        return mount.files.read(fh, 0, 1)
 
     _refused(read)
     assert write() == 1  # the order behind the OPEN: its MODIFY
     _refused(write)
     _refused(read)
-    assert mount.file_fd(fh) == -1
-    mount.release(fh)
+    assert mount.handles.file_fd(fh) == -1
+    mount.files.release(fh)
     assert snapshot(tree.source) == before
 
 
@@ -248,20 +250,22 @@ def test_the_replayers_handles_are_none_of_the_guests_share(
     def replayed() -> int:
         with open(tree.source / "file"):
             (opening,) = [order for order in tree.orders(mount) if order.op == Op.OPEN]
-        return mount.open(AGENT, mount.lookup(AGENT, 1, opening.name).inode.nodeid, os.O_RDONLY)
+        return mount.files.open(
+            AGENT, mount.lookup(AGENT, 1, opening.name).inode.nodeid, os.O_RDONLY
+        )
 
     handles = [replayed() for _ in range(5)]
-    own = [mount.open(USER, user, os.O_RDONLY) for _ in range(3)]
+    own = [mount.files.open(USER, user, os.O_RDONLY) for _ in range(3)]
     with pytest.raises(OSError, match="Too many open files"):
-        mount.open(USER, user, os.O_RDONLY)
+        mount.files.open(USER, user, os.O_RDONLY)
     handles.append(replayed())
-    monkeypatch.setattr(file_handles, "REPLAYED_LIMIT", len(handles))
+    monkeypatch.setattr(openfiledata, "REPLAYED_LIMIT", len(handles))
     with pytest.raises(OSError, match="Too many open files"):
         replayed()
-    control = mount.open(USER._replace(uid=0), CONTROL, os.O_RDWR)
+    control = mount.files.open(USER._replace(uid=0), CONTROL, os.O_RDWR)
     for fh in (*handles, *own, control):
-        mount.release(fh)
-    mount.release(mount.open(USER, user, os.O_RDONLY))
+        mount.files.release(fh)
+    mount.files.release(mount.files.open(USER, user, os.O_RDONLY))
 
 
 def test_what_the_agent_could_not_open_is_opened_when_it_is_closed(tree: World) -> None:
@@ -287,11 +291,11 @@ def test_data_of_another_file_than_the_orders_is_refused(tree: World) -> None:
             file.write("y")
         opening, *rest = tree.orders(mount)
         node = mount.lookup(AGENT, opening.nodeid, opening.name).inode
-        handles.append(mount.open(AGENT, node.nodeid, os.O_WRONLY))
+        handles.append(mount.files.open(AGENT, node.nodeid, os.O_WRONLY))
         assert [order.op for order in rest] == [Op.TOUCH, Op.CLOSE]
     before = snapshot(tree.source)
-    _refused(lambda: mount.write(handles[0], 0, b"z"))
-    assert mount.write(handles[1], 0, b"z") == 1
+    _refused(lambda: mount.files.write(handles[0], 0, b"z"))
+    assert mount.files.write(handles[1], 0, b"z") == 1
     assert snapshot(tree.source) == before
 
 
@@ -378,7 +382,7 @@ def test_no_sequence_of_calls_changes_anything(tree: World, data: st.DataObject)
             elif call == "setattr":
                 mount.setattr(AGENT, n, Changes(size=0, mode=0), None)
             elif n != CONTROL:
-                mount.release(mount.open(AGENT, n, os.O_RDWR | os.O_TRUNC))
+                mount.files.release(mount.files.open(AGENT, n, os.O_RDWR | os.O_TRUNC))
         except OSError:
             pass
     assert snapshot(tree.source) == before
@@ -433,28 +437,28 @@ def test_what_it_opened_before_it_was_the_replayer_has_no_data_for_it(world: Wor
     (world.source / "d").mkdir()
     mount = world.mount(agent=False)
     file, directory = world.node("file").nodeid, world.node("d").nodeid
-    fh, listed = mount.open(AGENT, file, os.O_RDWR), mount.opendir(AGENT, directory)
+    fh, listed = mount.files.open(AGENT, file, os.O_RDWR), mount.files.opendir(AGENT, directory)
     made = mount.create(AGENT, world.root.nodeid, b"made", 0o600, os.O_RDWR)[1]
-    theirs = mount.open(USER, file, os.O_RDWR)
+    theirs = mount.files.open(USER, file, os.O_RDWR)
     hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)
     mount.guest.connect(AGENT.pid, hello)
     before = snapshot(world.source)
     calls: list[Callable[[], object]] = [
-        lambda: mount.write(fh, 0, b"REPL"),
-        lambda: mount.write(made, 0, b"REPL"),
-        lambda: mount.read(fh, 0, 4),
-        lambda: mount.read_into(fh, [memoryview(bytearray(4))], 0),
-        lambda: mount.copy_file_range(USER, fh, 0, theirs, 0, 4),
-        lambda: mount.copy_file_range(USER, theirs, 0, fh, 0, 4),
-        lambda: mount.fallocate(USER, fh, 0, 0, 100),
-        lambda: mount.names(listed, 0),
+        lambda: mount.files.write(fh, 0, b"REPL"),
+        lambda: mount.files.write(made, 0, b"REPL"),
+        lambda: mount.files.read(fh, 0, 4),
+        lambda: mount.files.read_into(fh, [memoryview(bytearray(4))], 0),
+        lambda: mount.files.copy_file_range(USER, fh, 0, theirs, 0, 4),
+        lambda: mount.files.copy_file_range(USER, theirs, 0, fh, 0, 4),
+        lambda: mount.files.fallocate(USER, fh, 0, 0, 100),
+        lambda: mount.files.names(listed, 0),
     ]
     for call in calls:
         with pytest.raises(OSError, match="not in the ledger"):
             call()
     assert snapshot(world.source) == before
     assert mount.guest.counts["refused"] == len(calls)
-    assert mount.write(theirs, 0, b"user") == 4
+    assert mount.files.write(theirs, 0, b"user") == 4
 
 
 @pytest.mark.parametrize("opens", [False, True])

@@ -86,7 +86,7 @@ def node(mount: Operations, path: str, who: Caller = USER) -> int:
 
 def names(mount: Operations, fh: int) -> list[bytes]:
     """Of an open directory."""
-    found = [entry.name for entry in mount.names(fh, 0, 4096)[1]]
+    found = [entry.name for entry in mount.files.names(fh, 0, 4096)[1]]
     return [name for name in found if name not in (b".", b"..")]
 
 
@@ -102,8 +102,8 @@ def failure(call: Callable[[], object]) -> int:
 def changes(mount: Operations, directory: int, file: int) -> dict[str, Callable[[], object]]:
     """Every request that changes something, on a file `f` of a directory."""
     return {
-        "open": lambda: mount.open(USER, file, WRITING),
-        "truncate": lambda: mount.open(USER, file, os.O_WRONLY | os.O_TRUNC),
+        "open": lambda: mount.files.open(USER, file, WRITING),
+        "truncate": lambda: mount.files.open(USER, file, os.O_WRONLY | os.O_TRUNC),
         "create": lambda: mount.create(USER, directory, b"n", 0o644, WRITING | os.O_CREAT),
         "create what is there": lambda: mount.create(USER, directory, b"f", 0o644, WRITING),
         "tmpfile": lambda: mount.tmpfile(USER, directory, 0o644, WRITING),
@@ -147,9 +147,9 @@ def test_a_read_only_bind_mount(
     assert set(found.values()) <= expected, found
     assert sorted(os.listdir(top)) == ["d", "f"]
     assert (top / "f").read_text() == "text"
-    fh = mount.open(USER, node(mount, f"{path}/f"), READING)
-    assert mount.read(fh, 0, 9) == b"text"
-    mount.release(fh)
+    fh = mount.files.open(USER, node(mount, f"{path}/f"), READING)
+    assert mount.files.read(fh, 0, 9) == b"text"
+    mount.files.release(fh)
 
 
 def test_a_mount_that_becomes_read_only(world: World, mount: Operations, tree: Tree) -> None:
@@ -187,23 +187,23 @@ def test_what_a_mount_masks_is_not_reached(
         found = {name: failure(call) for name, call in changes(mount, *pair).items()}
         assert set(found.values()) <= gone, found
     for number in (file, top_file):
-        assert failure(partial(mount.open, USER, number, READING)) in gone
+        assert failure(partial(mount.files.open, USER, number, READING)) in gone
         assert failure(partial(mount.getattr, USER, number)) in gone
         assert failure(partial(mount.listxattr, number)) in gone
     assert failure(lambda: mount.readlink(link)) in gone
     for directory in (a_node, sub):
-        fh = mount.opendir(USER, directory)
+        fh = mount.files.opendir(USER, directory)
         assert names(mount, fh) == []
-        mount.release(fh)
+        mount.files.release(fh)
         assert failure(partial(mount.lookup, USER, directory, b"f")) in gone
-    fh = mount.open(USER, node(mount, "a/f"), READING)
-    assert mount.read(fh, 0, 9) == b"visible"
-    mount.release(fh)
+    fh = mount.files.open(USER, node(mount, "a/f"), READING)
+    assert mount.files.read(fh, 0, 9) == b"visible"
+    mount.files.release(fh)
     tree.unmount(a)
     assert sorted(os.listdir(a)) == ["d", "f", "link", "sub"]
-    fh = mount.open(USER, file, READING)  # as ever, once it is visible again
-    assert mount.read(fh, 0, 9) == b"masked"
-    mount.release(fh)
+    fh = mount.files.open(USER, file, READING)  # as ever, once it is visible again
+    assert mount.files.read(fh, 0, 9) == b"masked"
+    mount.files.release(fh)
 
 
 def test_the_upper_of_two_mounts_is_seen(world: World, mount: Operations, tree: Tree) -> None:
@@ -213,17 +213,17 @@ def test_the_upper_of_two_mounts_is_seen(world: World, mount: Operations, tree: 
     (a / "f").write_text("lower")
     lower = node(mount, "a/f")
     tree.tmpfs(a)
-    assert failure(lambda: mount.open(USER, lower, READING)) == errno.ESTALE
+    assert failure(lambda: mount.files.open(USER, lower, READING)) == errno.ESTALE
     assert failure(lambda: node(mount, "a/f")) == errno.ENOENT
     (a / "f").write_text("upper")
     upper = node(mount, "a/f")
     assert upper != lower
     tree.unmount(a)
-    assert failure(lambda: mount.open(USER, upper, READING)) == errno.ESTALE
+    assert failure(lambda: mount.files.open(USER, upper, READING)) == errno.ESTALE
     assert node(mount, "a/f") == lower
-    fh = mount.open(USER, lower, READING)
-    assert mount.read(fh, 0, 9) == b"lower"
-    mount.release(fh)
+    fh = mount.files.open(USER, lower, READING)
+    assert mount.files.read(fh, 0, 9) == b"lower"
+    mount.files.release(fh)
     tree.unmount(a)
 
 
@@ -234,9 +234,9 @@ def test_one_file_bound_over_another(world: World, mount: Operations, tree: Tree
     tree.bind(world.source / "other", world.source / "f", "ro")
     bound = node(mount, "f")
     assert len({masked, other, bound}) == 3
-    assert failure(lambda: mount.open(USER, masked, READING)) == errno.ESTALE
+    assert failure(lambda: mount.files.open(USER, masked, READING)) == errno.ESTALE
     assert failure(lambda: mount.setattr(USER, masked, Changes(size=0), None)) == errno.ESTALE
-    assert failure(lambda: mount.open(USER, bound, WRITING)) == errno.EROFS
+    assert failure(lambda: mount.files.open(USER, bound, WRITING)) == errno.EROFS
     assert failure(lambda: mount.setattr(USER, bound, Changes(size=0), None)) == errno.EROFS
     assert failure(lambda: mount.unlink(USER, 1, b"f")) == errno.EBUSY
     assert failure(lambda: mount.link(USER, bound, 1, b"n")) in (errno.EXDEV, errno.EROFS)
@@ -251,9 +251,9 @@ def test_flags_of_a_mount(world: World, mount: Operations, tree: Tree) -> None:
     (a / "f").touch()
     os.utime(a / "f", ns=(1, 1))
     tree.bind(a, a, "noatime,nodev")
-    fh = mount.open(USER, node(mount, "a/f"), READING)
-    mount.read(fh, 0, 1)
-    mount.release(fh)
+    fh = mount.files.open(USER, node(mount, "a/f"), READING)
+    mount.files.read(fh, 0, 1)
+    mount.files.release(fh)
     assert (a / "f").stat().st_atime_ns == 1
     assert os.ST_NOATIME & mount.statfs(node(mount, "a")).f_flag
     assert not os.ST_NOATIME & mount.statfs(1).f_flag
@@ -309,16 +309,16 @@ def test_a_directory_moved_on_its_mount(world: World, mount: Operations, tree: T
     (a / "d/e/f").write_text("text")
     directory, file = node(mount, "a/d/e"), node(mount, "a/d/e/f")
     (a / "new").mkdir()
-    fh = mount.opendir(USER, directory)
+    fh = mount.files.opendir(USER, directory)
     (a / "d").rename(a / "new/d")
     mount.mkdir(USER, directory, b"made", 0o755)
     assert sorted(names(mount, fh)) == [b"f", b"made"]
-    mount.release(fh)
+    mount.files.release(fh)
     assert failure(lambda: mount.mkdir(USER, directory, b"other", 0o755)) == errno.ENOENT
     assert (node(mount, "a/new/d/e"), node(mount, "a/new/d/e/f")) == (directory, file)
-    fh = mount.open(USER, file, WRITING)
-    mount.write(fh, 0, b"TE")
-    mount.release(fh)
+    fh = mount.files.open(USER, file, WRITING)
+    mount.files.write(fh, 0, b"TE")
+    mount.files.release(fh)
     assert (a / "new/d/e/f").read_text() == "TExt"
     tree.unmount(a)
 
@@ -508,10 +508,10 @@ def test_nodes_of_a_mount_that_has_gone_do_not_come_back(
     (a / "f").write_text("second")
     operations = restart(world).mount(agent=False)
     for nodeid in (first, masked):
-        assert failure(partial(operations.open, USER, nodeid, READING)) in (
+        assert failure(partial(operations.files.open, USER, nodeid, READING)) in (
             errno.ESTALE,
             errno.ENOENT,
         )
-    fh = operations.open(USER, node(operations, "a/f"), READING)
-    assert operations.read(fh, 0, 9) == b"second"
-    operations.release(fh)
+    fh = operations.files.open(USER, node(operations, "a/f"), READING)
+    assert operations.files.read(fh, 0, 9) == b"second"
+    operations.files.release(fh)

@@ -39,9 +39,9 @@ def test_a_file_whose_last_seen_name_goes(names_alone: World) -> None:
         (names_alone.source / gone).unlink()
         status = mount.getattr(USER, node)[1]
         assert (status.st_nlink, status.st_size) == (left, 4)
-        fh = mount.open(USER, node, os.O_RDONLY)
-        assert mount.read(fh, 0, 10) == b"data"
-        mount.release(fh)
+        fh = mount.files.open(USER, node, os.O_RDONLY)
+        assert mount.files.read(fh, 0, 10) == b"data"
+        mount.files.release(fh)
         names_alone.pump()  # the events come later
     (names_alone.source / "a").unlink()
     names_alone.pump()
@@ -62,7 +62,7 @@ def test_another_file_under_an_old_name_is_not_taken_for_it(names_alone: World) 
     (names_alone.source / "a").write_text("another")
     (names_alone.source / "b").rename(names_alone.source.parent / "elsewhere")
     with fails(errno.ESTALE, errno.ENOENT):
-        mount.open(USER, node, os.O_RDONLY)
+        mount.files.open(USER, node, os.O_RDONLY)
 
 
 def test_a_file_that_has_just_moved(names_alone: World) -> None:
@@ -74,7 +74,7 @@ def test_a_file_that_has_just_moved(names_alone: World) -> None:
     assert stat.S_ISREG(mount.getattr(USER, node)[1].st_mode)
     assert mount.getattr(USER, node)[1].st_nlink == 1
     (names_alone.source / "z").rename(names_alone.source / "y")
-    mount.release(mount.open(USER, node, os.O_RDONLY))
+    mount.files.release(mount.files.open(USER, node, os.O_RDONLY))
 
 
 def test_what_is_forgotten_has_no_names(names_alone: World) -> None:

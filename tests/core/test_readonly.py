@@ -45,10 +45,10 @@ CHANGES: dict[str, Callable[[Operations], object]] = {
     "truncate": lambda s: s.setattr(USER, node(s, b"f"), Changes(size=0), None),
     "setxattr": lambda s: s.setxattr(USER, node(s, b"f"), b"user.x", b"1", 0),
     "removexattr": lambda s: s.removexattr(USER, node(s, b"f"), b"user.x"),
-    "open for writing": lambda s: s.open(USER, node(s, b"f"), os.O_WRONLY),
-    "open and truncate": lambda s: s.open(USER, node(s, b"f"), os.O_RDONLY | os.O_TRUNC),
-    "flags": lambda s: s.ioctl(
-        USER, s.open(USER, node(s, b"f"), os.O_RDONLY), 0x4008_6602, bytes(8)
+    "open for writing": lambda s: s.files.open(USER, node(s, b"f"), os.O_WRONLY),
+    "open and truncate": lambda s: s.files.open(USER, node(s, b"f"), os.O_RDONLY | os.O_TRUNC),
+    "flags": lambda s: s.files.ioctl(
+        USER, s.files.open(USER, node(s, b"f"), os.O_RDONLY), 0x4008_6602, bytes(8)
     ),
 }
 
@@ -66,17 +66,17 @@ def test_users_may_not(operations: Operations, change: str) -> None:
 
 
 DATA: dict[str, Callable[[Operations, int], object]] = {
-    "write": lambda s, fh: s.write_from(USER, fh, [memoryview(b"x")], 0, kill=False),
-    "fallocate": lambda s, fh: s.fallocate(USER, fh, 0, 0, 100),
-    "copy": lambda s, fh: s.copy_file_range(USER, fh, 0, fh, 100, 7),
+    "write": lambda s, fh: s.files.write_from(USER, fh, [memoryview(b"x")], 0, kill=False),
+    "fallocate": lambda s, fh: s.files.fallocate(USER, fh, 0, 0, 100),
+    "copy": lambda s, fh: s.files.copy_file_range(USER, fh, 0, fh, 100, 7),
 }
 
 
 @pytest.mark.parametrize("change", DATA)
 def test_what_is_open_cannot_be_written(operations: Operations, change: str) -> None:
     try:
-        fh = operations.open(USER, node(operations, b"f"), os.O_RDONLY)
-        assert operations.read(fh, 0, 100) == b"content"
+        fh = operations.files.open(USER, node(operations, b"f"), os.O_RDONLY)
+        assert operations.files.read(fh, 0, 100) == b"content"
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
             DATA[change](operations, fh)
     finally:

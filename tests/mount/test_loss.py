@@ -356,6 +356,7 @@ def test_a_full_outbox_while_the_agent_is_stopped(
 
 FAULTS = """
 import os
+from fsd.fuse.openfiledata import OpenFileData
 from fsd.fuse.operations import Operations
 TRIGGER = {trigger!r}
 def broken(name, real):
@@ -364,10 +365,10 @@ def broken(name, real):
             raise RuntimeError("injected into " + name)
         return real(self, *args, **keywords)
     return method
-for name in dir(Operations):
-    real = getattr(Operations, name)
-    if callable(real) and not name.startswith("_") and name != "close":
-        setattr(Operations, name, broken(name, real))
+for kind in (Operations, OpenFileData):
+    for name, real in list(vars(kind).items()):
+        if callable(real) and not name.startswith("_") and name != "close":
+            setattr(kind, name, broken(name, real))
 """
 
 OPERATIONS: dict[str, Callable[[Path], object]] = {

@@ -1,0 +1,107 @@
+"""On whose behalf a request is: a user of the mount or its replayer, and what follows of that.
+
+The replayer changes nothing on the host. What a user changes there makes events that are his
+guest's own, takes blocks of the disk that are his, and is refused in a share that guests may only
+read."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import structlog
+
+from protocol.masks import Mask
+
+from ..events.watcher import Expected
+from ..export.export import Export
+from ..files.caller import Caller
+from ..files.inode import Inode
+from ..files.passthrough import Entry
+from ..guests.ledger import UnexpectedCall
+from ..guests.mount import MountGuest
+from ..linux import credentials
+
+log = structlog.get_logger()
+_T = TypeVar("_T")
+_EVENTS = 256
+"""Events of the host that are looked at for a file that is not where it was."""
+Events = tuple[Expected, ...]
+_OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
+
+
+class Access:
+    """That of one mount: ``guest``."""
+
+    def __init__(self, export: Export, guest: MountGuest) -> None:
+        self.export = export
+        self.guest = guest
+
+    def is_replayer(self, who: Caller) -> bool:
+        """Whether the mount's agent asks."""
+        return who.pid == self.guest.pid and who.pid != 0
+
+    def refuse_replayer(self, who: Caller, what: str) -> None:
+        """The safety rule: nothing that the replayer asks for changes the backing store."""
+        if self.is_replayer(who):
+            raise self.refused(UnexpectedCall(what))
+
+    def refused(self, error: UnexpectedCall) -> UnexpectedCall:
+        """An error for the replayer, which is counted."""
+        self.guest.counts["refused"] += 1
+        log.debug("replayer refused", reason=error.strerror)
+        return error
+
+    def check_writable(self) -> None:
+        """Raises OSError EROFS for users of a share that they may not change. Not for the replayer:
+        what it asks for changes nothing.
+        """
+        if self.export.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def own(self, *expected: Expected) -> AbstractContextManager[None]:
+        """Run a call on the host for the guest: the events that it makes there are an own echo."""
+        return self.export.watcher.attributed(self.guest, *expected)
+
+    def about(self, inode: Inode, mask: Mask) -> tuple[Expected, ...]:
+        """An event of an object: by name in its directory, and on itself."""
+        if not self.export.watcher.hears(inode):  # as always with most files: it costs little
+            return ()
+        return (inode.parent, inode.name, mask), (inode, b"", mask)
+
+    def looked_up(self, who: Caller, inode: Inode, entry: Entry | None = None) -> None:
+        """A process of the guest may be about to watch this object."""
+        if self.guest.pid and who.pid:
+            directory = inode if inode.is_dir else inode.parent
+            if directory is not None and not directory.is_placeholder:
+                file = None if inode.is_dir else entry
+                self.export.arming.looked_up(self.guest, directory, who.pid, file)
+
+    def wherever(self, inode: Inode, do: Callable[[], _T]) -> _T:
+        """Do something with an object; with a file that is not where it was, and has no handle that
+        can be opened, once more when it is known what the host has done. Raises OSError.
+        """
+        try:
+            return do()
+        except OSError as error:
+            is_lost = error.errno in (errno.ESTALE, errno.ENOENT) and not inode.is_dir
+            if not is_lost or self.export.table.reach.handle_opens(inode.identity):
+                raise
+        self.export.watcher.drain()
+        self.export.route(_EVENTS)
+        return do()
+
+
+def opening(flags: int) -> Mask:
+    """The events of an open."""
+    return _OPEN_TRUNC if flags & os.O_TRUNC else Mask.OPEN
+
+
+def writing(uid: int, *, kill: bool) -> AbstractContextManager[None]:
+    """Take blocks of the disk for a user: the host's limits for him hold. ``kill`` suid and sgid
+    bits, as a change of a file's data by anybody without CAP_FSETID does.
+    """
+    return credentials.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()
