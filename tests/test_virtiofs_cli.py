@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import itertools
 import json
 import os
 import signal
@@ -441,8 +442,12 @@ def test_busy_poll(top: Path, window: int) -> None:
     arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
     with server(*arguments, f"--busy-poll={window}") as process:
         driver = Driver(top / "s")
-        seen = 0
-        for _ in range(20):
+        seen, expected = 0, window > 0 and PROCESSORS > 1
+        # With a processor that others use, requests do not come soon after others: try on.
+        deadline = time.monotonic() + 60
+        for number in itertools.count():
+            if number >= 20 and (bool(seen) == expected or time.monotonic() > deadline):
+                break
             for kick in (True, True, True, False):
                 driver.send(Opcode.STATFS, 1, b"", kick=kick)
                 if not kick:
@@ -450,7 +455,7 @@ def test_busy_poll(top: Path, window: int) -> None:
                     seen += driver.queue.used_count
                     driver.queue.kick()
                 assert driver.receive() == 0
-        assert bool(seen) is (window > 0 and PROCESSORS > 1)
+        assert bool(seen) is expected
         driver.close()
         assert stopped(process) == 0
 
