@@ -202,7 +202,7 @@ class Frontend:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.socket.sendmsg([data], rights)
 
-    def send(self, code: Type, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
+    def tell(self, code: Type, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
         """Send a message without an answer."""
         self.send_bytes(encode_request(code, payload or Empty()), fds)
 
@@ -260,18 +260,18 @@ class Frontend:
         assert features & F_PROTOCOL_FEATURES
         offered = self.number(Type.GET_PROTOCOL_FEATURES)
         wanted = Protocol.MQ | Protocol.REPLY_ACK | Protocol.CONFIGURE_MEM_SLOTS | Protocol.STATUS
-        self.send(Type.SET_PROTOCOL_FEATURES, U64(offered & wanted))
+        self.tell(Type.SET_PROTOCOL_FEATURES, U64(offered & wanted))
         self.number(Type.GET_QUEUE_NUM)
-        self.send(Type.SET_OWNER)
+        self.tell(Type.SET_OWNER)
         self.number(Type.GET_FEATURES)
         return offered
 
     def start(self, ram: Ram, queues: Sequence[Queue], bases: Sequence[int] = ()) -> None:
         """Start the device as QEMU does when the guest's driver is ready."""
         for index, queue in enumerate(queues):
-            self.send(Type.SET_VRING_CALL, U64(index), [queue.call_fd])
-            self.send(Type.SET_VRING_ERR, U64(index), [queue.err_fd])
-        self.send(Type.SET_FEATURES, U64(F_VERSION_1 | F_INDIRECT | F_PROTOCOL_FEATURES))
+            self.tell(Type.SET_VRING_CALL, U64(index), [queue.call_fd])
+            self.tell(Type.SET_VRING_ERR, U64(index), [queue.err_fd])
+        self.tell(Type.SET_FEATURES, U64(F_VERSION_1 | F_INDIRECT | F_PROTOCOL_FEATURES))
         self.set_memory(ram)
         for index, queue in enumerate(queues):
             self.start_queue(index, queue, bases[index] if bases else 0)
@@ -286,16 +286,16 @@ class Frontend:
     def start_queue(self, index: int, queue: Queue, base: int = 0) -> None:
         """Set up a queue, except for ENABLE."""
         ram = queue.ram
-        self.send(Type.SET_VRING_NUM, VringState(index, queue.size))
-        self.send(Type.SET_VRING_BASE, VringState(index, base))
+        self.tell(Type.SET_VRING_NUM, VringState(index, queue.size))
+        self.tell(Type.SET_VRING_BASE, VringState(index, base))
         parts = (ram.user(queue.desc), ram.user(queue.used), ram.user(queue.avail))
-        self.send(Type.SET_VRING_ADDR, VringAddr(index, 0, *parts, 0))
-        self.send(Type.SET_VRING_KICK, U64(index), [queue.kick_fd])
+        self.tell(Type.SET_VRING_ADDR, VringAddr(index, 0, *parts, 0))
+        self.tell(Type.SET_VRING_KICK, U64(index), [queue.kick_fd])
 
     def stop(self, count: int) -> list[int]:
         """Stop the device as QEMU does; returns the bases of its queues."""
         for index in range(count):
-            self.send(Type.SET_VRING_ENABLE, VringState(index, 0))
+            self.tell(Type.SET_VRING_ENABLE, VringState(index, 0))
         bases = []
         for index in range(count):
             state = self.ask(Type.GET_VRING_BASE, VringState(index, 0), VringState)

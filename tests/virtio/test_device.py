@@ -325,7 +325,7 @@ def test_what_is_offered(machine: Machine) -> None:
     assert not offered & (Protocol.LOG_SHMFD | Protocol.CONFIG)
     assert machine.vmm.number(Type.GET_QUEUE_NUM) == MAX_QUEUES
     assert machine.vmm.ack(Type.SET_LOG_BASE) != 0
-    machine.vmm.send(Type.SET_LOG_BASE)  # without an answer it is passed over
+    machine.vmm.tell(Type.SET_LOG_BASE)  # without an answer it is passed over
     machine.vmm.start(machine.ram, machine.queues)
     machine.echo()
 
@@ -350,7 +350,7 @@ def test_what_makes_no_sense_is_refused(running: Machine, ask: Callable[[Machine
 
 
 def test_a_vmm_that_does_not_ask_is_dropped(running: Machine, server: Server) -> None:
-    running.vmm.send(Type.SET_FEATURES, U64(1 << 26))
+    running.vmm.tell(Type.SET_FEATURES, U64(1 << 26))
     assert running.vmm.is_dropped()
     again = Machine(server.path)
     again.start()
@@ -376,7 +376,7 @@ def test_a_vmm_that_sends_nonsense_is_dropped(
 
 def test_a_kick_that_cannot_be_waited_for(running: Machine, server: Server, tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
-        running.vmm.send(Type.SET_VRING_KICK, U64(1), [file.fileno()])
+        running.vmm.tell(Type.SET_VRING_KICK, U64(1), [file.fileno()])
     assert running.vmm.is_dropped()
     again = Machine(server.path)
     again.start()
@@ -387,10 +387,10 @@ def test_a_kick_that_cannot_be_waited_for(running: Machine, server: Server, tmp_
 def test_queues_without_protocol_features(machine: Machine) -> None:
     """Nothing enables them: they run once they have a kick."""
     vmm = machine.vmm
-    vmm.send(Type.SET_FEATURES, U64(1 << 32))
+    vmm.tell(Type.SET_FEATURES, U64(1 << 32))
     vmm.set_memory(machine.ram)
     queue = machine.queues[1]
-    vmm.send(Type.SET_VRING_CALL, U64(1), [queue.call_fd])
+    vmm.tell(Type.SET_VRING_CALL, U64(1), [queue.call_fd])
     vmm.start_queue(1, queue)
     machine.echo()
 

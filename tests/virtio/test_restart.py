@@ -253,7 +253,7 @@ def test_many_deaths(kept: Kept, running: Machine) -> None:
 
 def inflight(machine: Machine) -> tuple[Inflight, int]:
     """GET_INFLIGHT_FD: the layout and the memory."""
-    machine.vmm.send(Type.GET_INFLIGHT_FD, Inflight(0, 0, 2, 64))
+    machine.vmm.tell(Type.GET_INFLIGHT_FD, Inflight(0, 0, 2, 64))
     layout, fd = machine.vmm.reply_with_fd(Type.GET_INFLIGHT_FD, Inflight)
     assert isinstance(layout, Inflight)
     return layout, fd
@@ -263,7 +263,7 @@ def start_tracked(machine: Machine, layout: Inflight, fd: int) -> None:
     """As cloud-hypervisor starts a device, or starts it again after it has connected anew."""
     offered = machine.vmm.negotiate()
     assert offered & Protocol.INFLIGHT_SHMFD
-    machine.vmm.send(Type.SET_INFLIGHT_FD, layout, [fd])
+    machine.vmm.tell(Type.SET_INFLIGHT_FD, layout, [fd])
     machine.vmm.start(machine.ram, machine.queues, [queue.seen for queue in machine.queues])
 
 
@@ -271,7 +271,7 @@ def test_a_vmm_connects_again(machine: Machine, server: Server) -> None:
     """With the memory that it was given: the session goes on, what was under way is done again."""
     machine.vmm.negotiate()
     layout, fd = inflight(machine)
-    machine.vmm.send(Type.SET_INFLIGHT_FD, layout, [fd])
+    machine.vmm.tell(Type.SET_INFLIGHT_FD, layout, [fd])
     machine.vmm.start(machine.ram, machine.queues)
     machine.echo()
     queue = machine.queues[1]
@@ -321,7 +321,7 @@ def test_bad_inflight(machine: Machine) -> None:
     os.pwrite(small, b"\0" * 8 + b"\7\0", 0)
     assert machine.vmm.ack(Type.SET_INFLIGHT_FD, Inflight(4096, 0, 2, 64), [small]) == 0
     for index, queue in enumerate(machine.queues):
-        machine.vmm.send(Type.SET_VRING_CALL, U64(index), [queue.call_fd])
+        machine.vmm.tell(Type.SET_VRING_CALL, U64(index), [queue.call_fd])
     machine.vmm.set_memory(machine.ram)
     machine.vmm.start_queue(0, machine.queues[0])
     assert machine.vmm.ack(Type.SET_VRING_ENABLE, VringState(0, 1)) == 1

@@ -157,7 +157,7 @@ def test_what_is_under_way_is_noted_in_memory_that_goes(server: Server, running:
     machine = Machine(server.path)
     running.vmm.close()
     machine.vmm.negotiate()
-    machine.vmm.send(Type.SET_PROTOCOL_FEATURES, U64(Protocol.REPLY_ACK | Protocol.INFLIGHT_SHMFD))
+    machine.vmm.tell(Type.SET_PROTOCOL_FEATURES, U64(Protocol.REPLY_ACK | Protocol.INFLIGHT_SHMFD))
     fd = os.memfd_create("inflight")
     os.ftruncate(fd, M)
     assert machine.vmm.ack(Type.SET_INFLIGHT_FD, Inflight(M, 0, 2, 64), [fd]) == 0
@@ -231,7 +231,7 @@ def test_signals_go_to_eventfds_alone(server: Server, tmp_path: Path, code: Type
     for what, fd in others(tmp_path).items():
         machine = Machine(server.path)
         machine.start()
-        machine.vmm.send(code, U64(1), [fd])
+        machine.vmm.tell(code, U64(1), [fd])
         os.close(fd)
         assert machine.vmm.is_dropped(), what
         machine.close()
@@ -246,7 +246,7 @@ def test_memory_that_is_none_is_never_touched(server: Server, tmp_path: Path) ->
     for what, fd in others(tmp_path).items():
         vmm = Frontend(server.path)
         vmm.negotiate()
-        vmm.send(Type.SET_MEM_TABLE, Regions((Region(0, M, 0, 0),)), [fd])
+        vmm.tell(Type.SET_MEM_TABLE, Regions((Region(0, M, 0, 0),)), [fd])
         os.close(fd)
         assert vmm.is_dropped(), what
         vmm.close()

@@ -108,20 +108,20 @@ def wrong_messages(guest: Guest) -> None:
             if kind == 0:
                 front.send_bytes(rng.randbytes(rng.randrange(40)))
             elif kind == 1:
-                front.send(Type.SET_VRING_KICK, U64(rng.choice((0, 1, 99, NO_FD))), [fds[1]])
+                front.tell(Type.SET_VRING_KICK, U64(rng.choice((0, 1, 99, NO_FD))), [fds[1]])
             elif kind == 2:
-                front.send(Type.SET_VRING_CALL, U64(rng.randrange(3)), [fds[2]])
+                front.tell(Type.SET_VRING_CALL, U64(rng.randrange(3)), [fds[2]])
             elif kind == 3:
-                front.send(Type.SET_VRING_NUM, VringState(rng.randrange(3), guest.number() % 2**32))
+                front.tell(Type.SET_VRING_NUM, VringState(rng.randrange(3), guest.number() % 2**32))
             elif kind == 4:
-                front.send(Type.SET_VRING_ENABLE, VringState(rng.randrange(3), rng.randrange(3)))
+                front.tell(Type.SET_VRING_ENABLE, VringState(rng.randrange(3), rng.randrange(3)))
             elif kind == 5:
                 region = Region(guest.number(), guest.number(), guest.number(), guest.number())
-                front.send(Type.ADD_MEM_REG, region, [fds[1]])
+                front.tell(Type.ADD_MEM_REG, region, [fds[1]])
             elif kind == 6:
-                front.send(Type.SET_FEATURES, U64(rng.getrandbits(64)), fds)
+                front.tell(Type.SET_FEATURES, U64(rng.getrandbits(64)), fds)
             else:
-                front.send(rng.choice(list(Type)))
+                front.tell(rng.choice(list(Type)))
     except OSError:
         pass  # it has closed the connection
     finally:
@@ -149,7 +149,7 @@ def signal_that_waits(guest: Guest) -> None:
     full = os.eventfd(0)
     os.eventfd_write(full, 2**64 - 2)
     try:
-        guest.front.send(Type.SET_VRING_CALL, U64(1), [full])
+        guest.front.tell(Type.SET_VRING_CALL, U64(1), [full])
         for _ in range(10):
             guest.submit(Opcode.STATFS, 1, label="signal_that_waits")
         time.sleep(4 * PAUSE)
@@ -169,7 +169,7 @@ def many_connections(guest: Guest) -> None:
         with suppress(OSError, AssertionError):
             front = type(guest.front)(guest.path)
             if guest.rng.random() < 0.5:
-                front.send(Type.GET_FEATURES)
+                front.tell(Type.GET_FEATURES)
             front.close()
     guest.connect()
 
