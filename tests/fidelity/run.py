@@ -528,6 +528,7 @@ def main() -> int:
         action="store_true",
         help="IN_DELETE_SELF and IN_IGNORED in the order of their watch only",
     )
+    parser.add_argument("--transport", default="auto", help="of fsd mount")
     parser.add_argument("--minimise", action="store_true", help="then look for a smaller failure")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unmounts
@@ -558,7 +559,8 @@ def main() -> int:
                 faults=lambda: faults(mountpoint),
             )
         else:
-            top = Arena.of(stack.enter_context(mounted(source, args.mountpoint.resolve())))
+            option = f"--transport={args.transport}"
+            top = Arena.of(stack.enter_context(mounted(source, args.mountpoint.resolve(), option)))
         stack.callback(_remove, folders)
         arenas = fresh_arenas(top, folders)
         print(f"seed {case.seed}, {case.steps} operations, {args.mode}", flush=True)

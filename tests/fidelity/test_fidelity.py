@@ -42,12 +42,13 @@ LIMITS = frozenset(
 pytestmark = pytest.mark.timeout(180)
 
 
-def fidelity(tmp_path: Path, case: Case) -> Outcome:
+def fidelity(tmp_path: Path, case: Case, *options: str) -> Outcome:
+    """``options`` are those of `fsd mount`."""
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
     print(f"{case}")
-    with mounted(source, mountpoint) as mount:
+    with mounted(source, mountpoint, *options) as mount:
         outcome = run(case, Arena.of(mount))
     print(f"{len(outcome.mount)} events, {outcome.seconds:.1f} s")
     report = outcome.report()
@@ -64,6 +65,13 @@ def fidelity(tmp_path: Path, case: Case) -> Outcome:
 def test_equal(tmp_path: Path, seed: int, burst: bool, files: bool) -> None:
     outcome = fidelity(tmp_path, Case(seed, 1000 if burst else 150, burst, files, without=LIMITS))
     assert len(outcome.native) > 300
+
+
+@pytest.mark.parametrize("burst", [False, True], ids=["paced", "burst"])
+def test_equal_over_libfuse(tmp_path: Path, burst: bool) -> None:
+    """A smaller pass: what differs between the transports are the requests, not the events."""
+    case = Case(4, 1000 if burst else 150, burst, files=True, without=LIMITS)
+    fidelity(tmp_path, case, "--transport=libfuse")
 
 
 @pytest.mark.parametrize("mask", sorted(MASKS.keys() - {"all"}))

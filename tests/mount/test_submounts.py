@@ -80,7 +80,13 @@ def test_a_read_only_mount_is_read_only(share: Mount, small: Path) -> None:
     (small / "f").write_text("text")
     file = share.mountpoint / "small/f"
     file.write_text("other")
-    subprocess.run(["mount", "-o", "remount,bind,ro", small], check=True)
+    remount: list[str | Path] = [
+        "mount",
+        "-o",
+        "remount,bind,ro",
+        small,
+    ]  # the server closes after the program
+    wait_until(lambda: not subprocess.run(remount, check=False).returncode, 10, "the remount")
     for change in (
         lambda: file.write_text("x"), lambda: file.unlink(), lambda: file.chmod(0o600),
         lambda: os.utime(file), lambda: (file.parent / "d").mkdir(),
