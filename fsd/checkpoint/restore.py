@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from protocol.images import ImageError
 from protocol.masks import EVENTS, Mask
 
-from ..events.event import Event
+from ..events.event import HOST, Event
 from ..events.missed import Missed
-from ..events.watcher import HOST
 from ..files.inode import Inode
 from ..files.listing import Known, listing
 from ..guests.guest import BY_HAND, MARKS_LIMIT, TOKEN_SIZE, Guest, Observer

@@ -15,7 +15,7 @@ from protocol.masks import STRUCTURE, Mask
 
 from ..files.inode import Inode, is_below
 from ..pacing import windows
-from .watcher import Arrival
+from .backlog import Arrival
 
 _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_SELF)
 _MOVED_FROM, _STRUCTURE, _DELETE = int(Mask.MOVED_FROM), int(STRUCTURE), int(Mask.DELETE)

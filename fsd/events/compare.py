@@ -21,10 +21,10 @@ from ..files.listing import UNKNOWN, Known, Listing
 from ..files.passthrough import PassthroughFS
 from ..linux import syscalls
 from ..pacing.chores import Job, finish
-from .event import RENAME, Event
+from .event import HOST, RENAME, Event
 from .missed import CLOCK_LAG_NS, Missed, changed_since
 from .reading import Reader
-from .watcher import HOST, HostWatcher
+from .watcher import HostWatcher
 
 Changes = dict[tuple[Inode, bytes], Missed]
 """Possible changes: directory and name -> the state known before, and the kinds of change."""
@@ -125,9 +125,9 @@ class Comparer:
                 before = changes.get(place)
                 changes[place] = Missed(before.before, before.mask | now.mask) if before else now
             watcher.drain()
-            if not watcher.has_any(wds):
+            if not watcher.queue.has_any(wds):
                 return changes
-        watcher.drop_told(watcher.wd_of(node), known.names)
+        watcher.queue.drop_told(watcher.wd_of(node), known.names)
         return changes
 
     def changed_lately(self, node: Inode, since_ns: int) -> Job[Changes]:

@@ -8,8 +8,22 @@ from protocol.masks import Mask
 
 from ..files.inode import Inode
 from ..files.listing import Known
-from .watcher import Origin
 
+
+class Origin:
+    """Who caused an event: the host, a guest, or the server itself."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<Origin {self.name}>"
+
+
+HOST = Origin("host")
+SERVER = Origin("server")
 RENAME = int(Mask.MOVED_FROM | Mask.MOVED_TO)
 
 

@@ -31,9 +31,10 @@ from ..files.listing import Known, listing, of_inode
 from ..files.passthrough import PassthroughFS
 from ..linux import syscalls
 from ..pacing import windows
+from .backlog import Arrival
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
 from .event import RENAME, Event
-from .watcher import Arrival, HostWatcher
+from .watcher import HostWatcher
 
 _CREATE = int(Mask.CREATE)
 _DELETE = int(Mask.DELETE)
@@ -69,7 +70,7 @@ class Resolver:
         """Events of the next arrival (none, one, or more). ``waiting_until`` is set, and nothing
         returned, while a MOVED_FROM waits for its other half.
         """
-        arrival = self._watcher.pop()
+        arrival = self._watcher.queue.pop()
         raw = arrival.raw
         if len(self._parts) + len(self._removals) > self._watcher.backlog + 1:  # some were dropped
             for found in (self._parts, self._removals):
@@ -87,7 +88,7 @@ class Resolver:
         if raw.mask & _MOVED_FROM:
             other = self._other_half(arrival)
             if self.waiting_until is not None:
-                self._watcher.push_back(arrival)
+                self._watcher.queue.push_back(arrival)
                 return
             if other is not None:
                 yield from self._renamed(node, arrival, other)
@@ -127,8 +128,8 @@ class Resolver:
         if self._watcher.backlog < count:
             self._watcher.drain()
         if not self._parts:
-            return self._watcher.peek(count)
-        ahead = self._watcher.peek(count + len(self._parts))
+            return self._watcher.queue.peek(count)
+        ahead = self._watcher.queue.peek(count + len(self._parts))
         return [arrival for arrival in ahead if arrival.number not in self._parts]
 
     def _look_again(self, arrival: Arrival) -> bool:
@@ -168,10 +169,10 @@ class Resolver:
     def _other_half(self, arrival: Arrival) -> Arrival | None:
         self.waiting_until = None
         cookie = arrival.raw.cookie
-        other = self._watcher.take_moved_to(cookie, windows.RENAME_WINDOW)
+        other = self._watcher.queue.take_moved_to(cookie, windows.RENAME_WINDOW)
         if other is None:
             self._watcher.drain()
-            other = self._watcher.take_moved_to(cookie, windows.RENAME_WINDOW)
+            other = self._watcher.queue.take_moved_to(cookie, windows.RENAME_WINDOW)
         deadline = arrival.stamp + windows.RENAME_WAIT
         waiting = self._watcher.backlog < windows.RENAME_WINDOW and time.monotonic() < deadline
         if other is None and waiting:
@@ -273,7 +274,7 @@ class Resolver:
             return 0, replaced
         if own is not None and own.inode is replaced:
             self._parts[own.number] = event
-        self._watcher.drop_rename(back.cookie, windows.RENAME_WINDOW)
+        self._watcher.queue.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie, replaced
 
     def _came_back(self, event: Event) -> Inode | None:
@@ -283,7 +284,7 @@ class Resolver:
         assert event.node2 is not None
         known = listing(event.node2).names.get(event.name2)
         wd = self._watcher.wd_of(event.node)
-        if known is None and self._watcher.leaving(wd, event.name) > 1:
+        if known is None and self._watcher.queue.leaving(wd, event.name) > 1:
             return None
         try:
             inode = self._fs.peek(event.node, event.name).inode
@@ -318,14 +319,14 @@ class Resolver:
         back = self._calls.way_out(ahead, start, (event.node, event.name))
         if back is None:
             return 0
-        if self._watcher.has_moved_to(back.cookie, windows.RENAME_WINDOW):
+        if self._watcher.queue.has_moved_to(back.cookie, windows.RENAME_WINDOW):
             return 0  # it went on at once, to where it is seen
         own = self._calls.first_move(ahead, back.end + 1, back.stop, replaced)
         if own is not None:
             self._parts[own.number] = event
         elif not self._lives(event.child, replaced, back):
             return 0
-        self._watcher.drop_rename(back.cookie, windows.RENAME_WINDOW)
+        self._watcher.queue.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie
 
     def _lives(self, child: Inode, replaced: Inode, back: Back) -> bool:
@@ -531,11 +532,11 @@ class Resolver:
         """How many events that wait remove or replace the name. Reads the host's queue only where
         those read already are not more than ``most``: it may be long.
         """
-        found = self._watcher.leaving(wd, name)
+        found = self._watcher.queue.leaving(wd, name)
         if found > most:
             return found
         self._watcher.drain()
-        return self._watcher.leaving(wd, name)
+        return self._watcher.queue.leaving(wd, name)
 
     def _links_before(self, node: Inode, child: Inode) -> int:
         """Link count of what was removed from a directory just before the removal. Of what is open

@@ -14,11 +14,9 @@ import logging
 import os
 import struct
 import time
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import pyinotify
 
@@ -31,7 +29,9 @@ from ..files.table import InodeTable
 from ..linux import syscalls
 from ..linux.ioctls import FIONREAD, SETNEXTWD
 from ..linux.libc import last_error
-from .queuednames import QueuedNames
+from .attribution import LOOKS, Bits, CallsElsewhere, Expected, Matches, is_expected, is_look
+from .backlog import Backlog
+from .event import HOST, SERVER, Origin
 from .sharedwatches import SharedWatches
 
 _READ_SIZE = 256 * 1024
@@ -42,60 +42,17 @@ LONG_BACKLOG = 8192
 _MASK_ADD = 0x2000_0000
 """IN_MASK_ADD of inotify(7)."""
 _HIGHEST_WD = (1 << 31) - 1
-BACKLOG_LIMIT = 524_288
-"""Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
 _NOTHING = Mask(0)
-_OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
-_ARRIVING = int(Mask.CREATE | Mask.MOVED_TO)
-_STRUCTURE = int(STRUCTURE)
 DIRECTORY = STRUCTURE | Mask.ATTRIB
 """What a directory is always watched for: its names, and all that changes its attributes."""
 MARKED = SELF | Mask.ATTRIB
 """What a marked object is always watched for: its own end, moves and links, which prove what its
 names stood for."""
 _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
-_REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
-"""Events that one call may make several times: reading a directory, chown and chmod at once."""
-_LOOKS = int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
-"""Of a directory: somebody reads its names."""
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
 
 
 _UNWATCHED: AbstractContextManager[None] = nullcontext()
-
-
-class Origin:
-    """Who caused an event: the host, a guest, or the server itself."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"<Origin {self.name}>"
-
-
-HOST = Origin("host")
-SERVER = Origin("server")
-
-
-class Arrival(NamedTuple):
-    """One event as it left the queue; ``stamp`` is time.monotonic(), ``number`` counts them."""
-
-    raw: RawEvent
-    origin: Origin
-    stamp: float
-    number: int
-
-
-Expected = tuple[Inode | None, bytes | None, Mask]
-"""A watch (the inode's), a name in it, b"" for itself or None for any, and the events that a call
-makes."""
-
-
-_Bits = dict[tuple[int, bytes | None], int]
-_Matches = Callable[[RawEvent], bool]
 
 
 class HostWatcher:
@@ -123,14 +80,13 @@ class HostWatcher:
         self._next_wd = 1  # what the kernel will give
         self._sets_wd = True  # the kernel knows SETNEXTWD, as far as is known
         self._is_handed_over = False
-        self._arrivals: deque[Arrival] = deque()
-        self._names = QueuedNames()
-        self._number = 0
+        self.queue = Backlog()
+        """What was read and is not processed yet."""
         self._is_attributing = False
         self.last_activity = 0.0  # time.monotonic() of the last event, or of a new watch
         self.events_in = 0
         self.own_events = 0  # that the server itself has made
-        self._elsewhere: list[tuple[Origin, _Bits]] = []  # expected of calls in threads
+        self._elsewhere = CallsElsewhere()
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
         """A directory's own attributes have changed, which a kernel was given for long."""
@@ -203,7 +159,7 @@ class HostWatcher:
             if not self._old_wds:
                 self.drain()
             self.last_activity = time.monotonic()
-            self._since[inode] = self._number
+            self._since[inode] = self.queue.next_number
         self._note_mask(inode, mask)
         if inode.attr_given and not self.tells_changes(inode):
             self._withdraw(inode)
@@ -213,7 +169,7 @@ class HostWatcher:
             self._mask_of[inode] = mask
         else:
             self._mask_of.pop(inode, None)
-        if inode.is_dir and mask & _LOOKS:
+        if inode.is_dir and mask & LOOKS:
             self._table.reach.overheard.add(inode)
         else:
             self._table.reach.overheard.discard(inode)
@@ -278,11 +234,7 @@ class HostWatcher:
     def _own_opening(self) -> None:
         """This process has just opened the root, which is no one's event."""
         wd = self.wd_of(self._table.root)
-        for index in reversed(range(len(self._arrivals))):
-            arrival = self._arrivals[index]
-            if arrival.raw == RawEvent(wd, int(Mask.OPEN | Mask.ISDIR), 0, b""):
-                self._arrivals[index] = arrival._replace(origin=SERVER)
-                return
+        self.queue.attribute_last(RawEvent(wd, int(Mask.OPEN | Mask.ISDIR), 0, b""), SERVER)
 
     def _set_next_wd(self, wd: int) -> None:
         if self._sets_wd and wd != self._next_wd:
@@ -374,7 +326,7 @@ class HostWatcher:
         if self.backlog < LONG_BACKLOG:
             self.drain()
 
-    def _take_in(self, call: tuple[Origin, _Matches] | None, most: int = 1 << 62) -> None:
+    def _take_in(self, call: tuple[Origin, Matches] | None, most: int = 1 << 62) -> None:
         """Read what is queued as that call's events where they match, else as others'."""
         size = min(self._readable(), most)
         if not size:
@@ -387,33 +339,17 @@ class HostWatcher:
                     continue
                 origin = call[0]
             else:
-                origin = self._origin(raw) if self._elsewhere else HOST
-            self._push(raw, origin, now)
+                origin = self._elsewhere.origin_of(raw) if self._elsewhere else HOST
+            if self.queue.push(raw, origin, now):
+                self.last_activity = now
+                if raw.mask & _CHANGING:
+                    self._note_change(raw)
         self.on_arrival()
-
-    # What was read and is not processed yet
 
     @property
     def backlog(self) -> int:
         """How many events wait to be processed."""
-        return len(self._arrivals)
-
-    def _push(self, raw: RawEvent, origin: Origin, stamp: float) -> None:
-        if len(self._arrivals) >= BACKLOG_LIMIT:
-            if self._arrivals[-1].raw is not _OVERFLOW:
-                self._arrivals.append(Arrival(_OVERFLOW, HOST, stamp, self._number))
-            return
-        arrival = Arrival(raw, origin, stamp, self._number)
-        self._arrivals.append(arrival)
-        self._number += 1
-        self.last_activity = stamp
-        if raw.mask & _CHANGING:
-            self._note_change(raw)
-        self._count(arrival, 1)
-
-    def _count(self, arrival: Arrival, step: int) -> None:
-        origin = arrival.origin
-        self._names.count(arrival.raw, None if origin is HOST else origin, step)
+        return len(self.queue)
 
     def _note_change(self, raw: RawEvent) -> None:
         """A directory's attributes have changed, or those of one in it."""
@@ -428,52 +364,10 @@ class HostWatcher:
                 inode.attr_given = False
                 self.on_changed(inode)
 
-    def pop(self) -> Arrival:
-        """The next event in queue order."""
-        arrival = self._arrivals.popleft()
-        self._count(arrival, -1)
-        return arrival
-
-    def has_any(self, wds: Set[int]) -> bool:
-        """Whether an event of one of the watches waits."""
-        return any(arrival.raw.wd in wds for arrival in self._arrivals)
-
     def discard(self, wds: Set[int]) -> None:
-        """Drop the events of these watches that wait: what they tell is found out by comparing."""
+        """Drop the events of these watches: what they tell is found out by comparing."""
         self.drain()
-        if self.has_any(wds):
-            self._keep(
-                a for a in self._arrivals if a.raw.wd not in wds or a.raw.mask & Mask.IGNORED
-            )
-
-    def _keep(self, arrivals: Iterable[Arrival]) -> None:
-        self._arrivals = deque(arrivals)
-        self._names.clear()
-        for arrival in self._arrivals:
-            self._count(arrival, 1)
-
-    def drop_told(self, wd: int, names: Container[bytes]) -> None:
-        """Drop the first event of each name that waits, if it came and is in ``names`` already, or
-        went and is not: it happened before they were read.
-        """
-        seen: set[bytes] = set()
-
-        def is_told(raw: RawEvent) -> bool:
-            if raw.wd != wd or not raw.mask & _STRUCTURE or raw.name in seen:
-                return False
-            seen.add(raw.name)
-            return (raw.name in names) == bool(raw.mask & _ARRIVING)
-
-        self._keep([arrival for arrival in self._arrivals if not is_told(arrival.raw)])
-
-    def push_back(self, arrival: Arrival) -> None:
-        """Undo a pop."""
-        self._arrivals.appendleft(arrival)
-        self._count(arrival, 1)
-
-    def leaving(self, wd: int, name: bytes) -> int:
-        """How many events not processed yet remove or replace the name."""
-        return self._names.leaving(wd, name)
+        self.queue.discard(wds)
 
     def is_changing(self, directory: Inode, name: bytes, besides: Origin) -> bool:
         """Whether an event of another than that guest, not processed yet, makes, removes or moves
@@ -483,48 +377,7 @@ class HostWatcher:
         if wd is None:
             return False
         self.catch_up()
-        return self._names.is_changing(wd, name, besides)
-
-    @property
-    def next_number(self) -> int:
-        """Of the event that is read next."""
-        return self._number
-
-    def is_past(self, number: int) -> bool:
-        """Whether all events before that one are processed."""
-        return not self._arrivals or self._arrivals[0].number >= number
-
-    def peek(self, count: int) -> list[Arrival]:
-        """The next events, not removed."""
-        return [self._arrivals[i] for i in range(min(count, len(self._arrivals)))]
-
-    def take_moved_to(self, cookie: int, within: int) -> Arrival | None:
-        """Remove and return the other half of a rename, if it is among the next events."""
-        index = self._moved_to(cookie, within)
-        return None if index < 0 else self._take(index)
-
-    def has_moved_to(self, cookie: int, within: int) -> bool:
-        """Whether the other half of a rename is among the next events."""
-        return self._moved_to(cookie, within) >= 0
-
-    def _moved_to(self, cookie: int, within: int) -> int:
-        for index in range(min(within, len(self._arrivals))):
-            raw = self._arrivals[index].raw
-            if raw.cookie == cookie and raw.mask & Mask.MOVED_TO:
-                return index
-        return -1
-
-    def drop_rename(self, cookie: int, within: int) -> None:
-        """Remove both halves of a rename from the next events."""
-        for index in reversed(range(min(within, len(self._arrivals)))):
-            if self._arrivals[index].raw.cookie == cookie:
-                self._take(index)
-
-    def _take(self, index: int) -> Arrival:
-        arrival = self._arrivals[index]
-        del self._arrivals[index]
-        self._count(arrival, -1)
-        return arrival
+        return self.queue.is_changing(wd, name, besides)
 
     def hears(self, inode: Inode) -> bool:
         """Whether there is a watch on an object, or on the directory that it is in."""
@@ -540,7 +393,7 @@ class HostWatcher:
         wd = self.wd_of(inode)
 
         def matches(raw: RawEvent) -> bool:
-            return _is_look(raw) and (raw.name == name if raw.name else raw.wd == wd)
+            return is_look(raw) and (raw.name == name if raw.name else raw.wd == wd)
 
         return self._during(SERVER, matches)
 
@@ -556,10 +409,10 @@ class HostWatcher:
         """
         self._check_no_call()
         bits = self._bits(expected)
-        return self._during(origin, partial(_is_expected, bits)) if bits else _UNWATCHED
+        return self._during(origin, partial(is_expected, bits)) if bits else _UNWATCHED
 
-    def _bits(self, expected: Iterable[Expected]) -> _Bits:
-        bits: _Bits = {}
+    def _bits(self, expected: Iterable[Expected]) -> Bits:
+        bits: Bits = {}
         for inode, name, mask in expected:
             if inode is not None and (wd := self._wd_of.get(inode)) is not None:
                 bits[wd, name] = bits.get((wd, name), 0) | int(mask)
@@ -573,24 +426,16 @@ class HostWatcher:
         if not bits:
             return _nobody
         self.drain()
-        entry = (origin, bits)
-        self._elsewhere.append(entry)
+        remove = self._elsewhere.add(origin, bits)
 
         def end() -> None:
             self.drain()
-            self._elsewhere[:] = [e for e in self._elsewhere if e is not entry]
+            remove()
 
         return end
 
-    def _origin(self, raw: RawEvent) -> Origin:
-        """Whose an event is that no call of this thread has made."""
-        for origin, bits in self._elsewhere:
-            if _is_expected(bits, raw):
-                return origin
-        return HOST
-
     @contextmanager
-    def _during(self, origin: Origin, matches: _Matches) -> Iterator[None]:
+    def _during(self, origin: Origin, matches: Matches) -> Iterator[None]:
         self.drain()
         self._is_attributing = True
         try:
@@ -598,20 +443,6 @@ class HostWatcher:
         finally:
             self._is_attributing = False
             self._take_in((origin, matches))
-
-
-def _is_look(raw: RawEvent) -> bool:
-    return bool(raw.mask & Mask.ISDIR and raw.mask & _LOOKS)
-
-
-def _is_expected(bits: _Bits, raw: RawEvent) -> bool:
-    key: tuple[int, bytes | None] = (raw.wd, raw.name)
-    left = bits.get(key, 0) or bits.get(key := (raw.wd, None), 0)
-    seen = raw.mask & 0xFFF
-    mine = left & seen
-    if mine and not raw.mask & Mask.ISDIR:  # a listing is several reads
-        bits[key] = left & (~seen | _REPEATED)
-    return bool(mine)
 
 
 def _nobody() -> None:

@@ -22,8 +22,7 @@ from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
-from ..events.event import Event
-from ..events.watcher import HOST
+from ..events.event import HOST, Event
 from ..files.inode import Inode
 from ..files.passthrough import Entry
 from ..guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
@@ -140,7 +139,7 @@ class Arming:
         watcher = self._export.watcher
         if not watcher.backlog:
             return False
-        return watcher.backlog > QUEUE_LOOK or watcher.has_any({watcher.wd_of(directory)})
+        return watcher.backlog > QUEUE_LOOK or watcher.queue.has_any({watcher.wd_of(directory)})
 
     def _look(self, guest: MountGuest, node: Provisional, look_up: LookUp, rest: float) -> None:
         """If the guest can be seen to have no new mark there, earlier events are not delivered to

@@ -301,7 +301,7 @@ class Export:
 
     def has_routed(self, stamp: float) -> bool:
         """Whether everything is routed that was read from the host up to then."""
-        waiting = self.watcher.peek(1)
+        waiting = self.watcher.queue.peek(1)
         return not self._steps and (not waiting or waiting[0].stamp > stamp)
 
     @property

@@ -13,8 +13,8 @@ from collections import Counter
 from protocol.masks import Mask
 
 from ..events.compare import Changes, Comparer
-from ..events.event import RENAME, Event
-from ..events.watcher import HOST, HostWatcher
+from ..events.event import HOST, RENAME, Event
+from ..events.watcher import HostWatcher
 from ..files.inode import Inode
 from ..files.table import InodeTable
 from ..guests.guest import Guest

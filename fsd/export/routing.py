@@ -8,8 +8,7 @@ from collections import Counter
 
 from protocol.masks import Mask
 
-from ..events.event import Event
-from ..events.watcher import SERVER
+from ..events.event import SERVER, Event
 from ..guests.guest import Guest
 from ..guests.mount import MountGuest
 from .arming import Arming

@@ -10,8 +10,8 @@ import time
 
 from protocol.masks import Mask
 
-from ..events.event import Event
-from ..events.watcher import HOST, HostWatcher
+from ..events.event import HOST, Event
+from ..events.watcher import HostWatcher
 from ..files.inode import Inode
 from ..files.listing import Known, listing, of_inode
 from ..files.passthrough import PassthroughFS

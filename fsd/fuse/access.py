@@ -16,7 +16,7 @@ import structlog
 
 from protocol.masks import Mask
 
-from ..events.watcher import Expected
+from ..events.attribution import Expected
 from ..export.export import Export
 from ..files.caller import Caller
 from ..files.inode import Inode

@@ -18,7 +18,8 @@ from itertools import islice
 
 from protocol.masks import Mask
 
-from ..events.watcher import SERVER, HostWatcher
+from ..events.event import SERVER
+from ..events.watcher import HostWatcher
 from ..files import locks
 from ..files.handle import Handle
 from ..files.inode import Inode

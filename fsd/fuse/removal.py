@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from protocol.masks import Mask
 
-from ..events.watcher import Expected
+from ..events.attribution import Expected
 from ..files.inode import Inode
 from ..files.slowcalls import LONG
 

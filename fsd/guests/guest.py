@@ -18,9 +18,8 @@ import structlog
 from protocol import frames
 from protocol.masks import EVENTS, Mask
 
-from ..events.event import Event
+from ..events.event import Event, Origin
 from ..events.missed import Missed
-from ..events.watcher import Origin
 from ..files.inode import Inode
 from ..files.listing import of_inode
 

@@ -349,7 +349,7 @@ class History:
         if walk.is_over or not self._guest.pid or self._guest.is_paused:
             return False
         if walk.number:
-            if not self._watcher.is_past(walk.number):
+            if not self._watcher.queue.is_past(walk.number):
                 return True
             if any(place in self._kept for place in walk.places):
                 return True
@@ -362,7 +362,7 @@ class History:
         walk.last = self._last(walk.places)
         guest, kept = self._guest, self._kept
         if any(p in kept or watcher.is_changing(*p, guest) for p in walk.places):
-            walk.number = watcher.next_number
+            walk.number = watcher.queue.next_number
         return walk
 
     def _last(self, places: tuple[Place, ...]) -> int:

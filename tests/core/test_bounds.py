@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.events.watcher import _OVERFLOW
+from fsd.events.backlog import _OVERFLOW
 from fsd.export import arming, channel, export, watches
 from fsd.export.channel import Channel
 from fsd.files import forgotten
@@ -340,7 +340,7 @@ def test_a_comparison_lets_requests_in_between_and_events_wait_for_it(world: Wor
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
     world.pump()
-    world.export.watcher._push(_OVERFLOW, guest, time.monotonic())
+    world.export.watcher.queue.push(_OVERFLOW, guest, time.monotonic())
     (world.source / "late").touch()
     world.export.watcher.drain()
     world.export.process(64)

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fsd.events.backlog import Arrival
 from fsd.events.calls import AHEAD, Calls, Place, Rename
-from fsd.events.watcher import HOST, Arrival
+from fsd.events.event import HOST
 from fsd.files.inode import Identity, Inode
 from fsd.pacing.windows import TWIN_WINDOW
 from protocol.inotify import RawEvent

@@ -231,7 +231,7 @@ def test_a_replaying_guest_gets_orders_for_the_difference(make_world: Worlds) ->
 def test_the_servers_own_backlog_is_bounded_like_the_kernels(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsd.events.watcher.BACKLOG_LIMIT", 20)
+    monkeypatch.setattr("fsd.events.backlog.BACKLOG_LIMIT", 20)
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
     storm(world.source, 50)

@@ -214,7 +214,7 @@ def test_an_exchange_with_what_only_a_listing_knows(world: World) -> None:
 def among(world: World, gap: int, count: int = 1) -> None:
     """Have the last events in the queue where another processor may have queued them."""
     world.export.watcher.drain()
-    arrivals = world.export.watcher._arrivals
+    arrivals = world.export.watcher.queue._arrivals
     for _ in range(count):
         arrivals.insert(gap, arrivals.pop())
 
@@ -313,9 +313,9 @@ def test_a_late_server_looks_at_what_it_has_just_read(
     os.chmod(world.source / "file", 0o600)
     watcher = world.export.watcher
     watcher.drain()
-    named, twin = watcher._arrivals
-    watcher._keep([named._replace(stamp=named.stamp - 1)])
-    monkeypatch.setattr(os, "sched_yield", lambda: watcher._arrivals.append(twin))
+    named, twin = watcher.queue._arrivals
+    watcher.queue._keep([named._replace(stamp=named.stamp - 1)])
+    monkeypatch.setattr(os, "sched_yield", lambda: watcher.queue._arrivals.append(twin))
     world.export.process(1)
     (order,) = world.orders(mount)
     assert (order.op, order.name, order.arg) == (Op.TOUCH, b"file", Mask.ATTRIB)
@@ -397,7 +397,7 @@ def test_an_unlink_that_begins_within_a_rename(world: World) -> None:
     (world.source / "other").unlink()
     watcher = world.export.watcher
     watcher.drain()
-    arrivals = watcher._arrivals
+    arrivals = watcher.queue._arrivals
     assert [arrivals[i].raw.mask for i in (2, 3)] == [Mask.MOVE_SELF, Mask.ATTRIB]
     arrivals[2], arrivals[3] = arrivals[3], arrivals[2]
     renamed, removed = world.orders(mount)

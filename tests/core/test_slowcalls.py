@@ -77,12 +77,12 @@ def test_whose_events_they_are(world: World, guest: GuestKernel, other: GuestKer
     (world.source / "beside").write_text("host")
     watcher = world.export.watcher
     watcher.drain()
-    assert {repr(arrival.origin) for arrival in watcher.peek(9)} == {"<Origin host>"}
+    assert {repr(arrival.origin) for arrival in watcher.queue.peek(9)} == {"<Origin host>"}
     world.take(observer)
     guest.loop._threads[0][0]()
     os.listdir(world.source)
     watcher.drain()  # another request's, while the thread is not back
-    mine = [a for a in watcher.peek(99) if a.raw.name == b"big"]
+    mine = [a for a in watcher.queue.peek(99) if a.raw.name == b"big"]
     assert mine
     assert {arrival.origin for arrival in mine} <= set(world.export.guests)
     guest.loop._threads[0][1](None)

@@ -1,0 +1,155 @@
+"""Events of the host that were read and are not processed yet, in queue order.
+
+Apart from the watcher, which reads them and says whose they are. The resolver takes the next one,
+looks ahead, and takes out of order what belongs together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Container, Iterable, Set
+from typing import NamedTuple
+
+from protocol.inotify import RawEvent
+from protocol.masks import STRUCTURE, Mask
+
+from .event import HOST, Origin
+from .queuednames import QueuedNames
+
+BACKLOG_LIMIT = 524_288
+"""Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
+_OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
+_ARRIVING = int(Mask.CREATE | Mask.MOVED_TO)
+_STRUCTURE = int(STRUCTURE)
+
+
+class Arrival(NamedTuple):
+    """One event as it left the queue; ``stamp`` is time.monotonic(), ``number`` counts them."""
+
+    raw: RawEvent
+    origin: Origin
+    stamp: float
+    number: int
+
+
+class Backlog:
+    """The queue. What comes when it is full is one overflow."""
+
+    def __init__(self) -> None:
+        self._arrivals: deque[Arrival] = deque()
+        self._names = QueuedNames()
+        self.next_number = 0
+        """Of the event that is read next."""
+
+    def __len__(self) -> int:
+        return len(self._arrivals)
+
+    def push(self, raw: RawEvent, origin: Origin, stamp: float) -> bool:
+        """An event was read; whether there was room for it."""
+        if len(self._arrivals) >= BACKLOG_LIMIT:
+            if self._arrivals[-1].raw is not _OVERFLOW:
+                self._arrivals.append(Arrival(_OVERFLOW, HOST, stamp, self.next_number))
+            return False
+        arrival = Arrival(raw, origin, stamp, self.next_number)
+        self._arrivals.append(arrival)
+        self.next_number += 1
+        self._count(arrival, 1)
+        return True
+
+    def _count(self, arrival: Arrival, step: int) -> None:
+        origin = arrival.origin
+        self._names.count(arrival.raw, None if origin is HOST else origin, step)
+
+    def pop(self) -> Arrival:
+        """The next event in queue order."""
+        arrival = self._arrivals.popleft()
+        self._count(arrival, -1)
+        return arrival
+
+    def push_back(self, arrival: Arrival) -> None:
+        """Undo a pop."""
+        self._arrivals.appendleft(arrival)
+        self._count(arrival, 1)
+
+    def has_any(self, wds: Set[int]) -> bool:
+        """Whether an event of one of the watches waits."""
+        return any(arrival.raw.wd in wds for arrival in self._arrivals)
+
+    def discard(self, wds: Set[int]) -> None:
+        """Drop the events of these watches, but for their ends."""
+        if self.has_any(wds):
+            self._keep(
+                a for a in self._arrivals if a.raw.wd not in wds or a.raw.mask & Mask.IGNORED
+            )
+
+    def _keep(self, arrivals: Iterable[Arrival]) -> None:
+        self._arrivals = deque(arrivals)
+        self._names.clear()
+        for arrival in self._arrivals:
+            self._count(arrival, 1)
+
+    def drop_told(self, wd: int, names: Container[bytes]) -> None:
+        """Drop the first event of each name that waits, if it came and is in ``names`` already, or
+        went and is not: it happened before they were read.
+        """
+        seen: set[bytes] = set()
+
+        def is_told(raw: RawEvent) -> bool:
+            if raw.wd != wd or not raw.mask & _STRUCTURE or raw.name in seen:
+                return False
+            seen.add(raw.name)
+            return (raw.name in names) == bool(raw.mask & _ARRIVING)
+
+        self._keep([arrival for arrival in self._arrivals if not is_told(arrival.raw)])
+
+    def attribute_last(self, raw: RawEvent, origin: Origin) -> None:
+        """The last event like that is another's, if there is one."""
+        for index in reversed(range(len(self._arrivals))):
+            arrival = self._arrivals[index]
+            if arrival.raw == raw:
+                self._arrivals[index] = arrival._replace(origin=origin)
+                return
+
+    def leaving(self, wd: int, name: bytes) -> int:
+        """How many events remove or replace the name."""
+        return self._names.leaving(wd, name)
+
+    def is_changing(self, wd: int, name: bytes, besides: Origin) -> bool:
+        """Whether an event of another than that guest makes, removes or moves the name."""
+        return self._names.is_changing(wd, name, besides)
+
+    def is_past(self, number: int) -> bool:
+        """Whether all events before that one are processed."""
+        return not self._arrivals or self._arrivals[0].number >= number
+
+    def peek(self, count: int) -> list[Arrival]:
+        """The next events, not removed."""
+        return [self._arrivals[i] for i in range(min(count, len(self._arrivals)))]
+
+    def take_moved_to(self, cookie: int, within: int) -> Arrival | None:
+        """Remove and return the other half of a rename, if it is among the next events."""
+        index = self._moved_to(cookie, within)
+        return None if index < 0 else self._take(index)
+
+    def has_moved_to(self, cookie: int, within: int) -> bool:
+        """Whether the other half of a rename is among the next events."""
+        return self._moved_to(cookie, within) >= 0
+
+    def _moved_to(self, cookie: int, within: int) -> int:
+        for index in range(min(within, len(self._arrivals))):
+            raw = self._arrivals[index].raw
+            if raw.cookie == cookie and raw.mask & Mask.MOVED_TO:
+                return index
+        return -1
+
+    def drop_rename(self, cookie: int, within: int) -> None:
+        """Remove both halves of a rename from the next events."""
+        for index in reversed(range(min(within, len(self._arrivals)))):
+            if self._arrivals[index].raw.cookie == cookie:
+                self._take(index)
+
+    def _take(self, index: int) -> Arrival:
+        arrival = self._arrivals[index]
+        del self._arrivals[index]
+        self._count(arrival, -1)
+        return arrival
