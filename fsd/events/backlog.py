@@ -71,9 +71,9 @@ class Backlog:
         self._arrivals.appendleft(arrival)
         self._count(arrival, 1)
 
-    def has_any(self, wds: Set[int]) -> bool:
-        """Whether an event of one of the watches waits."""
-        return any(arrival.raw.wd in wds for arrival in self._arrivals)
+    def has_any(self, wds: Set[int], besides: Origin | None = None) -> bool:
+        """Whether an event of one of the watches waits that another party than that has made."""
+        return any(a.raw.wd in wds and a.origin is not besides for a in self._arrivals)
 
     def discard(self, wds: Set[int]) -> None:
         """Drop the events of these watches, but for their ends."""

@@ -122,7 +122,7 @@ class Arming:
         node.expires = time.monotonic() + windows.KEEP
         node.renewals = windows.KEEP_RENEWALS
         self._export.watcher.catch_up()  # queued events happened before
-        if look_up.open and (look_up.is_doubtful or self._is_queued(directory)):
+        if look_up.open and (look_up.is_doubtful or self._is_queued(guest, directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
         if not look_up.open or (
             hint > look_up.open[-1][0] and len(look_up.open) < OPEN_HINTS_LIMIT
@@ -134,12 +134,15 @@ class Arming:
             look_up.seen[file.inode] = Seen.of(file.attr)
             self._seen[guest] += 1
 
-    def _is_queued(self, directory: Inode) -> bool:
-        """Whether there may be an event that is not routed yet."""
+    def _is_queued(self, guest: MountGuest, directory: Inode) -> bool:
+        """Whether there may be an event for the guest that is not routed yet. Its own are not: a
+        program that creates and renames files would have its descriptors read at each look-up.
+        """
         watcher = self._export.watcher
         if not watcher.backlog:
             return False
-        return watcher.backlog > QUEUE_LOOK or watcher.queue.has_any({watcher.wd_of(directory)})
+        wds = {watcher.wd_of(directory)}
+        return watcher.backlog > QUEUE_LOOK or watcher.queue.has_any(wds, besides=guest)
 
     def _look(self, guest: MountGuest, node: Provisional, look_up: LookUp, rest: float) -> None:
         """If the guest can be seen to have no new mark there, earlier events are not delivered to

@@ -334,6 +334,30 @@ def test_what_waits_in_the_queue_when_the_mark_arrives_needs_no_place_in_the_his
     assert not any(kept.event.kind == int(Mask.DELETE) for kept in node.history), "told already"
 
 
+def test_a_guests_own_changes_are_no_reason_to_look_for_its_marks(
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs more than the look-up itself."""
+    mount.guest.device = 1  # as of a mount of this machine, where marks can be looked for
+    looks = 0
+
+    def may_be(*_: object) -> bool:
+        nonlocal looks
+        looks += 1
+        return False
+
+    monkeypatch.setattr("fsd.export.newmarks.NewMarks.may_be", may_be)
+    key = look_up(world, mount, "d")
+    hint(mount)
+    for index in range(5):
+        mount.mkdir(USER, key.nodeid, b"own%d" % index, 0o755)
+        look_up(world, mount, "d")
+    assert looks == 0
+    (world.source / "d/others").mkdir()
+    look_up(world, mount, "d")
+    assert looks == 1
+
+
 def test_the_provisional_watch_becomes_the_marks(
     world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
