@@ -134,7 +134,7 @@ class Resumption:
         if child is None:
             child = self._export.table.placeholder(kind, node, saved.name)
         event = Event(node, saved.mask, saved.name, saved.cookie, HOST, time.monotonic(), child)
-        event.nlink, event.twin = saved.nlink, saved.twin
+        event.nlink, event.has_self = saved.nlink, saved.has_self
         event.node2, event.name2 = self._optional(saved.node2), saved.name2
         event.replaced, event.exchanged = self._optional(saved.replaced), saved.exchanged
         if event.kind == Mask.MOVED_FROM | Mask.MOVED_TO and event.node2 is None:

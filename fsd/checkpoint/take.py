@@ -64,7 +64,7 @@ class SavedEvent(NamedTuple):
     node2: int
     name2: bytes
     replaced: int
-    twin: bool
+    has_self: bool
     exchanged: int
 
 
@@ -239,7 +239,7 @@ class _Taking:
         return SavedEvent(
             self._name(event.node), event.mask, event.name, event.cookie, self._name(event.child),
             event.nlink, self._name(event.node2), event.name2, self._name(event.replaced),
-            event.twin, event.exchanged,
+            event.has_self, event.exchanged,
         )  # fmt: skip
 
     def _inode_table(self) -> SavedTable:

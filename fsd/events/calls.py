@@ -2,7 +2,7 @@
 and draws the conclusions.
 
 Events are matched in the order in which one system call queues them (see ``resolver``), among
-events of others that may stand between (windows.TWIN_WINDOW).
+events of others that may stand between (windows.CALL_WINDOW).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ISDIR, _ATTRIB, _MOVE_SELF = int(Mask.ISDIR), int(Mask.ATTRIB), int(Mask.MOVE_S
 _MOVED_FROM, _STRUCTURE, _DELETE = int(Mask.MOVED_FROM), int(STRUCTURE), int(Mask.DELETE)
 _ENDS = int(Mask.DELETE_SELF | Mask.IGNORED)
 _NONE = RawEvent(-1, 0, 0, b"")
-AHEAD = 4 * windows.TWIN_WINDOW
+AHEAD = 4 * windows.CALL_WINDOW
 """Arrivals that are examined at most: an exchange is four names, each within a window."""
 
 Place = tuple[Inode, bytes]
@@ -45,7 +45,7 @@ class Watches(Protocol):
         """Whether these events of an inode would be queued next to the arrival of that number."""
 
 
-class Own(NamedTuple):
+class SelfEvent(NamedTuple):
     """A watched object's self event, further on in the queue."""
 
     inode: Inode
@@ -55,8 +55,8 @@ class Own(NamedTuple):
 class Moved(NamedTuple):
     """What the self events behind a rename's names show."""
 
-    moved: Own | None = None
-    lost: Own | None = None  # a link: of the overwritten object
+    moved: SelfEvent | None = None
+    lost: SelfEvent | None = None  # a link: of the overwritten object
     end: int = 0  # index of the first arrival behind them
     ended: tuple[int, ...] = ()  # numbers of the overwritten object's end
     is_all: bool = True  # all required ones are present
@@ -163,11 +163,11 @@ class Calls:
         ended = self._end_of(own.lost.inode, ahead, own.end) if own.lost is not None else ()
         return own._replace(ended=ended, is_all=is_all)
 
-    def _own(self, ahead: Ahead, index: int, bits: int) -> Own | None:
+    def _own(self, ahead: Ahead, index: int, bits: int) -> SelfEvent | None:
         if index >= len(ahead) or ahead[index].raw.name or not ahead[index].raw.mask & bits:
             return None
         inode = self._watches.inode_of(ahead[index].raw.wd)
-        return None if inode is None else Own(inode, ahead[index].number)
+        return None if inode is None else SelfEvent(inode, ahead[index].number)
 
     def _side_by_side(self, rename: Rename, ahead: Ahead) -> Moved | None:
         lost = self._own(ahead, 0, _ATTRIB)
@@ -226,7 +226,7 @@ class Calls:
         its own.
         """
         wds = {self._watches.wd_of(node) for node in nodes}
-        stop = start + windows.TWIN_WINDOW
+        stop = start + windows.CALL_WINDOW
         found = [
             (start + index, arrival.raw)
             for index, arrival in enumerate(ahead[start:stop])
@@ -251,7 +251,7 @@ class Calls:
             return None
         return Back(out.cookie, end, stop, is_beside=end == start)
 
-    def first_move(self, ahead: Ahead, start: int, stop: int, *inodes: Inode) -> Own | None:
+    def first_move(self, ahead: Ahead, start: int, stop: int, *inodes: Inode) -> SelfEvent | None:
         """The first MOVE_SELF of one of these inodes among the arrivals from ``start`` to
         ``stop``.
         """
@@ -261,10 +261,10 @@ class Calls:
                 return own
         return None
 
-    def touched(self, child: Inode, mask: int, ahead: Ahead) -> Own | None:
+    def touched(self, child: Inode, mask: int, ahead: Ahead) -> SelfEvent | None:
         """The self event that belongs to the event of an object's name."""
         wd = self._watches.wd_of(child)
-        for later in ahead[: windows.TWIN_WINDOW]:
+        for later in ahead[: windows.CALL_WINDOW]:
             if later.raw.wd == wd and later.raw.mask == mask:
-                return Own(child, later.number)
+                return SelfEvent(child, later.number)
         return None

@@ -49,7 +49,7 @@ class Event:
     name2: bytes = b""
     replaced: Inode | None = None  # the object that a MOVED_TO overwrote
     part_of: Event | None = None  # the event with the name that the same system call has made
-    twin: bool = False  # the same event of the child itself goes with it
+    has_self: bool = False  # the child's own event goes with it: the name is proven
     unlinked: bool = False  # the child, a file, had lost this name already
     exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 

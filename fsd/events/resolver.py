@@ -32,7 +32,7 @@ from ..files.passthrough import PassthroughFS
 from ..linux import syscalls
 from ..pacing import windows
 from .backlog import Arrival
-from .calls import AHEAD, Ahead, Back, Calls, Moved, Own, Rename
+from .calls import AHEAD, Ahead, Back, Calls, Moved, Rename, SelfEvent
 from .event import RENAME, Event
 from .watcher import HostWatcher
 
@@ -60,7 +60,7 @@ class Resolver:
         self._watcher = watcher
         self._calls = Calls(watcher, fs.table.outside)
         self.waiting_until: float | None = None
-        # Own events that stand further on, by their number: the one with the name.
+        # SelfEvent events that stand further on, by their number: the one with the name.
         self._parts: dict[int, Event] = {}
         self._removals: dict[int, Event] = {}  # of DELETEs that stand further on
         self._lost_link: Inode | None = None  # the last arrival was its ATTRIB
@@ -137,11 +137,13 @@ class Resolver:
         look; reads what has come.
         """
         before = self._watcher.backlog
-        if before >= windows.TWIN_WINDOW:
+        if before >= windows.CALL_WINDOW:
             return False
         os.sched_yield()
         self._watcher.drain()
-        return self._watcher.backlog > before or time.monotonic() < arrival.stamp + windows.OWN_WAIT
+        return (
+            self._watcher.backlog > before or time.monotonic() < arrival.stamp + windows.SELF_WAIT
+        )
 
     def _expected(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
         """Whether the events ``bits`` of an inode are in the queue beside ``arrival``."""
@@ -468,7 +470,7 @@ class Resolver:
                 if inode.is_dir or not here or (known is not None and known.inode is inode):
                     return None
             self._parts[ahead.number] = event
-            event.twin = True
+            event.has_self = True
             return inode
         return None
 
@@ -479,17 +481,17 @@ class Resolver:
         bits = event.kind
         if not int(self._watcher.mask_of(child)) & bits:
             return child
-        own: Own | None = None
+        own: SelfEvent | None = None
         while own is None:
             own = self._calls.touched(child, event.mask, self._ahead())
             if own is None and not self._look_again(arrival):
                 break
         if own is not None:
             self._parts[own.number] = event
-            event.twin = True
+            event.has_self = True
             return child
         if not self._expected(child, bits, arrival):
-            event.twin = True
+            event.has_self = True
             return child
         if lost is not None:
             return lost

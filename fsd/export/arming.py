@@ -32,7 +32,7 @@ from ..pacing.chores import Job, Pause, finish
 from .lookups import Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
-from .seen import Seen, missing, own_events
+from .seen import Seen, missing, self_events
 
 if TYPE_CHECKING:
     from .export import Export
@@ -457,7 +457,7 @@ class Arming:
             del told[number]
         events = [found[number].event for number in sorted(found)]
         for inode, now in files.items():
-            mask = missing(seen.get(inode), now, own_events(inode, events, guest))
+            mask = missing(seen.get(inode), now, self_events(inode, events, guest))
             interest = int(export.interest.of(guest, inode))
             for bit in (_MODIFY, _ATTRIB, _DELETE_SELF):
                 if mask & bit and (interest & bit or (interest and bit == _DELETE_SELF)):

@@ -23,7 +23,7 @@ from .seen import Seen, look
 if TYPE_CHECKING:
     from .export import Export
 
-OWN_LIMIT = 64
+SELF_LIMIT = 64
 """A file's self events that are kept until its mark applies, some milliseconds."""
 GROUP_TIME = 0.05
 """Seconds after which a group of marks ends in any case: requests wait meanwhile."""
@@ -32,7 +32,7 @@ GROUP_TIME = 0.05
 @dataclass(slots=True)
 class _Marked:
     by: dict[MountGuest, Mask] = field(default_factory=dict)
-    events: deque[Kept] = field(default_factory=lambda: deque(maxlen=OWN_LIMIT))
+    events: deque[Kept] = field(default_factory=lambda: deque(maxlen=SELF_LIMIT))
 
 
 class MarkedFiles:

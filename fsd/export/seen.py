@@ -50,7 +50,7 @@ def look(table: InodeTable, inode: Inode) -> Seen | None:
         return GONE if is_gone else None
 
 
-def own_events(inode: Inode, events: Iterable[Event], guest: object) -> int:
+def self_events(inode: Inode, events: Iterable[Event], guest: object) -> int:
     """The object's self events among these, or that follow from them; of new links, only those that
     the guest has made.
     """

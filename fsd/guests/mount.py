@@ -510,7 +510,7 @@ class MountGuest(Guest):
             other = next(keys, None)
             if other is not None and key not in self._opened:
                 key = other
-            elif other is not None and held.event.twin:
+            elif other is not None and held.event.has_self:
                 # Opened apart, under the name and as itself.
                 yield self._closing(held, child, other, place)
         if key not in self._opened:  # opened before anybody was interested

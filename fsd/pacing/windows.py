@@ -12,9 +12,9 @@ RENAME_WAIT = 0.005
 """How long a MOVED_FROM waits for its other half."""
 RENAME_WINDOW = 128
 """Events behind a MOVED_FROM after which its other half is no longer expected."""
-OWN_WAIT = 0.0002
+SELF_WAIT = 0.0002
 """How long to wait for a self event when the event with the name has come."""
-TWIN_WINDOW = 8
+CALL_WINDOW = 8
 """Events behind one with a name among which to look for others of the same system call."""
 
 # Of one file that is open
@@ -40,7 +40,7 @@ PLAN_AHEAD = 1024
 KEEP = 3.0
 """How long to watch a directory that a guest has looked up, for a mark that may come."""
 KEEP_RENEWALS = 9
-"""How often KEEP begins anew if the agent has not answered yet."""
+"""How often KEEP starts again if the agent has not answered yet."""
 HOLD = 0.25
 """How long events wait behind those of a directory that may have a new mark, for the agent's
 answer."""

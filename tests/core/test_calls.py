@@ -19,7 +19,7 @@ from fsd.events.backlog import Arrival
 from fsd.events.calls import AHEAD, Calls, Place, Rename
 from fsd.events.event import HOST
 from fsd.files.inode import Identity, Inode
-from fsd.pacing.windows import TWIN_WINDOW
+from fsd.pacing.windows import CALL_WINDOW
 from protocol.inotify import RawEvent
 from protocol.masks import Mask
 
@@ -147,9 +147,9 @@ def renamed(watched: Watched, rename: Rename, ahead: Sequence[Arrival]) -> Outco
     return Outcome(numbers[0], numbers[1], found.is_all)
 
 
-@pytest.mark.parametrize("others", range(TWIN_WINDOW))
+@pytest.mark.parametrize("others", range(CALL_WINDOW))
 def test_a_rename_with_others_between(watched: Watched, others: int) -> None:
-    """Own events of what is known are found, and none that is another's is taken."""
+    """SelfEvent events of what is known are found, and none that is another's is taken."""
     a, b, elsewhere = watched.directory(), watched.directory(), watched.directory()
     child, replaced, other = watched.make(), watched.make(), watched.make()
     between = [own(other, ATTRIB), own(other, MOVE_SELF), named(elsewhere, CREATE, b"x")]
@@ -158,7 +158,7 @@ def test_a_rename_with_others_between(watched: Watched, others: int) -> None:
     arrivals = queue(*events)
     rename = Rename(arrivals[0], a, b, child, replaced)
     found = renamed(watched, rename, arrivals[1:])
-    if others < TWIN_WINDOW - 1:
+    if others < CALL_WINDOW - 1:
         assert found == Outcome(others + 2, others + 1)
     else:  # too far ahead: it is waited for in vain, and nothing else is taken
         assert found == Outcome(None, others + 1, is_all=False)
@@ -182,7 +182,7 @@ def test_an_attrib_beside_a_move_is_of_what_was_overwritten(watched: Watched) ->
     assert renamed(watched, known, arrivals[1:]) == Outcome(2, None)
 
 
-@pytest.mark.parametrize("others", range(TWIN_WINDOW + 1))
+@pytest.mark.parametrize("others", range(CALL_WINDOW + 1))
 def test_an_exchange(watched: Watched, others: int) -> None:
     a, b, elsewhere = (watched.directory() for _ in range(3))
     child, other = watched.make(), watched.make()
@@ -191,10 +191,10 @@ def test_an_exchange(watched: Watched, others: int) -> None:
     events = [own(child, MOVE_SELF), *back, own(other, MOVE_SELF), named(a, DELETE, b"f")]
     ahead, calls = queue(*events), watched.calls()
     found = calls.way_back(ahead, 1, (a, b"f"), (b, b"g"))
-    if others > TWIN_WINDOW - 2:  # too far ahead
+    if others > CALL_WINDOW - 2:  # too far ahead
         assert found is None
         return
-    assert found == (8, others + 2, min(others + 4, TWIN_WINDOW + 1), not others)
+    assert found == (8, others + 2, min(others + 4, CALL_WINDOW + 1), not others)
     moved = calls.first_move(ahead, found.end + 1, len(ahead), child, other)
     assert moved == (other, others + 3)
 
@@ -345,7 +345,7 @@ def test_any_interleaving(seed: int, writers: int) -> None:
         mine = [i for i, a in enumerate(ahead) if a.number in call.numbers]
         if call.kind == "touch" and arrival.raw.name and child is not None:
             part = calls.touched(child, mask, ahead)
-            assert part is not None or not mine or mine[0] >= TWIN_WINDOW
+            assert part is not None or not mine or mine[0] >= CALL_WINDOW
             if part is not None:  # of two equal calls, either's: they are equal
                 assert arrivals[part.number].raw == RawEvent(child.nodeid, mask, 0, b"")
                 taken.add(part.number)
@@ -375,12 +375,12 @@ def test_any_interleaving(seed: int, writers: int) -> None:
             back = calls.way_back(ahead, own_events.end, *call.places)
             if call.kind == "exchange":
                 mine = [a.number for a in ahead if a.number in call.numbers and a.raw.name]
-                near = [a.number for a in ahead[own_events.end : own_events.end + TWIN_WINDOW]]
+                near = [a.number for a in ahead[own_events.end : own_events.end + CALL_WINDOW]]
                 assert back is not None or not set(mine) <= set(near)
                 assert back is None or back.cookie == arrivals[mine[0]].raw.cookie
                 taken |= set(mine)
             else:  # a rename back by another call looks the same by its names
-                for a in ahead[:TWIN_WINDOW]:
+                for a in ahead[:CALL_WINDOW]:
                     if a.number in call.numbers and a.raw.mask & (ATTRIB | MOVE_SELF):
                         assert a.raw in found
             taken |= {other.number, *parts}

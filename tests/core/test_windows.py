@@ -10,7 +10,7 @@ import pytest
 from fsd.pacing import windows
 
 TABLE = Path(__file__).parents[2] / "docs/decisions/windows.md"
-UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "events": 1}
+UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "events": 1, "times": 1}
 
 
 def test_every_window_is_explained() -> None:
