@@ -22,7 +22,7 @@ Matches = Callable[[RawEvent], bool]
 _REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
 """Events that one call may make several times: reading a directory, chown and chmod at once."""
 LOOKS = int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
-"""Of a directory: somebody reads its names."""
+"""Events of a directory whose names are read."""
 
 
 def is_look(raw: RawEvent) -> bool:
@@ -61,7 +61,7 @@ class CallsElsewhere:
         return remove
 
     def origin_of(self, raw: RawEvent) -> Origin:
-        """Whose an event is that no call of this thread has made."""
+        """The origin of an event that no call of this thread has made."""
         for origin, bits in self._calls:
             if is_expected(bits, raw):
                 return origin

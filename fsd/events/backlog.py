@@ -17,14 +17,14 @@ from .event import HOST, Origin
 from .queuednames import QueuedNames
 
 BACKLOG_LIMIT = 524_288
-"""Events read and not yet processed, some 150 MB; what comes beyond it is an overflow."""
+"""Events read and not yet processed, about 150 MB; beyond it there is an overflow."""
 _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _ARRIVING = int(Mask.CREATE | Mask.MOVED_TO)
 _STRUCTURE = int(STRUCTURE)
 
 
 class Arrival(NamedTuple):
-    """One event as it left the queue; ``stamp`` is time.monotonic(), ``number`` counts them."""
+    """One event as read from the queue; ``stamp`` is time.monotonic(), ``number`` counts them."""
 
     raw: RawEvent
     origin: Origin
@@ -39,7 +39,7 @@ class Backlog:
         self._arrivals: deque[Arrival] = deque()
         self._names = QueuedNames()
         self.next_number = 0
-        """Of the event that is read next."""
+        """The number of the event that is read next."""
 
     def __len__(self) -> int:
         return len(self._arrivals)
@@ -89,8 +89,8 @@ class Backlog:
             self._count(arrival, 1)
 
     def drop_told(self, wd: int, names: Container[bytes]) -> None:
-        """Drop the first event of each name that waits, if it came and is in ``names`` already, or
-        went and is not: it happened before they were read.
+        """Drop the first waiting event of each name, if it created a name that is in ``names``, or
+        removed one that is not: it happened before they were read.
         """
         seen: set[bytes] = set()
 
@@ -115,7 +115,7 @@ class Backlog:
         return self._names.leaving(wd, name)
 
     def is_changing(self, wd: int, name: bytes, besides: Origin) -> bool:
-        """Whether an event of another than that guest makes, removes or moves the name."""
+        """Whether an event of another party than that guest creates, removes or moves the name."""
         return self._names.is_changing(wd, name, besides)
 
     def is_past(self, number: int) -> bool:

@@ -11,7 +11,7 @@ from ..files.listing import Known
 
 
 class Origin:
-    """Who caused an event: the host, a guest, or the server itself."""
+    """The party that caused an event: the host, a guest, or the server itself."""
 
     __slots__ = ("name",)
 

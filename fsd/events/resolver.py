@@ -1,18 +1,20 @@
-"""From the host queue's raw events to Events: names become inodes *as of the event*.
+"""Turns the host queue's raw events into Events: names become inodes *as of the event*.
 
 By the time an event is read the name may be gone, or stand for something newer. The watched
-directory's listing, moved on by each event, says what the name stood for; where it does not know,
-the server looks, and believes what it sees only if no later event of that name is waiting.
+directory's listing, which each event updates, shows what the name stood for. If the listing does
+not know, the server looks at the file, and uses the result only if no later event of that name is
+waiting.
 
-A watched object's own events prove or disprove that, for one system call queues them side by side:
+A watched object's self events prove or disprove that, because one system call queues them together:
 
     a touch or an open      NAME, self
-    unlink, rmdir           self ATTRIB (files), if that was the end DELETE_SELF and IGNORED, NAME
-    rename                  NAME, NAME, ATTRIB of what was overwritten, MOVE_SELF of what was moved
+    unlink, rmdir           self ATTRIB (files), if it was the end DELETE_SELF and IGNORED, NAME
+    rename                  NAME, NAME, ATTRIB of the overwritten object, MOVE_SELF of the moved one
 
-(fs/notify/fsnotify.c, include/linux/fsnotify.h, fs/namei.c, fs/dcache.c.) Only an own event that
-stands where it belongs is taken for implied by the one with the name. Any other is told by itself,
-and the name then stands for a placeholder: so guests see each event once, whatever is not known.
+(fs/notify/fsnotify.c, include/linux/fsnotify.h, fs/namei.c, fs/dcache.c.) A self event counts as
+part of the named event only if it is where the kernel would have queued it. Otherwise it is
+delivered separately, and the name resolves to a placeholder: so guests see each event once, even if
+something is not known.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ _TOUCHES = int(EVENTS & ~STRUCTURE & ~SELF)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
 
 UNLINKED_LIMIT = 1024
-"""Lost names that are remembered: a file that is still open goes on having events under its."""
+"""Lost names that are remembered: a file that is still open keeps causing events under its name."""
 
 
 class Resolver:
-    """Turns arrivals into Events. Owns the meaning of listings, not the watches."""
+    """Turns arrivals into Events. Updates the listings, but not the watches."""
 
     def __init__(self, fs: PassthroughFS, watcher: HostWatcher) -> None:
         self._fs = fs
@@ -67,8 +69,8 @@ class Resolver:
         self._unlinked: dict[tuple[Inode, bytes], Inode] = {}  # oldest first
 
     def next(self) -> Iterator[Event]:
-        """Events of the next arrival (none, one, or more). ``waiting_until`` is set, and nothing
-        returned, while a MOVED_FROM waits for its other half.
+        """Events of the next arrival (none, one, or more). While a MOVED_FROM waits for its other
+        half, ``waiting_until`` is set, and nothing is returned.
         """
         arrival = self._watcher.queue.pop()
         raw = arrival.raw
@@ -99,7 +101,7 @@ class Resolver:
         self._lost_link = None
 
     def _own(self, node: Inode, arrival: Arrival) -> Iterator[Event]:
-        """An event of the watched object itself."""
+        """A self event."""
         raw = arrival.raw
         event = Event(node, raw.mask, b"", 0, arrival.origin, arrival.stamp)
         if arrival.number in self._parts:
@@ -114,17 +116,19 @@ class Resolver:
         yield event
 
     def _is_elsewhere(self, directory: Inode, arrival: Arrival) -> bool:
-        """Whether it is not where it is known to be: its own event came without the name's."""
+        """Whether the directory is not at its known place: its self event came without the
+        name's.
+        """
         if arrival.raw.mask & _MOVE_SELF:
             return True
         bits = arrival.raw.mask & _TOUCHES
         parent = directory.parent
         if parent is None or parent.identity.mount != directory.identity.mount:
-            return False  # where a mount begins, the directory above hears nothing
+            return False  # at the root of a mount, the directory above gets no event
         return self._watcher.reports(parent, bits, arrival.number)
 
     def _ahead(self, count: int = AHEAD) -> Ahead:
-        """The next arrivals, as far as they have come, that are not known to be parts of calls."""
+        """The next arrivals so far that are not known to be parts of calls."""
         if self._watcher.backlog < count:
             self._watcher.drain()
         if not self._parts:
@@ -146,11 +150,13 @@ class Resolver:
         )
 
     def _expected(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
-        """Whether the events ``bits`` of an inode are in the queue beside ``arrival``."""
+        """Whether the events ``bits`` of an inode are in the queue next to ``arrival``."""
         return self._watcher.reports(inode, bits, arrival.number)
 
     def _removal(self, node: Inode, arrival: Arrival) -> Event | None:
-        """The unlink or rmdir, whose DELETE stands next, that an ATTRIB or a death belongs to."""
+        """The unlink or rmdir to which an ATTRIB or a death belongs, and whose DELETE comes
+        next.
+        """
         removal = self._calls.removal(node, arrival, self._ahead(), self._child_of)
         if removal is None:
             return None
@@ -162,7 +168,7 @@ class Resolver:
         return event
 
     def _of_rename(self, rename: Rename) -> Moved:
-        """The own events of a rename."""
+        """The self events of a rename."""
         while True:
             own = self._calls.renamed(rename, self._ahead())
             if own.is_all or not self._look_again(rename.arrival):
@@ -189,7 +195,7 @@ class Resolver:
         yield self.renamed(node, node2, first, second)
 
     def renamed(self, node: Inode, node2: Inode, first: Arrival, second: Arrival) -> Event:
-        """A rename between two watched directories; moves the listings on."""
+        """A rename between two watched directories; updates the listings."""
         name, name2 = first.raw.name, second.raw.name
         replaced = self._overwritten(node2, name2)
         before = listing(node).names.pop(name, None)
@@ -221,7 +227,7 @@ class Resolver:
     def _proved(
         self, arrival: Arrival, node: Inode, child: Inode | None, own: Moved
     ) -> Inode | None:
-        """What was renamed, where its own MOVE_SELF says so or would have to."""
+        """The renamed object, if its MOVE_SELF proves it or would have to."""
         if own.moved is not None:
             return own.moved.inode
         if child is not None and self._expected(child, _MOVE_SELF, arrival):
@@ -229,7 +235,7 @@ class Resolver:
         return child
 
     def _lost(self, arrival: Arrival, replaced: Inode | None, own: Moved) -> Inode | None:
-        """What was overwritten, where its own ATTRIB says so or would have to."""
+        """The overwritten object, if its ATTRIB proves it or would have to."""
         if own.lost is not None:
             return own.lost.inode
         if replaced is not None and self._expected(replaced, _ATTRIB, arrival):
@@ -237,7 +243,7 @@ class Resolver:
         return replaced
 
     def _imply(self, event: Event, own: Moved) -> None:
-        """The own events of a rename come with its replay; so does the end of what it replaced."""
+        """The replay of a rename causes its self events, and the end of the object it replaced."""
         if own.moved is not None:
             self._parts[own.moved.number] = event
         if own.lost is None:
@@ -249,15 +255,16 @@ class Resolver:
     def _exchanged(
         self, event: Event, first: Arrival, replaced: Inode | None, start: int
     ) -> tuple[int, Inode | None]:
-        """Cookie of the second pair, back, that RENAME_EXCHANGE queues (0 for a plain rename), and
-        what came back.
+        """Cookie of the second pair that RENAME_EXCHANGE queues, back (0 for a plain rename), and
+        the object that came back.
         """
         child, node, node2 = event.child, event.node, event.node2
         assert child is not None
         assert node2 is not None
         if replaced is None and listing(node2).complete:
             return 0, None
-        # No plain rename puts a file in a directory's place, or what is watched without an ATTRIB.
+        # A plain rename puts no file in a directory's place, and replaces no watched object without
+        # an ATTRIB.
         must = replaced is not None and (
             child.is_dir != replaced.is_dir or self._expected(replaced, _ATTRIB, first)
         )
@@ -280,8 +287,8 @@ class Resolver:
         return back.cookie, replaced
 
     def _came_back(self, event: Event) -> Inode | None:
-        """What is at a rename's old place now, if it is what the listing had at the new one; where
-        that was not read, if it is another than what was renamed, and has come with the next pair.
+        """What is at a rename's old place now, if the listing had it at the new one; if that was
+        not read, if it is not the renamed object, and came with the next pair.
         """
         assert event.node2 is not None
         known = listing(event.node2).names.get(event.name2)
@@ -300,11 +307,11 @@ class Resolver:
     def _is_exchange(
         self, child: Inode, replaced: Inode, moved: Inode | None, *, beside: bool
     ) -> bool:
-        """Tell an exchange from a rename over and a rename back, which queue the same names.
+        """Distinguish an exchange from a rename over and a rename back, which queue the same names.
 
-        By their kinds, or what moved itself last, where one of the two is watched; else, if the
-        pairs stand beside each other, by whether the replaced object lives on: one that nobody has
-        seen is taken to.
+        The kinds of the objects, or the last MOVE_SELF, decide if one of the two is watched. Else,
+        if the pairs are adjacent, it is an exchange if the replaced object still exists; an object
+        that nobody has seen is assumed to exist.
         """
         if child.is_dir != replaced.is_dir:
             return True
@@ -315,14 +322,14 @@ class Resolver:
         return beside and (replaced.is_placeholder or bool(self._links(replaced)))
 
     def _swapped(self, event: Event, replaced: Inode, start: int) -> int:
-        """The same for an exchange with a name that is not watched: MOVED_TO, MOVED_FROM."""
+        """The same for an exchange with an unwatched name: MOVED_TO, MOVED_FROM."""
         assert event.child is not None
         ahead = self._ahead()
         back = self._calls.way_out(ahead, start, (event.node, event.name))
         if back is None:
             return 0
         if self._watcher.queue.has_moved_to(back.cookie, windows.RENAME_WINDOW):
-            return 0  # it went on at once, to where it is seen
+            return 0  # it moved on at once, to a visible place
         own = self._calls.first_move(ahead, back.end + 1, back.stop, replaced)
         if own is not None:
             self._parts[own.number] = event
@@ -332,16 +339,18 @@ class Resolver:
         return back.cookie
 
     def _lives(self, child: Inode, replaced: Inode, back: Back) -> bool:
-        """Whether what was moved away, beside what took its place, was not overwritten."""
+        """Whether an object that was moved away, while another took its place, was not
+        overwritten.
+        """
         return child.is_dir != replaced.is_dir or (back.is_beside and bool(self._links(replaced)))
 
     def _overwritten(self, node: Inode, name: bytes) -> Inode | None:
-        """What a MOVED_TO node/name overwrites; asked before a look at the newcomer, which takes
-        the place of what was known there.
+        """The object that MOVED_TO node/name overwrites; call it before looking at the new object,
+        which replaces the known one.
         """
         names = listing(node)
         before = names.names.get(name)
-        if before is None:  # of names that were not read, a guest may have looked it up
+        if before is None:  # if the names were not read, a guest may have looked it up
             return None if names.complete else node.children.get(name)
         known = self._known_child(node, name, before)
         return known or self._table.placeholder(before.kind, node, name)
@@ -349,14 +358,14 @@ class Resolver:
     def _replace(
         self, event: Event, node: Inode, name: bytes, replaced: Inode | None, own: Moved
     ) -> None:
-        """MOVED_TO node/name: what it overwrote, what follows of it, and the listing after it."""
+        """MOVED_TO node/name: the overwritten object, what follows for it, and the new listing."""
         assert event.child is not None
         names = listing(node).names
         before = names.get(name)
         if replaced is not None:
             event.replaced = replaced
             self._remember_unlinked(node, name, replaced)
-            if own.lost is None:  # else it says so itself, and to look would delay its end
+            if own.lost is None:  # else its own event shows it, and looking would delay its end
                 event.nlink = self._links_before(node, replaced)
         if event.node2 is None:
             event.before = before
@@ -376,7 +385,7 @@ class Resolver:
             removed = event.child = event.child or self._deleted(event, arrival, before)
             self._table.displace(node, name, removed)
             if (removed.parent, removed.name) == (node, name):
-                removed.parent = None  # other links may be left, at names that nobody looked up
+                removed.parent = None  # other links may exist, at names that were never looked up
             self._remember_unlinked(node, name, removed)
         elif mask & _MOVED_FROM:
             names.pop(name, None)
@@ -440,7 +449,7 @@ class Resolver:
             del self._unlinked[next(iter(self._unlinked))]
 
     def _deleted(self, event: Event, arrival: Arrival, before: Known | None) -> Inode:
-        """What a DELETE removed."""
+        """The object that a DELETE removed."""
         node, name, mask = event.node, event.name, event.mask
         known = self._known_child(node, name, before)
         if known is None or known.is_dir != bool(mask & _ISDIR):
@@ -454,8 +463,8 @@ class Resolver:
         return known
 
     def _ghost(self, event: Event) -> Inode | None:
-        """The watched object that this was, if it is open under a name that it has no more, or
-        has lost since: its own event stands next.
+        """The watched object of this event, if it is open under a name that it no longer has, or
+        has lost since: its self event comes next.
         """
         for ahead in self._ahead(1):
             inode = self._watcher.inode_of(ahead.raw.wd)
@@ -475,8 +484,8 @@ class Resolver:
         return None
 
     def _touched(self, event: Event, arrival: Arrival, child: Inode, lost: Inode | None) -> Inode:
-        """What an event of a name's object is about, given what the name is taken for, and what
-        it stood for last.
+        """The object of an event by name, given what the name is assumed to be and what it was
+        last.
         """
         bits = event.kind
         if not int(self._watcher.mask_of(child)) & bits:
@@ -499,12 +508,12 @@ class Resolver:
         return self._gone(event.node, event.name, event.mask)
 
     def _child_of(self, node: Inode, name: bytes) -> Inode | None:
-        """What a name stood for last."""
+        """The last known object of a name."""
         return self._known_child(node, name, listing(node).names.get(name))
 
     def _known_child(self, node: Inode, name: bytes, before: Known | None) -> Inode | None:
-        """What the name stood for: from the listing, or from what a guest looked up where the
-        listing has nothing.
+        """The object of a name: from the listing, or from a guest's look-up if the listing has
+        nothing.
         """
         if before is not None and before.inode is not None:
             return self._table.current(before.inode)
@@ -517,12 +526,12 @@ class Resolver:
         return self._table.placeholder(stat.S_IFDIR if mask & _ISDIR else stat.S_IFREG, node, name)
 
     def _look(self, node: Inode, arrival: Arrival) -> Inode:
-        """The object behind a name now, unless a waiting event says that it is another by now."""
+        """The current object of a name, unless a waiting event shows that it is another now."""
         name, mask, wd = arrival.raw.name, arrival.raw.mask, arrival.raw.wd
         if not self._leaving(wd, name):
             try:
                 inode = self._fs.peek(node, name).inode
-            except OSError:  # gone by now, or nobody could look: the event is about the name
+            except OSError:  # gone, or cannot be looked at: the event is about the name
                 pass
             else:
                 is_dir = bool(mask & _ISDIR)
@@ -531,8 +540,8 @@ class Resolver:
         return self._gone(node, name, mask)
 
     def _leaving(self, wd: int, name: bytes, most: int = 0) -> int:
-        """How many events that wait remove or replace the name. Reads the host's queue only where
-        those read already are not more than ``most``: it may be long.
+        """How many waiting events remove or replace the name. Reads the host's queue only if at
+        most ``most`` were read already: it may be long.
         """
         found = self._watcher.queue.leaving(wd, name)
         if found > most:
@@ -541,10 +550,10 @@ class Resolver:
         return self._watcher.queue.leaving(wd, name)
 
     def _links_before(self, node: Inode, child: Inode) -> int:
-        """Link count of what was removed from a directory just before the removal. Of what is open
-        still, and may be marked by the time it is closed, one that stays: its end comes later.
+        """Link count of an object just before its removal from a directory. An object that is still
+        open, and may be marked by the time it is closed, gets one extra: its end comes later.
         """
-        may_be_marked = not listing(node).complete  # somebody has just looked there
+        may_be_marked = not listing(node).complete  # a guest has just looked there
         if child.is_dir or (child.nlink < 2 and not may_be_marked):
             return 1
         links = self._links(child)
@@ -554,7 +563,7 @@ class Resolver:
         return links + 1
 
     def _links(self, inode: Inode) -> int:
-        """Link count now: 0 where the object is gone, one less than before where nobody looks."""
+        """Current link count: 0 if the object is gone, one less than before if nobody looks."""
         try:
             with self._table.reach.opened(inode) as fd:
                 return os.fstat(fd).st_nlink
@@ -563,7 +572,7 @@ class Resolver:
 
 
 def _is_unlinked(event: Event) -> bool:
-    """Whether an event's file is no more what its last name stands for."""
+    """Whether an event's file is no longer the object of its last name."""
     child = event.child
     if child is None or child.is_dir or child.is_placeholder:
         return False

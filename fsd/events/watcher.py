@@ -1,9 +1,9 @@
 """The host watcher: inotify watches on inodes, and their events in queue order with an origin.
 
-pyinotify places the watches (through /proc/self/fd/N, so that a rename cannot fool them); events
-are read here in large buffers, as pyinotify's own reader is slow and fails on names that are not
-UTF-8. Origin is decided by attribution: what arrives while one of the server's own system calls
-runs, and matches it, is its caller's (docs/decisions/attribution.md).
+pyinotify sets the watches (through /proc/self/fd/N, so that a rename cannot mislead them). Events
+are read here in large buffers, because pyinotify's own reader is slow and fails on names that are
+not UTF-8. Origin is decided by attribution: an event that arrives while one of the server's own
+system calls runs, and matches it, belongs to the call's caller (docs/decisions/attribution.md).
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ _READ_SIZE = 256 * 1024
 _LONGEST_EVENT = 16 + 256
 """Bytes: read(2) fails with room for less than the next."""
 LONG_BACKLOG = 8192
-"""Events that wait, some 0.3 s of work, from which on requests read no more for their own sake."""
+"""Waiting events, about 0.3 s of work, beyond which requests no longer read the queue for their own
+sake."""
 _MASK_ADD = 0x2000_0000
 """IN_MASK_ADD of inotify(7)."""
 _HIGHEST_WD = (1 << 31) - 1
 _NOTHING = Mask(0)
 DIRECTORY = STRUCTURE | Mask.ATTRIB
-"""What a directory is always watched for: its names, and all that changes its attributes."""
+"""What a directory is always watched for: its names, and all changes of its attributes."""
 MARKED = SELF | Mask.ATTRIB
-"""What a marked object is always watched for: its own end, moves and links, which prove what its
-names stood for."""
+"""What a marked object is always watched for: its end, moves and links, which prove what its names
+stood for."""
 _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
 
@@ -56,7 +57,7 @@ _UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 
 class HostWatcher:
-    """One inotify instance. Owner of its descriptor."""
+    """One inotify instance. Owns its descriptor."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class HostWatcher:
         self._limit = watch_limit
         self._old_wds: dict[Inode, int] = {}
         self._highest_wd = 0
-        self._next_wd = 1  # what the kernel will give
+        self._next_wd = 1  # the kernel's next one
         self._sets_wd = True  # the kernel knows SETNEXTWD, as far as is known
         self._is_handed_over = False
         self.queue = Backlog()
@@ -89,7 +90,8 @@ class HostWatcher:
         self._elsewhere = CallsElsewhere()
         self.on_arrival: Callable[[], None] = _nobody
         self.on_changed: Callable[[Inode], None] = _nobody_knows
-        """A directory's own attributes have changed, which a kernel was given for long."""
+        """Called when a directory's own attributes have changed, which a kernel may cache for
+        long."""
 
     def close(self) -> None:
         """Drop all watches."""
@@ -99,21 +101,23 @@ class HostWatcher:
         return len(self._mask_of)
 
     def mask_of(self, inode: Inode) -> Mask:
-        """The host mask of an inode, 0 where it is not watched."""
+        """The host mask of an inode, 0 if it is not watched."""
         return self._mask_of.get(inode, _NOTHING)
 
     def tells_changes(self, inode: Inode) -> bool:
-        """Whether a change of a directory's attributes, its own rename included, is an event."""
+        """Whether a change of a directory's attributes, its own rename included, causes an
+        event.
+        """
         nodes = (inode, inode.parent)
         return all(node is None or DIRECTORY in self.mask_of(node) for node in nodes)
 
     def wd_of(self, inode: Inode) -> int:
-        """The watch descriptor of an inode, -1 where it has none."""
+        """The watch descriptor of an inode, -1 if it has none."""
         return self._wd_of.get(inode, -1)
 
     def reports(self, inode: Inode, bits: int, number: int) -> bool:
-        """Whether the events ``bits`` of an inode are in the queue beside the arrival of that
-        number: they are watched for, and were before it.
+        """Whether the events ``bits`` of an inode would be in the queue next to the arrival of that
+        number: the watch covers them, and already did then.
         """
         watched = bool(int(self.mask_of(inode)) & bits)
         return watched and number >= self._since.get(inode, 0)
@@ -123,13 +127,13 @@ class HostWatcher:
         return list(self._mask_of)
 
     def inode_of(self, wd: int) -> Inode | None:
-        """Whose watch descriptor that is; None once the kernel has removed it."""
+        """The inode of a watch descriptor; None once the kernel has removed it."""
         return self._by_wd.get(wd)
 
     def set_mask(self, inode: Inode, mask: Mask) -> None:
         """Add, modify or (mask 0) remove the host watch of an inode.
 
-        Raises OSError: ENOSPC at the watch limit, ESTALE where the object is gone.
+        Raises OSError: ENOSPC at the watch limit, ESTALE if the object is gone.
         """
         if mask == self.mask_of(inode):
             return
@@ -181,7 +185,7 @@ class HostWatcher:
         return wd
 
     def _joined(self, inode: Inode, wd: int) -> int:
-        """By which the inode is watched, where the kernel's descriptor is ``wd``."""
+        """The number for an inode whose watch descriptor is ``wd``."""
         had = self._wd_of.get(inode)
         if had is not None and self._shared.real(had) == wd:
             return had
@@ -197,27 +201,27 @@ class HostWatcher:
         return inode is not None and bool(int(self.mask_of(inode)) & mask)
 
     def remember(self, wds: Mapping[Inode, int]) -> None:
-        """Watch these under the descriptors that they had in another server."""
+        """Set the watches of these inodes under the descriptors that they had in another server."""
         self._old_wds = dict(wds)
         self._highest_wd = max(wds.values(), default=0)
 
     def remembered(self) -> None:
-        """All of them are watched that will be; what comes now gets numbers above theirs."""
+        """All of them are set; further watches get higher numbers."""
         self._old_wds.clear()
         self.drain()
         if self._highest_wd < _HIGHEST_WD:
             self._set_next_wd(self._highest_wd + 1)
 
     def hand_over(self) -> int:
-        """Another process goes on with this instance: nothing is read any more. Returns its
+        """Another process continues with this instance: read nothing any more. Returns its
         descriptor.
         """
         self._is_handed_over = True
         return self.fd
 
     def adopt(self, fd: int, wds: Mapping[Inode, int]) -> None:
-        """Go on with the instance of another process, whose watches these are, and with what is
-        queued there. Takes ``fd``. Raises OSError.
+        """Continue with the instance of another process, with these watches and the events queued
+        there. Takes ``fd``. Raises OSError.
         """
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
@@ -232,7 +236,7 @@ class HostWatcher:
         self._own_opening()
 
     def _own_opening(self) -> None:
-        """This process has just opened the root, which is no one's event."""
+        """This process has just opened the root, which belongs to no party."""
         wd = self.wd_of(self._table.root)
         self.queue.attribute_last(RawEvent(wd, int(Mask.OPEN | Mask.ISDIR), 0, b""), SERVER)
 
@@ -255,9 +259,9 @@ class HostWatcher:
             self._table.unpin(inode)
 
     def ended(self) -> list[tuple[Inode, int]]:
-        """Whose watches the kernel has removed, of which the news may be lost; with their watch
-        descriptors. From the kernel's own list: to fail to reach an object is no proof of its end.
-        Raises OSError.
+        """Inodes whose watches the kernel has removed, possibly with a lost event; with their watch
+        descriptors. From the kernel's own list, because failing to reach an object does not prove
+        its end. Raises OSError.
         """
         there, real = self._watched_for(), self._shared.real
         return [(inode, wd) for wd, inode in self._by_wd.items() if real(wd) not in there]
@@ -268,7 +272,7 @@ class HostWatcher:
             return {mark.wd: mark.mask for mark in parse_fdinfo(info.read())}
 
     def forget(self, wd: int) -> Inode | None:
-        """IN_IGNORED: the kernel has removed the watch by itself. Returns whose it was."""
+        """IN_IGNORED: the kernel has removed the watch itself. Returns its inode."""
         self._manager.del_watch(wd)
         self._shared.leave(wd)
         inode = self._by_wd.pop(wd, None)
@@ -283,8 +287,8 @@ class HostWatcher:
     # Reading
 
     def _read(self, size: int) -> list[RawEvent]:
-        """At least that many bytes, if they are there; not all that comes meanwhile, which may be
-        without an end.
+        """Read at least that many bytes, if available; not everything that comes meanwhile, which
+        may be without an end.
         """
         events: list[RawEvent] = []
         while size > 0:
@@ -300,8 +304,8 @@ class HostWatcher:
         return events
 
     def _readable(self) -> int:
-        """How many bytes of events are queued. Where that cannot be told, none are read for now: a
-        call whose events they are must not fail for it.
+        """How many bytes of events are queued. If that is unknown, 0: a call whose events these are
+        must not fail for it.
         """
         if self._is_handed_over:
             return 0
@@ -312,29 +316,31 @@ class HostWatcher:
         return int(size)
 
     def drain(self, most: int = 1 << 62) -> None:
-        """Read all that is queued as the host's, or some ``most`` bytes. Raises RuntimeError within
-        ``attributed``, whose events these would be.
+        """Read everything that is queued as the host's, or about ``most`` bytes. Raises
+        RuntimeError within ``attributed``, to which these events would belong.
         """
         if self._is_attributing:
             raise RuntimeError("the queue is read while a call's own events are expected")
         self._take_in(None, most)
 
     def catch_up(self) -> None:
-        """The same for a request, unless very much waits to be processed: a host that makes events
-        as fast as they are read would have the guests wait for nothing.
+        """The same for a request, unless the backlog is long: if the host makes events as fast as
+        they are read, guests would wait in vain.
         """
         if self.backlog < LONG_BACKLOG:
             self.drain()
 
     def _take_in(self, call: tuple[Origin, Matches] | None, most: int = 1 << 62) -> None:
-        """Read what is queued as that call's events where they match, else as others'."""
+        """Read queued events; those that match ``call`` belong to it, the others to other
+        parties.
+        """
         size = min(self._readable(), most)
         if not size:
             return
         now = time.monotonic()
         for raw in self._read(size):
             if call is not None and call[1](raw):
-                if call[0] is SERVER:  # nobody is told, and comparing waits for none
+                if call[0] is SERVER:  # no guest gets it, and comparisons do not wait for it
                     self.own_events += 1
                     continue
                 origin = call[0]
@@ -370,7 +376,7 @@ class HostWatcher:
         self.queue.discard(wds)
 
     def is_changing(self, directory: Inode, name: bytes, besides: Origin) -> bool:
-        """Whether an event of another than that guest, not processed yet, makes, removes or moves
+        """Whether an unprocessed event of another party than that guest creates, removes or moves
         the name. Reads what is queued.
         """
         wd = self._wd_of.get(directory)
@@ -380,12 +386,12 @@ class HostWatcher:
         return self.queue.is_changing(wd, name, besides)
 
     def hears(self, inode: Inode) -> bool:
-        """Whether there is a watch on an object, or on the directory that it is in."""
+        """Whether there is a watch on an object, or on its directory."""
         return inode in self._wd_of or inode.parent in self._wd_of
 
     def looking(self, inode: Inode, name: bytes) -> AbstractContextManager[None]:
-        """Run a call of the server that reads a directory: that is no one's event, neither of its
-        own watch nor of that on the directory that it is in, wherever that is. Does not nest.
+        """Run a call of the server that reads a directory. Its events belong to no party, neither
+        those of its own watch nor those on its directory, wherever that is. Does not nest.
         """
         self._check_no_call()
         if not self._table.reach.overheard:
@@ -419,8 +425,8 @@ class HostWatcher:
         return bits
 
     def expect(self, origin: Origin, expected: Iterable[Expected]) -> Callable[[], None]:
-        """The same for a call that runs in a thread, until what is returned is called: others'
-        events that match it meanwhile are taken for its own.
+        """The same for a call that runs in a thread, until the returned function is called:
+        matching events of others meanwhile are taken for its own.
         """
         bits = self._bits(expected)
         if not bits:
@@ -450,4 +456,4 @@ def _nobody() -> None:
 
 
 def _nobody_knows(inode: Inode) -> None:
-    """No transport gives attributes for long."""
+    """No transport gives out attributes with a long timeout."""
