@@ -28,7 +28,7 @@ from ..linux import credentials
 log = structlog.get_logger()
 _T = TypeVar("_T")
 _EVENTS = 256
-"""Events of the host that are looked at for a file that is not where it was."""
+"""Events of the host that are searched for a file that has moved."""
 Events = tuple[Expected, ...]
 _OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
 
@@ -41,11 +41,11 @@ class Access:
         self.guest = guest
 
     def is_replayer(self, who: Caller) -> bool:
-        """Whether the mount's agent asks."""
+        """Whether the request comes from the mount's agent."""
         return who.pid == self.guest.pid and who.pid != 0
 
     def refuse_replayer(self, who: Caller, what: str) -> None:
-        """The safety rule: nothing that the replayer asks for changes the backing store."""
+        """The safety rule: no request of the replayer changes the backing store."""
         if self.is_replayer(who):
             raise self.refused(UnexpectedCall(what))
 
@@ -56,8 +56,8 @@ class Access:
         return error
 
     def check_writable(self) -> None:
-        """Raises OSError EROFS for users of a share that they may not change. Not for the replayer:
-        what it asks for changes nothing.
+        """Raises OSError EROFS for users of a read-only share. Not for the replayer, whose requests
+        change nothing.
         """
         if self.export.read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -67,7 +67,7 @@ class Access:
         return self.export.watcher.attributed(self.guest, *expected)
 
     def about(self, inode: Inode, mask: Mask) -> tuple[Expected, ...]:
-        """An event of an object: by name in its directory, and on itself."""
+        """An event of an object: by name in its directory, and as a self event."""
         if not self.export.watcher.hears(inode):  # as always with most files: it costs little
             return ()
         return (inode.parent, inode.name, mask), (inode, b"", mask)
@@ -81,8 +81,8 @@ class Access:
                 self.export.arming.looked_up(self.guest, directory, who.pid, file)
 
     def wherever(self, inode: Inode, do: Callable[[], _T]) -> _T:
-        """Do something with an object; with a file that is not where it was, and has no handle that
-        can be opened, once more when it is known what the host has done. Raises OSError.
+        """Do something with an object; with a file that has moved, and has no handle that can be
+        opened, again once the host's change is known. Raises OSError.
         """
         try:
             return do()
@@ -101,7 +101,7 @@ def opening(flags: int) -> Mask:
 
 
 def writing(uid: int, *, kill: bool) -> AbstractContextManager[None]:
-    """Take blocks of the disk for a user: the host's limits for him hold. ``kill`` suid and sgid
-    bits, as a change of a file's data by anybody without CAP_FSETID does.
+    """Charge disk blocks to a user: the host's limits for that user hold. ``kill`` suid and sgid
+    bits, as a change of a file's data by a process without CAP_FSETID does.
     """
     return credentials.on_behalf_of(uid, kill_suid=kill) if uid or kill else nullcontext()

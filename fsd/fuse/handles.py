@@ -31,20 +31,20 @@ log = structlog.get_logger()
 _REOPENING = (
     os.O_ACCMODE | os.O_APPEND | os.O_DSYNC | os.O_SYNC | os.O_NOATIME | os.O_NONBLOCK
 )  # fmt: skip
-"""Flags with which a file is opened once more."""
+"""Flags with which a file is opened again."""
 
 
 @dataclass(slots=True, eq=False)
 class IdleHandle:
-    """A handle that does nothing: what the replayer opened, or a directory that is removed."""
+    """A handle without data: opened by the replayer, or a directory that is removed."""
 
     inode: Inode
 
 
 @dataclass(slots=True, eq=False)
 class LostHandle:
-    """One that an earlier process of the server had, and this one cannot have: what is asked of it
-    fails with ``errno``.
+    """A handle of an earlier server process that this one could not restore: requests on it fail
+    with ``errno``.
     """
 
     errno: int
@@ -69,7 +69,7 @@ class Handles:
         self._numbers = itertools.count(1)
         self.locks = GuestLocks(export.watcher, export.lock_waiters, self.has_room)
         self.pinned = 0
-        """Directories that a descriptor is kept of, as the guest's kernel holds them."""
+        """Directories that are pinned by a descriptor because the guest's kernel holds them."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(list(self._handles))
@@ -80,7 +80,7 @@ class Handles:
         return own + self.locks.opened + self.pinned < self._export.descriptors
 
     def check_room(self) -> None:
-        """Raises OSError ENFILE where it may not: before a file is opened."""
+        """Raises OSError ENFILE if it may not: before a file is opened."""
         if not self.has_room():
             raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
@@ -107,8 +107,8 @@ class Handles:
         return handle
 
     def file(self, fh: int) -> Handle:
-        """The open file or directory of a request that is about its data. Raises OSError EBADF,
-        EACCES for the replayer's, which have none.
+        """The open file or directory of a request about its data. Raises OSError EBADF, EACCES for
+        the replayer's, which have none.
         """
         return self.with_data(self.handle(fh))
 
@@ -124,7 +124,7 @@ class Handles:
         """OPENDIR. Raises OSError."""
         try:
             return self._fs.opendir(inode)
-        except FileNotFoundError:  # a removed one that somebody works in: it is empty
+        except FileNotFoundError:  # a removed one in which a program works: it is empty
             return IdleHandle(inode)
 
     def known(self, fh: int) -> AnyHandle | LostHandle | None:
@@ -139,26 +139,26 @@ class Handles:
         return self._handles.pop(fh, None)
 
     def file_fd(self, fh: int) -> int:
-        """The descriptor to fsync; -1 where there is nothing to sync."""
+        """The descriptor to fsync; -1 if there is nothing to sync."""
         handle = self.handle(fh)
         return handle.fd if isinstance(handle, Handle) else -1
 
     # The server before, and the one after this
 
     def keep_no_longer(self) -> None:
-        """Nothing more is noted: what is still open is another session's no more."""
+        """Record nothing more: open files now belong to another session."""
         if self.kept is not None:
             self._fs.on_unlinked.remove(self._hold)
             self.kept = self.locks.kept = None
 
     def keep(self, kept: SessionRecord | None) -> None:
-        """Have noted there what is open and locked."""
+        """Record there what is open and locked."""
         self.kept = self.locks.kept = kept
         if kept is not None:
             self._fs.on_unlinked.append(self._hold)
 
     def resume(self, kept: SessionRecord, inodes: Mapping[int, Inode]) -> Iterator[int]:
-        """Take over what was open, by descriptor where there is one; else it is opened again."""
+        """Take over open files, by descriptor if there is one; else they are opened again."""
         for fh, opened in sorted(kept.handles.items()):
             fd = kept.fds.pop(fh, -1)
             self._handles[fh] = self._resumed(opened, fd, inodes)
@@ -200,7 +200,7 @@ class Handles:
             return LostHandle(errno.ESTALE)
 
     def _hold(self, inode: Inode) -> None:
-        """An open file has lost its last name: by that it cannot be opened again."""
+        """An open file has lost its last name: it cannot be opened again by name."""
         if self.kept is not None:
             for fh, handle in self._handles.items():
                 if isinstance(handle, Handle) and handle.inode is inode:

@@ -35,10 +35,10 @@ from .slowwork import SlowWork
 COPY_LIMIT = 1 << 24
 """Bytes of one COPY_FILE_RANGE: callers ask again."""
 REPLAYED_LIMIT = 1 << 16
-"""Files that the agent may have open for programs of the host, some 200 bytes each. They have no
-descriptor here, and what others hold open must not take one from the guest's programs. The agent of
-fsd-guest keeps a quarter of them at most."""
-_WRITTEN = Mask.MODIFY | Mask.ATTRIB  # ATTRIB where suid bits go
+"""Files that the agent may have open for programs of the host, about 200 bytes each. They have no
+descriptor here, so they take none from the guest's programs. The agent of fsd-guest keeps a quarter
+of them at most."""
+_WRITTEN = Mask.MODIFY | Mask.ATTRIB  # ATTRIB if suid bits are cleared
 
 
 class OpenFileData:
@@ -63,8 +63,8 @@ class OpenFileData:
         self._hidden = hidden
 
     def reach(self, nodeid: int, body: bytes, *, is_name: bool) -> None:
-        """Before a request, where a file system below the share may not answer: those that the
-        request is about do. ``is_name``: its body is a name. Raises Later, OSError ELOOP.
+        """Before a request: check file systems below the share that the request is about, as they
+        may not answer. ``is_name``: its body is a name. Raises Later, OSError ELOOP.
         """
         mounts = self._table.mounts
         if not mounts.remote:
@@ -79,7 +79,9 @@ class OpenFileData:
             )
 
     def _mounts_of(self, nodeid: int, body: bytes, *, is_name: bool) -> set[int]:
-        """On which mounts is what a request is about: also what it might name by number."""
+        """The mounts that a request is about, including those of a node that it may name by
+        number.
+        """
         numbers = [nodeid]
         if not is_name:
             size = min(len(body), 32) & ~7  # all that requests have of handles and nodes
@@ -94,7 +96,7 @@ class OpenFileData:
         return found
 
     def _point(self, directory: Inode, name: bytes) -> int:
-        """The mount that a name leads to, if that is a mount point."""
+        """The mount that a name leads to, if it is a mount point."""
         path = directory.path()
         return self._table.mounts.point(path + b"/" + name if path else name)
 
@@ -146,7 +148,7 @@ class OpenFileData:
             return self._handles.add(self._handles.open_directory(inode), who)
 
     def names(self, fh: int, position: int, size: int = 1 << 15) -> tuple[Inode, list[DirEntry]]:
-        """READDIR: the directory and entries from a position on, some ``size`` bytes as the host
+        """READDIR: the directory and entries from a position on, about ``size`` bytes as the host
         has them; [] at the end.
         """
         handle = self._handles.handle(fh)
@@ -158,7 +160,7 @@ class OpenFileData:
 
     def entry(self, fh: int, name: bytes) -> Entry | None:
         """READDIRPLUS: the entry of a name in an open directory, not referenced yet; None if it is
-        gone by now, or nobody can look: then the name is all that is given.
+        gone, or cannot be looked at: then only the name is returned.
         """
         handle = self._handles.file(fh)
         try:
@@ -187,8 +189,8 @@ class OpenFileData:
     def write(
         self, fh: int, offset: int, data: bytes, *, append: bool = False, kill: bool = False
     ) -> int:
-        """WRITE; to the end of the file, to ``append``. Nobody says who writes: the user who
-        opened the file is taken for it, also to ``kill`` suid and sgid bits.
+        """WRITE; to the end of the file, to ``append``. The request does not show which user
+        writes: the one who opened the file is assumed, also to ``kill`` suid and sgid bits.
         """
         handle = self._handles.handle(fh)
         if isinstance(handle, IdleHandle):
@@ -282,7 +284,7 @@ class OpenFileData:
     ) -> int:
         """COPY_FILE_RANGE, COPY_LIMIT bytes at most; returns how many."""
         source, target = self._handles.file(fh), self._changing(who, fh_out, "copy_file_range")
-        appends.follow(target, False)  # the guest's does not, else its kernel had refused
+        appends.follow(target, False)  # the guest's does not, else its kernel would have refused
         events = (
             *self._access.about(source.inode, Mask.ACCESS),
             *self._access.about(target.inode, _WRITTEN),
@@ -325,7 +327,7 @@ class OpenFileData:
             self._slow.there("fsync", sync, handle, ())
 
     def syncfs(self) -> None:
-        """SYNCFS: of the share's own file system."""
+        """SYNCFS of the share's own file system."""
         self._slow.slowly("syncfs", syscalls.syncfs, self._table.reach.root_fd)
 
     # Locks
@@ -336,7 +338,7 @@ class OpenFileData:
         return self._handles.locks.get(self._handles.file(fh), owner, lock)
 
     def setlk(self, who: Caller, fh: int, owner: int, lock: Lock) -> None:
-        """SETLK. Raises BlockingIOError where a lock is in the way."""
+        """SETLK. Raises BlockingIOError if a lock conflicts."""
         self._access.refuse_replayer(who, "setlk")
         handle = self._handles.file(fh)
         if lock.kind == fcntl.F_WRLCK and handle.flags & os.O_ACCMODE == os.O_RDONLY:
@@ -344,9 +346,8 @@ class OpenFileData:
         self._handles.locks.set(handle, owner, lock)
 
     def flock(self, who: Caller, fh: int, kind: int) -> None:
-        """SETLK with LK_FLOCK. Raises BlockingIOError where a lock is in the way, EROFS for an
-        exclusive one in a share that the guest may not change: it would keep the host's own
-        programs out.
+        """SETLK with LK_FLOCK. Raises BlockingIOError if a lock conflicts, EROFS for an exclusive
+        one in a read-only share: it would block the host's own programs.
         """
         self._access.refuse_replayer(who, "flock")
         if kind == fcntl.F_WRLCK:
@@ -363,7 +364,7 @@ class OpenFileData:
             self._handles.locks.flock(handle, fcntl.F_UNLCK)
 
     def flush(self, fh: int, owner: int) -> None:
-        """FLUSH: a process closes the file, which takes the locks that it has on it."""
+        """FLUSH: a process closes the file, which releases its locks on it."""
         if isinstance(self._handles.known(fh), LostHandle):
             return
         handle = self._handles.handle(fh)
@@ -396,7 +397,7 @@ class OpenFileData:
 
     @staticmethod
     def _is_last_of_long(handle: Handle) -> bool:
-        """Whether to close it may free a long file."""
+        """Whether closing it may free a long file."""
         if handle.inode.nlink:
             return False
         status = os.fstat(handle.fd)
@@ -404,8 +405,8 @@ class OpenFileData:
 
 
 def _payer(who: Caller, handle: Handle) -> int:
-    """Whose the blocks are that a WRITE takes: the caller's. What a guest's kernel writes back of
-    a mapped file comes from no process, and is the user's who opened the file.
+    """The user who is charged for the blocks of a WRITE: the caller. A write-back of a mapped file
+    comes from no process, and is charged to the user who opened the file.
     """
     return who.uid if who.uid or who.pid else handle.uid
 
@@ -416,7 +417,9 @@ _IOV_MAX = 1024
 def _moved(
     move: Callable[[int, list[memoryview], int], int], fd: int, views: list[memoryview], offset: int
 ) -> int:
-    """preadv(2) or pwritev(2), as often as their limit of buffers asks; how many bytes."""
+    """preadv(2) or pwritev(2), as often as their limit of buffers requires; returns the number of
+    bytes.
+    """
     moved = move(fd, views[:_IOV_MAX], offset)
     if len(views) > _IOV_MAX and moved == sum(map(len, views[:_IOV_MAX])):
         moved += _moved(move, fd, views[_IOV_MAX:], offset + moved)

@@ -50,7 +50,7 @@ class Operations:
         self._table = export.table
         self.hidden = HiddenFiles(export, guest)
         self.acls = False
-        """Whether POSIX ACLs may be used (fsd.files.xattrs): the transport knows."""
+        """Whether POSIX ACLs may be used (fsd.files.xattrs): set by the transport."""
         self.access = Access(export, guest)
         self.slow = SlowWork(export.table.mounts)
         self.handles = Handles(export, guest, self.access)

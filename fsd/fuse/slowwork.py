@@ -20,7 +20,7 @@ from .access import Events
 
 Acting = Callable[[], AbstractContextManager[None]]
 Close = Callable[[int, Events], None]
-"""Closes a descriptor where that may free a long file, and makes events."""
+"""Closes a descriptor if that may free a long file, and cause events."""
 
 
 class SlowWork:
@@ -29,7 +29,7 @@ class SlowWork:
     def __init__(self, mounts: Mounts) -> None:
         self._mounts = mounts
         self.outcomes: Outcomes = {}
-        """Of the request that is being served, what threads have done for it."""
+        """What threads have done for the request that is being served."""
         self.patience = PATIENCE
         """Seconds that a request waits for a file system that does not answer."""
         self.has_threads = False
@@ -42,8 +42,8 @@ class SlowWork:
     def slowly(
         self, what: str, work: Callable[..., Any], *fds: int, expected: Events = (), **more: Any
     ) -> Any:
-        """The result of work with descriptors that a thread has done for this request. Raises
-        Later where it is still to be done, and what the work raised. ``more``: fields of SlowCall.
+        """The result of work with descriptors that a thread has done for this request. Raises Later
+        if it is still to be done, and the exception of the work. ``more``: fields of SlowCall.
         """
         if not self.has_threads:
             return work(*fds)
@@ -55,7 +55,7 @@ class SlowWork:
     def open_file(
         self, events: Events, kill: bool, path_fd: int, flags: int, acting: Acting = nullcontext
     ) -> int:
-        """Open a regular file for the request. Somebody on the host may have a lease on it
+        """Open a regular file for the request. A program of the host may have a lease on it
         (F_SETLEASE of fcntl(2)), and gives it back when it likes. ``kill`` suid and sgid bits.
         """
         suid = credentials.killing_suid if kill else nullcontext
