@@ -1,7 +1,8 @@
-"""Which events belong to a call of the server: those that are expected of it.
+"""Decides which events belong to a call of the server: those that the call is expected to cause.
 
 Apart from the watcher, which reads the queue before and after a call
-(docs/decisions/attribution.md)."""
+(docs/decisions/attribution.md).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ LOOKS = int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
 
 
 def is_look(raw: RawEvent) -> bool:
-    """Whether somebody reads the names of a directory."""
+    """Whether it is an event of reading a directory's names."""
     return bool(raw.mask & Mask.ISDIR and raw.mask & LOOKS)
 
 
@@ -42,7 +43,9 @@ def is_expected(bits: Bits, raw: RawEvent) -> bool:
 
 
 class CallsElsewhere:
-    """Calls that run in threads: others' events that match them meanwhile are taken for theirs."""
+    """Calls that run in threads: matching events of other parties meanwhile are taken for
+    theirs.
+    """
 
     def __init__(self) -> None:
         self._calls: list[tuple[Origin, Bits]] = []
@@ -51,7 +54,7 @@ class CallsElsewhere:
         return bool(self._calls)
 
     def add(self, origin: Origin, bits: Bits) -> Callable[[], None]:
-        """A call begins; returns what is to be called at its end."""
+        """A call begins; returns a function to call at its end."""
         call = (origin, bits)
         self._calls.append(call)
 

@@ -1,7 +1,7 @@
-"""Events of the host that were read and are not processed yet, in queue order.
+"""The backlog: host events that were read and are not processed yet, in queue order.
 
-Apart from the watcher, which reads them and says whose they are. The resolver takes the next one,
-looks ahead, and takes out of order what belongs together.
+Apart from the watcher, which reads them and decides their origin. The resolver takes the next one,
+looks ahead, and takes related events out of order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Arrival(NamedTuple):
 
 
 class Backlog:
-    """The queue. What comes when it is full is one overflow."""
+    """The queue. Events that arrive while it is full become one overflow."""
 
     def __init__(self) -> None:
         self._arrivals: deque[Arrival] = deque()
@@ -45,7 +45,7 @@ class Backlog:
         return len(self._arrivals)
 
     def push(self, raw: RawEvent, origin: Origin, stamp: float) -> bool:
-        """An event was read; whether there was room for it."""
+        """An event was read; returns whether there was room for it."""
         if len(self._arrivals) >= BACKLOG_LIMIT:
             if self._arrivals[-1].raw is not _OVERFLOW:
                 self._arrivals.append(Arrival(_OVERFLOW, HOST, stamp, self.next_number))
@@ -72,11 +72,13 @@ class Backlog:
         self._count(arrival, 1)
 
     def has_any(self, wds: Set[int], besides: Origin | None = None) -> bool:
-        """Whether an event of one of the watches waits that another party than that has made."""
+        """Whether an event of one of the watches waits that another party than ``besides`` has
+        caused.
+        """
         return any(a.raw.wd in wds and a.origin is not besides for a in self._arrivals)
 
     def discard(self, wds: Set[int]) -> None:
-        """Drop the events of these watches, but for their ends."""
+        """Drop the events of these watches, except for their ends."""
         if self.has_any(wds):
             self._keep(
                 a for a in self._arrivals if a.raw.wd not in wds or a.raw.mask & Mask.IGNORED
@@ -88,7 +90,7 @@ class Backlog:
         for arrival in self._arrivals:
             self._count(arrival, 1)
 
-    def drop_told(self, wd: int, names: Container[bytes]) -> None:
+    def drop_known(self, wd: int, names: Container[bytes]) -> None:
         """Drop the first waiting event of each name, if it created a name that is in ``names``, or
         removed one that is not: it happened before they were read.
         """
@@ -103,7 +105,7 @@ class Backlog:
         self._keep([arrival for arrival in self._arrivals if not is_told(arrival.raw)])
 
     def attribute_last(self, raw: RawEvent, origin: Origin) -> None:
-        """The last event like that is another's, if there is one."""
+        """The last such event belongs to another party, if there is one."""
         for index in reversed(range(len(self._arrivals))):
             arrival = self._arrivals[index]
             if arrival.raw == raw:

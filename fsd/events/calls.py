@@ -41,7 +41,7 @@ class Watches(Protocol):
     def mask_of(self, inode: Inode) -> Mask:
         """The mask of its watch."""
 
-    def reports(self, inode: Inode, bits: int, number: int) -> bool:
+    def would_queue(self, inode: Inode, bits: int, number: int) -> bool:
         """Whether these events of an inode would be queued next to the arrival of that number."""
 
 
@@ -156,8 +156,8 @@ class Calls:
     def renamed(self, rename: Rename, ahead: Ahead) -> Moved:
         """The self events of a rename."""
         child, replaced, number = rename.child, rename.replaced, rename.arrival.number
-        moves = child is not None and self._watches.reports(child, _MOVE_SELF, number)
-        loses = replaced is not None and self._watches.reports(replaced, _ATTRIB, number)
+        moves = child is not None and self._watches.would_queue(child, _MOVE_SELF, number)
+        loses = replaced is not None and self._watches.would_queue(replaced, _ATTRIB, number)
         own = self._side_by_side(rename, ahead) or self._among_others(rename, ahead)
         is_all = own.moved is not None or not (moves or (loses and own.lost is None))
         ended = self._end_of(own.lost.inode, ahead, own.end) if own.lost is not None else ()

@@ -127,7 +127,7 @@ class Comparer:
             watcher.drain()
             if not watcher.queue.has_any(wds):
                 return changes
-        watcher.queue.drop_told(watcher.wd_of(node), known.names)
+        watcher.queue.drop_known(watcher.wd_of(node), known.names)
         return changes
 
     def changed_lately(self, node: Inode, since_ns: int) -> Job[Changes]:

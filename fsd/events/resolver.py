@@ -125,7 +125,7 @@ class Resolver:
         parent = directory.parent
         if parent is None or parent.identity.mount != directory.identity.mount:
             return False  # at the root of a mount, the directory above gets no event
-        return self._watcher.reports(parent, bits, arrival.number)
+        return self._watcher.would_queue(parent, bits, arrival.number)
 
     def _ahead(self, count: int = AHEAD) -> Ahead:
         """The next arrivals so far that are not known to be parts of calls."""
@@ -151,7 +151,7 @@ class Resolver:
 
     def _expected(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
         """Whether the events ``bits`` of an inode are in the queue next to ``arrival``."""
-        return self._watcher.reports(inode, bits, arrival.number)
+        return self._watcher.would_queue(inode, bits, arrival.number)
 
     def _removal(self, node: Inode, arrival: Arrival) -> Event | None:
         """The unlink or rmdir to which an ATTRIB or a death belongs, and whose DELETE comes

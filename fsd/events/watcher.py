@@ -104,7 +104,7 @@ class HostWatcher:
         """The host mask of an inode, 0 if it is not watched."""
         return self._mask_of.get(inode, _NOTHING)
 
-    def tells_changes(self, inode: Inode) -> bool:
+    def covers_attributes(self, inode: Inode) -> bool:
         """Whether a change of a directory's attributes, its own rename included, causes an
         event.
         """
@@ -115,7 +115,7 @@ class HostWatcher:
         """The watch descriptor of an inode, -1 if it has none."""
         return self._wd_of.get(inode, -1)
 
-    def reports(self, inode: Inode, bits: int, number: int) -> bool:
+    def would_queue(self, inode: Inode, bits: int, number: int) -> bool:
         """Whether the events ``bits`` of an inode would be in the queue next to the arrival of that
         number: the watch covers them, and already did then.
         """
@@ -165,7 +165,7 @@ class HostWatcher:
             self.last_activity = time.monotonic()
             self._since[inode] = self.queue.next_number
         self._note_mask(inode, mask)
-        if inode.attr_given and not self.tells_changes(inode):
+        if inode.attr_given and not self.covers_attributes(inode):
             self._withdraw(inode)
 
     def _note_mask(self, inode: Inode, mask: Mask) -> None:
@@ -385,7 +385,7 @@ class HostWatcher:
         self.catch_up()
         return self.queue.is_changing(wd, name, besides)
 
-    def hears(self, inode: Inode) -> bool:
+    def is_watched_directly_or_by_name(self, inode: Inode) -> bool:
         """Whether there is a watch on an object, or on its directory."""
         return inode in self._wd_of or inode.parent in self._wd_of
 

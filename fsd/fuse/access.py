@@ -1,8 +1,8 @@
-"""On whose behalf a request is: a user of the mount or its replayer, and what follows of that.
+"""Which party makes a request, a user of the mount or its replayer, and what follows from that.
 
-The replayer changes nothing on the host. What a user changes there makes events that are his
-guest's own, takes blocks of the disk that are his, and is refused in a share that guests may only
-read."""
+The replayer changes nothing on the host. A user's change there causes events that are own echo, is
+charged to that user's disk limits, and is refused in a read-only share.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
 
 
 class Access:
-    """That of one mount: ``guest``."""
+    """The access of one mount: ``guest``."""
 
     def __init__(self, export: Export, guest: MountGuest) -> None:
         self.export = export
@@ -50,7 +50,7 @@ class Access:
             raise self.refused(UnexpectedCall(what))
 
     def refused(self, error: UnexpectedCall) -> UnexpectedCall:
-        """An error for the replayer, which is counted."""
+        """Counts an error of the replayer, and returns it."""
         self.guest.counts["refused"] += 1
         log.debug("replayer refused", reason=error.strerror)
         return error
@@ -63,12 +63,13 @@ class Access:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def own(self, *expected: Expected) -> AbstractContextManager[None]:
-        """Run a call on the host for the guest: the events that it makes there are an own echo."""
+        """Run a call on the host for the guest: its events there are own echo."""
         return self.export.watcher.attributed(self.guest, *expected)
 
     def about(self, inode: Inode, mask: Mask) -> tuple[Expected, ...]:
         """An event of an object: by name in its directory, and as a self event."""
-        if not self.export.watcher.hears(inode):  # as always with most files: it costs little
+        # Most files are not watched: for them this costs little.
+        if not self.export.watcher.is_watched_directly_or_by_name(inode):
             return ()
         return (inode.parent, inode.name, mask), (inode, b"", mask)
 

@@ -238,7 +238,7 @@ class Nodes:
         if not stat.S_ISDIR(attr.st_mode) or operations.guest.history.is_sought(inode):
             return 0, 0
         if self._takes_back:
-            inode.attr_given = operations.export.watcher.tells_changes(inode)
+            inode.attr_given = operations.export.watcher.covers_attributes(inode)
             if inode.attr_given:
                 return WATCHED_TIMEOUT, 0
         return 0, REPLAYER_TIMEOUT_NS

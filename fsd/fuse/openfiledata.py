@@ -1,6 +1,6 @@
-"""What is done with one mount's open files: opened, read, written, locked, closed.
+"""Operations on one mount's open files: open, read, write, lock, close.
 
-For users on the host, for the replayer by the ledger, for hidden files by those themselves.
+Users work on the host, the replayer is answered from the ledger, hidden files answer themselves.
 """
 
 from __future__ import annotations

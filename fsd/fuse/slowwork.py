@@ -1,4 +1,4 @@
-"""What may take long for a request, or not end: done in a thread of the transport, where it has
+"""Runs the parts of a request that may take long, or hang, in a thread of the transport, if it has
 any.
 
 Long files, leases of other programs, and file systems below the share that may not answer.
@@ -24,7 +24,7 @@ Close = Callable[[int, Events], None]
 
 
 class SlowWork:
-    """That of one mount. All is done at once unless the transport has threads."""
+    """The slow work of one mount. Everything is done at once unless the transport has threads."""
 
     def __init__(self, mounts: Mounts) -> None:
         self._mounts = mounts
@@ -36,7 +36,7 @@ class SlowWork:
         self.close: Close = _close
 
     def use_threads(self, close: Close, patience: float = PATIENCE) -> None:
-        """The transport serves a request again that raised Later, and closes in a thread."""
+        """The transport serves a request that raised Later again, and closes in a thread."""
         self.has_threads, self.close, self.patience = True, close, patience
 
     def slowly(

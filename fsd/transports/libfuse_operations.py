@@ -268,7 +268,7 @@ class LibfuseOperations(pyfuse3.Operations):
         if inode.is_dir and self._operations.access.is_replayer(_caller(ctx)):
             if self._operations.guest.history.is_sought(inode):
                 return entry
-            inode.attr_given = self._operations.export.watcher.tells_changes(inode)
+            inode.attr_given = self._operations.export.watcher.covers_attributes(inode)
             entry.attr_timeout = WATCHED_TIMEOUT if inode.attr_given else REPLAYER_TIMEOUT_NS / 1e9
         return entry
 

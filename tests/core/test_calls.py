@@ -60,7 +60,7 @@ class Watched:
     def mask_of(self, inode: Inode) -> Mask:
         return Mask(0xFFF) if inode.nodeid in self._by_wd else Mask(0)
 
-    def reports(self, inode: Inode, bits: int, number: int) -> bool:
+    def would_queue(self, inode: Inode, bits: int, number: int) -> bool:
         return inode.nodeid in self._by_wd
 
     def calls(self) -> Calls:
