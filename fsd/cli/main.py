@@ -22,7 +22,7 @@ from ..servers.mount import (
     Place,
     StartError,
     check,
-    mend,
+    clear_dead_mounts,
     reductions,
     serve,
 )
@@ -157,7 +157,7 @@ def mount(
     )
     behind = Daemon() if daemon else None
     try:
-        for line in mend(options):
+        for line in clear_dead_mounts(options):
             _complain(line)
         place = check(options)
         if behind is not None:

@@ -89,7 +89,7 @@ class HostWatcher:
         self.own_events = 0  # that the server itself has made
         self._elsewhere = CallsElsewhere()
         self.on_arrival: Callable[[], None] = _nobody
-        self.on_changed: Callable[[Inode], None] = _nobody_knows
+        self.on_changed: Callable[[Inode], None] = _ignore_change
         """Called when a directory's own attributes have changed, which a kernel may cache for
         long."""
 
@@ -174,9 +174,9 @@ class HostWatcher:
         else:
             self._mask_of.pop(inode, None)
         if inode.is_dir and mask & LOOKS:
-            self._table.reach.overheard.add(inode)
+            self._table.reach.visibly_read.add(inode)
         else:
-            self._table.reach.overheard.discard(inode)
+            self._table.reach.visibly_read.discard(inode)
 
     def _add(self, path: str, mask: int) -> int:
         wd: int = self._manager.add_watch(path, mask, quiet=True)[path]
@@ -394,7 +394,7 @@ class HostWatcher:
         those of its own watch nor those on its directory, wherever that is. Does not nest.
         """
         self._check_no_call()
-        if not self._table.reach.overheard:
+        if not self._table.reach.visibly_read:
             return _UNWATCHED
         wd = self.wd_of(inode)
 
@@ -455,5 +455,5 @@ def _nobody() -> None:
     """No pump runs yet."""
 
 
-def _nobody_knows(inode: Inode) -> None:
+def _ignore_change(inode: Inode) -> None:
     """No transport gives out attributes with a long timeout."""

@@ -220,7 +220,7 @@ class Arming:
                 continue
             self._ask(node, event)
             may_be_told = any(
-                event.stamp > look_up.since and not self._is_told(guest, event)
+                event.stamp > look_up.since and not self._gets_anyway(guest, event)
                 for guest, look_up in node.by.items()
             )
             if may_be_told and len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
@@ -257,7 +257,7 @@ class Arming:
     def _ask(self, node: Provisional, event: Event) -> None:
         """Note for which guests the event is in doubt, and check where that is possible."""
         for guest, look_up in node.by.items():
-            if event.stamp <= look_up.since or self._is_told(guest, event):
+            if event.stamp <= look_up.since or self._gets_anyway(guest, event):
                 continue
             look_up.is_doubtful = True
             if not self._has_mark(guest, event):
@@ -390,8 +390,8 @@ class Arming:
                 if done < len(updates):
                     yield None  # not behind the last: what comes now is told after these
         finally:
-            self._tell(guest, told)
-            self._tell_missed(guest, updates[:done])
+            self._deliver(guest, told)
+            self._deliver_missed(guest, updates[:done])
         for node in self._nodes.values():
             if guest in node.by:
                 self._disprove(node, guest, hint)
@@ -435,7 +435,7 @@ class Arming:
         untold = [
             kept
             for kept in self._draining(found.values())
-            if not self._is_told(guest, kept.event)
+            if not self._gets_anyway(guest, kept.event)
             and not export.interest.follows(guest, kept.event)
         ]
         end = time.monotonic() + GROUP_TIME
@@ -473,7 +473,7 @@ class Arming:
                 self._export.watcher.drain()
             yield item
 
-    def _tell_missed(self, guest: Guest, updates: list[tuple[NodeKey, int]]) -> None:
+    def _deliver_missed(self, guest: Guest, updates: list[tuple[NodeKey, int]]) -> None:
         """Deliver the difference for what was too much to keep."""
         marked = {key for key, bits in updates if bits}
         for inode, node in self._nodes.items():
@@ -494,7 +494,7 @@ class Arming:
                     found[kept.number] = kept
         return found, seen
 
-    def _is_told(self, guest: MountGuest, event: Event) -> bool:
+    def _gets_anyway(self, guest: MountGuest, event: Event) -> bool:
         export = self._export
         if event.origin is guest or export.interest.wanted_halves(guest, event):
             return True
@@ -515,7 +515,7 @@ class Arming:
                 return kept._replace(event=own), FIRST
         return None
 
-    def _tell(self, guest: MountGuest, told: dict[int, tuple[Kept, int]]) -> None:
+    def _deliver(self, guest: MountGuest, told: dict[int, tuple[Kept, int]]) -> None:
         """Deliver these, each behind older waiting events."""
         if not told:
             return

@@ -93,7 +93,7 @@ class Channel:
         if isinstance(guest, MountGuest):
             self._export.arming.scan_abort(guest)
             guest.disconnect()
-            guest.wake = _asleep
+            guest.wake = _no_reader
         elif isinstance(guest, Observer) and not (stays and guest.token):
             self._export.remove_guest(guest)
         self._export.chores.do(self._owner, self._unpinning(self._resolved))
@@ -121,7 +121,7 @@ class Channel:
         if self._job is None:
             self._job = job = self._handling()
             if not begin(job):
-                self._background = self._going_on(job)
+                self._background = self._continuing(job)
                 self._export.chores.add(self._owner, self._background)
         self._export.watcher.on_arrival()
 
@@ -150,7 +150,7 @@ class Channel:
         finally:
             self._job = None
 
-    def _going_on(self, job: Job[None]) -> Job[None]:
+    def _continuing(self, job: Job[None]) -> Job[None]:
         """The rest of it, after the peer is gone: an invalid frame ends the channel."""
         try:
             yield from job
@@ -218,7 +218,7 @@ class Channel:
         self._answer(welcome)
 
     def _keep(self, guest: Observer, message: frames.Keep) -> None:
-        known = self._export.come_back(message.token, message.received)
+        known = self._export.reconnect(message.token, message.received)
         if known is None:
             guest.keep(new_token())
         else:
@@ -371,5 +371,5 @@ class Channel:
         return bytes(part)
 
 
-def _asleep() -> None:
+def _no_reader() -> None:
     """No request waits for the mount's events while its agent is away."""

@@ -134,7 +134,7 @@ class Export:
         self.is_changed = False  # since the state was saved
         self.confirmed_ns = 0  # up to then, listings are known to be right
         self.on_change: Callable[[], None] = _nobody
-        self.on_name: Callable[[Inode, bytes, Inode], None] = _unnoted
+        self.on_name: Callable[[Inode, bytes, Inode], None] = _ignore_name
         """Called for each new name: its directory, the name, and its object."""
         self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, if that is possible
         self._outbox_limit = outbox_limit
@@ -446,7 +446,7 @@ class Export:
         """Drop observers that do not reconnect within so many seconds."""
         self._give_up_at = time.monotonic() + patience if self.waiting else math.inf
 
-    def come_back(self, token: bytes, received: int) -> Observer | None:
+    def reconnect(self, token: bytes, received: int) -> Observer | None:
         """The observer that waits for this token, if there is one."""
         guest = self.waiting.pop(token, None)
         self._change()
@@ -461,7 +461,7 @@ class Export:
             self._due("giving up an observer", partial(self.remove_guest, guest))
 
 
-def _unnoted(directory: Inode, name: bytes, child: Inode) -> None:
+def _ignore_name(directory: Inode, name: bytes, child: Inode) -> None:
     """Names are not recorded."""
 
 

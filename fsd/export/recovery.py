@@ -76,14 +76,14 @@ class Recovery:
         for node in directories:
             yield from self._comparing(node, changes)
             yield None
-        yield from self._telling(changes)
+        yield from self._delivering(changes)
 
     def _comparing(self, node: Inode, changes: Changes, *, at_once: bool = False) -> Job[None]:
         if node.is_dir and node.listing is not None and node.listing.complete:
             compare = self._comparer.comparing_at_once if at_once else self._comparer.comparing
             changes.update((yield from compare(node, node.listing)))
 
-    def _telling(self, changes: Changes) -> Job[None]:
+    def _delivering(self, changes: Changes) -> Job[None]:
         for event in self._comparer.events_for(changes):
             yield None
             self._router.route(event)
@@ -129,12 +129,12 @@ class Recovery:
             self._watches.set_watch(node)  # a watch may have become free
             yield from self._steps.between(self._comparing(node, changes, at_once=True))
             if len(changes) >= CHANGES_LIMIT:
-                yield from self._steps.between(self._telling(changes))
+                yield from self._steps.between(self._delivering(changes))
                 changes = {}
         for node, announce in uncovered.items():
             yield from self._steps.between(self._tree.covering(node, announce=announce))
         self._counts["resyncs"] += 1
-        yield from self._steps.between(self._telling(changes))
+        yield from self._steps.between(self._delivering(changes))
         if self._watches.unwatched:
             self._watches.look_again(COMPARE_SHARE * (time.monotonic() - begun))
 
@@ -143,7 +143,7 @@ class Recovery:
         for node in nodes:
             if node.is_dir and node.listing is not None and node.listing.complete:
                 changes.update(finish(self._comparer.comparing_at_once(node, node.listing)))
-        finish(self._telling(changes))
+        finish(self._delivering(changes))
 
     def catch_up(self, guest: Guest) -> None:
         """Deliver what a guest missed, now that its outbox is empty, before any other event."""

@@ -51,7 +51,7 @@ class Reach:
         """``on_found`` is called with an object, and the directory and name where it is."""
         self._other_names = other_names
         self._on_found = on_found
-        self.overheard: set[Inode] = set()
+        self.visibly_read: set[Inode] = set()
         """Watched directories whose reading would be reported to a guest."""
         self.root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.by_handle = True
@@ -244,7 +244,7 @@ class Reach:
             return syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_NOFOLLOW)
         now = time.monotonic()
         is_warm, inode.warm_until = now < inode.warm_until, now + windows.WARM
-        if (self.overheard or not is_warm) and (fd := self._open_by_path(inode)) >= 0:
+        if (self.visibly_read or not is_warm) and (fd := self._open_by_path(inode)) >= 0:
             return fd
         return syscalls.open_by_handle(self.root_fd, handle, os.O_PATH | os.O_DIRECTORY)
 

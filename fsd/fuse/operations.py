@@ -274,7 +274,7 @@ class Operations:
         except FileNotFoundError:  # a removed directory in which a program works
             return inode, placeholder_attr(inode, nlink=0)
         except OSError as error:
-            raise self.guest.history.in_words(who, error) from None
+            raise self.guest.history.as_program_error(who, error) from None
 
     def born_ns(self, who: Caller, nodeid: int) -> int:
         """STATX: time of creation; 0 if it is not known."""

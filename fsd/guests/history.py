@@ -239,9 +239,9 @@ class History:
         try:
             yield
         except OSError as error:
-            raise self.in_words(who, error, again=again) from None
+            raise self.as_program_error(who, error, again=again) from None
 
-    def in_words(self, who: Caller, error: OSError, *, again: bool = False) -> OSError:
+    def as_program_error(self, who: Caller, error: OSError, *, again: bool = False) -> OSError:
         """The error of a call: on ESTALE the guest's kernel starts it again, once. After that, it
         is an error that programs know.
         """

@@ -125,9 +125,9 @@ class MountGuest(Guest):
         self.history = History(self, watcher)
         self.ledger.on_done = self._done
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
-        self.on_agent: Callable[[int], None] = _nobody
+        self.on_agent: Callable[[int], None] = _ignore_agent
         """Told the agent's number whenever that changes."""
-        self.on_mark: Callable[[int, int], None] = _nobody_marks
+        self.on_mark: Callable[[int, int], None] = _ignore_mark
         """Told of each change of interest: nodeid (0 = all), mask."""
         self.asks: Callable[[Inode | None], Mask] = _asks_nothing
         """What the guest's marks on an inode, or on all, ask for."""
@@ -264,7 +264,7 @@ class MountGuest(Guest):
         self._ways.clear()
         self._way_steps = 0
         self.waiting_until = None
-        self.on_agent, self.on_mark, self.asks = _nobody, _nobody_marks, _asks_nothing
+        self.on_agent, self.on_mark, self.asks = _ignore_agent, _ignore_mark, _asks_nothing
 
     def undelivered(self) -> list[Event]:
         """Events that are not replayed yet, in order."""
@@ -639,7 +639,7 @@ _STAGED: _Place = (STAGING, 0, b"x")
 directory keeps a name of its own, by which what happens in it can still be told."""
 
 
-def _nobody(pid: int) -> None:
+def _ignore_agent(pid: int) -> None:
     """Nobody wants to know."""
 
 
@@ -653,7 +653,7 @@ def _asks_nothing(inode: Inode | None) -> Mask:
     return Mask(0)
 
 
-def _nobody_marks(nodeid: int, mask: int) -> None:
+def _ignore_mark(nodeid: int, mask: int) -> None:
     """Nobody writes interest down."""
 
 

@@ -37,7 +37,8 @@ from .autosave import Snapshots
 from .pump import Pump
 
 __all__ = [
-    "TRANSPORTS", "Options", "Place", "StartError", "check", "mend", "reductions", "serve",
+    "TRANSPORTS", "Options", "Place", "StartError", "check", "clear_dead_mounts",
+    "reductions", "serve",
 ]  # fmt: skip
 
 log = structlog.get_logger()
@@ -74,7 +75,7 @@ class Options:
         return self.allow_other if self.allow_other is not None else os.geteuid() == 0
 
 
-def mend(options: Options) -> list[str]:
+def clear_dead_mounts(options: Options) -> list[str]:
     """Unmount what this user's dead servers have left at the mountpoint; returns lines that say so.
     Raises StartError if it belongs to another user.
     """

@@ -314,7 +314,7 @@ def test_a_start_goes_on_with_a_good_image(tmp_path: Path) -> None:
     said: list[str] = []
     export = open_export(lambda: Export(str(source)), state, said.append)
     assert not said
-    assert export.come_back(b"t" * 16, 0) is not None
+    assert export.reconnect(b"t" * 16, 0) is not None
     assert len(export.watcher) == 1
     export.close()
 

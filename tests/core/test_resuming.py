@@ -56,7 +56,7 @@ def kept(world: World, *paths: str, mask: int = ALL) -> Observer:
 
 
 def back(world: World, received: int = 0) -> Observer:
-    guest = world.export.come_back(TOKEN, received)
+    guest = world.export.reconnect(TOKEN, received)
     assert guest is not None
     return guest
 
@@ -273,9 +273,9 @@ def test_a_guest_cannot_have_the_state_saved(world: World) -> None:
 def test_a_token_is_good_once(world: World, restart: Callable[..., World]) -> None:
     kept(world, "")
     new = restart(world)
-    assert new.export.come_back(b"another", 0) is None
-    assert new.export.come_back(TOKEN, 0) is not None
-    assert new.export.come_back(TOKEN, 0) is None
+    assert new.export.reconnect(b"another", 0) is None
+    assert new.export.reconnect(TOKEN, 0) is not None
+    assert new.export.reconnect(TOKEN, 0) is None
 
 
 def test_who_does_not_come_back_is_given_up(
