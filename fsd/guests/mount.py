@@ -1,9 +1,9 @@
-"""The replaying guest: a mount whose agent re-enacts events. Events become orders here.
+"""The mount guest: a mount whose agent replays events. Events become orders here.
 
-Rules (DESIGN 2.2): an event is replayed once though the host queue has it twice (by name in the
-directory and nameless on the file); DELETE_SELF and MOVE_SELF follow by the guest kernel's own
-rules where the resolver says so, else they are replayed out of sight; an OPEN waits until it is
-known how the file was opened.
+Rules: an event is replayed once though the host queue has it twice (by name in the directory and
+without a name on the file). DELETE_SELF and MOVE_SELF are made by the guest's kernel if the
+resolver says so; otherwise they are replayed out of sight. An OPEN waits until it is known how the
+file was opened.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ from .ledger import Ledger, Step, Task, Way, Ways
 from .openings import Evidence, Need, Wait, closes_of, judge
 
 TASKS_LIMIT = 512
-"""Orders made ahead of the agent; what is behind them waits as events, which are smaller."""
+"""Orders made ahead of the agent; later events wait as events, which are smaller."""
 PATHS_LIMIT = 60_000
-"""Bytes of an order's paths, to fit a frame; deeper than that, events are counted as failed."""
+"""Bytes of an order's paths, to fit a frame; beyond it, events are counted as failed."""
 PLAN_TIME = 0.005
-"""Seconds of planning in one go."""
+"""Seconds of planning at a time."""
 ONLY_READ_LIMIT = 4096
-"""Programs that run in the guest while the host writes to them, whose CLOSE_WRITE is counted."""
+"""Programs that run in the guest while the host writes to their files, whose CLOSE_WRITE is
+counted."""
 HINTS_LIMIT = 4096
-"""Processes named to an agent that has not read: beyond it, it is to read the marks of all."""
+"""Processes named to an agent that has not read: beyond it, it has to read the marks of all."""
 WAYS_LIMIT = 8192
-"""Look-ups in the ways that are kept, 1 MB: those to some 2,000 directories."""
+"""Look-ups in the ways that are kept, 1 MB: those to about 2,000 directories."""
 HELD_COST = 1200
-"""Bytes of an event that waits for an agent, and of what it keeps alive, beside its names."""
+"""Bytes of an event that waits for an agent, and of what it keeps alive, without its names."""
 STEP_COST = 100
-"""Bytes of one look-up on the way to where an event happened."""
+"""Bytes of one look-up on the way to the place of an event."""
 _CREATE, _DELETE = int(Mask.CREATE), int(Mask.DELETE)
 _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _OPEN, _MODIFY, _ACCESS = int(Mask.OPEN), int(Mask.MODIFY), int(Mask.ACCESS)
@@ -65,7 +66,7 @@ _NOWHERE: _Place = (0, 0, b"")
 
 class MountGuest(Guest):
     """A guest with an agent: a mount of this machine (``is_local``), or another machine. Its outbox
-    is held events, then planned tasks, then the ledger.
+    consists of held events, planned tasks, and the ledger.
     """
 
     __slots__ = (
@@ -114,11 +115,11 @@ class MountGuest(Guest):
         super().__init__(name, limit=limit)
         self._openers = openers
         self.is_local = is_local  # its users are this machine's, and no other's
-        self.device = 0  # st_dev of the mount, where it is this machine's
+        self.device = 0  # st_dev of the mount, if it is this machine's
         self.transport = ""  # what brings its requests, for people
         self.began = time.time()
         self.nodes_held: Callable[[], int] = _none_known
-        """How many nodes its kernel holds."""
+        """Returns how many nodes its kernel holds."""
         self._table = fs.table
         self._watcher = watcher
         self.ledger = Ledger(fs)
@@ -126,15 +127,15 @@ class MountGuest(Guest):
         self.ledger.on_done = self._done
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
         self.on_agent: Callable[[int], None] = _ignore_agent
-        """Told the agent's number whenever that changes."""
+        """Called with the agent's number whenever it changes."""
         self.on_mark: Callable[[int, int], None] = _ignore_mark
-        """Told of each change of interest: nodeid (0 = all), mask."""
+        """Called with each change of interest: nodeid (0 = all), mask."""
         self.asks: Callable[[Inode | None], Mask] = _asks_nothing
-        """What the guest's marks on an inode, or on all, ask for."""
-        self.is_paused = False  # no orders are given, those that were are still answered
-        self.keeps_names = False  # its kernel may look a name up without asking us
+        """The events that the guest's marks on an inode, or on all, ask for."""
+        self.is_paused = False  # no orders are sent; sent ones are still answered
+        self.keeps_names = False  # its kernel may look a name up without a request
         self._held: deque[_Held] = deque()
-        # Of each inode, the OPENs (None) and CLOSEs (True = for writing) among the held events
+        # For each inode the OPENs (None) and CLOSEs (True = for writing) among the held events
         self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
         self._opened: dict[tuple[Inode, bool], list[_Open]] = {}
@@ -142,7 +143,9 @@ class MountGuest(Guest):
         self._seq = itertools.count(1)
         self._hint = 0
         self._hinted: set[int] = set()  # processes for the next hints
-        self._scanning: dict[int, int] = {}  # processes that the agent looks at: since which hint
+        self._scanning: dict[
+            int, int
+        ] = {}  # processes that the agent is scanning: since which hint
         self._outgoing: deque[frames.Message] = deque()  # ahead of hints and orders
         self._ways: dict[Inode, Way] = {}
         self._ways_as_of = 0  # the table's ``moves``
@@ -163,7 +166,7 @@ class MountGuest(Guest):
         self.counts["agent_connects"] += 1
 
     def disconnect(self) -> None:
-        """The agent is gone: what it had not executed waits for the next one."""
+        """The agent is gone: its unexecuted orders wait for the next one."""
         self.agent_gone()
         self._count_done()
         self._tasks.extendleft(reversed(self.ledger.abandon()))
@@ -175,7 +178,7 @@ class MountGuest(Guest):
         self.on_agent(0)
 
     def hint(self, pid: int) -> int:
-        """Have the agent read the marks of a process; returns the number of that hint."""
+        """Make the agent read the marks of a process; returns the number of that hint."""
         if pid not in self._hinted and ALL_PROCESSES not in self._hinted:
             if len(self._hinted) >= HINTS_LIMIT:
                 self._hinted.clear()
@@ -186,20 +189,20 @@ class MountGuest(Guest):
         return self._hint + 1
 
     def scanned(self, hint: int) -> None:
-        """The agent has followed its hints up to that one."""
+        """The agent has answered its hints up to that one."""
         self._scanning = {pid: number for pid, number in self._scanning.items() if number > hint}
         if self._gives_hints:
             self.wake()
 
     @property
     def _gives_hints(self) -> bool:
-        """Whether hints are to be given: not of those alone that the agent is looking at."""
+        """Whether there are hints to send: not only for processes that the agent is scanning."""
         if not self._hinted or len(self._scanning) >= HINTS_LIMIT:
             return False
         return not self._hinted <= self._scanning.keys()
 
     def send(self, message: frames.Message) -> None:
-        """Queue a message that is no order."""
+        """Queue a message that is not an order."""
         self._outgoing.append(message)
         self.wake()
 
@@ -210,7 +213,7 @@ class MountGuest(Guest):
 
     @property
     def is_opening(self) -> bool:
-        """Whether an OPEN has just come: what closes the file may be on its way."""
+        """Whether an OPEN has just come, whose CLOSE may be on its way."""
         return any(
             held.event.kind & _OPEN and time.monotonic() - held.arrived < windows.CLOSE_WAIT
             for held in itertools.islice(self._held, 8)
@@ -219,19 +222,19 @@ class MountGuest(Guest):
     @property
     def has_outgoing(self) -> bool:
         """Whether ``take`` would return something."""
-        overflowed = self.missing and not self._held  # a read then tells that the rest is done
+        overflowed = self.missing and not self._held  # a read then shows that the rest is done
         hints = self._gives_hints
         if self.is_paused:
             return bool(self._outgoing)
         return bool(self._outgoing or self._tasks or hints or overflowed)
 
     def asked(self) -> None:
-        """The agent asks for more: it has executed all it was given."""
+        """The agent asks for more: it has executed all its orders."""
         self.ledger.finish()
         self._count_done()
 
     def take(self, limit: int) -> list[frames.Message]:
-        """The next messages for the agent, which has executed all it was given before."""
+        """The next messages for the agent, which has executed all its previous orders."""
         self.asked()
         messages: list[frames.Message] = []
         if self._gives_hints:
@@ -250,7 +253,7 @@ class MountGuest(Guest):
         return messages
 
     def leave(self) -> None:
-        """The guest has gone."""
+        """The guest has disconnected."""
         super().leave()
         self._tasks.extendleft(reversed(self.ledger.abandon()))
         pinned = [*(task.pinned for task in self._tasks), *(held.pinned for held in self._held)]
@@ -273,7 +276,7 @@ class MountGuest(Guest):
         return [*events, *(held.event for held in self._held)]
 
     def acknowledge(self, seq: int, number: int) -> Event | None:
-        """The agent reports an order; returns the event that could not be replayed, if so."""
+        """The agent's report on an order; returns the event if it could not be replayed."""
         task = self.ledger.failed(seq) if number else None
         if task is None and number == errno.ETXTBSY and len(self._only_read) < ONLY_READ_LIMIT:
             self._only_read.add(seq)
@@ -323,7 +326,7 @@ class MountGuest(Guest):
         if kind & (_OPEN | _CLOSE):
             what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
             self._open_close.setdefault(child, deque()).append(what)
-        # What was kept has its ways as of then, and may be called something else by now.
+        # A remembered event has the ways of its time, and the places may have other names now.
         called = self._called(event) if ways is None else None
         way, way2 = ways or self.ways(event)
         if called is not None:
@@ -341,7 +344,7 @@ class MountGuest(Guest):
         self._charge(cost)
 
     def ways(self, event: Event) -> Ways:
-        """How the places of an event are reached now."""
+        """The current ways to the places of the event."""
         return self._way(event.node), self._way(event.node2) if event.node2 is not None else ()
 
     # Planning
@@ -390,7 +393,7 @@ class MountGuest(Guest):
 
     def _how_opened(self, inode: Inode, arrived: float) -> list[bool] | None:
         """For the OPEN at the head: an item for each open that it stands for, True = for writing.
-        None while that is not known, and worth waiting for until ``waiting_until``.
+        None while that is unknown, and worth waiting for until ``waiting_until``.
         """
         before = {kind: len(self._opened.get((inode, kind), ())) for kind in (False, True)}
         later = itertools.islice(self._open_close[inode], 1, windows.OPEN_AHEAD)
@@ -400,7 +403,7 @@ class MountGuest(Guest):
             if verdict is Need.PROC:
                 known = known._replace(proc=self._openers.look(_file(inode), arrived))
                 continue
-            self._watcher.drain()  # time has passed here, but was the queue looked at since?
+            self._watcher.drain()  # time has passed here, but the queue may not have been read since
             unread = self._watcher.backlog > 0 and len(self._held) < windows.OPEN_AHEAD
             known = known._replace(unread=unread, written=None if unread else self._written(inode))
         if isinstance(verdict, Wait):
@@ -409,14 +412,14 @@ class MountGuest(Guest):
         return verdict.writing
 
     def _written(self, inode: Inode) -> bool | None:
-        """Whether the next that happens to the file at the head is a MODIFY, not an ACCESS."""
+        """Whether the next event of the file at the head is a MODIFY, not an ACCESS."""
         for later, *_ in itertools.islice(self._held, 1, None):
             if later.child is inode and later.kind & (_MODIFY | _ACCESS):
                 return bool(later.kind & _MODIFY)
         return None
 
     def lone_files(self) -> Iterator[File]:
-        """Files with an OPEN that waits, among those that are looked at next."""
+        """Files with a waiting OPEN, among those that are planned next."""
         for held in itertools.islice(self._held, windows.OPEN_AHEAD):
             child = held.event.child
             if child is None or child.is_dir or child.is_placeholder:
@@ -472,12 +475,14 @@ class MountGuest(Guest):
         return self._task(held, Op.TOUCH, child, to=through, arg=bits)
 
     def _is_apart(self, event: Event, child: Inode) -> bool:
-        """Whether the file may be opened for an event, as nobody hears of that, nor of the name."""
+        """Whether the file may be opened for an event, because no watcher sees that, nor the
+        name.
+        """
         marks = self.asks(event.node) | self.asks(child) | self.asks(None)
         return not marks & (_OPEN | _CLOSE) and event.name not in event.node.children
 
     def _open(self, held: _Held, child: Inode, writing: bool) -> Task:
-        # To open a real FIFO or device would make the agent its peer: a file stands in for it.
+        # Opening a real FIFO or device would make the agent its peer: a file stands in for it.
         file = child
         if child.kind not in (stat.S_IFREG, stat.S_IFDIR):
             file = self._table.placeholder(stat.S_IFREG, held.event.node, held.event.name)
@@ -487,7 +492,7 @@ class MountGuest(Guest):
         return task
 
     def _not_opened(self, event: Event, order: frames.Order) -> None:
-        """The agent could not: it is opened when it is to be closed, if it can be had then."""
+        """The agent could not open it: it is opened right before its close, if possible then."""
         assert event.child is not None
         key = (event.child, bool(order.arg))
         files = [file for file in self._opened.pop(key, []) if file.seq != order.seq]
@@ -511,7 +516,7 @@ class MountGuest(Guest):
             if other is not None and key not in self._opened:
                 key = other
             elif other is not None and held.event.has_self:
-                # Opened apart, under the name and as itself.
+                # Opened separately, under the name and as itself.
                 yield self._closing(held, child, other, place)
         if key not in self._opened:  # opened before anybody was interested
             yield self._open(held, child, writing)
@@ -528,8 +533,8 @@ class MountGuest(Guest):
         return self._task(held, Op.CLOSE, child, arg=seq)
 
     def _called(self, event: Event) -> _Called | None:
-        """The name of a file that is known only by its mark, where it has one and no other, and
-        nobody hears of its directory: an ATTRIB upon a new link is the file's own alone.
+        """The name of a file that is known only by its mark, if it has exactly one and its
+        directory has no watcher: an ATTRIB upon a new link is reported for the file only.
         """
         node, parent = event.node, event.node.parent
         if event.name or node.kind != stat.S_IFREG or node.is_placeholder or node.nlink != 1:
@@ -557,7 +562,7 @@ class MountGuest(Guest):
             nodeid, generation, name = held.called.place
         lost = held.way and held.way[-1].parent == STAGING
         if at is None and not event.name and event.node.is_dir and lost:
-            # Not where the guest's kernel has it, whose parent's watchers would see this.
+            # Not if the guest's kernel has it, whose parent's watchers would see this.
             nodeid, generation, name = _out_of_sight(event.node, b"")
         target = event.replaced if op == Op.RENAME else None
         if target is child:  # two links of one file: the kernel would do nothing
@@ -594,7 +599,7 @@ class MountGuest(Guest):
 
 
 class _Open(NamedTuple):
-    """A file that the agent has open: by which order, under which name."""
+    """A file that the agent has open: which order opened it, under which name."""
 
     seq: int
     node: Inode
@@ -602,14 +607,16 @@ class _Open(NamedTuple):
 
 
 class _Called(NamedTuple):
-    """By which name the event of a file's own mark is replayed: groups of fanotify get it told."""
+    """The name under which the event of a file's own mark is replayed, which fanotify groups
+    report.
+    """
 
     parent: Inode
     name: bytes
 
     @property
     def place(self) -> _Place:
-        """Where an order acts."""
+        """The place of an order."""
         return self.parent.nodeid, self.parent.generation, self.name
 
 
@@ -635,16 +642,16 @@ def _path(way: Way) -> bytes:
 
 
 _STAGED: _Place = (STAGING, 0, b"x")
-"""The one name for files in the staging directory: each move out replaces the one before. A
-directory keeps a name of its own, by which what happens in it can still be told."""
+"""The only name for files in the staging directory: each move out replaces the previous one. A
+directory keeps a name of its own, so that later events in it can be replayed."""
 
 
 def _ignore_agent(pid: int) -> None:
-    """Nobody wants to know."""
+    """The agent's number is not needed."""
 
 
 def _none_known() -> int:
-    """Nobody counts the nodes that the mount's kernel holds."""
+    """The nodes that the mount's kernel holds are not counted."""
     return 0
 
 
@@ -654,7 +661,7 @@ def _asks_nothing(inode: Inode | None) -> Mask:
 
 
 def _ignore_mark(nodeid: int, mask: int) -> None:
-    """Nobody writes interest down."""
+    """Interest is not recorded."""
 
 
 def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:
@@ -662,7 +669,7 @@ def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:
 
 
 def _place(event: Event) -> _Place:
-    """Where an order acts: the name; the object itself; or a file apart from any name."""
+    """The place of an order: the name; the object itself; or a file separately, without a name."""
     node = event.node
     if event.kind & _DELETE_SELF and node.is_dir:
         return _out_of_sight(node, b"")
