@@ -88,4 +88,4 @@ def settled(served: Served) -> None:
             since, used = time.monotonic(), now
         return time.monotonic() - since > QUIET
 
-    wait_until(is_quiet, SETTLE_TIMEOUT, "server and agent at rest")
+    wait_until(is_quiet, SETTLE_TIMEOUT, "server and agent idle")

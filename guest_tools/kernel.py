@@ -145,7 +145,7 @@ def mount_id(fd: int) -> int:
     with open(f"/proc/self/fdinfo/{fd}") as info:
         found = re.search(r"^mnt_id:\s*(\d+)$", info.read(), re.MULTILINE)
     if found is None:
-        raise OSError(errno.ENOTSUP, "the kernel does not tell the mount of a descriptor")
+        raise OSError(errno.ENOTSUP, "the kernel does not show the mount of a descriptor")
     return int(found[1])
 
 

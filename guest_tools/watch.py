@@ -101,7 +101,7 @@ class Watch:
         if not known:
             print(
                 "fsd-guest: the server was replaced by one that does not know this watch; "
-                "what happened in between is not told",
+                "changes in between are not reported",
                 file=sys.stderr,
                 flush=True,
             )

@@ -17,7 +17,7 @@ from .namespace import UID, as_user, device_of_everybody, private, python_of_eve
 def users_mount(
     tmp_path: Path, *options: str, setup: str = "", below: str = ""
 ) -> Iterator[tuple[Mount, Path]]:
-    """A mount made by nobody, by fusermount3, in a namespace of its own, after lines ``setup``;
+    """A mount of the user nobody, by fusermount3, in a separate namespace, after lines ``setup``;
     source and mountpoint are in a directory of the name ``below``.
     """
     with tempfile.TemporaryDirectory(prefix="fsd-user-") as name:

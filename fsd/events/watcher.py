@@ -371,7 +371,7 @@ class HostWatcher:
                 self.on_changed(inode)
 
     def discard(self, wds: Set[int]) -> None:
-        """Drop the events of these watches: what they tell is found out by comparing."""
+        """Drop the events of these watches: a comparison will find what they report."""
         self.drain()
         self.queue.discard(wds)
 

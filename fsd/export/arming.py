@@ -375,7 +375,7 @@ class Arming:
                 key = inode.key if inode is not None else NodeKey(0, 0)
                 if key not in published:
                     updates.append((key, 0))
-        told: dict[int, tuple[Kept, int]] = {}
+        due: dict[int, tuple[Kept, int]] = {}
         done = 0
         try:
             while done < len(updates):
@@ -383,14 +383,14 @@ class Arming:
                 files = self.files.watch(guest, group)
                 try:
                     yield from self._routing(self._as_of(guest, group))
-                    done += self._apply(guest, group, files, failed, told)
+                    done += self._apply(guest, group, files, failed, due)
                 finally:
                     for inode in files:
                         self.files.drop(guest, inode)
                 if done < len(updates):
-                    yield None  # not behind the last: what comes now is told after these
+                    yield None  # not after the last: later events are delivered after these
         finally:
-            self._deliver(guest, told)
+            self._deliver(guest, due)
             self._deliver_missed(guest, updates[:done])
         for node in self._nodes.values():
             if guest in node.by:
@@ -398,9 +398,9 @@ class Arming:
         return failed
 
     def _as_of(self, guest: MountGuest, updates: list[tuple[NodeKey, int]]) -> float:
-        """From when on the marks may hold (time.monotonic()): in general from now on. But all that
-        has happened in a directory since its look-up is told, so what waits in the host's queue
-        needs no place in its history, which a storm soon fills.
+        """The time from which the marks may hold (time.monotonic()): usually now. But everything in
+        a directory since its look-up is delivered, so events that wait in the host's queue need
+        no place in its history, which a storm soon fills.
         """
         self._export.watcher.drain()
         as_of = 0.0
@@ -426,7 +426,7 @@ class Arming:
         updates: list[tuple[NodeKey, int]],
         files: dict[Inode, Seen | None],
         failed: list[tuple[NodeKey, Exception]],
-        told: dict[int, tuple[Kept, int]],
+        due: dict[int, tuple[Kept, int]],
     ) -> int:
         """How many of them are done. Adds the events to deliver now, by number."""
         export = self._export
@@ -451,10 +451,10 @@ class Arming:
         by_name = set()  # delivered now; their self events follow in the guest
         for kept in self._draining(untold):
             if (wanted := self._wanted(guest, kept)) is not None:
-                told[kept.number] = wanted
+                due[kept.number] = wanted
                 by_name.add(kept.event)
-        for number in [n for n, (kept, _) in told.items() if kept.event.part_of in by_name]:
-            del told[number]
+        for number in [n for n, (kept, _) in due.items() if kept.event.part_of in by_name]:
+            del due[number]
         events = [found[number].event for number in sorted(found)]
         for inode, now in files.items():
             mask = missing(seen.get(inode), now, self_events(inode, events, guest))
@@ -463,7 +463,7 @@ class Arming:
                 if mask & bit and (interest & bit or (interest and bit == _DELETE_SELF)):
                     event = Event(inode, bit, b"", 0, HOST, time.monotonic(), inode)
                     self._number += 1
-                    told[self._number] = Kept(self._number, event, guest.ways(event)), FIRST
+                    due[self._number] = Kept(self._number, event, guest.ways(event)), FIRST
         return done
 
     def _draining(self, items: Iterable[_T]) -> Iterator[_T]:
@@ -515,15 +515,15 @@ class Arming:
                 return kept._replace(event=own), FIRST
         return None
 
-    def _deliver(self, guest: MountGuest, told: dict[int, tuple[Kept, int]]) -> None:
+    def _deliver(self, guest: MountGuest, due: dict[int, tuple[Kept, int]]) -> None:
         """Deliver these, each behind older waiting events."""
-        if not told:
+        if not due:
             return
-        last = max(told)
+        last = max(due)
         holding = self._holding.get(guest)
         if holding is not None:
-            told |= {kept.number: (kept, halves) for kept, halves in holding.take(last)}
-        for _, (kept, halves) in self._draining(sorted(told.items())):
+            due |= {kept.number: (kept, halves) for kept, halves in holding.take(last)}
+        for _, (kept, halves) in self._draining(sorted(due.items())):
             guest.offer(kept.event, halves, kept.ways)
 
     def _release(self, guest: MountGuest, holding: Holding) -> None:

@@ -31,7 +31,7 @@ REPLAYER_TIMEOUT_NS = 10_000_000
 """How long a directory's attributes are valid for the replayer: else its kernel asks at every step.
 A change of a directory is replayed, which makes the kernel ask again."""
 WATCHED_TIMEOUT = 3600
-"""The same in seconds for a directory that the host is watched for, where the kernel is told of
+"""The same in seconds for a directory with a host watch, where the kernel is notified of
 changes (docs/decisions/timeouts.md)."""
 _SECOND = 10**9
 _BITS32 = 0xFFFF_FFFF

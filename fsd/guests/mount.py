@@ -403,7 +403,7 @@ class MountGuest(Guest):
             if verdict is Need.PROC:
                 known = known._replace(proc=self._openers.look(_file(inode), arrived))
                 continue
-            self._watcher.drain()  # time has passed here, but the queue may not have been read since
+            self._watcher.drain()  # time has passed, but the queue may not have been read since
             unread = self._watcher.backlog > 0 and len(self._held) < windows.OPEN_AHEAD
             known = known._replace(unread=unread, written=None if unread else self._written(inode))
         if isinstance(verdict, Wait):

@@ -89,7 +89,7 @@ class Store:
         return self._kept.pop(KEPT + name, -1)
 
     def sweep(self, prefix: str = "") -> None:
-        """Drop descriptors that nobody has taken."""
+        """Drop descriptors that were not taken."""
         for name in [name for name in self._kept if name.startswith(KEPT + prefix)]:
             os.close(self._kept.pop(name))
             self.drop(name.removeprefix(KEPT))

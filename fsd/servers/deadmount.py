@@ -51,7 +51,7 @@ def take_away(mountpoint: str) -> bool:
 
 
 def _unmount(dead: Mount) -> None:
-    """Take it away, whoever still uses it. Raises OSError, TimeoutExpired."""
+    """Unmount it, even if it is in use. Raises OSError, TimeoutExpired."""
     if os.geteuid():
         command = ["fusermount3", "-u", "-z", "--", dead.path]
         subprocess.run(command, stderr=subprocess.DEVNULL, timeout=_UNMOUNT_TIMEOUT, check=False)

@@ -87,7 +87,7 @@ class BusyPolling:
 
 
 class SpinBeforeSleep(trio.abc.Instrument):
-    """Polls ``/dev/fuse`` before trio sleeps, as long as ``is_busy`` says so: for LOCAL_WINDOW."""
+    """Polls ``/dev/fuse`` before trio sleeps, while ``is_busy`` returns True: for LOCAL_WINDOW."""
 
     def __init__(self, is_busy: Callable[[], bool]) -> None:
         self._is_busy = is_busy

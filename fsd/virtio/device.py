@@ -399,7 +399,7 @@ class Device:
     def _set_vring_call(self, request: Request) -> None:
         _, ring, _ = self._ring(request)
         ring.take_fd("call", request)
-        # A used entry may have been signalled to the previous one, which nobody reads any more.
+        # A used entry may have been signalled to the previous one, which is not read any more.
         if ring.queue is not None:
             ring.signal()
 
