@@ -298,6 +298,13 @@ class FuseSession:
         """Answer nothing any more: waiting requests are sent again."""
         self._waiting.suspend()
 
+    def end(self) -> None:
+        """The process ends, and what the guest holds with it: answer what still waits. Nodes and
+        marks stay as they are for the image.
+        """
+        self._minor = 0
+        self._waiting.close()
+
     def close(self, then: Callable[[], None] = lambda: None) -> None:
         """The guest has disconnected: answer waiting requests, drop everything that it held.
         ``then`` is called once that is done: if there is much, later.

@@ -96,7 +96,7 @@ class DevfuseTransport:
                 try:
                     await self._serve(session, loop)
                 finally:
-                    session.close()
+                    session.end()
                     nursery.cancel_scope.cancel()
 
     async def _serve(self, session: FuseSession, loop: TrioLoop) -> None:

@@ -293,6 +293,16 @@ def test_a_file_can_be_closed_while_it_is_synced(guest: GuestKernel) -> None:
     assert waiting.reply() == (0, b"")
 
 
+def test_at_the_servers_end_what_waits_is_answered_and_nodes_stay(guest: GuestKernel) -> None:
+    """For the image: their numbers are the next server's, too."""
+    node, fh = guest.create(b"f")
+    waiting = guest.begin(Opcode.FSYNC, node.nodeid, fuse.FSYNC_IN.pack(fh, 1))
+    guest.session.end()
+    assert waiting.reply() == (errno.EINTR, b"")
+    assert guest.session.nodes.saved() == {node.nodeid: 1}
+    guest.loop.run_threads()
+
+
 def test_a_guest_that_leaves_while_it_waits_is_answered_once(guest: GuestKernel) -> None:
     node, fh = guest.create(b"f")
     waiting = guest.begin(Opcode.FSYNC, node.nodeid, fuse.FSYNC_IN.pack(fh, 1))
