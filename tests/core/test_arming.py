@@ -1,4 +1,4 @@
-"""The arming gap (DESIGN 4.6): what happens on the host between inotify_add_watch(2) in the guest
+"""The arming gap: what happens on the host between inotify_add_watch(2) in the guest
 and the mark's arrival here is told; what happened before, or is told anyway, is not.
 """
 

@@ -1,4 +1,4 @@
-"""The safety rule: nothing that the replayer asks for changes the backing store (DESIGN 2.2)."""
+"""The safety rule: nothing that the replayer asks for changes the backing store."""
 
 from __future__ import annotations
 
