@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fsd.checkpoint.file import StateFile
 from fsd.checkpoint.saver import Saver, open_export
+from fsd.export.ending import settle
 from fsd.export.export import Export
 from fsd.guests.guest import Observer
 from protocol.masks import Mask
@@ -49,7 +50,7 @@ def saved_and_restored(count: int) -> tuple[float, float, int]:
         state = StateFile(Path(folder, "image"))
         export, guest = marked(top, count)
         assert export.interest.count(guest) == count
-        export.settle(10)
+        settle(export, 10)
         begun = time.monotonic()
         Saver(export, state).take()()
         saved = time.monotonic() - begun

@@ -20,6 +20,7 @@ import structlog
 
 from protocol.images import ImageError
 
+from ..export.ending import settle
 from ..export.export import Export
 from ..guests.guest import Guest, HandMarks, Observer
 from . import image
@@ -153,7 +154,7 @@ class Saver:
         OSError.
         """
         begun = time.monotonic()
-        self.export.settle(SETTLE_TIMEOUT)
+        settle(self.export, SETTLE_TIMEOUT)
         size = self.take()()
         return {
             "path": str(self.state.path),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +23,6 @@ from protocol.masks import Mask
 
 from ..events.compare import Comparer
 from ..events.event import Event
-from ..events.missed import CLOCK_LAG_NS
 from ..events.reading import Reader
 from ..events.resolver import Resolver
 from ..events.watcher import HostWatcher
@@ -41,7 +39,6 @@ from ..guests.guest import (
     Observer,
 )
 from ..guests.mount import MountGuest
-from ..linux import syscalls
 from ..linux.descriptors import share
 from ..linux.openers import File, Openers
 from ..pacing import windows
@@ -62,8 +59,6 @@ _MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _CREATE = int(Mask.CREATE)
 _OVERFLOW, _IGNORED = int(Mask.Q_OVERFLOW), int(Mask.IGNORED)
 _UNMOUNT = int(Mask.UNMOUNT)
-_SETTLING = 2 * CLOCK_LAG_NS / 1e9
-"""Quiet time after which file timestamps can tell changes before a save from changes after it."""
 
 
 class Export:
@@ -295,6 +290,11 @@ class Export:
             yield from self._handle(event)
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether the next event waits for the other half of its call."""
+        return self._resolver.waiting_until is not None
+
+    @property
     def is_behind(self) -> bool:
         """Whether something that has happened is not routed yet."""
         return bool(self._steps or self.watcher.backlog)
@@ -374,55 +374,10 @@ class Export:
             if inode is not None:
                 self.table.release(inode)
 
-    # Before the end
     def _change(self) -> None:
         if not self.is_changed:
             self.is_changed = True
             self.on_change()
-
-    def settle(self, patience: float) -> None:
-        """Deliver everything that has happened, before the state is saved. Waits up to ``patience``
-        seconds for a quiet moment: a change just before would be delivered again.
-        """
-        deadline = time.monotonic() + patience
-        self.watcher.drain()
-        while not self.is_settled and time.monotonic() < deadline:
-            self.process(self.watcher.backlog + 1)
-            time.sleep(_SETTLING / 10)
-            self.watcher.drain()
-
-    def hand_over(self, patience: float) -> int:
-        """Deliver everything that has happened, and leave later events to the next process. Returns
-        the inotify instance in which they are queued; -1 if not everything could be delivered
-        within ``patience`` seconds. After this only the state may be asked for.
-        """
-        deadline = time.monotonic() + patience
-        self._work_off(deadline, drain=True)
-        root_fd = self.table.reach.root_fd
-        # As the end of this process would close it.
-        with self.reader.looking(self.table.root, root_fd):
-            path_fd = os.open(syscalls.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
-            os.dup2(path_fd, root_fd, inheritable=False)
-            os.close(path_fd)
-        inotify = self.watcher.hand_over()
-        self._work_off(deadline + patience, drain=False)
-        return -1 if self.is_behind else inotify
-
-    def _work_off(self, deadline: float, *, drain: bool) -> None:
-        while time.monotonic() < deadline:
-            if drain:
-                self.watcher.drain()
-            if not self.is_busy:
-                break
-            self.process(self.watcher.backlog + 1)
-            if self._resolver.waiting_until is not None:
-                time.sleep(0.001)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether everything is delivered, and nothing has changed for a moment."""
-        quiet = time.monotonic() - self.watcher.last_activity > _SETTLING
-        return quiet and not self.is_behind
 
     def restore_marks(
         self, marks: Iterable[tuple[Guest, Inode | None, Mask]], order: Iterable[Inode]

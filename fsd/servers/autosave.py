@@ -6,6 +6,7 @@ import structlog
 import trio
 
 from ..checkpoint.saver import Saver
+from ..export.ending import is_settled
 from ..transports.tasks import forever
 
 log = structlog.get_logger()
@@ -46,7 +47,7 @@ class Snapshots:
             export.is_changed = False
             return
         with trio.move_on_after(self._patience):
-            while not export.is_settled:  # noqa: ASYNC110 - time settles it, no event does
+            while not is_settled(export):  # noqa: ASYNC110 - time settles it, no event does
                 await trio.sleep(_STEP)
         begun = trio.current_time()
         write = self._saver.take()

@@ -22,6 +22,7 @@ import trio
 
 from ..checkpoint.saver import Saver
 from ..export import watchlimit
+from ..export.ending import hand_over
 from ..export.export import Export
 from ..files.slowcalls import THREADS
 from ..fuse.nodes import CACHE_MODES, Caching
@@ -38,7 +39,8 @@ from ..process.socketfile import SocketFile
 from ..process.systemd import Manager, Store
 from ..transports.polling import WINDOW
 from ..transports.tasks import end_in_time
-from ..transports.virtiofs import GuestTransport, from_fd, listen, store_name
+from ..transports.unix import from_fd, listen
+from ..transports.virtiofs import GuestTransport, store_name
 from .autosave import Snapshots
 from .pump import Pump
 from .takeover import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
@@ -418,7 +420,7 @@ async def _leave(
             await trio.sleep(0.002)
     for transport in transports:
         transport.leave()
-    inotify = export.hand_over(QUIET)
+    inotify = hand_over(export, QUIET)
     saver.take()()
     if inotify >= 0:
         store.put("inotify", inotify)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import struct
 
 import structlog
@@ -20,6 +19,7 @@ from ..export.export import Export
 from ..pacing.guard import Guard
 from ..process.socketfile import SocketFile
 from .tasks import accept, forever
+from .unix import unlink_stale
 
 log = structlog.get_logger()
 _READ = 64 * 1024
@@ -116,21 +116,3 @@ class SocketTransport:
             finally:
                 self._channels -= 1
                 channel.close()
-
-
-def unlink_stale(path: str) -> None:
-    """Remove a socket on which no process listens. Otherwise bind raises OSError EADDRINUSE."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return  # an ordinary file: it answers a connect just as a dead socket does
-    except OSError:
-        return
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError:
-        pass
-    finally:
-        probe.close()

@@ -7,7 +7,6 @@ disconnected, the next one can connect.
 from __future__ import annotations
 
 import array
-import grp
 import os
 import socket
 import zlib
@@ -39,7 +38,6 @@ from ..virtio.eventfds import Reader, is_eventfd
 from ..virtio.mapping import is_memory
 from .loop import TrioLoop
 from .polling import WINDOW, BusyPolling
-from .socket import unlink_stale
 from .tasks import accept, forever
 from .turns import Turns
 
@@ -58,35 +56,6 @@ without a violation it counts as new."""
 RECONNECT = 30.0
 """Seconds for which a guest's session waits for a VMM that may reconnect."""
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-
-
-def listen(path: str, group: str | None = None) -> socket.socket:
-    """A listening socket at ``path``, for its owner only, or also for ``group``. Raises OSError,
-    and LookupError if there is no such group.
-    """
-    gid = -1 if group is None else grp.getgrnam(group).gr_gid
-    unlink_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old = os.umask(0o177 if group is None else 0o117)
-    try:
-        listener.bind(path)
-        if group is not None:
-            os.chown(path, -1, gid)
-        listener.listen(1)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.umask(old)
-    return listener
-
-
-def from_fd(fd: int) -> socket.socket:
-    """The socket that a service manager or a VMM has left open for this process: a listener, or the
-    connection itself. Raises OSError.
-    """
-    os.set_inheritable(fd, False)
-    return socket.socket(fileno=fd)
 
 
 class ExportSession:

@@ -112,7 +112,8 @@ async def test_reading_events(name: str, world: World, monkeypatch: pytest.Monke
             nursery.start_soon(Pump(world.export).run)
             await trio.testing.wait_all_tasks_blocked()
             watcher = world.export.watcher
-            monkeypatch.setattr(watcher, name, failing(getattr(watcher, name), 2))
+            owner = watcher if name == "drain" else watcher.queue
+            monkeypatch.setattr(owner, name, failing(getattr(owner, name), 2))
             (world.source / "first").touch()
             await until(lambda: len(faults(logs)) == 2)
             (world.source / "last").touch()

@@ -15,6 +15,7 @@ import pytest
 from fsd.checkpoint import restore, take
 from fsd.checkpoint.restore import Resumption
 from fsd.checkpoint.take import SavedExport
+from fsd.export import ending
 from fsd.guests.guest import Observer
 from protocol import frames
 from protocol.images import ImageError
@@ -34,8 +35,8 @@ def restart(request: pytest.FixtureRequest, make_world: Worlds) -> Callable[...,
 
     def again(world: World, meanwhile: Callable[[Path], None] = lambda _: None) -> World:
         settle(world.source)
-        world.export.settle(10)
-        assert world.export.is_settled
+        ending.settle(world.export, 10)
+        assert ending.is_settled(world.export)
         saved = take.take(world.export)
         world.close()
         meanwhile(world.source)
@@ -233,7 +234,7 @@ def test_a_machines_marks_by_hand_come_back_with_it(world: World, make_world: Wo
     for name in ("one", "two", "host"):
         world.mark(world.export.hand_marks(mounts.get(name)), name, STRUCTURE)
     settle(world.source)
-    world.export.settle(10)
+    ending.settle(world.export, 10)
     saved = take.take(world.export, {guest: {} for guest in mounts.values()})
     world.close()
     new = make_world()
@@ -396,7 +397,7 @@ def test_a_mount_goes_on_by_its_name(world: World, make_world: Callable[..., Wor
     (world.source / "d/a").rename(world.source / "d/b")
     mount.guest.take(1)
     settle(world.source)
-    world.export.settle(10)
+    ending.settle(world.export, 10)
     saved = take.take(world.export, {mount.guest: {world.node("d").nodeid: 3}})
     world.close()
     (world.source / "d/c").touch()

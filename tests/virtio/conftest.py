@@ -14,7 +14,8 @@ import trio
 
 from fsd.transports.loop import TrioLoop
 from fsd.transports.polling import WINDOW
-from fsd.transports.virtiofs import VirtiofsTransport, listen
+from fsd.transports.unix import listen
+from fsd.transports.virtiofs import VirtiofsTransport
 from harness.mounts import wait_until
 
 

@@ -11,7 +11,8 @@ import trio
 
 from fsd.process.logs import log_to_stderr
 from fsd.process.systemd import Manager, Store, listen_fds
-from fsd.transports.virtiofs import VirtiofsTransport, listen
+from fsd.transports.unix import listen
+from fsd.transports.virtiofs import VirtiofsTransport
 from tests.virtio.conftest import Echo
 
 

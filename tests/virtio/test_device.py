@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsd.transports.virtiofs import listen
+from fsd.transports.unix import listen
 from fsd.virtio.device import MAX_QUEUES
 from harness.mounts import wait_until
 from harness.vhost_frontend import Frontend, Queue, Ram
