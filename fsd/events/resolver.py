@@ -15,6 +15,8 @@ A watched object's self events prove or disprove that, because one system call q
 part of the named event only if it is where the kernel would have queued it. Otherwise it is
 delivered separately, and the name resolves to a placeholder: so guests see each event once, even if
 something is not known.
+
+Longer than other modules, because the cases of a name share what is known of the waiting events.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ events since the first look-up that no scan has disproved: the look-up of the ma
 
 While it is in doubt whether an event is to be delivered, later events wait, so that the order is
 kept. If the mount is this machine's own, the doubt usually ends at once (``newmarks``).
+
+Longer than other modules, because look-ups, doubts and scans decide together about each event.
 """
 
 from __future__ import annotations

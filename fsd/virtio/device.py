@@ -3,6 +3,9 @@
 The front-end chooses the order of messages; a queue runs while it has a size, addresses, a kick and
 is enabled. If a front-end stops its queues and starts them where they were (a paused machine), the
 session continues; if it starts them from the beginning (a machine reset), there is a new session.
+
+Longer than other modules, because each message of the front-end has its handler here, and all of
+them change the same few values.
 """
 
 from __future__ import annotations
