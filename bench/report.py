@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fsd.export import stats
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -94,9 +96,10 @@ def number(value: float) -> str:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` (0..1) of them lie."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    """The value below which ``share`` (0..1) of them lie. There must be some."""
+    found = stats.percentile(values, share)
+    assert found is not None
+    return found
 
 
 median = statistics.median

@@ -17,7 +17,7 @@ from protocol.images import ImageError
 from .agent.agent import Agent
 from .beneath import open_file
 from .channel import ChannelError, Client, FileChannel, SocketChannel, open_hidden
-from .errors import PASSING, Failure
+from .errors import NO_MOUNT, PASSING, Failure
 from .marks import device_of, marks_in, notify_texts, pids, process_name
 from .watch import Watch
 from .watcher.commands import add_commands
@@ -127,7 +127,7 @@ def _mount_of(mountpoint: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            reason = "not an fsd mount, or another user's"
+            reason = NO_MOUNT
         raise Failure(f"{mountpoint}: {reason}") from None
 
 

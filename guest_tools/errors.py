@@ -10,5 +10,8 @@ PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, err
 """Errors that say nothing about the file itself: try again later."""
 
 
+NO_MOUNT = "not an fsd mount, or another user's"
+
+
 class Failure(Exception):
     """What failed, on what, and what to do: one line."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from protocol.fdinfo import MarkInfo, parse_fdinfo
 from protocol.handles import NodeKey, decode_fh
 from protocol.masks import EVENTS, MOVE, Mask
+from protocol.mountinfo import parse_mountinfo
 
 from .errors import GONE
 
@@ -51,8 +52,8 @@ def device_of(status: os.stat_result) -> Device:
 def mount_ids(major: int, minor: int) -> frozenset[int]:
     """The ids under which a device is mounted here; none when it is not mounted."""
     with open("/proc/self/mountinfo", "rb") as mountinfo:
-        rows = [line.split(b" ", 3) for line in mountinfo]
-    return frozenset(int(row[0]) for row in rows if row[2] == b"%d:%d" % (major, minor))
+        mounts = parse_mountinfo(mountinfo.read())
+        return frozenset(each.mnt_id for each in mounts if each[2:4] == (major, minor))
 
 
 def pids() -> list[int]:

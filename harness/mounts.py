@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from protocol.mountinfo import parse_mountinfo
+
 T = TypeVar("T")
 
 START_TIMEOUT = 30.0  # an import of everything on a busy machine of two cores
@@ -47,14 +49,8 @@ def wait_until(condition: Callable[[], T], timeout: float = 10, what: str = "") 
 
 def mounts_at(path: Path) -> list[str]:
     """The types of the file systems that are mounted at ``path``, the lowest first."""
-    types = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        head, _, tail = line.partition(b" - ")
-        # The kernel writes blanks and backslashes in paths as \ooo.
-        mountpoint = head.split()[4].decode("unicode_escape").encode("latin-1")
-        if mountpoint == os.fsencode(path):
-            types.append(tail.split()[0].decode())
-    return types
+    mounts = parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+    return [mount.fstype.decode() for mount in mounts if mount.point == os.fsencode(path)]
 
 
 @dataclass(frozen=True)

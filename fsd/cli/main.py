@@ -20,12 +20,12 @@ from ..servers.mount import (
     TRANSPORTS,
     Options,
     Place,
-    StartError,
     check,
     clear_dead_mounts,
     reductions,
     serve,
 )
+from ..servers.start import StartError
 from .status import render
 from .virtiofs import virtiofs
 
@@ -201,9 +201,7 @@ def checkpoint(mountpoint: str, as_json: bool) -> None:
     try:
         done = json.loads(Path(path, ".fsd", "checkpoint").read_text())
     except OSError as error:
-        known = isinstance(error, FileNotFoundError | NotADirectoryError)
-        reason = "not an fsd mount, or another user's" if known else error.strerror
-        raise click.ClickException(f"{path}: {reason}") from None
+        raise click.ClickException(f"{path}: {_reason(error)}") from None
     if as_json:
         print(json.dumps(done))
     else:
@@ -211,6 +209,15 @@ def checkpoint(mountpoint: str, as_json: bool) -> None:
             f"{done['path']}: {done['inodes']} inodes, {done['watches']} watches, "
             f"{done['guests']} guests, {done['bytes']} bytes in {done['seconds']} s"
         )
+
+
+def _reason(error: OSError) -> str:
+    """Why a file of a mount's .fsd cannot be read."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "not an fsd mount, or another user's"
+    if error.errno == errno.ENOTCONN:
+        return "the server of this mount has died; run fsd mount again"
+    return str(error.strerror)
 
 
 @cli.command()
@@ -225,12 +232,8 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         try:
             states[path] = json.loads(Path(path, ".fsd", "status").read_text())
         except OSError as error:
-            known = isinstance(error, FileNotFoundError | NotADirectoryError)
-            reason = "not an fsd mount, or another user's" if known else error.strerror
-            if error.errno == errno.ENOTCONN:
-                reason = "the server of this mount has died; run fsd mount again"
             if mountpoint:
-                raise click.ClickException(f"{path}: {reason}") from None
+                raise click.ClickException(f"{path}: {_reason(error)}") from None
     if as_json:
         print(json.dumps(states[paths[0]] if mountpoint else states))
     elif not states:

@@ -19,13 +19,13 @@ from ..process import sandbox, systemd
 from ..process.keeper import KEEPER, Keeper
 from ..process.logs import log_to_stderr, log_to_syslog
 from ..process.seccomp import ACTIONS
+from ..servers.start import StartError
 from ..servers.virtiofs import (
     BUSY_POLL,
     CACHES,
     TAG_BYTES,
     Offer,
     Options,
-    StartError,
     listener_name,
     run,
 )

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from protocol.mountinfo import parse_mountinfo
+
 from . import syscalls
 from .libc import check, libc
 
@@ -37,19 +39,11 @@ class Mount(NamedTuple):
 def mounts() -> Iterator[Mount]:
     """All mounts of this process, lower ones before those on top."""
     with open(syscalls.mountinfo_path(), "rb") as mountinfo:
-        for line in mountinfo:
-            number, parent, device, _root, point, flags, rest = line.split(b" ", 6)
-            kind, source, options = rest.rstrip(b"\n").partition(b"- ")[2].split(b" ", 2)
-            major, _, minor = device.partition(b":")
-            yield Mount(
-                int(number), int(parent), os.makedev(int(major), int(minor)), _plain(point),
-                _plain(flags), _plain(kind), _plain(source), _plain(options),
-            )  # fmt: skip
-
-
-def _plain(field: bytes) -> str:
-    """A field without its escapes: blanks, newlines and backslashes are written as \\ooo."""
-    return os.fsdecode(field.decode("unicode_escape").encode("latin-1"))
+        text = mountinfo.read()
+    for line in parse_mountinfo(text):
+        words = (line.point, line.flags, line.fstype, line.source, line.options)
+        device = os.makedev(line.major, line.minor)
+        yield Mount(line.mnt_id, line.parent, device, *map(os.fsdecode, words))
 
 
 def mounted_on(fd: int) -> Mount | None:

@@ -12,6 +12,8 @@ import select
 import time
 import zlib
 
+from protocol.mountinfo import parse_mountinfo
+
 from . import syscalls
 
 _SLOTS = 1 << 14
@@ -19,7 +21,6 @@ _SLOTS = 1 << 14
 below the nodeids that the server assigns."""
 _INO_BITS = 48
 """Bits of an inode number that fit into a range; no common file system uses more."""
-_ESCAPED = ((b"\\040", b" "), (b"\\011", b"\t"), (b"\\012", b"\n"), (b"\\134", b"\\"))
 
 
 STUCK = 0.5
@@ -52,7 +53,7 @@ class Mounts:
         """The mounts below whose file systems may not answer, with their names."""
         self._asked: dict[int, float] = {}  # since when, mounts that have not answered yet
         self._own_mounts: set[int] = set()  # of the file system that this process serves
-        self._device_served = b""
+        self._device_served: tuple[int, int] | None = None
         self.changed_at = 0.0
         """time.monotonic() at which the tree was read last."""
         self.read()
@@ -100,7 +101,7 @@ class Mounts:
 
     def serves(self, device: int) -> None:
         """This process serves that file system: accessing it would deadlock."""
-        self._device_served = b"%d:%d" % (os.major(device), os.minor(device))
+        self._device_served = os.major(device), os.minor(device)
         self.read()
 
     def path_of(self, mount: int) -> bytes:
@@ -126,18 +127,15 @@ class Mounts:
         places: dict[int, bytes] = {}
         remote: dict[int, str] = {}
         own: set[int] = set()
-        for line in text.split(b"\n")[:-1]:
-            number, _parent, device, _root, point, rest = line.split(b" ", 5)
-            for escape, char in _ESCAPED:
-                point = point.replace(escape, char)
+        for mount in parse_mountinfo(text):
+            number, point = mount.mnt_id, mount.point
             if point.startswith(top) and point != top:
-                points[point[len(top) :]] = int(number)
-                kind = rest.partition(b" - ")[2].split(b" ", 1)[0]
-                if device == self._device_served:
-                    own.add(int(number))
-                if kind not in _LOCAL:
-                    remote[int(number)] = f"{os.fsdecode(point)} ({os.fsdecode(kind)})"
-            places[int(number)] = point[len(top) :]
+                points[point[len(top) :]] = number
+                if (mount.major, mount.minor) == self._device_served:
+                    own.add(number)
+                if mount.fstype not in _LOCAL:
+                    remote[number] = f"{os.fsdecode(point)} ({os.fsdecode(mount.fstype)})"
+            places[number] = point[len(top) :]
         self.points, self._places = points, places
         self.remote, self._own_mounts = remote, own
         ids = {*places, self.own}

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
+from protocol.mountinfo import parse_mountinfo
+
 from ..pacing.guard import Guard
 from . import syscalls
 
@@ -69,10 +71,10 @@ def _read(path: str) -> bytes:
 
 def _devices(wanted: set[int]) -> dict[int, int]:
     """The device of each mount of these devices."""
-    names = {f"{os.major(device)}:{os.minor(device)}": device for device in wanted}
-    with open("/proc/self/mountinfo", errors="surrogateescape") as mountinfo:
-        fields = [line.split(" ", 3) for line in mountinfo]
-    return {int(mount): names[number] for mount, _, number, _ in fields if number in names}
+    with open("/proc/self/mountinfo", "rb") as mountinfo:
+        mounts = list(parse_mountinfo(mountinfo.read()))
+    devices = ((mount.mnt_id, os.makedev(mount.major, mount.minor)) for mount in mounts)
+    return {mount: device for mount, device in devices if device in wanted}
 
 
 def is_open_for_writing(device: int, ino: int) -> bool | None:

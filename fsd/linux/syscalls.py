@@ -67,7 +67,7 @@ def use_working_directory_as_process() -> None:
     _own_process = "."
 
 
-RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
 
 def is_gone(error: OSError) -> bool:

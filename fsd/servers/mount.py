@@ -35,6 +35,7 @@ from . import deadmount
 from .agent import AgentError, AgentProcess
 from .autosave import Snapshots
 from .pump import Pump
+from .start import StartError
 
 __all__ = [
     "TRANSPORTS", "Options", "Place", "StartError", "check", "clear_dead_mounts",
@@ -45,10 +46,6 @@ log = structlog.get_logger()
 TRANSPORTS = ("auto", "devfuse", "libfuse")
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to become ready, on a busy machine."""
-
-
-class StartError(Exception):
-    """Why a mount cannot be made, in one line for the user."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from ..transports.unix import from_fd, listen
 from ..transports.virtiofs import GuestTransport, store_name
 from .autosave import Snapshots
 from .pump import Pump
+from .start import StartError
 from .takeover import EVERY, PATIENCE, ImageMemory, MemorySaver, open_export
 
 log = structlog.get_logger()
@@ -58,10 +59,6 @@ BUSY_POLL = WINDOW
 """Default number of seconds to poll for the next request."""
 TAG_BYTES = GuestTransport.TAG_BYTES
 """Length of a share's name in bytes."""
-
-
-class StartError(Exception):
-    """Why nothing can be shared, in one line for the user."""
 
 
 @dataclass(frozen=True)

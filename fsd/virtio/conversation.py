@@ -56,8 +56,6 @@ class Conversation:
         self._names: dict[tuple[int, int], list[str]] = {}
         self._files: dict[tuple[int, int], str] = {}  # of regular files: device, inode -> name
         self._numbers = itertools.count()
-        self.is_leaving = False
-        """The next process continues; nothing is to be ended."""
 
     # State of an earlier process
 

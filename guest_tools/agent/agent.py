@@ -18,7 +18,7 @@ from protocol import frames
 from .. import kernel
 from ..beneath import open_file
 from ..channel import ChannelError, FileChannel, open_hidden
-from ..errors import PASSING
+from ..errors import NO_MOUNT, PASSING
 from ..marks import device_of, mount_ids, pids
 from . import descriptors
 from .markcalls import MarkCalls
@@ -111,7 +111,7 @@ class Agent:
         if error.errno == errno.EBUSY:
             return f"{self._mountpoint}: another agent is connected; one is enough"
         if error.errno == errno.ENOENT and os.path.isdir(self._mountpoint):
-            return f"{self._mountpoint} is not an fsd mount, or another user's"
+            return f"{self._mountpoint} is {NO_MOUNT}"
         return f"{self._mountpoint}: {error.strerror}"
 
     def _open_root(self) -> tuple[int, bool]:

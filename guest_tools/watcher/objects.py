@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from protocol.fdinfo import parse_fdinfo
 from protocol.masks import Mask
+from protocol.mountinfo import parse_mountinfo
 
 from ..kernel import mount_id, open_by_handle
 from . import notify
@@ -28,7 +28,7 @@ _OPEN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Mount(NamedTuple):
-    """A line of proc_pid_mountinfo(5)."""
+    """A mount, as far as it helps to find a file."""
 
     mnt_id: int
     sdev: int
@@ -45,7 +45,12 @@ class Mounts:
         """Of the process ``pid``, or of this one. Raises OSError."""
         self._root = b"" if pid is None else b"/proc/%d/root" % pid
         with open(f"/proc/{'self' if pid is None else pid}/mountinfo", "rb") as table:
-            self._mounts = [_mount(line) for line in table]
+            lines = list(parse_mountinfo(table.read()))
+        self._mounts = [
+            Mount(line.mnt_id, line.major << 20 | line.minor, line.root, line.point, line.fstype,
+                  line.source)
+            for line in lines
+        ]  # fmt: skip
         self._by_sdev: dict[int, list[Mount]] = {}
         for mount in sorted(self._mounts, key=lambda mount: mount.root != b"/"):
             self._by_sdev.setdefault(mount.sdev, []).append(mount)
@@ -186,20 +191,6 @@ class Mounts:
 def kernel_device(st_dev: int) -> int:
     """A device number as fdinfo has it: the kernel's s_dev."""
     return os.major(st_dev) << 20 | os.minor(st_dev)
-
-
-def _mount(line: bytes) -> Mount:
-    head, _, tail = line.partition(b" - ")
-    mnt_id, _, device, root, point = head.split(b" ")[:5]
-    fstype, source = tail.split(b" ")[:2]
-    major, minor = device.split(b":")
-    sdev = int(major) << 20 | int(minor)
-    return Mount(int(mnt_id), sdev, _plain(root), _plain(point), fstype, source.rstrip(b"\n"))
-
-
-def _plain(path: bytes) -> bytes:
-    """Without the \\ooo escapes that the kernel writes for blanks and backslashes."""
-    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), path)
 
 
 # Finding them again
