@@ -397,7 +397,12 @@ OPERATIONS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_every_handler_may_fail_and_the_server_lives_on(tmp_path: Path) -> None:
+IN_BUFFERS = {"read": "read_into", "write": "write_from"}
+"""What the session calls instead."""
+
+
+@pytest.mark.parametrize("transport", ["devfuse", "libfuse"])
+def test_every_handler_may_fail_and_the_server_lives_on(tmp_path: Path, transport: str) -> None:
     """A bug in any operation is EIO for its caller; the mount, its watchers and all else go on."""
     source, mountpoint, trigger = tmp_path / "source", tmp_path / "mount", tmp_path / "trigger"
     for directory in (source, mountpoint, source / "dir"):
@@ -408,11 +413,11 @@ def test_every_handler_may_fail_and_the_server_lives_on(tmp_path: Path) -> None:
     unseen: list[str] = []
     with (
         injected(tmp_path, FAULTS.format(trigger=str(trigger))),
-        serving(source, mountpoint) as share,
+        serving(source, mountpoint, f"--transport={transport}") as share,
         watching(share, events="create,delete") as watcher,
     ):
         for name in OPERATIONS:
-            trigger.write_text(name)
+            trigger.write_text(f"{name} {IN_BUFFERS.get(name, '')}")
             script = "import sys; sys.path.insert(0, sys.argv[1])\n"
             script += "from tests.mount.test_loss import try_one\ntry_one(*sys.argv[2:])"
             done = subprocess.run(
@@ -442,10 +447,10 @@ def try_one(name: str, mountpoint: str) -> None:
 
 
 @contextmanager
-def serving(source: Path, mountpoint: Path) -> Iterator[Mount]:
+def serving(source: Path, mountpoint: Path, option: str) -> Iterator[Mount]:
     """``mounted``, for a server that is made to log tracebacks."""
     try:
-        with mounted(source, mountpoint) as share:
+        with mounted(source, mountpoint, option) as share:
             yield share
     except AssertionError as error:
         if "fsd wrote a traceback" not in str(error):
