@@ -15,17 +15,17 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
 class MountLine(NamedTuple):
-    """One mount, as a process sees it."""
+    """One mount, as seen by a process."""
 
     mnt_id: int
     parent: int
     major: int
     minor: int
     root: bytes
-    """The directory of the file system that is mounted."""
+    """The directory of the file system that is mounted there."""
     point: bytes
     flags: bytes
-    """Of the mount, such as nosuid."""
+    """Flags of the mount, such as nosuid."""
     fstype: bytes
     source: bytes
     options: bytes
@@ -33,7 +33,7 @@ class MountLine(NamedTuple):
 
 
 def parse_mountinfo(text: bytes) -> Iterator[MountLine]:
-    """The mounts in the text of the file. Raises ValueError where it is another file's."""
+    """The mounts in the file's text. Raises ValueError if it is not mountinfo."""
     for line in text.split(b"\n"):
         if not line:
             continue

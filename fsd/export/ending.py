@@ -1,4 +1,6 @@
-"""Before the state is saved, or another process goes on: what has happened is delivered first."""
+"""Delivers everything that has happened, before the state is saved or another process takes
+over.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unix sockets that guests connect to: made at a path, or given by another process."""
+"""Unix sockets that guests connect to: created at a path, or inherited from another process."""
 
 from __future__ import annotations
 
