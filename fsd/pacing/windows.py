@@ -10,7 +10,7 @@ from __future__ import annotations
 
 RENAME_WAIT = 0.005
 """How long a MOVED_FROM waits for its other half."""
-RENAME_WINDOW = 128
+RENAME_WINDOW = 1024
 """Events behind a MOVED_FROM after which its other half is no longer expected."""
 SELF_WAIT = 0.0002
 """How long to wait for a self event when the event with the name has come."""
