@@ -4,6 +4,7 @@ pyinotify sets the watches (through /proc/self/fd/N, so that a rename cannot mis
 are read here in large buffers, because pyinotify's own reader is slow and fails on names that are
 not UTF-8. Origin is decided by attribution: an event that arrives while one of the server's own
 system calls runs, and matches it, belongs to the call's caller (docs/decisions/attribution.md).
+It is one module, as what sets, changes and ends a watch has to agree.
 """
 
 from __future__ import annotations

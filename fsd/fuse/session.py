@@ -4,7 +4,8 @@ Serves a virtiofs device's queues or a /dev/fuse descriptor alike. It calls the 
 transports/libfuse.py does for pyfuse3. Most requests are answered within the call; those that have
 to wait (locks, the channel's long poll, fsync) are answered later through the transport's ``Loop``.
 
-The guest is not trusted: nothing that it sends raises out of ``serve``.
+The guest is not trusted: nothing that it sends raises out of ``serve``. All ways from a
+request to its one reply are in this module, which is why it is long.
 """
 
 from __future__ import annotations

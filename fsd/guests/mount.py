@@ -1,37 +1,31 @@
-"""The mount guest: a mount whose agent replays events. Events become orders here.
-
-Rules: an event is replayed once though the host queue has it twice (by name in the directory and
-without a name on the file). DELETE_SELF and MOVE_SELF are made by the guest's kernel if the
-resolver says so; otherwise they are replayed out of sight. An OPEN waits until it is known how the
-file was opened.
+"""The mount guest: a mount whose agent replays events. Events wait here until they can be planned:
+an OPEN until it is known how the file was opened, all others behind it.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from protocol import frames
-from protocol.frames import ALIAS, ALL_PROCESSES, FSD_DIR, STAGING, Op
+from protocol.frames import ALL_PROCESSES, Op
 from protocol.masks import EVENTS, Mask
 
-from ..events.event import RENAME, Event
+from ..events.event import Event
 from ..events.watcher import HostWatcher
 from ..files.inode import Inode
 from ..files.passthrough import PassthroughFS
 from ..linux.openers import File, Openers
-from ..linux.syscalls import RENAME_EXCHANGE
 from ..pacing import windows
 from ..pacing.guard import Guard
 from .guest import Guest
 from .history import History
 from .ledger import Ledger, Step, Task, Way, Ways
 from .openings import Evidence, Need, Wait, closes_of, judge
+from .orders import Held, Orders
 
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; later events wait as events, which are smaller."""
@@ -50,18 +44,10 @@ HELD_COST = 1200
 """Bytes of an event that waits for an agent, and of what it keeps alive, without its names."""
 STEP_COST = 100
 """Bytes of one look-up on the way to the place of an event."""
-_CREATE, _DELETE = int(Mask.CREATE), int(Mask.DELETE)
-_MOVED_FROM, _MOVED_TO = int(Mask.MOVED_FROM), int(Mask.MOVED_TO)
 _OPEN, _MODIFY, _ACCESS = int(Mask.OPEN), int(Mask.MODIFY), int(Mask.ACCESS)
-_CLOSE_WRITE, _CLOSE_NOWRITE = int(Mask.CLOSE_WRITE), int(Mask.CLOSE_NOWRITE)
-_CLOSE = _CLOSE_WRITE | _CLOSE_NOWRITE
-_ATTRIB = int(Mask.ATTRIB)
-_DELETE_SELF, _MOVE_SELF = int(Mask.DELETE_SELF), int(Mask.MOVE_SELF)
-_TOUCH = _MODIFY | _ACCESS | _ATTRIB
-_OWN = _TOUCH | _OPEN | _CLOSE | _DELETE_SELF | _MOVE_SELF
-
-_Place = tuple[int, int, bytes]
-_NOWHERE: _Place = (0, 0, b"")
+_CLOSE_WRITE = int(Mask.CLOSE_WRITE)
+_CLOSE = _CLOSE_WRITE | int(Mask.CLOSE_NOWRITE)
+_OWN = _MODIFY | _ACCESS | _OPEN | _CLOSE | int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
 
 
 class MountGuest(Guest):
@@ -75,11 +61,10 @@ class MountGuest(Guest):
         "_hinted",
         "_only_read",
         "_open_close",
-        "_opened",
         "_openers",
+        "_orders",
         "_outgoing",
         "_scanning",
-        "_seq",
         "_table",
         "_tasks",
         "_watcher",
@@ -134,18 +119,16 @@ class MountGuest(Guest):
         """The events that the guest's marks on an inode, or on all, ask for."""
         self.is_paused = False  # no orders are sent; sent ones are still answered
         self.keeps_names = False  # its kernel may look a name up without a request
-        self._held: deque[_Held] = deque()
+        self._held: deque[Held] = deque()
         # For each inode the OPENs (None) and CLOSEs (True = for writing) among the held events
         self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
-        self._opened: dict[tuple[Inode, bool], list[_Open]] = {}
         self._only_read: set[int] = set()  # OPENs for writing that the agent has open for reading
-        self._seq = itertools.count(1)
+        self._orders = Orders(fs.table, lambda inode: self.asks(inode))
         self._hint = 0
         self._hinted: set[int] = set()  # processes for the next hints
-        self._scanning: dict[
-            int, int
-        ] = {}  # processes that the agent is scanning: since which hint
+        # Processes that the agent is scanning: since which hint
+        self._scanning: dict[int, int] = {}
         self._outgoing: deque[frames.Message] = deque()  # ahead of hints and orders
         self._ways: dict[Inode, Way] = {}
         self._ways_as_of = 0  # the table's ``moves``
@@ -159,7 +142,7 @@ class MountGuest(Guest):
         self.pid = pid
         self.on_agent(pid)
         self.events = EVENTS & hello.events
-        self._opened.clear()
+        self._orders.clear()
         self._only_read.clear()
         self._outgoing.clear()
         self._scanning.clear()
@@ -262,7 +245,7 @@ class MountGuest(Guest):
         self._tasks.clear()
         self._held.clear()
         self._open_close.clear()
-        self._opened.clear()
+        self._orders.clear()
         self.history.clear()
         self._ways.clear()
         self._way_steps = 0
@@ -285,7 +268,7 @@ class MountGuest(Guest):
             return None
         self._done(task)
         if task.order.op == Op.OPEN:
-            self._not_opened(task.event, task.order)
+            self._orders.not_opened(task.event, task.order)
         self.count("failed", task.event.mask)
         return task.event
 
@@ -327,7 +310,7 @@ class MountGuest(Guest):
             what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
             self._open_close.setdefault(child, deque()).append(what)
         # A remembered event has the ways of its time, and the places may have other names now.
-        called = self._called(event) if ways is None else None
+        called = self._orders.called(event) if ways is None else None
         way, way2 = ways or self.ways(event)
         if called is not None:
             way = self._way(called.parent)
@@ -340,7 +323,7 @@ class MountGuest(Guest):
             cost += STEP_COST * len(way)
         cost += STEP_COST * len(way2)
         position = self.history.queued(event)
-        self._held.append(_Held(event, time.monotonic(), way, way2, pinned, cost, position, called))
+        self._held.append(Held(event, time.monotonic(), way, way2, pinned, cost, position, called))
         self._charge(cost)
 
     def ways(self, event: Event) -> Ways:
@@ -375,7 +358,7 @@ class MountGuest(Guest):
                 passed.popleft()
                 if not passed:
                     del self._open_close[event.child]
-            for task in self._orders(held, opens):
+            for task in self._orders.of(held, opens):
                 self._add(task)
             for inode in held.pinned:
                 self._table.unpin(inode)
@@ -395,7 +378,7 @@ class MountGuest(Guest):
         """For the OPEN at the head: an item for each open that it stands for, True = for writing.
         None while that is unknown, and worth waiting for until ``waiting_until``.
         """
-        before = {kind: len(self._opened.get((inode, kind), ())) for kind in (False, True)}
+        before = {kind: self._orders.count(inode, kind) for kind in (False, True)}
         later = itertools.islice(self._open_close[inode], 1, windows.OPEN_AHEAD)
         closes = closes_of(later, before)
         known = Evidence(arrived, closes, inode.is_dir, inode.is_placeholder)
@@ -427,159 +410,6 @@ class MountGuest(Guest):
             if held.event.kind & _OPEN:
                 yield _file(child)
 
-    def _orders(self, held: _Held, opens: list[bool]) -> Iterator[Task]:
-        event = held.event
-        kind, child = event.kind, event.child
-        flags = RENAME_EXCHANGE if event.exchanged else 0
-        assert child is not None
-        if kind == RENAME:
-            assert event.node2 is not None
-            to = (event.node2.nodeid, event.node2.generation, event.name2)
-            yield self._task(held, Op.RENAME, child, to=to, arg=flags)
-            old, new = (event.node, event.name), (event.node2, event.name2)
-            self._reopen_as(child, old, new)
-            if event.exchanged and event.replaced is not None:
-                self._reopen_as(event.replaced, new, old)
-        elif kind & _MOVED_FROM:
-            out = _out_of_sight(child, b"") if child.is_dir else _STAGED
-            yield self._task(held, Op.RENAME, child, to=out)
-        elif kind & _MOVED_TO:
-            turned = held._replace(way=(), way2=held.way)
-            yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event), arg=flags)
-        elif kind & _CREATE:
-            away = _out_of_sight(child, b"") if child.is_dir else _NOWHERE
-            yield self._task(held, Op.CREATE, child, to=away)
-        elif kind & (_DELETE | _DELETE_SELF):
-            yield self._task(held, Op.REMOVE, child)
-        elif kind & _MOVE_SELF:
-            yield self._task(
-                held, Op.RENAME, child, at=_out_of_sight(child, b""), to=_out_of_sight(child, b"+")
-            )
-        elif kind & _TOUCH:
-            yield self._touch(held, child)
-        elif kind & _OPEN:
-            yield from (self._open(held, child, writing) for writing in opens)
-        elif kind & _CLOSE:
-            yield from self._close(held, child, bool(kind & _CLOSE_WRITE))
-
-    def _touch(self, held: _Held, child: Inode) -> Task:
-        bits = held.event.kind & _TOUCH
-        through = (0, 0, b"")
-        if bits in (_MODIFY, _ACCESS) and held.event.unlinked:
-            # Through a descriptor that lost the name, too: IN_EXCL_UNLINK goes by that.
-            place = (held.event.node, held.event.name)
-            files = self._opened.get((child, bits == _MODIFY), ())
-            seq = next((file.seq for file in files if (file.node, file.name) == place), 0)
-            apart = not seq and self._is_apart(held.event, child)
-            through = (seq, int(apart), b"")
-        return self._task(held, Op.TOUCH, child, to=through, arg=bits)
-
-    def _is_apart(self, event: Event, child: Inode) -> bool:
-        """Whether the file may be opened for an event, because no watcher sees that, nor the
-        name.
-        """
-        marks = self.asks(event.node) | self.asks(child) | self.asks(None)
-        return not marks & (_OPEN | _CLOSE) and event.name not in event.node.children
-
-    def _open(self, held: _Held, child: Inode, writing: bool) -> Task:
-        # Opening a real FIFO or device would make the agent its peer: a file stands in for it.
-        file = child
-        if child.kind not in (stat.S_IFREG, stat.S_IFDIR):
-            file = self._table.placeholder(stat.S_IFREG, held.event.node, held.event.name)
-        task = self._task(held, Op.OPEN, file, arg=int(writing))
-        opened = _Open(task.order.seq, held.event.node, held.event.name)
-        self._opened.setdefault((child, writing), []).append(opened)
-        return task
-
-    def _not_opened(self, event: Event, order: frames.Order) -> None:
-        """The agent could not open it: it is opened right before its close, if possible then."""
-        assert event.child is not None
-        key = (event.child, bool(order.arg))
-        files = [file for file in self._opened.pop(key, []) if file.seq != order.seq]
-        if files:
-            self._opened[key] = files
-
-    def _reopen_as(self, child: Inode, old: tuple[Inode, bytes], new: tuple[Inode, bytes]) -> None:
-        """An open file is closed under the name that it has by then."""
-        for writing in (False, True):
-            files = self._opened.get((child, writing), [])
-            files[:] = [
-                _Open(file.seq, *new) if (file.node, file.name) == old else file for file in files
-            ]
-
-    def _close(self, held: _Held, child: Inode, writing: bool) -> Iterator[Task]:
-        place = (held.event.node, held.event.name)
-        key = (child, writing)
-        if place not in self._places(key):  # the name stood for another object by then
-            keys = (k for k in self._opened if k[1] == writing and place in self._places(k))
-            other = next(keys, None)
-            if other is not None and key not in self._opened:
-                key = other
-            elif other is not None and held.event.has_self:
-                # Opened separately, under the name and as itself.
-                yield self._closing(held, child, other, place)
-        if key not in self._opened:  # opened before anybody was interested
-            yield self._open(held, child, writing)
-        yield self._closing(held, child, key, place)
-
-    def _closing(
-        self, held: _Held, child: Inode, key: tuple[Inode, bool], place: tuple[Inode, bytes]
-    ) -> Task:
-        # Of several links of one file, the one that was opened under this name.
-        places = self._places(key)
-        seq = self._opened[key].pop(places.index(place) if place in places else 0).seq
-        if not self._opened[key]:
-            del self._opened[key]
-        return self._task(held, Op.CLOSE, child, arg=seq)
-
-    def _called(self, event: Event) -> _Called | None:
-        """The name of a file that is known only by its mark, if it has exactly one and its
-        directory has no watcher: an ATTRIB upon a new link is reported for the file only.
-        """
-        node, parent = event.node, event.node.parent
-        if event.name or node.kind != stat.S_IFREG or node.is_placeholder or node.nlink != 1:
-            return None
-        if parent is None or parent.nodeid >= FSD_DIR or parent.children.get(node.name) is not node:
-            return None
-        return None if self.asks(parent) or self.asks(None) else _Called(parent, node.name)
-
-    def _places(self, key: tuple[Inode, bool]) -> list[tuple[Inode, bytes]]:
-        return [(file.node, file.name) for file in self._opened.get(key, ())]
-
-    def _task(
-        self,
-        held: _Held,
-        op: Op,
-        child: Inode,
-        *,
-        at: _Place | None = None,
-        to: _Place = _NOWHERE,
-        arg: int = 0,
-    ) -> Task:
-        event = held.event
-        nodeid, generation, name = at or _place(event)
-        if held.called is not None and op in (Op.TOUCH, Op.OPEN):
-            nodeid, generation, name = held.called.place
-        lost = held.way and held.way[-1].parent == STAGING
-        if at is None and not event.name and event.node.is_dir and lost:
-            # Not if the guest's kernel has it, whose parent's watchers would see this.
-            nodeid, generation, name = _out_of_sight(event.node, b"")
-        target = event.replaced if op == Op.RENAME else None
-        if target is child:  # two links of one file: the kernel would do nothing
-            exchanged = event.exchanged
-            target = self._table.placeholder(child.kind, None, b"") if exchanged else None
-        pinned = (*held.pinned, child) if target is None else (*held.pinned, child, target)
-        for inode in pinned:
-            self._table.pin(inode)
-        order = frames.Order(
-            next(self._seq), op, child.kind, nodeid, generation, to[0], to[1], arg, name, to[2],
-            _path(held.way), _path(held.way2),
-        )  # fmt: skip
-        counted = None if op == Op.OPEN and event.kind & _CLOSE else event
-        way = held.way + held.way2
-        position = held.position
-        return Task(order, child, counted, target, event.nlink, way, pinned, position=position)
-
     def _way(self, node: Inode) -> Way:
         """The look-ups from the root to a directory, as they are now; kept until one moves."""
         if self._ways_as_of != self._table.moves or self._way_steps >= WAYS_LIMIT:
@@ -598,52 +428,8 @@ class MountGuest(Guest):
         return way
 
 
-class _Open(NamedTuple):
-    """A file that the agent has open: which order opened it, under which name."""
-
-    seq: int
-    node: Inode
-    name: bytes
-
-
-class _Called(NamedTuple):
-    """The name under which the event of a file's own mark is replayed, which fanotify groups
-    report.
-    """
-
-    parent: Inode
-    name: bytes
-
-    @property
-    def place(self) -> _Place:
-        """The place of an order."""
-        return self.parent.nodeid, self.parent.generation, self.name
-
-
-class _Held(NamedTuple):
-    """An event to be planned, with time.monotonic() of its arrival and the ways to its places."""
-
-    event: Event
-    arrived: float
-    way: Way
-    way2: Way
-    pinned: tuple[Inode, ...]
-    cost: int
-    position: int
-    called: _Called | None
-
-
 def _file(inode: Inode) -> File:
     return inode.identity.device, inode.identity.ino
-
-
-def _path(way: Way) -> bytes:
-    return b"/".join(step.name for step in way)
-
-
-_STAGED: _Place = (STAGING, 0, b"x")
-"""The only name for files in the staging directory: each move out replaces the previous one. A
-directory keeps a name of its own, so that later events in it can be replayed."""
 
 
 def _ignore_agent(pid: int) -> None:
@@ -662,17 +448,3 @@ def _asks_nothing(inode: Inode | None) -> Mask:
 
 def _ignore_mark(nodeid: int, mask: int) -> None:
     """Interest is not recorded."""
-
-
-def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:
-    return STAGING, 0, b"%d" % inode.nodeid + suffix
-
-
-def _place(event: Event) -> _Place:
-    """The place of an order: the name; the object itself; or a file separately, without a name."""
-    node = event.node
-    if event.kind & _DELETE_SELF and node.is_dir:
-        return _out_of_sight(node, b"")
-    if event.name or node.is_dir:
-        return node.nodeid, node.generation, event.name
-    return ALIAS, 0, b"%d" % node.nodeid

@@ -2,7 +2,8 @@
 transport.
 
 It is the boundary for errors: an OSError becomes its errno, anything else EIO and one logged
-traceback. pyfuse3 would unmount on any exception other than FUSEError.
+traceback. pyfuse3 would unmount on any exception other than FUSEError. It is long because pyfuse3
+wants one method for each operation.
 """
 
 from __future__ import annotations
