@@ -301,9 +301,11 @@ class FuseSession:
 
     def end(self) -> None:
         """The process ends, and what the guest holds with it: answer what still waits. Nodes and
-        marks stay as they are for the image.
+        marks stay as they are for the image. What is still to be closed slowly is left to the end
+        of the process, as no thread can be begun any more.
         """
         self._minor = 0
+        self._closing = self._closing or []
         self._waiting.close()
 
     def close(self, then: Callable[[], None] = lambda: None) -> None:

@@ -30,9 +30,9 @@ def test_a_watcher_of_the_share(tmp_path: Path) -> None:
         start_agent(vm)
         watcher = start_watcher(vm, "/mnt/a", "/mnt/b", "/tmp", "/proc")
         pid = str(watcher.pid)
-        done = vm.run([TOOL, "checkpoint", "--search", "/proc", "--pid", pid, "/tmp/saved"])
+        done = vm.run([TOOL, "checkpoint", "--search", "/proc", "--pid", pid, "/saved"])
         assert (done.status, done.stderr) == (0, "")
-        state = json.loads(vm.run([TOOL, "show", "/tmp/saved", "--json"]).stdout)
+        state = json.loads(vm.run([TOOL, "show", "/saved", "--json"]).stdout)
         assert "virtiofs" in [row["type"] for row in state["filesystems"]]
         (file,) = (row for row in state["files"] if row["kind"] == "inotify")
         assert file["fds"][0]["fd"] == 3
@@ -45,7 +45,7 @@ def test_a_watcher_of_the_share(tmp_path: Path) -> None:
         watcher.signal(9)
         watcher.wait()
 
-        words = [TOOL, "restore", "--overflow", "always", "/tmp/saved", "--"]
+        words = [TOOL, "restore", "--overflow", "always", "/saved", "--"]
         again = vm.start([*words, "python3", "-c", READER])
         pid = again.line(30)
         assert "restored 4 watches" in again.stderr

@@ -14,6 +14,11 @@ LIBFUSE: dict[str, str] = {
     "host_lock_is_seen": "pyfuse3 has no handler for locks: they are the guest kernel's own",
 }
 
+# stress-ng stressors that cannot do their work on a mount and can natively.
+STRESSORS: dict[str, str] = {
+    "fiemap": "the kernel answers FS_IOC_FIEMAP by an operation that FUSE does not have",
+}
+
 # POSIX cases that an ordinary user's mount fails.
 ORDINARY: dict[str, str] = {}
 

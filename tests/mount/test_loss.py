@@ -397,8 +397,8 @@ OPERATIONS: dict[str, Callable[[Path], object]] = {
 }
 
 
-IN_BUFFERS = {"read": "read_into", "write": "write_from"}
-"""What the session calls instead."""
+IN_BYTES = {"read_into": "read", "write_from": "write"}
+"""What pyfuse3's operations call instead."""
 
 
 @pytest.mark.parametrize("transport", ["devfuse", "libfuse"])
@@ -417,7 +417,7 @@ def test_every_handler_may_fail_and_the_server_lives_on(tmp_path: Path, transpor
         watching(share, events="create,delete") as watcher,
     ):
         for name in OPERATIONS:
-            trigger.write_text(f"{name} {IN_BUFFERS.get(name, '')}")
+            trigger.write_text(f"{name} {IN_BYTES.get(name, '')}")
             script = "import sys; sys.path.insert(0, sys.argv[1])\n"
             script += "from tests.mount.test_loss import try_one\ntry_one(*sys.argv[2:])"
             done = subprocess.run(
