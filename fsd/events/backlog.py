@@ -6,8 +6,9 @@ looks ahead, and takes related events out of order.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Container, Iterable, Set
+from collections import Counter, deque
+from collections.abc import Container, Iterable, Iterator, Set
+from itertools import islice
 from typing import NamedTuple
 
 from protocol.inotify import RawEvent
@@ -20,6 +21,7 @@ BACKLOG_LIMIT = 524_288
 """Events read and not yet processed, about 150 MB; beyond it there is an overflow."""
 _OVERFLOW = RawEvent(-1, int(Mask.Q_OVERFLOW), 0, b"")
 _ARRIVING = int(Mask.CREATE | Mask.MOVED_TO)
+_MOVED_TO = int(Mask.MOVED_TO)
 _STRUCTURE = int(STRUCTURE)
 
 
@@ -38,6 +40,8 @@ class Backlog:
     def __init__(self) -> None:
         self._arrivals: deque[Arrival] = deque()
         self._names = QueuedNames()
+        # Cookies of waiting MOVED_TOs: most that are sought are not there, as nobody watches them
+        self._moved_to: Counter[int] = Counter()
         self.next_number = 0
         """The number of the event that is read next."""
 
@@ -59,6 +63,11 @@ class Backlog:
     def _count(self, arrival: Arrival, step: int) -> None:
         origin = arrival.origin
         self._names.count(arrival.raw, None if origin is HOST else origin, step)
+        if arrival.raw.mask & _MOVED_TO:
+            cookie = arrival.raw.cookie
+            self._moved_to[cookie] += step
+            if not self._moved_to[cookie]:
+                del self._moved_to[cookie]
 
     def pop(self) -> Arrival:
         """The next event in queue order."""
@@ -87,6 +96,7 @@ class Backlog:
     def _keep(self, arrivals: Iterable[Arrival]) -> None:
         self._arrivals = deque(arrivals)
         self._names.clear()
+        self._moved_to.clear()
         for arrival in self._arrivals:
             self._count(arrival, 1)
 
@@ -130,24 +140,27 @@ class Backlog:
 
     def take_moved_to(self, cookie: int, within: int) -> Arrival | None:
         """Remove and return the other half of a rename, if it is among the next events."""
-        index = self._moved_to(cookie, within)
-        return None if index < 0 else self._take(index)
+        for index, raw in self._of_rename(cookie, within):
+            if raw.mask & _MOVED_TO:
+                return self._take(index)
+        return None
 
     def has_moved_to(self, cookie: int, within: int) -> bool:
         """Whether the other half of a rename is among the next events."""
-        return self._moved_to(cookie, within) >= 0
+        return any(raw.mask & _MOVED_TO for _, raw in self._of_rename(cookie, within))
 
-    def _moved_to(self, cookie: int, within: int) -> int:
-        for index in range(min(within, len(self._arrivals))):
-            raw = self._arrivals[index].raw
-            if raw.cookie == cookie and raw.mask & Mask.MOVED_TO:
-                return index
-        return -1
+    def _of_rename(self, cookie: int, within: int) -> Iterator[tuple[int, RawEvent]]:
+        """Where its halves are, if the second one waits at all."""
+        if cookie not in self._moved_to:
+            return
+        for index, arrival in enumerate(islice(self._arrivals, within)):
+            if arrival.raw.cookie == cookie:
+                yield index, arrival.raw
 
     def drop_rename(self, cookie: int, within: int) -> None:
         """Remove both halves of a rename from the next events."""
-        for index in reversed(range(min(within, len(self._arrivals)))):
-            if self._arrivals[index].raw.cookie == cookie:
+        for index, arrival in reversed([*enumerate(islice(self._arrivals, within))]):
+            if arrival.raw.cookie == cookie:
                 self._take(index)
 
     def _take(self, index: int) -> Arrival:
