@@ -78,9 +78,27 @@ def open_file(dir_fd: int, path: bytes, flags: int) -> int:
 
 def open_reached(fd: int, flags: int) -> int:
     """Open an O_PATH descriptor's file if it is a regular file or directory. Raises OSError."""
+    _require_file_or_directory(fd)
+    return reopen(fd, flags)
+
+
+def _require_file_or_directory(fd: int) -> None:
     if not kernel.is_file_or_directory(fd):
         raise OSError(errno.EINVAL, "neither a file nor a directory")
-    return reopen(fd, flags)
+
+
+def open_entry(dir_fd: int, name: bytes, flags: int) -> int:
+    """Open the regular file or directory of that name, on a mount on which no device can be opened
+    and nothing is mounted: with one look-up. Raises OSError as ``open_file`` does.
+    """
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=dir_fd)
+    try:
+        _require_file_or_directory(fd)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 @functools.cache

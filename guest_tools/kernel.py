@@ -8,13 +8,14 @@ import os
 import re
 import stat
 import struct
+from contextlib import suppress
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # The same on every architecture.
 _SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 428, 430, 431, 432
 _SYS_FSPICK, _SYS_MOUNT_SETATTR = 433, 442
 _AT_EMPTY_PATH = 0x1000
-_MOUNT_ATTR_RDONLY = 1
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NODEV = 1, 4
 _FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 1, 8
 _FSCONFIG_SET_FLAG, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 6, 7
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
@@ -47,21 +48,31 @@ def check(result: int) -> int:
 
 
 def clone_mount(path: str) -> int:
-    """A private copy of the mount at ``path``, which does not keep it busy: open_tree(2)."""
+    """A private copy of the mount at ``path``, which does not keep it busy: open_tree(2). From
+    Linux 5.12 on no device can be opened on it. Raises OSError.
+    """
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
-    return check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
+    copy = check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags))
+    with suppress(OSError):
+        _set_attributes(copy, setting=_MOUNT_ATTR_NODEV)
+    return copy
+
+
+def _set_attributes(mount_fd: int, *, setting: int = 0, clearing: int = 0) -> None:
+    """Change only this mount: mount_setattr(2), Linux 5.12. Raises OSError."""
+    attributes = struct.pack("=4Q", setting, clearing, 0, 0)
+    size = ctypes.c_size_t(len(attributes))
+    check(_libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, attributes, size))
 
 
 def make_writable(mount_fd: int) -> None:
     """Make only this mount writable, if ``mount -o ro`` has made the file system read-only.
 
-    ``mount -o ro`` sets a flag on the mount and one on the file system. mount_setattr(2), Linux
-    5.12, clears the first on this mount. fspick(2) clears the second; other mounts of the file
-    system keep their own flag, so their users still get EROFS. Raises OSError.
+    ``mount -o ro`` sets a flag on the mount and one on the file system. The first is cleared on
+    this mount. fspick(2) clears the second; other mounts of the file system keep their own flag,
+    so their users still get EROFS. Raises OSError.
     """
-    attributes = struct.pack("=4Q", 0, _MOUNT_ATTR_RDONLY, 0, 0)
-    size = ctypes.c_size_t(len(attributes))
-    check(_libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, attributes, size))
+    _set_attributes(mount_fd, clearing=_MOUNT_ATTR_RDONLY)
     if not os.fstatvfs(mount_fd).f_flag & os.ST_RDONLY:
         return
     flags = _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH

@@ -20,7 +20,7 @@ from protocol.handles import FILEID_INO64_GEN, NodeKey, encode_fh
 from protocol.masks import Mask
 
 from .. import kernel
-from ..beneath import check_name, open_reached, reach
+from ..beneath import check_name, open_entry, open_reached, reach
 
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _RETRIES = 3
@@ -98,6 +98,7 @@ class Replayer:
         self._mount_fd = channel_fd  # for open_by_handle_at, which takes no O_PATH descriptor
         self._opened_limit = opened_limit
         self._is_copy = is_copy
+        self._opens_by_name = is_copy and bool(os.fstatvfs(root_fd).f_flag & os.ST_NODEV)
         # Directories of this batch. Not kept longer: an open one would delay its IN_DELETE_SELF.
         self._directories: dict[tuple[int, int], int] = {}
         self._files: dict[int, _File] = {}  # by the order that opened it
@@ -299,20 +300,25 @@ class Replayer:
         if stat.S_ISDIR(order.mode):
             flags |= os.O_DIRECTORY
         number = 0
-        with _reached(dir_fd, order.name) as file:
-            try:
-                fd = open_reached(file, flags)
-            except OSError as error:
-                if error.errno != errno.ETXTBSY:
-                    raise
-                number = errno.ETXTBSY
-                fd = open_reached(file, flags & ~os.O_WRONLY)
+        try:
+            fd = self._open_named(dir_fd, order.name, flags)
+        except OSError as error:
+            if error.errno != errno.ETXTBSY:
+                raise
+            number = errno.ETXTBSY
+            fd = self._open_named(dir_fd, order.name, flags & ~os.O_WRONLY)
         self._close(order.seq)  # which an honest server never causes
         name = _Name(order.nodeid, order.name, bool(order.arg))
         self._files[order.seq] = _File(fd, name)
         if self._view is not self._private and not stat.S_ISDIR(order.mode):
             self._opened_visibly[name] = fd
         return number
+
+    def _open_named(self, dir_fd: int, name: bytes, flags: int) -> int:
+        if name and self._opens_by_name and self._view is self._private:
+            return open_entry(dir_fd, name, flags)
+        with _reached(dir_fd, name) as file:
+            return open_reached(file, flags)
 
     def _close(self, seq: int) -> None:
         file = self._files.pop(seq, None)

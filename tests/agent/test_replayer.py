@@ -272,6 +272,36 @@ def test_what_a_volume_covers_is_reached_privately(
         subprocess.run(["umount", share], check=True)
 
 
+@AS_ROOT
+@pytest.mark.parametrize("kind", ["pipe", "link", "device"])
+def test_a_private_copy_opens_nothing_but_files_and_directories(
+    places: tuple[Path, Path], kind: str
+) -> None:
+    share, outside = places
+    place = share / "d/place"
+    make: dict[str, Callable[[], None]] = {
+        "pipe": lambda: os.mkfifo(place),
+        "link": lambda: os.symlink(outside, place),
+        "device": lambda: os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 3)),
+    }
+    make[kind]()
+    subprocess.run(["mount", "--bind", share, share], check=True)
+    private, channel = kernel.clone_mount(str(share)), os.open(share, os.O_RDONLY)
+    replayer = Replayer(private, lambda: os.open(share, os.O_PATH), channel, LIMIT, is_copy=True)
+    try:
+        assert os.fstatvfs(private).f_flag & os.ST_NODEV
+        assert not os.statvfs(share).f_flag & os.ST_NODEV  # of the copy alone
+        before = descriptors()
+        refused = (errno.EINVAL, errno.ELOOP, errno.EACCES)
+        assert replayer.execute(order(Op.OPEN, b"place", b"d")) in refused
+        assert descriptors() <= before
+        assert replayer.execute(order(Op.OPEN, b"file", b"d")) == 0
+    finally:
+        replayer.close()
+        os.close(channel)
+        subprocess.run(["umount", share], check=True)
+
+
 # Descriptors
 
 
