@@ -122,7 +122,6 @@ def _watch() -> list[str]:
     os.mkdir("/made")
     os.rmdir("/made")
     export.watcher.drain()
-    export.watcher.on_arrival()
     export.process(100)
     events = [message for message in guest.take(10) if isinstance(message, frames.Event)]
     return [masks.names(event.mask)[0] for event in events]

@@ -58,13 +58,14 @@ _UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 
 class HostWatcher:
-    """One inotify instance. Owns its descriptor."""
+    """One inotify instance. Owns its descriptor. ``on_arrival`` is called when events were read."""
 
     def __init__(
         self,
         table: InodeTable,
         *,
         watch_limit: int | None = None,
+        on_arrival: Callable[[], None] = lambda: None,
     ) -> None:
         self._table = table
         self._manager = pyinotify.WatchManager()
@@ -89,7 +90,7 @@ class HostWatcher:
         self.events_in = 0
         self.own_events = 0  # that the server itself has made
         self._elsewhere = CallsElsewhere()
-        self.on_arrival: Callable[[], None] = _nobody
+        self.on_arrival = on_arrival
         self.on_changed: Callable[[Inode], None] = _ignore_change
         """Called when a directory's own attributes have changed, which a kernel may cache for
         long."""
@@ -431,7 +432,7 @@ class HostWatcher:
         """
         bits = self._bits(expected)
         if not bits:
-            return _nobody
+            return lambda: None
         self.drain()
         remove = self._elsewhere.add(origin, bits)
 
@@ -450,10 +451,6 @@ class HostWatcher:
         finally:
             self._is_attributing = False
             self._take_in((origin, matches))
-
-
-def _nobody() -> None:
-    """No pump runs yet."""
 
 
 def _ignore_change(inode: Inode) -> None:

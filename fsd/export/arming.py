@@ -115,7 +115,7 @@ class Arming:
             self._watches.provisional.add(directory)
             self._watches.set_watch(directory)
             self._expiry = min(self._expiry, node.expires)
-            self._export.watcher.on_arrival()
+            self._export.on_work()
         if not known:
             self._counts[guest] = self._counts.get(guest, 0) + 1
         look_up = node.by.setdefault(guest, LookUp(has_new=not guest.device))
@@ -280,7 +280,7 @@ class Arming:
         holding = self._holding.get(guest)
         if holding is None:
             holding = self._holding[guest] = Holding(guest, time.monotonic() + windows.HOLD)
-            self._export.watcher.on_arrival()  # there is a deadline
+            self._export.on_work()  # there is a deadline
         if len(holding.events) >= HOLD_LIMIT:
             self._give_up(guest, holding)
         if holding.is_over:

@@ -123,7 +123,7 @@ class Channel:
             if not begin(job):
                 self._background = self._continuing(job)
                 self._export.chores.add(self._owner, self._background)
-        self._export.watcher.on_arrival()
+        self._export.on_work()
 
     @property
     def is_full(self) -> bool:
@@ -362,11 +362,11 @@ class Channel:
             self._unsent = memoryview(b"".join(data))
             if guest is not None and guest.missing and not guest.depth:
                 self._export.recovery.catch_up(guest)
-                self._export.watcher.on_arrival()  # so that events get planned
+                self._export.on_work()  # so that events get planned
             if self._is_stalled and self._background is not None:
                 self._is_stalled = False
                 self._export.chores.add(self._owner, self._background)
-                self._export.watcher.on_arrival()
+                self._export.on_work()
         part, self._unsent = self._unsent[:size], self._unsent[size:]
         return bytes(part)
 

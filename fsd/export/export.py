@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import structlog
 
@@ -38,7 +37,7 @@ from ..guests.guest import (
     HandMarks,
     Observer,
 )
-from ..guests.mount import MountGuest
+from ..guests.mount import MountGuest, Record
 from ..linux.descriptors import share
 from ..linux.openers import File, Openers
 from ..pacing import windows
@@ -65,7 +64,10 @@ class Export:
     """One shared directory. Raises OSError if ``source`` cannot be opened.
 
     ``read_only``: for its guests; the host's changes are still reported. ``overflow_after_loss``:
-    observers get IN_Q_OVERFLOW also for losses that a comparison recovers.
+    observers get IN_Q_OVERFLOW also for losses that a comparison recovers. The export calls
+    ``on_work`` when there may be work for ``process``, or an earlier deadline; ``on_change`` at the
+    first change of its state after a checkpoint; ``on_name`` for each new name, with its directory
+    and its object.
     """
 
     def __init__(
@@ -76,13 +78,17 @@ class Export:
         outbox_limit: int = OUTBOX_LIMIT,
         watch_limit: int | None = None,
         overflow_after_loss: bool = False,
+        on_work: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
+        on_name: Callable[[Inode, bytes, Inode], None] | None = None,
     ) -> None:
         self.source = source
         self.read_only = read_only
         self.watch_limit = default_limit() if watch_limit is None else watch_limit
         self.table = InodeTable(source)
         self.fs = PassthroughFS(self.table)
-        self.watcher = HostWatcher(self.table, watch_limit=self.watch_limit)
+        self.on_work = on_work
+        self.watcher = HostWatcher(self.table, watch_limit=self.watch_limit, on_arrival=on_work)
         self.reader = Reader(self.table, self.watcher)
         self._resolver = Resolver(self.fs, self.watcher)
         self.interest = Interest()
@@ -128,10 +134,8 @@ class Export:
         self.is_stopping = False  # channels that end now may come back
         self.is_changed = False  # since the state was saved
         self.confirmed_ns = 0  # up to then, listings are known to be right
-        self.on_change: Callable[[], None] = _nobody
-        self.on_name: Callable[[Inode, bytes, Inode], None] = _ignore_name
-        """Called for each new name: its directory, the name, and its object."""
-        self.checkpoint: Callable[[], dict[str, Any]] | None = None  # saves it, if that is possible
+        self._on_change = on_change
+        self._on_name = on_name
         self._outbox_limit = outbox_limit
         self._overflow_after_loss = overflow_after_loss
         self._give_up_at = math.inf  # when to give up waiting observers
@@ -149,11 +153,22 @@ class Export:
 
     # Guests
 
-    def add_mount_guest(self, name: str, *, is_local: bool = False) -> MountGuest:
-        """Add a mount guest: another machine's, or (``is_local``) one of this machine."""
-        limit, openers = self._outbox_limit, self._openers
-        guest = MountGuest(name, self.fs, self.watcher, openers, limit=limit, is_local=is_local)
-        guest.asks = partial(self.interest.of, guest)
+    def add_mount_guest(
+        self, name: str, *, is_local: bool = False, record: Record | None = None
+    ) -> MountGuest:
+        """Add a mount guest: another machine's, or (``is_local``) one of this machine. ``record``
+        notes its state.
+        """
+        guest = MountGuest(
+            name,
+            self.fs,
+            self.watcher,
+            self._openers,
+            self.interest.of,
+            limit=self._outbox_limit,
+            is_local=is_local,
+            record=record,
+        )
         self.guests.append(guest)
         return guest
 
@@ -195,7 +210,7 @@ class Export:
         self.guests.remove(guest)
         if isinstance(guest, MountGuest):
             for inode in self.interest.marks(guest):
-                guest.on_mark(0 if inode is None else inode.nodeid, 0)
+                guest.marked(0 if inode is None else inode.nodeid, 0)
         guest.leave()
         self._own_chores.do(self._dropping_marks(guest))
 
@@ -228,7 +243,7 @@ class Export:
         had = self.interest.of(guest, inode)
         before, after = self.interest.update(guest, inode, mask)
         if isinstance(guest, MountGuest) and had != mask:
-            guest.on_mark(0 if inode is None else inode.nodeid, int(mask))
+            guest.marked(0 if inode is None else inode.nodeid, int(mask))
         if inode is None:
             if before != after:
                 self._tree.bring_in_line(after)
@@ -366,10 +381,11 @@ class Export:
             if event.mask & (_MOVED_FROM | _MOVED_TO):
                 self.watches.follow_names(child, event.replaced)
             yield from self._tree.cover_arrival(event, child)
-            if event.node2 is not None:
-                self.on_name(event.node2, event.name2, child)
-            elif event.mask & (_CREATE | _MOVED_TO):
-                self.on_name(event.node, event.name, child)
+            if self._on_name is not None:
+                if event.node2 is not None:
+                    self._on_name(event.node2, event.name2, child)
+                elif event.mask & (_CREATE | _MOVED_TO):
+                    self._on_name(event.node, event.name, child)
         for inode in (child, event.replaced):
             if inode is not None:
                 self.table.release(inode)
@@ -377,7 +393,7 @@ class Export:
     def _change(self) -> None:
         if not self.is_changed:
             self.is_changed = True
-            self.on_change()
+            self._on_change()
 
     def restore_marks(
         self, marks: Iterable[tuple[Guest, Inode | None, Mask]], order: Iterable[Inode]
@@ -414,11 +430,3 @@ class Export:
         while self.waiting:
             _, guest = self.waiting.popitem()
             self._due("giving up an observer", partial(self.remove_guest, guest))
-
-
-def _ignore_name(directory: Inode, name: bytes, child: Inode) -> None:
-    """Names are not recorded."""
-
-
-def _nobody() -> None:
-    """The state is not saved."""

@@ -10,7 +10,9 @@ import json
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from protocol import frames
 
@@ -34,6 +36,8 @@ _NAMES = {
     b"staging": (frames.STAGING, stat.S_IFDIR | 0o700),
     b"alias": (frames.ALIAS, stat.S_IFDIR | 0o700),
 }
+Checkpoint = Callable[[], dict[str, Any]]
+"""Saves the state of an export; returns where, and how much. Raises OSError."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,11 +50,14 @@ class HiddenHandle:
 
 
 class HiddenFiles:
-    """The hidden directory of one mount."""
+    """The hidden directory of one mount. Opening `.fsd/checkpoint` calls ``checkpoint``."""
 
-    def __init__(self, export: Export, guest: MountGuest) -> None:
+    def __init__(
+        self, export: Export, guest: MountGuest, checkpoint: Checkpoint | None = None
+    ) -> None:
         self._export = export
         self._guest = guest
+        self._checkpoint = checkpoint
         self._modes = {frames.FSD_DIR: stat.S_IFDIR | 0o700, **dict(_NAMES.values())}
         self._inodes = {
             nodeid: Inode(nodeid, 1, Identity(-2, nodeid, b"", 0), stat.S_IFMT(mode))
@@ -99,9 +106,9 @@ class HiddenFiles:
         if nodeid == frames.STATUS:
             handle.text = json.dumps(snapshot(self._export, self._guest)).encode()
         elif nodeid == frames.CHECKPOINT:
-            if self._export.checkpoint is None:
+            if self._checkpoint is None:
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-            handle.text = json.dumps(self._export.checkpoint()).encode()
+            handle.text = json.dumps(self._checkpoint()).encode()
         elif access != os.O_RDWR:
             return handle
         elif nodeid == frames.CONTROL:

@@ -31,7 +31,7 @@ from ..guests.mount import MountGuest
 from ..linux import credentials, syscalls
 from .access import Access, Events, opening, writing
 from .handles import Handles
-from .hidden import HiddenFiles
+from .hidden import Checkpoint, HiddenFiles
 from .openfiledata import OpenFileData
 from .removal import Removal
 from .slowwork import SlowWork
@@ -41,14 +41,18 @@ _NEW, _NEW_TRUNC = Mask.CREATE | opening(0), Mask.CREATE | opening(os.O_TRUNC)
 
 
 class Operations:
-    """Operations of one mount, which is ``guest``, on an export."""
+    """Operations of one mount, which is ``guest``, on an export. ``checkpoint`` saves the export's
+    state, if the mount's users may have that done.
+    """
 
-    def __init__(self, export: Export, guest: MountGuest) -> None:
+    def __init__(
+        self, export: Export, guest: MountGuest, *, checkpoint: Checkpoint | None = None
+    ) -> None:
         self.export = export
         self.guest = guest
         self._fs = export.fs
         self._table = export.table
-        self.hidden = HiddenFiles(export, guest)
+        self.hidden = HiddenFiles(export, guest, checkpoint)
         self.acls = False
         """Whether POSIX ACLs may be used (fsd.files.xattrs): set by the transport."""
         self.access = Access(export, guest)

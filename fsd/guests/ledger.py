@@ -85,28 +85,24 @@ def _check_looked_up(task: Task) -> None:
         raise OSError(errno.ESTALE, "not looked up")
 
 
-def _nobody(_task: Task) -> None:
-    """Nothing waits for an order."""
-
-
 def _is_apart(task: Task) -> bool:
     """Whether it is a TOUCH of a file that has lost its name, through a descriptor made for it."""
     return task.order.op == Op.TOUCH and bool(task.order.generation2)
 
 
 class Ledger:
-    """Orders sent to the agent and not yet done, oldest first."""
+    """Orders sent to the agent and not yet done, oldest first. Calls ``on_done`` with each order
+    once the agent's call has returned, which its next request shows.
+    """
 
-    def __init__(self, fs: PassthroughFS) -> None:
+    def __init__(self, fs: PassthroughFS, on_done: Callable[[Task], None]) -> None:
         self._fs = fs
         self._table = fs.table
         self._tasks: deque[Task] = deque()
         self._begun = False
         self._found: deque[tuple[int, bytes, float]] = deque(maxlen=FOUND_LIMIT)
         self.done: list[Task] = []  # taken over by the guest's counters
-        self.on_done: Callable[[Task], None] = _nobody
-        """Called with each order once the agent's call has returned, which its next request
-        shows."""
+        self._on_done = on_done
         self._returning: Task | None = None
 
     def __len__(self) -> int:
@@ -164,7 +160,7 @@ class Ledger:
         """The agent makes a request: the previous call has returned."""
         task, self._returning = self._returning, None
         if task is not None:
-            self.on_done(task)
+            self._on_done(task)
 
     def _release(self, task: Task) -> None:
         for inode in task.pinned:

@@ -9,6 +9,8 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
 
 from protocol import frames
 from protocol.frames import ALL_PROCESSES, Op
@@ -50,9 +52,20 @@ _CLOSE = _CLOSE_WRITE | int(Mask.CLOSE_NOWRITE)
 _OWN = _MODIFY | _ACCESS | _OPEN | _CLOSE | int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
 
 
+class Record(Protocol):
+    """Notes a guest's state for the next server process."""
+
+    def replayer(self, pid: int, /) -> None:
+        """The agent's number has changed; 0 = there is no agent."""
+
+    def marked(self, nodeid: int, mask: int, /) -> None:
+        """The guest's interest in a node (0 = all) has changed."""
+
+
 class MountGuest(Guest):
     """A guest with an agent: a mount of this machine (``is_local``), or another machine. Its outbox
-    consists of held events, planned tasks, and the ledger.
+    consists of held events, planned tasks, and the ledger. ``interest`` returns the events that a
+    guest's marks on an inode, or on all, ask for.
     """
 
     __slots__ = (
@@ -64,6 +77,7 @@ class MountGuest(Guest):
         "_openers",
         "_orders",
         "_outgoing",
+        "_record",
         "_scanning",
         "_table",
         "_tasks",
@@ -71,7 +85,6 @@ class MountGuest(Guest):
         "_way_steps",
         "_ways",
         "_ways_as_of",
-        "asks",
         "began",
         "device",
         "history",
@@ -80,8 +93,6 @@ class MountGuest(Guest):
         "keeps_names",
         "ledger",
         "nodes_held",
-        "on_agent",
-        "on_mark",
         "pid",
         "transport",
         "waiting_until",
@@ -93,9 +104,11 @@ class MountGuest(Guest):
         fs: PassthroughFS,
         watcher: HostWatcher,
         openers: Openers,
+        interest: Callable[[Guest, Inode | None], Mask],
         *,
         limit: int,
         is_local: bool = False,
+        record: Record | None = None,
     ) -> None:
         super().__init__(name, limit=limit)
         self._openers = openers
@@ -107,16 +120,10 @@ class MountGuest(Guest):
         """Returns how many nodes its kernel holds."""
         self._table = fs.table
         self._watcher = watcher
-        self.ledger = Ledger(fs)
+        self.ledger = Ledger(fs, self._done)
         self.history = History(self, watcher)
-        self.ledger.on_done = self._done
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
-        self.on_agent: Callable[[int], None] = _ignore_agent
-        """Called with the agent's number whenever it changes."""
-        self.on_mark: Callable[[int, int], None] = _ignore_mark
-        """Called with each change of interest: nodeid (0 = all), mask."""
-        self.asks: Callable[[Inode | None], Mask] = _asks_nothing
-        """The events that the guest's marks on an inode, or on all, ask for."""
+        self._record = record
         self.is_paused = False  # no orders are sent; sent ones are still answered
         self.keeps_names = False  # its kernel may look a name up without a request
         self._held: deque[Held] = deque()
@@ -124,7 +131,7 @@ class MountGuest(Guest):
         self._open_close: dict[Inode, deque[bool | None]] = {}
         self._tasks: deque[Task] = deque()
         self._only_read: set[int] = set()  # OPENs for writing that the agent has open for reading
-        self._orders = Orders(fs.table, lambda inode: self.asks(inode))
+        self._orders = Orders(fs.table, partial(interest, self))
         self._hint = 0
         self._hinted: set[int] = set()  # processes for the next hints
         # Processes that the agent is scanning: since which hint
@@ -140,7 +147,7 @@ class MountGuest(Guest):
     def connect(self, pid: int, hello: frames.Hello) -> None:
         """An agent took the control channel."""
         self.pid = pid
-        self.on_agent(pid)
+        self._note_agent()
         self.events = EVENTS & hello.events
         self._orders.clear()
         self._only_read.clear()
@@ -158,7 +165,16 @@ class MountGuest(Guest):
         """There is no agent any more."""
         self.pid = 0
         self.history.check()
-        self.on_agent(0)
+        self._note_agent()
+
+    def _note_agent(self) -> None:
+        if self._record is not None:
+            self._record.replayer(self.pid)
+
+    def marked(self, nodeid: int, mask: int) -> None:
+        """Its interest in a node (0 = all) has changed."""
+        if self._record is not None:
+            self._record.marked(nodeid, mask)
 
     def hint(self, pid: int) -> int:
         """Make the agent read the marks of a process; returns the number of that hint."""
@@ -250,7 +266,7 @@ class MountGuest(Guest):
         self._ways.clear()
         self._way_steps = 0
         self.waiting_until = None
-        self.on_agent, self.on_mark, self.asks = _ignore_agent, _ignore_mark, _asks_nothing
+        self._record = None  # it is of the next session now
 
     def undelivered(self) -> list[Event]:
         """Events that are not replayed yet, in order."""
@@ -432,19 +448,6 @@ def _file(inode: Inode) -> File:
     return inode.identity.device, inode.identity.ino
 
 
-def _ignore_agent(pid: int) -> None:
-    """The agent's number is not needed."""
-
-
 def _none_known() -> int:
     """The nodes that the mount's kernel holds are not counted."""
     return 0
-
-
-def _asks_nothing(inode: Inode | None) -> Mask:
-    """No interest is known yet."""
-    return Mask(0)
-
-
-def _ignore_mark(nodeid: int, mask: int) -> None:
-    """Interest is not recorded."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import structlog
 import trio
 
@@ -20,29 +22,28 @@ _STEP = 0.02
 
 
 class Snapshots:
-    """Saves changes; sleeps while there are none."""
+    """Saves changes; sleeps while there are none. The export calls ``wake`` at the first change."""
 
-    def __init__(self, saver: Saver, *, every: float = EVERY, patience: float = PATIENCE) -> None:
-        self._saver = saver
+    def __init__(self, *, every: float = EVERY, patience: float = PATIENCE) -> None:
         self._every = every
         self._patience = patience
         self._changed = trio.Event()
         self._complained = False
-        saver.export.on_change = self._wake
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """The state has changed since it was saved."""
         self._changed.set()
 
-    async def run(self) -> None:
+    async def run(self, saver: Saver) -> None:
         """Until cancelled."""
-        await forever("saving an image", self._step)
+        await forever("saving an image", partial(self._step, saver))
 
-    async def _step(self) -> None:
-        export = self._saver.export
+    async def _step(self, saver: Saver) -> None:
+        export = saver.export
         if not export.is_changed:
             self._changed = trio.Event()
             await self._changed.wait()
-        if not self._saver.is_needed:
+        if not saver.is_needed:
             await trio.sleep(self._every)
             export.is_changed = False
             return
@@ -50,7 +51,7 @@ class Snapshots:
             while not is_settled(export):  # noqa: ASYNC110 - time settles it, no event does
                 await trio.sleep(_STEP)
         begun = trio.current_time()
-        write = self._saver.take()
+        write = saver.take()
         taken = trio.current_time() - begun
         try:
             await trio.to_thread.run_sync(write)

@@ -171,6 +171,8 @@ class Mounted:
         self._complain = complain
         directory = Path(options.state_dir) if options.state_dir else state_directory()
         self._state = StateFile(state_path(directory, options.source, options.mountpoint))
+        self._pump = Pump()
+        self._snapshots = Snapshots()
         self._agent: AgentProcess | None = None
         self._export: Export
         self._guest: MountGuest
@@ -191,9 +193,8 @@ class Mounted:
             self._export = export = self._open_export()
             cleanup.callback(export.close)
             saver = Saver(export, self._state)
-            export.checkpoint = saver.save
             self._guest = guest = export.add_mount_guest(options.mountpoint, is_local=True)
-            operations = Operations(export, guest)
+            operations = Operations(export, guest, checkpoint=saver.save)
             cleanup.callback(operations.close)
             if options.agent:
                 self._agent = AgentProcess(options.mountpoint, operations.hidden.dismiss)
@@ -203,12 +204,12 @@ class Mounted:
             guest.transport = mount.name
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(Pump(export).run)
+                    nursery.start_soon(self._pump.run, export)
                     if transport is not None:
                         nursery.start_soon(transport.run)
                     nursery.start_soon(self._end_on, signals)
                     nursery.start_soon(self._come_up)
-                    nursery.start_soon(Snapshots(saver).run)
+                    nursery.start_soon(self._snapshots.run, saver)
                     await mount.run()
                     export.is_stopping = True
                     nursery.cancel_scope.cancel()
@@ -228,6 +229,8 @@ class Mounted:
                 options.source,
                 watch_limit=options.watch_limit,
                 overflow_after_loss=options.overflow_after_loss,
+                on_work=self._pump.wake,
+                on_change=self._snapshots.wake,
             )
 
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import trio
 
@@ -16,51 +17,49 @@ BUDGET = 64
 
 
 class Pump:
-    """Moves events through an export, and sleeps while there are none."""
+    """Moves events through an export, and sleeps while there are none. The export calls ``wake``
+    when there may be work, or an earlier deadline.
+    """
 
-    def __init__(self, export: Export) -> None:
-        self._export = export
+    def __init__(self) -> None:
         self._poke = trio.Event()
         self._until = 0.0  # time.monotonic() at which _work looks again
-        export.watcher.on_arrival = self._arrived
+        self._is_reading = False
 
-    def _arrived(self) -> None:
+    def wake(self) -> None:
         """There may be work, or an earlier deadline."""
-        self._poke.set()
+        if not self._is_reading:
+            self._poke.set()
 
-    async def run(self) -> None:
+    async def run(self, export: Export) -> None:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(forever, "reading host events", self._read)
-            nursery.start_soon(forever, "handling host events", self._work)
+            nursery.start_soon(forever, "reading host events", partial(self._read, export))
+            nursery.start_soon(forever, "handling host events", partial(self._work, export))
 
-    async def _read(self) -> None:
-        watcher = self._export.watcher
+    async def _read(self, export: Export) -> None:
+        watcher = export.watcher
         await trio.lowlevel.wait_readable(watcher.fd)
         # Without waking the task, because these events are processed at once: the task that waits
         # for orders should run next.
-        watcher.on_arrival = _nothing
+        self._is_reading = True
         try:
             watcher.drain(READ)
         finally:
-            watcher.on_arrival = self._arrived
-        with self._export.turn:
-            self._export.process(BUDGET)
-        if self._export.next_deadline < self._until:
+            self._is_reading = False
+        with export.turn:
+            export.process(BUDGET)
+        if export.next_deadline < self._until:
             self._poke.set()
 
-    async def _work(self) -> None:
+    async def _work(self, export: Export) -> None:
         self._poke = trio.Event()
-        with self._export.turn:
-            self._export.process(BUDGET)
-        self._until = self._export.next_deadline
+        with export.turn:
+            export.process(BUDGET)
+        self._until = export.next_deadline
         wait = self._until - time.monotonic()
         if wait <= 0:
             await trio.lowlevel.checkpoint()
             return
         with trio.move_on_after(wait):
             await self._poke.wait()
-
-
-def _nothing() -> None:
-    pass

@@ -26,6 +26,7 @@ from ..export.export import Export
 from ..files.inode import ROOT_ID, Inode
 from ..files.saved import SavedInode, SavedTable
 from ..fuse.record import SessionRecord
+from ..guests.guest import Guest
 from ..process.journal import Journal, JournalError
 from ..process.systemd import Store
 from ..transports.virtiofs import GuestTransport
@@ -106,18 +107,25 @@ class ImageMemory:
 
 
 class MemorySaver(Saver):
-    """Saves to an ImageMemory, which is ``memory``."""
+    """Saves to an ImageMemory."""
 
-    memory: ImageMemory
+    def __init__(
+        self,
+        export: Export,
+        memory: ImageMemory,
+        mounts: Callable[[], Mapping[Guest, dict[int, int]]],
+    ) -> None:
+        super().__init__(export, memory, mounts)
+        self._memory = memory
 
     def take(self) -> Callable[[], int]:
         """The current state, and a function that writes it, also in another thread."""
-        noted = self.memory.noted
+        noted = self._memory.noted
         write = super().take()
 
         def written() -> int:
             size = write()
-            self.memory.has_names(noted)
+            self._memory.has_names(noted)
             return size
 
         return written

@@ -265,26 +265,8 @@ def _inside(
     _take_turn(store)
     watch_limit = options.watch_limit or watchlimit.default_limit()  # seen from here only
     directory = enter(options)
-
-    def make() -> Export:
-        export = Export(
-            directory,
-            read_only=options.read_only,
-            watch_limit=watch_limit,
-            overflow_after_loss=options.overflow_after_loss,
-        )
-        export.source = options.source
-        export.descriptors = share(len(sources))
-        if options.file_handles == "mandatory" and not export.table.reach.by_handle:
-            export.close()
-            raise StartError(
-                f"{options.source}: its file system or this user's rights allow no file handles, "
-                "which --inode-file-handles=mandatory requires"
-            )
-        return export
-
     try:
-        trio.run(partial(_serve, options, sources, store, make, ready, lifeline))
+        trio.run(partial(_serve, options, directory, watch_limit, sources, store, ready, lifeline))
     except OSError as error:
         raise StartError(f"{options.source}: {error.strerror or error}") from None
     return 0
@@ -343,12 +325,36 @@ def _no_namespaces(error: OSError) -> StartError:
 
 async def _serve(
     options: Options,
+    directory: str,
+    watch_limit: int | None,
     sources: list[Source],
     store: Store,
-    make: Callable[[], Export],
     ready: Callable[[], object],
     lifeline: int | None,
 ) -> None:
+    memory = ImageMemory(store)
+    pump, snapshots = Pump(), Snapshots(every=EVERY, patience=PATIENCE)
+
+    def make() -> Export:
+        export = Export(
+            directory,
+            read_only=options.read_only,
+            watch_limit=watch_limit,
+            overflow_after_loss=options.overflow_after_loss,
+            on_work=pump.wake,
+            on_change=snapshots.wake,
+            on_name=memory.note_name if store.holds else None,
+        )
+        export.source = options.source
+        export.descriptors = share(len(sources))
+        if options.file_handles == "mandatory" and not export.table.reach.by_handle:
+            export.close()
+            raise StartError(
+                f"{options.source}: its file system or this user's rights allow no file handles, "
+                "which --inode-file-handles=mandatory requires"
+            )
+        return export
+
     transports = [
         GuestTransport(
             name=name,
@@ -360,13 +366,11 @@ async def _serve(
         )
         for name, *_ in sources
     ]
-    memory = ImageMemory(store)
     export = open_export(make, memory, store, transports)
     store.sweep()
     saver = MemorySaver(
         export, memory, lambda: dict(ChainMap(*(transport.guests for transport in transports)))
     )
-    saver.memory = memory
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
@@ -386,13 +390,12 @@ async def _serve(
                 await trio.lowlevel.wait_readable(fd)
                 await end()
 
-            nursery.start_soon(Pump(export).run)
+            nursery.start_soon(pump.run, export)
             nursery.start_soon(end_on_signal)
             if lifeline is not None:
                 nursery.start_soon(end_with_outside, lifeline)
             if store.holds:
-                export.on_name = memory.note_name
-                nursery.start_soon(Snapshots(saver, every=EVERY, patience=PATIENCE).run)
+                nursery.start_soon(snapshots.run, saver)
             async with trio.open_nursery() as guests:
                 for transport, source in zip(transports, sources, strict=True):
                     guests.start_soon(transport.serve, source.socket)

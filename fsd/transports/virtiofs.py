@@ -63,11 +63,8 @@ class ExportSession:
 
     def __init__(self, export: Export, name: str, loop: TrioLoop, options: SessionOptions) -> None:
         self._export = export
-        self.guest = export.add_mount_guest(name)
+        self.guest = export.add_mount_guest(name, record=options.kept)
         self.guest.transport = "virtiofs"
-        if options.kept is not None:
-            self.guest.on_agent = options.kept.replayer
-            self.guest.on_mark = options.kept.marked
         self._operations = Operations(export, self.guest)
         self._session = FuseSession(self._operations, loop, options)
         self.nodes = self._session.nodes

@@ -14,6 +14,7 @@ from fsd.files.caller import Caller
 from fsd.files.inode import Inode
 from fsd.fuse.operations import Operations
 from fsd.guests.guest import OUTBOX_LIMIT, Guest, Observer
+from fsd.servers.pump import Pump
 from protocol import frames, masks
 from protocol.frames import Order
 from protocol.handles import NodeKey
@@ -50,12 +51,14 @@ class World:
         overflow_after_loss: bool = False,
     ) -> None:
         self.source = source
+        self.pumping = Pump()
         self.export = Export(
             str(source),
             read_only=read_only,
             outbox_limit=OUTBOX_LIMIT if outbox_limit is None else outbox_limit,
             watch_limit=watch_limit,
             overflow_after_loss=overflow_after_loss,
+            on_work=self.pumping.wake,
         )
         self.table = self.export.table
         self.root = self.table.root

@@ -20,7 +20,6 @@ from fsd.checkpoint.saver import Saver
 from fsd.linux import openers
 from fsd.pacing import windows
 from fsd.servers.autosave import Snapshots
-from fsd.servers.pump import Pump
 from fsd.transports import tasks
 from fsd.transports.loop import TrioLoop
 from fsd.transports.socket import SocketTransport
@@ -74,7 +73,7 @@ async def test_what_is_due(name: str, world: World, monkeypatch: pytest.MonkeyPa
     export._give_up_at = 0.0
     with structlog.testing.capture_logs() as logs:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Pump(export).run)
+            nursery.start_soon(world.pumping.run, export)
             await until(lambda: faults(logs))
             (world.source / "new").touch()
             await until(lambda: guest.depth)
@@ -96,7 +95,7 @@ async def test_the_end_of_a_watch(world: World, monkeypatch: pytest.MonkeyPatch)
     world.export.arming._expiry = 0.0
     with structlog.testing.capture_logs() as logs:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Pump(world.export).run)
+            nursery.start_soon(world.pumping.run, world.export)
             await until(lambda: not world.export.arming._nodes)
             nursery.cancel_scope.cancel()
     assert faults(logs) == ["ending a watch failed"]
@@ -109,7 +108,7 @@ async def test_reading_events(name: str, world: World, monkeypatch: pytest.Monke
     world.mark(guest, mask=STRUCTURE)
     with structlog.testing.capture_logs() as logs:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Pump(world.export).run)
+            nursery.start_soon(world.pumping.run, world.export)
             await trio.testing.wait_all_tasks_blocked()
             watcher = world.export.watcher
             owner = watcher if name == "drain" else watcher.queue
@@ -148,7 +147,7 @@ async def test_images(world: World, tmp_path: Path) -> None:
     with structlog.testing.capture_logs() as logs:
         async with trio.open_nursery() as nursery:
             world.export.is_changed = True
-            nursery.start_soon(Snapshots(saver, every=0.01, patience=0.01).run)
+            nursery.start_soon(Snapshots(every=0.01, patience=0.01).run, saver)
             await until((tmp_path / "image").exists)
             nursery.cancel_scope.cancel()
     assert faults(logs) == ["saving an image failed"]

@@ -16,6 +16,7 @@ from fsd.checkpoint import restore, take
 from fsd.checkpoint.restore import Resumption
 from fsd.checkpoint.take import SavedExport
 from fsd.export import ending
+from fsd.fuse.hidden import HiddenFiles
 from fsd.guests.guest import Observer
 from protocol import frames
 from protocol.images import ImageError
@@ -262,11 +263,12 @@ def test_who_did_not_ask_is_not_kept(world: World, restart: Callable[..., World]
 
 def test_a_guest_cannot_have_the_state_saved(world: World) -> None:
     """Where no edge allows it, as for virtual machines."""
-    hidden = world.mount(agent=False).hidden
+    operations = world.mount(agent=False)
+    hidden = operations.hidden
     with pytest.raises(OSError, match=r".") as error:
         hidden.open(frames.CHECKPOINT, USER, os.O_RDONLY)
     assert error.value.errno == errno.EOPNOTSUPP
-    world.export.checkpoint = lambda: {"path": "somewhere"}
+    hidden = HiddenFiles(world.export, operations.guest, lambda: {"path": "somewhere"})
     handle = hidden.open(frames.CHECKPOINT, USER, os.O_RDONLY)
     assert json.loads(handle.text) == {"path": "somewhere"}
 

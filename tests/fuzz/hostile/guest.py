@@ -48,8 +48,7 @@ class Guest(Machine):
         self.errors: dict[str, int] = {}
         self.operation = ""
         self.forget_all()
-        super().__init__(path, rng, pid=1000 + rng.randrange(1000))
-        self.on_answer = self._note
+        super().__init__(path, rng, pid=1000 + rng.randrange(1000), on_answer=self._note)
 
     def forget_all(self) -> None:
         """It knows the root, as after a mount."""

@@ -151,10 +151,16 @@ class Machine:
     HIDE = b""
     """What no answer may contain."""
 
-    def __init__(self, path: Path, rng: random.Random, pid: int = 4242) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rng: random.Random,
+        pid: int = 4242,
+        on_answer: Callable[[Pending, int, float], None] = lambda *_: None,
+    ) -> None:
         self.path, self.rng, self.pid = path, rng, pid
         self.unique = 0
-        self.on_answer: Callable[[Pending, int, float], None] = lambda *_: None
+        self._on_answer = on_answer
         self._answers: deque[tuple[Then, int, bytes]] = deque()
         self._is_following = False  # what follows from answers is done by the outermost reap
         self.connect()
@@ -296,7 +302,7 @@ class Machine:
                 now = time.monotonic()
                 taken += 1
                 error, payload = self._read(ring, pending, length)
-                self.on_answer(pending, error, now)
+                self._on_answer(pending, error, now)
                 if pending.then is not None:
                     self._answers.append((pending.then, error, payload))
         return taken
