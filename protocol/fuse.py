@@ -180,25 +180,26 @@ NOTIFY_INVAL_INODE = 2
 class Wire(Generic[_T]):
     """The layout of one struct, and the tuple that represents it."""
 
-    __slots__ = ("_make", "_struct", "name", "size")
+    __slots__ = ("_make", "_unpack", "fields", "name", "pack", "size")
 
     def __init__(self, name: str, layout: str, make: Callable[[Iterable[Any]], _T]) -> None:
+        layout_of = struct.Struct("<" + layout)
         self.name = name
-        self._struct = struct.Struct("<" + layout)
-        self.size = self._struct.size
+        self.size = layout_of.size
+        self.pack: Callable[..., bytes] = layout_of.pack
+        """Makes the struct's bytes of its fields."""
+        self.fields: Callable[[bytes | memoryview], tuple[Any, ...]] = layout_of.unpack_from
+        """The fields at the start of data that is long enough: for the hottest paths."""
+        self._unpack = layout_of.unpack_from
         self._make = make
 
     def unpack(self, data: bytes, offset: int = 0) -> _T:
         """The struct at ``offset``. Raises DecodeError if the data is too short."""
         try:
-            return self._make(self._struct.unpack_from(data, offset))
+            return self._make(self._unpack(data, offset))
         except struct.error:
             have = len(data) - offset
             raise DecodeError(f"{self.name} has {self.size} bytes, here are {have}") from None
-
-    def pack(self, *fields: int) -> bytes:
-        """The struct's bytes."""
-        return self._struct.pack(*fields)
 
 
 class InHeader(NamedTuple):

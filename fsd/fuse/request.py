@@ -24,7 +24,7 @@ would wait."""
 _IN_HEADER = fuse.IN_HEADER.size
 _HEADER = fuse.OUT_HEADER.size
 _WRITE, _WRITE_IN = int(fuse.Opcode.WRITE), fuse.WRITE_IN.size
-_pack_header = fuse.OUT_HEADER.pack
+_pack_header, _header_fields = fuse.OUT_HEADER.pack, fuse.IN_HEADER.fields
 
 Buffers = Sequence[memoryview]
 
@@ -36,6 +36,8 @@ def size_of(buffers: Buffers) -> int:
 
 def part(buffers: Buffers, offset: int, size: int) -> list[memoryview]:
     """The buffers' bytes from ``offset``, at most ``size`` of them, in place."""
+    if len(buffers) == 1:
+        return [buffers[0][offset : offset + size]] if size and offset < len(buffers[0]) else []
     skipped = 0
     while skipped < len(buffers) and offset >= len(buffers[skipped]):
         offset -= len(buffers[skipped])
@@ -105,11 +107,15 @@ class Request:
         self.readable: Buffers = readable
         self.writable: Buffers = writable
         self.unique = 0
-        self.room = min(size_of(writable) - _HEADER, MAX_WRITE)
+        room = (len(writable[0]) if len(writable) == 1 else size_of(writable)) - _HEADER
+        self.room = room if room < MAX_WRITE else MAX_WRITE
         """Bytes that a reply can have after its header."""
         self.on_lost: Callable[[], None] | None = None
         """Called if the reply did not reach the guest, to take back what it would have got."""
-        header = fuse.IN_HEADER.unpack(copy_out(readable, 0, _IN_HEADER))
+        if readable and len(readable[0]) >= _IN_HEADER:  # each field is read once
+            header = _header_fields(readable[0])
+        else:
+            header = fuse.IN_HEADER.unpack(copy_out(readable, 0, _IN_HEADER))
         length, self.opcode, self.unique, self.nodeid, uid, gid, pid, extensions = header
         if length < _IN_HEADER:
             raise fuse.DecodeError(f"request of {length} bytes")

@@ -65,6 +65,7 @@ FORGETS_LIMIT = 1 << 22
 there. Through /dev/fuse they come from this machine's kernel, and are done at once."""
 _NAME_AT: dict[int, int] = {Opcode.LOOKUP: 0, Opcode.CREATE: fuse.CREATE_IN.size}
 """Requests that open an existing object by a name, and the name's offset in their body."""
+_LOOKUP, _INIT = int(Opcode.LOOKUP), int(Opcode.INIT)
 _DOTS = (b".\0", b"..\0")
 """Names that LOOKUP asks for in the node of a file handle (fs/fuse/inode.c, fuse_get_dentry)."""
 
@@ -240,12 +241,12 @@ class FuseSession:
 
     def _serve(self, request: Request) -> None:
         opcode = request.opcode
-        if not self._minor and opcode != Opcode.INIT:
+        if not self._minor and opcode != _INIT:
             raise OSError(errno.EIO, "no INIT yet")
         handler = self._handlers.get(opcode)
         if handler is None:
             raise OSError(errno.ENOSYS, f"opcode {opcode}")
-        if opcode == Opcode.LOOKUP and request.body in _DOTS:
+        if opcode == _LOOKUP and request.body in _DOTS:
             self.nodes.check_handle(request.nodeid)
         elif opcode not in _WITHOUT_NODE:
             self.nodes.check(request.nodeid)
