@@ -1,4 +1,4 @@
-"""python -m bench WHAT [--json FILE]; WHAT as in COMMANDS"""
+"""python -m bench WHAT [--json FILE]; WHAT as in COMMANDS, or local"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from .local import local
 from .report import Report, machine
 
 COMMANDS = {
@@ -18,32 +19,42 @@ COMMANDS = {
     "throughput": "throughput",
     "rest": "idle",
     "memory": "memory",
-    "workloads": "workloads",
     "virtiofs": "virtiofs",
     "checkpoint": "checkpoint",
     "guest-latency": "guest_latency",
 }
+"""Those that only measure and print, and the modules that they are in."""
 
 
-@click.command()
-@click.argument("what", type=click.Choice([*COMMANDS]))
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures there.")
-def main(what: str, json_path: Path | None) -> None:
+@click.group()
+@click.pass_context
+def main(context: click.Context) -> None:
     """Measure the installed fsd on this machine; keep the machine idle meanwhile."""
-    console = Console()
     on = machine()
-    console.print(
+    Console().print(
         f"{on['cores']} cores, Linux {on['kernel']}, Python {on['python']}, load {on['load'][0]}"
         " (other programs' work is in the figures)",
         highlight=False,
     )
-    with tempfile.TemporaryDirectory() as images:
-        os.environ["STATE_DIRECTORY"] = images
-        report: Report = importlib.import_module(f"bench.{COMMANDS[what]}").measure()
-    report.show(console)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    os.environ["STATE_DIRECTORY"] = context.with_resource(tempfile.TemporaryDirectory())
 
+
+def _command(name: str) -> click.Command:
+    @click.option(
+        "--json", "json_path", type=click.Path(path_type=Path), help="Write figures there."
+    )
+    def run(json_path: Path | None) -> None:
+        report: Report = importlib.import_module(f"bench.{COMMANDS[name]}").measure()
+        report.show(Console())
+        if json_path is not None:
+            json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+
+    return click.command(name)(run)
+
+
+for _name in COMMANDS:
+    main.add_command(_command(_name))
+main.add_command(local)
 
 if __name__ == "__main__":
     main()

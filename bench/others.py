@@ -1,9 +1,8 @@
-"""Passthrough file systems to compare with: bindfs and libfuse's example passthrough_ll, in C."""
+"""Passthrough file systems to compare with: bindfs, and libfuse's examples in C and C++."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +11,32 @@ from pathlib import Path
 from harness.debian import source_files
 from harness.mounts import mounts_at, wait_until
 
-_FILES = ("example/passthrough_ll.c", "example/passthrough_helpers.h")
+_FOUND = ["UTIMENSAT", "SETXATTR", "FALLOCATE", "POSIX_FALLOCATE", "COPY_FILE_RANGE"]
+"""What libfuse's own build finds on Linux; without it passthrough_hp cannot set times."""
+_HEADERS = ("example/passthrough_helpers.h", "example/cxxopts.hpp")
 
 
-def passthrough_ll() -> Path:
-    """The example's binary, compiled from Debian's source package if it does not exist yet."""
-    folder = source_files("fuse3", _FILES)
-    binary = folder / "passthrough_ll"
+def passthrough_ll(source: Path, mountpoint: Path, cache: str = "") -> list[str]:
+    """Its command; without ``cache`` the kernel may keep names and attributes for a second."""
+    options = f"source={source}" + (f",cache={cache}" if cache else "")
+    return [str(_example("passthrough_ll.c", "gcc")), "-f", "-o", options, str(mountpoint)]
+
+
+def passthrough_hp(source: Path, mountpoint: Path, *options: str) -> list[str]:
+    """Its command; without ``--nocache`` the kernel may keep everything for a day, writes too."""
+    binary = _example("passthrough_hp.cc", "g++")
+    return [str(binary), "--foreground", *options, str(source), str(mountpoint)]
+
+
+def bindfs(source: Path, mountpoint: Path) -> list[str]:
+    """Its command; the kernel may keep names and attributes for a second."""
+    return ["bindfs", "-f", str(source), str(mountpoint)]
+
+
+def _example(name: str, compiler: str) -> Path:
+    """The binary of an example in Debian's source package, compiled if it does not exist yet."""
+    folder = source_files("fuse3", (f"example/{name}", *_HEADERS))
+    binary = (folder / name).with_suffix("")
     if not binary.exists():
         flags = subprocess.run(
             ["pkg-config", "--cflags", "--libs", "fuse3"],
@@ -26,27 +44,24 @@ def passthrough_ll() -> Path:
             text=True,
             check=True,
         ).stdout.split()
-        part = folder / "passthrough_ll.part"
-        source = str(folder / "passthrough_ll.c")
-        subprocess.run(["gcc", "-O2", "-w", "-o", str(part), source, *flags], check=True)
+        part = binary.with_suffix(".part")
+        flags += ["-O2", "-w", "-pthread", *(f"-DHAVE_{name}" for name in _FOUND)]
+        subprocess.run([compiler, "-o", str(part), str(folder / name), *flags], check=True)
         part.rename(binary)
     return binary
 
 
 @contextmanager
-def served_by(command: list[str], mountpoint: Path) -> Iterator[None]:
-    """Another file system's server, in the foreground, for the block."""
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+def served_by(command: list[str], mountpoint: Path) -> Iterator[int]:
+    """Another file system's server, in the foreground, for the block: its process."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         try:
             wait_until(lambda: mounts_at(mountpoint), 10, f"{command[0]} has mounted")
-            yield
+            yield process.pid
         finally:
             if mounts_at(mountpoint):
                 tool = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
                 subprocess.run([*tool, str(mountpoint)], check=True)
             process.terminate()
-
-
-def bindfs(source: Path, mountpoint: Path) -> list[str]:
-    """Its command; empty if it is not installed."""
-    return ["bindfs", "-f", str(source), str(mountpoint)] if shutil.which("bindfs") else []

@@ -7,6 +7,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -59,6 +60,12 @@ class Report:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+        if self.figures:
+            self._show_figures(console)
+        for note in self.notes:
+            console.print(note, soft_wrap=True, highlight=False)
+
+    def _show_figures(self, console: Console) -> None:
         table = Table(title=f"{self.command}: figures and goals", title_justify="left")
         for head in ("figure", "value", "goal", ""):
             table.add_column(head, justify="left" if head == "figure" else "right")
@@ -68,8 +75,6 @@ class Report:
             verdict = {True: "[green]met", False: "[red]missed", None: ""}[figure.met]
             table.add_row(figure.name, f"{number(figure.value)} {figure.unit}", goal, verdict)
         console.print(table)
-        for note in self.notes:
-            console.print(note, soft_wrap=True, highlight=False)
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -107,8 +112,11 @@ median = statistics.median
 
 def machine() -> dict[str, Any]:
     """The machine of the measurement. The load shows how idle it was."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cores": os.cpu_count(),
+        "cpu": models[0] if models else platform.machine(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load": [round(load, 2) for load in os.getloadavg()],

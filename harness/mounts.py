@@ -110,7 +110,7 @@ def await_ready(process: subprocess.Popen[bytes], stdout: IO[bytes]) -> str:
     return os.fsdecode(line.rstrip(b"\n"))
 
 
-def _session(leader: int) -> list[int]:
+def session_of(leader: int) -> list[int]:
     """The living processes of the session that ``leader`` started."""
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -126,7 +126,7 @@ def _session(leader: int) -> list[int]:
 
 def _end_by_force(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
     """Leave no process and no mount behind, whatever state they are in."""
-    for pid in _session(process.pid):
+    for pid in session_of(process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(STOP_TIMEOUT)
@@ -145,7 +145,7 @@ def _stop(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
     assert code == 0, f"fsd ended with exit code {code}"
     left = mounts_at(mountpoint)
     assert not left, f"fsd ended and left {left} mounted at {mountpoint}"
-    wait_until(lambda: not _session(process.pid), 5, "fsd ended, what it started did not")
+    wait_until(lambda: not session_of(process.pid), 5, "fsd ended, what it started did not")
 
 
 @contextmanager
