@@ -16,28 +16,29 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from protocol.frames import ProtocolError
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
 from ..events.event import HOST, Event
+from ..events.watcher import HostWatcher
 from ..files.inode import Inode
 from ..files.passthrough import Entry
+from ..files.table import InodeTable
 from ..guests.guest import FIRST, MARKS_LIMIT, QUEUED, Guest, is_void, missed_by
 from ..guests.mount import MountGuest
 from ..pacing import windows
 from ..pacing.chores import Job, Pause, finish
+from .interest import Interest
 from .lookups import Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
 from .seen import Seen, missing, self_events
-
-if TYPE_CHECKING:
-    from .export import Export
+from .watches import Watches
 
 _MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DELETE_SELF)
 _NOTHING = Mask(0)
@@ -72,17 +73,49 @@ OPEN_HINTS_LIMIT = 8
 """Unanswered hints that are kept apart in one directory."""
 
 
-class Arming:
-    """Provisional watches and scans of one export."""
+class Share(Protocol):
+    """What a scan asks of the export: to apply its marks, and to route all events before them."""
 
-    def __init__(self, export: Export) -> None:
-        self._export = export
-        self._watches = export.watches
+    def update(self, guest: Guest, key: NodeKey, bits: int) -> object:
+        """Apply a mark. Raises OSError, ValueError."""
+
+    def process(self, budget: int) -> None:
+        """Route up to ``budget`` events, and do what is due."""
+
+    def route(self, budget: int) -> None:
+        """Route up to ``budget`` events."""
+
+    def has_routed(self, stamp: float) -> bool:
+        """Whether everything is routed that was read from the host up to then."""
+
+
+class Arming:
+    """Provisional watches and scans of one export. Calls ``on_work`` when ``deadline`` is earlier
+    than before.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        table: InodeTable,
+        watcher: HostWatcher,
+        interest: Interest,
+        watches: Watches,
+        counts: Counter[str],
+        on_work: Callable[[], None],
+    ) -> None:
+        self._share = share
+        self._table = table
+        self._watcher = watcher
+        self._interest = interest
+        self._watches = watches
+        self._counts = counts
+        self._on_work = on_work
         self._nodes: dict[Inode, Provisional] = {}
         self._kept = 0  # events in all histories
-        self._counts: dict[Guest, int] = {}  # directories that each guest has looked up
+        self._directories: dict[Guest, int] = {}  # that each guest has looked up
         self._seen: Counter[Guest] = Counter()  # files
-        self.files = MarkedFiles(export)
+        self.files = MarkedFiles(table, interest, watches)
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self._new_marks = NewMarks()
         self._number = 0  # of the last event
@@ -108,22 +141,22 @@ class Arming:
         hint = guest.hint(thread)
         node = self._nodes.get(directory)
         known = node is not None and guest in node.by
-        if not known and self._counts.get(guest, 0) >= DIRECTORIES_LIMIT:
+        if not known and self._directories.get(guest, 0) >= DIRECTORIES_LIMIT:
             return
         if node is None:
             node = self._nodes[directory] = Provisional(directory)
             self._watches.provisional.add(directory)
             self._watches.set_watch(directory)
             self._expiry = min(self._expiry, node.expires)
-            self._export.on_work()
+            self._on_work()
         if not known:
-            self._counts[guest] = self._counts.get(guest, 0) + 1
+            self._directories[guest] = self._directories.get(guest, 0) + 1
         look_up = node.by.setdefault(guest, LookUp(has_new=not guest.device))
         if node.muted:
             return
         node.expires = time.monotonic() + windows.KEEP
         node.renewals = windows.KEEP_RENEWALS
-        self._export.watcher.catch_up()  # queued events happened before
+        self._watcher.catch_up()  # queued events happened before
         if look_up.open and (look_up.is_doubtful or self._is_queued(guest, directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
         if not look_up.open or (
@@ -140,7 +173,7 @@ class Arming:
         """Whether there may be an event for the guest that is not routed yet. Its own are not: a
         program that creates and renames files would have its descriptors read at each look-up.
         """
-        watcher = self._export.watcher
+        watcher = self._watcher
         if not watcher.backlog:
             return False
         wds = {watcher.wd_of(directory)}
@@ -170,12 +203,12 @@ class Arming:
     ) -> bool:
         """Whether a mark is elsewhere, or already known."""
         try:
-            inode = self._export.table.find(key)
+            inode = self._table.find(key)
         except OSError:
             return False
         if directory not in (inode, inode.parent) and inode not in look_up.seen:
             return True
-        return not bits & int(EVENTS) & ~int(self._export.interest.of(guest, inode))
+        return not bits & int(EVENTS) & ~int(self._interest.of(guest, inode))
 
     def _doubt_no_more(self, guest: MountGuest, look_up: LookUp) -> None:
         look_up.is_doubtful = False
@@ -252,7 +285,7 @@ class Arming:
         """Stop watching the directory, unless a guest has a mark there."""
         node.missed.clear()
         node.lost_ns = time.time_ns() - int(1e9 * (time.monotonic() - event.stamp + QUEUED))
-        self._export.counts["muted"] += 1
+        self._counts["muted"] += 1
         self._watches.provisional.discard(node.inode)
         self._watches.set_watch(node.inode)
 
@@ -270,7 +303,7 @@ class Arming:
         """Whether the guest watches there already. Then a new mark that asks for more is too
         unlikely to make other events wait: each look-up by a watcher would delay the next ones.
         """
-        of = self._export.interest.of
+        of = self._interest.of
         return any(i is not None and of(guest, i) for i in (event.node, event.child))
 
     def holds(self, guest: Guest, event: Event, halves: int) -> bool:
@@ -280,7 +313,7 @@ class Arming:
         holding = self._holding.get(guest)
         if holding is None:
             holding = self._holding[guest] = Holding(guest, time.monotonic() + windows.HOLD)
-            self._export.on_work()  # there is a deadline
+            self._on_work()  # there is a deadline
         if len(holding.events) >= HOLD_LIMIT:
             self._give_up(guest, holding)
         if holding.is_over:
@@ -319,7 +352,7 @@ class Arming:
         for node in self._nodes.values():
             if isinstance(guest, MountGuest) and node.by.pop(guest, None) is not None:
                 self._trim(node)
-        self._counts.pop(guest, None)
+        self._directories.pop(guest, None)
         del self._seen[guest]
         if isinstance(guest, MountGuest):
             self._doubts.pop(guest, None)
@@ -348,17 +381,17 @@ class Arming:
             node.missed.clear()
 
     def _count_down(self, guest: Guest) -> None:
-        count = self._counts[guest] - 1
+        count = self._directories[guest] - 1
         if count:
-            self._counts[guest] = count
+            self._directories[guest] = count
         else:
-            del self._counts[guest]
+            del self._directories[guest]
 
     def scan_end(
         self, guest: MountGuest, hint: int, *, full: bool
     ) -> list[tuple[NodeKey, Exception]]:
         """``scan_ending``, completed at once."""
-        self._export.process(self._export.watcher.backlog)
+        self._share.process(self._watcher.backlog)
         return finish(self.scan_ending(guest, hint, full=full))
 
     def scan_ending(
@@ -368,12 +401,11 @@ class Arming:
         on a GROUP at a time, so that a very large scan is divided.
         """
         guest.scanned(hint)
-        export = self._export
         updates = self._updates.pop(guest, [])
         failed: list[tuple[NodeKey, Exception]] = []
         if full:
             published = {key for key, bits in updates if bits}
-            for inode in list(export.interest.marks(guest)):
+            for inode in list(self._interest.marks(guest)):
                 key = inode.key if inode is not None else NodeKey(0, 0)
                 if key not in published:
                     updates.append((key, 0))
@@ -404,10 +436,10 @@ class Arming:
         a directory since its look-up is delivered, so events that wait in the host's queue need
         no place in its history, which a storm soon fills.
         """
-        self._export.watcher.drain()
+        self._watcher.drain()
         as_of = 0.0
         for key, bits in updates:
-            inode = self._export.table.known(key.nodeid)
+            inode = self._table.known(key.nodeid)
             node = self._nodes.get(inode) if inode is not None else None
             look_up = node.by.get(guest) if node is not None else None
             if not bits or look_up is None or not look_up.open:
@@ -417,9 +449,9 @@ class Arming:
 
     def _routing(self, stamp: float) -> Job[None]:
         """All that has happened up to then."""
-        while not self._export.has_routed(stamp):
-            self._export.route(GROUP)
-            if not self._export.has_routed(stamp):
+        while not self._share.has_routed(stamp):
+            self._share.route(GROUP)
+            if not self._share.has_routed(stamp):
                 yield Pause.LATER
 
     def _apply(
@@ -431,21 +463,20 @@ class Arming:
         due: dict[int, tuple[Kept, int]],
     ) -> int:
         """How many of them are done. Adds the events to deliver now, by number."""
-        export = self._export
         found, seen = self._since_look_ups(guest)
         found |= {kept.number: kept for inode in files for kept in self.files.events(inode)}
         untold = [
             kept
             for kept in self._draining(found.values())
             if not self._gets_anyway(guest, kept.event)
-            and not export.interest.follows(guest, kept.event)
+            and not self._interest.follows(guest, kept.event)
         ]
         end = time.monotonic() + GROUP_TIME
         done = 0
         for key, bits in updates:
             done += 1
             try:
-                export.update(guest, key, bits)
+                self._share.update(guest, key, bits)
             except (OSError, ValueError) as error:
                 failed.append((key, error))
             if time.monotonic() > end:
@@ -460,7 +491,7 @@ class Arming:
         events = [found[number].event for number in sorted(found)]
         for inode, now in files.items():
             mask = missing(seen.get(inode), now, self_events(inode, events, guest))
-            interest = int(export.interest.of(guest, inode))
+            interest = int(self._interest.of(guest, inode))
             for bit in (_MODIFY, _ATTRIB, _DELETE_SELF):
                 if mask & bit and (interest & bit or (interest and bit == _DELETE_SELF)):
                     event = Event(inode, bit, b"", 0, HOST, time.monotonic(), inode)
@@ -472,7 +503,7 @@ class Arming:
         """These; meanwhile the host's queue is read, which would overflow in a storm."""
         for index, item in enumerate(items):
             if index % DRAIN_EVERY == DRAIN_EVERY - 1:
-                self._export.watcher.drain()
+                self._watcher.drain()
             yield item
 
     def _deliver_missed(self, guest: Guest, updates: list[tuple[NodeKey, int]]) -> None:
@@ -497,21 +528,20 @@ class Arming:
         return found, seen
 
     def _gets_anyway(self, guest: MountGuest, event: Event) -> bool:
-        export = self._export
-        if event.origin is guest or export.interest.wanted_halves(guest, event):
+        if event.origin is guest or self._interest.wanted_halves(guest, event):
             return True
         return event.child is not None and bool(
-            int(export.interest.of(guest, event.child)) & event.kind
+            int(self._interest.of(guest, event.child)) & event.kind
         )
 
     def _wanted(self, guest: MountGuest, kept: Kept) -> tuple[Kept, int] | None:
         """The part of an event that the guest has asked for by now."""
         event = kept.event
-        halves = self._export.interest.wanted_halves(guest, event)
+        halves = self._interest.wanted_halves(guest, event)
         if halves:
             return kept, halves
         if event.child is not None and event.name:
-            mask = int(self._export.interest.of(guest, event.child))
+            mask = int(self._interest.of(guest, event.child))
             if mask & event.kind:  # the mark is on the file itself
                 own = Event(event.child, event.mask, b"", 0, event.origin, event.stamp, event.child)
                 return kept._replace(event=own), FIRST

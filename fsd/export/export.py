@@ -113,7 +113,15 @@ class Export:
             chores=self._own_chores,
             counts=self.counts,
         )
-        self.arming = Arming(self)
+        self.arming = Arming(
+            self,
+            self.table,
+            self.watcher,
+            self.interest,
+            self.watches,
+            self.counts,
+            on_work,
+        )
         self.router = Router(self.interest, self.arming, self.counts)
         self._tree = WholeTree(
             self.fs, self.watcher, self.interest, self.watches, self.router, self._own_chores

@@ -9,19 +9,18 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING
 
 from protocol.handles import NodeKey
 from protocol.masks import EVENTS, Mask
 
 from ..events.event import Event
 from ..files.inode import Inode
+from ..files.table import InodeTable
 from ..guests.mount import MountGuest
+from .interest import Interest
 from .lookups import Kept
 from .seen import Seen, look
-
-if TYPE_CHECKING:
-    from .export import Export
+from .watches import Watches
 
 SELF_LIMIT = 64
 """A file's self events that are kept until its mark applies, some milliseconds."""
@@ -38,8 +37,10 @@ class _Marked:
 class MarkedFiles:
     """Those of one export."""
 
-    def __init__(self, export: Export) -> None:
-        self._export = export
+    def __init__(self, table: InodeTable, interest: Interest, watches: Watches) -> None:
+        self._table = table
+        self._interest = interest
+        self._watches = watches
         self._marked: dict[Inode, _Marked] = {}
 
     def remember(self, number: int, event: Event) -> None:
@@ -56,16 +57,15 @@ class MarkedFiles:
         self, guest: MountGuest, updates: list[tuple[NodeKey, int]]
     ) -> dict[Inode, Seen | None]:
         """Watch the files among these; returns their state then."""
-        export = self._export
         files: dict[Inode, Seen | None] = {}
         end = time.monotonic() + GROUP_TIME
         for key, bits in updates:
-            inode = export.table.known(key.nodeid)
-            if inode is None or inode.is_dir or not bits or export.interest.of(guest, inode):
+            inode = self._table.known(key.nodeid)
+            if inode is None or inode.is_dir or not bits or self._interest.of(guest, inode):
                 continue
             self._marked.setdefault(inode, _Marked()).by[guest] = Mask(bits) & EVENTS
             self._watch(inode)
-            files[inode] = look(export.table, inode)
+            files[inode] = look(self._table, inode)
             if time.monotonic() > end:
                 break
         return files
@@ -80,9 +80,9 @@ class MarkedFiles:
 
     def _watch(self, inode: Inode) -> None:
         """As the marks ask that are about to apply."""
-        watches, marked = self._export.watches, self._marked.get(inode)
+        marked = self._marked.get(inode)
         if marked is None:
-            watches.coming.pop(inode, None)
+            self._watches.coming.pop(inode, None)
         else:
-            watches.coming[inode] = reduce(or_, marked.by.values())
-        watches.set_watch(inode)
+            self._watches.coming[inode] = reduce(or_, marked.by.values())
+        self._watches.set_watch(inode)
