@@ -6,16 +6,15 @@ kernel does, or wrong ones, which no kernel would write.
 
 from __future__ import annotations
 
-import array
 import mmap
 import os
 import select
 import socket
 import struct
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fsd.linux import fdpassing
 from protocol.vhostuser import (
     F_PROTOCOL_FEATURES,
     U64,
@@ -199,8 +198,7 @@ class Frontend:
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Whatever it is."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self.socket.sendmsg([data], rights)
+        self.socket.sendmsg([data], fdpassing.ancillary(fds))
 
     def tell(self, code: Type, payload: Payload | None = None, fds: Sequence[int] = ()) -> None:
         """Send a message without an answer."""
@@ -227,11 +225,10 @@ class Frontend:
 
     def reply_with_fd(self, code: Type, kind: type[Payload]) -> tuple[Payload, int]:
         """An answer with a descriptor."""
-        data, rights, _, _ = self.socket.recvmsg(4096, socket.CMSG_SPACE(4))
+        data, (fd,) = fdpassing.receive(self.socket, 4096, 1)
         answered, payload = decode_reply(data, kind)
         assert answered == code
-        ((_, _, fd),) = rights
-        return payload, int.from_bytes(fd, sys.byteorder)
+        return payload, fd
 
     def _exactly(self, size: int) -> bytes:
         data = b""

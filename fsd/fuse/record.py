@@ -9,7 +9,6 @@ carry locks.
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import struct
@@ -22,6 +21,7 @@ import structlog
 from ..files.inode import Inode
 from ..files.saved import SavedInode, saved_inode
 from ..files.table import InodeTable
+from ..linux import fdpassing
 from ..process.journal import Journal, JournalError
 from ..process.systemd import Store
 
@@ -36,7 +36,7 @@ HELD_LIMIT = 256
 _SO_SNDBUFFORCE = 32
 _OWNS = 1 << 63
 """Number of an owner's own descriptor, among those of open files."""
-_BATCH = 200  # descriptors in one message; SCM_MAX_FD is 253
+_BATCH = 200  # descriptors in one message, of at most fdpassing.MOST
 
 
 class Agreed(NamedTuple):
@@ -277,10 +277,10 @@ def _packed_files(files: Mapping[int, int]) -> socket.socket:
             ours.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 1 << 26)
         for start in range(0, len(numbers), _BATCH):
             some = numbers[start : start + _BATCH]
-            fds = array.array("i", [files[fh] for fh in some])
+            fds = fdpassing.ancillary([files[fh] for fh in some])
             data = struct.pack(f"<{len(some)}Q", *some)
             try:
-                ours.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+                ours.sendmsg([data], fds)
             except OSError as error:
                 log.error("open files were lost", count=len(numbers) - start, error=str(error))
                 break
@@ -289,15 +289,11 @@ def _packed_files(files: Mapping[int, int]) -> socket.socket:
 
 def _unpacked(files: socket.socket) -> Iterator[tuple[int, int]]:
     files.setblocking(False)
-    room = socket.CMSG_SPACE(_BATCH * 4)
     while True:
         try:
-            data, rights, _, _ = files.recvmsg(8 * _BATCH, room, socket.MSG_CMSG_CLOEXEC)
+            data, fds = fdpassing.receive(files, 8 * _BATCH, _BATCH)
         except BlockingIOError:
             return
         if not data:
             return
-        fds = array.array("i")
-        for _, _, content in rights:
-            fds.frombytes(content)
         yield from zip(struct.unpack(f"<{len(data) // 8}Q", data), fds, strict=False)

@@ -6,7 +6,6 @@ Small and apart because it must outlive every server: it does not interpret what
 
 from __future__ import annotations
 
-import array
 import fcntl
 import os
 import resource
@@ -21,6 +20,7 @@ from contextlib import ExitStack, suppress
 
 import structlog
 
+from ..linux import fdpassing
 from .socketfile import SocketFile
 from .systemd import Manager
 
@@ -29,7 +29,6 @@ KEEPER = "FSD_KEEPER"
 """Environment variable of a server that has a keeper."""
 _FIRST = 3  # SD_LISTEN_FDS_START
 _LONGEST = 64 * 1024
-_MOST_FDS = 253  # SCM_MAX_FD
 STOP_TIMEOUT = 10.0
 """Seconds for a server to exit before it is killed."""
 LIVED = 5.0
@@ -118,15 +117,10 @@ class Keeper:
 
     def _receive(self) -> None:
         while True:
-            fds = array.array("i")
-            room = socket.CMSG_SPACE(_MOST_FDS * fds.itemsize)
             try:
-                data, rights, _, _ = self._endpoint.recvmsg(_LONGEST, room, socket.MSG_CMSG_CLOEXEC)
+                data, fds = fdpassing.receive(self._endpoint, _LONGEST, fdpassing.MOST)
             except BlockingIOError:
                 return
-            for level, kind, content in rights:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
             lines = (line.partition("=") for line in data.decode(errors="replace").splitlines())
             self._obey({name: value for name, _, value in lines}, fds)
 

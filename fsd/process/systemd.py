@@ -4,7 +4,6 @@ for the next process. The manager is systemd or keeper.py.
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import structlog
+
+from ..linux import fdpassing
 
 log = structlog.get_logger()
 _FIRST = 3  # SD_LISTEN_FDS_START
@@ -46,9 +47,8 @@ class Manager:
     def notify(self, state: str, fds: Sequence[int] = ()) -> None:
         """Send a state."""
         if self._socket is not None:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
-                self._socket.sendmsg([state.encode()], rights)
+                self._socket.sendmsg([state.encode()], fdpassing.ancillary(fds))
             except OSError as error:
                 log.warning("cannot notify the service manager", state=state, reason=str(error))
                 self.stores = False  # the manager is gone

@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 
-from ..linux import mounting
+from ..linux import fdpassing, mounting
 from .mounting import MountError, Place, UnavailableError
 
 PROGRAM = "fusermount3"
@@ -38,7 +38,7 @@ def mount(place: Place, kind: str) -> int:
             raise MountError(_reason(done))
         ours.setblocking(False)
         try:
-            _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            _, fds = fdpassing.receive(ours, 1, 1)
         except BlockingIOError:
             fds = []
     if not fds:

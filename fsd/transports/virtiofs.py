@@ -6,7 +6,6 @@ disconnected, the next one can connect.
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import zlib
@@ -29,7 +28,7 @@ from ..fuse.record import SessionRecord
 from ..fuse.session import FuseSession, SessionOptions
 from ..guests.guest import Guest
 from ..guests.mount import MountGuest
-from ..linux import syscalls
+from ..linux import fdpassing, syscalls
 from ..pacing.guard import Guard
 from ..process.systemd import Store
 from ..virtio.conversation import Conversation
@@ -55,7 +54,6 @@ mapping.py twice in a row: longer each time, as each may have cost others 40 ms.
 without a violation it counts as new."""
 RECONNECT = 30.0
 """Seconds for which a guest's session waits for a VMM that may reconnect."""
-_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 class ExportSession:
@@ -351,8 +349,8 @@ class _Connection:
                     answer = self._device.handle(request)
                     fds = self._device.reply_fds
                     if fds:
-                        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-                        answer = answer[await self._socket.sendmsg([answer], [rights]) :]
+                        rights = fdpassing.ancillary(fds)
+                        answer = answer[await self._socket.sendmsg([answer], rights) :]
                     while answer:
                         answer = answer[await self._socket.send(answer) :]
         finally:
@@ -361,12 +359,9 @@ class _Connection:
 
     async def _receive(self, size: int) -> tuple[bytes, tuple[int, ...]]:
         data, ancillary, flags, _ = await self._socket.recvmsg(
-            size, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            size, fdpassing.room(MAX_FDS), socket.MSG_CMSG_CLOEXEC
         )
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        fds = fdpassing.received(ancillary)
         wrong = ""
         if flags & socket.MSG_CTRUNC:
             wrong = "more descriptors than a message may have"
