@@ -15,8 +15,8 @@ from protocol import frames, images
 from protocol.images import ImageError
 
 from ..files.saved import SavedForgotten, SavedInode, SavedLink, SavedTable
+from .rows import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedMissed, SavedName
 from .server_pb2 import Guest, Server
-from .take import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedMissed, SavedName
 
 KIND = "server"
 VERSION = 1

@@ -25,7 +25,8 @@ from ..guests.guest import BY_HAND, MARKS_LIMIT, TOKEN_SIZE, Guest, Observer
 from ..guests.mount import MountGuest
 from ..linux import syscalls
 from .restore_inodes import RestoredTable, check_name
-from .take import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName, identity_of
+from .rows import GuestKind, SavedEvent, SavedExport, SavedGuest, SavedName
+from .take import identity_of
 
 if TYPE_CHECKING:
     from ..export.export import Export

@@ -25,7 +25,8 @@ from ..export.export import Export
 from ..guests.guest import Guest, HandMarks, Observer
 from . import image
 from .restore import Resumption
-from .take import SavedExport, take
+from .rows import SavedExport
+from .take import take
 
 log = structlog.get_logger()
 

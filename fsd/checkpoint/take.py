@@ -1,7 +1,6 @@
-"""Takes the state of an export for the next server, as plain rows.
+"""Takes the state of an export for the next server, as rows.
 
-Apart from ``restore_inodes`` and ``restore``, which trust none of it, and from ``image``, which
-encodes it. Rows refer to inodes by nodeid.
+Apart from ``restore_inodes`` and ``restore``, which trust none of it.
 """
 
 from __future__ import annotations
@@ -10,11 +9,8 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from protocol import frames
 from protocol.frames import FSD_DIR
 
 from ..events.event import Event
@@ -27,85 +23,17 @@ from ..files.saved import SavedTable, inode_table, saved_inode
 from ..guests.guest import Guest, HandMarks, Observer
 from ..guests.mount import MountGuest
 from ..linux import syscalls
+from .rows import (
+    GuestKind,
+    SavedEvent,
+    SavedExport,
+    SavedGuest,
+    SavedMissed,
+    SavedName,
+)
 
 if TYPE_CHECKING:
     from ..export.export import Export
-
-
-class SavedName(NamedTuple):
-    """One name of a listing, or the known state of a name that a guest missed."""
-
-    directory: int
-    name: bytes
-    ino: int
-    kind: int
-    seen_ns: int
-    nodeid: int  # 0: nobody looked it up
-
-
-class SavedMissed(NamedTuple):
-    """A name with events that a guest did not get."""
-
-    directory: int
-    name: bytes
-    mask: int
-    before: SavedName | None
-
-
-class SavedEvent(NamedTuple):
-    """An event that a mount's agent has not replayed."""
-
-    node: int
-    mask: int
-    name: bytes
-    cookie: int
-    child: int
-    nlink: int
-    node2: int
-    name2: bytes
-    replaced: int
-    has_self: bool
-    exchanged: int
-
-
-class GuestKind(IntEnum):
-    """The kind of a guest."""
-
-    MOUNT = 1
-    OBSERVER = 2
-    BY_HAND = 3
-
-
-@dataclass(slots=True)
-class SavedGuest:
-    """One guest: its interest, its undelivered events, its kernel's references."""
-
-    kind: GuestKind
-    name: str
-    token: bytes = b""  # by which an observer shows that it is the one
-    events: int = 0
-    sent: int = 0  # events that were handed out
-    marks: list[tuple[int, int]] = field(default_factory=list)  # nodeid (0 = whole), mask
-    outbox: list[frames.Event] = field(default_factory=list)
-    held: list[SavedEvent] = field(default_factory=list)
-    missed: list[SavedMissed] = field(default_factory=list)
-    nodes: dict[int, int] = field(default_factory=dict)  # nodeid -> lookup count
-
-
-@dataclass(slots=True)
-class SavedExport:
-    """The whole state, and the directory that it belongs to."""
-
-    source: str
-    root_ino: int
-    root_handle: bytes
-    file_system: int  # f_fsid of statvfs(3); 0 if there is none
-    saved_ns: int = 0
-    table: SavedTable = field(default_factory=lambda: SavedTable([], [], []))
-    watches: list[tuple[int, int]] = field(default_factory=list)  # nodeid, wd
-    listed: list[int] = field(default_factory=list)  # directories whose names are all known
-    names: list[SavedName] = field(default_factory=list)
-    guests: list[SavedGuest] = field(default_factory=list)
 
 
 def take(export: Export, nodes: Mapping[Guest, dict[int, int]] | None = None) -> SavedExport:

@@ -26,6 +26,7 @@ from ..servers.mount import (
     serve,
 )
 from ..servers.start import StartError
+from .errors import run_command
 from .status import render
 from .virtiofs import virtiofs
 
@@ -33,27 +34,11 @@ _POSITIVE = click.IntRange(1, 2**31 - 1)  # what the kernel takes
 
 
 def main() -> None:
-    """Entry point: one line on stderr and status 1 for what fails, 2 for wrong usage."""
+    """Entry point of `fsd`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it was closed
             stream.reconfigure(errors="surrogateescape")  # paths are any bytes
-    run(cli)
-
-
-def run(command: click.Command) -> None:
-    """Run a command like ``main``; exits."""
-    try:
-        status = command(standalone_mode=False)
-    except click.UsageError as error:
-        hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
-        print(f"fsd: {error.format_message().rstrip('.')}{hint}", file=sys.stderr)
-        sys.exit(2)
-    except click.ClickException as error:
-        print(f"fsd: {error.format_message()}", file=sys.stderr)
-        sys.exit(1)
-    except click.Abort:
-        sys.exit(130)
-    sys.exit(status if isinstance(status, int) else 0)
+    run_command(cli)
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})

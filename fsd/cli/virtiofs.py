@@ -29,6 +29,7 @@ from ..servers.virtiofs import (
     listener_name,
     run,
 )
+from .errors import run_command
 
 CAPABILITIES = {"type": "fs", "features": ["separate-options"]}
 """--print-capabilities: docs/interop/vhost-user.json of QEMU, and what libvirt asks for. There is
@@ -91,8 +92,6 @@ _COMPAT_VALUES: dict[str, tuple[str, dict[str, str] | None]] = {
 
 def main() -> None:
     """Entry point of `fsd-virtiofsd`."""
-    from .main import run as run_command
-
     run_command(virtiofs)
 
 

@@ -20,8 +20,9 @@ from protocol.masks import EVENTS
 
 from ..checkpoint import image
 from ..checkpoint.restore import Resumption
+from ..checkpoint.rows import GuestKind, SavedExport, SavedGuest, SavedName
 from ..checkpoint.saver import Saver
-from ..checkpoint.take import GuestKind, SavedExport, SavedGuest, SavedName, identity_of
+from ..checkpoint.take import identity_of
 from ..export.export import Export
 from ..files.inode import ROOT_ID, Inode
 from ..files.saved import SavedInode, SavedTable

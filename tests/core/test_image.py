@@ -17,8 +17,7 @@ from bench.checkpoint import saved_and_restored
 from fsd.checkpoint import image, take
 from fsd.checkpoint.file import StateFile, state_directory, state_path
 from fsd.checkpoint.restore import Resumption
-from fsd.checkpoint.saver import Saver, open_export
-from fsd.checkpoint.take import (
+from fsd.checkpoint.rows import (
     GuestKind,
     SavedEvent,
     SavedExport,
@@ -26,6 +25,7 @@ from fsd.checkpoint.take import (
     SavedMissed,
     SavedName,
 )
+from fsd.checkpoint.saver import Saver, open_export
 from fsd.export.export import Export
 from fsd.files.recall import recall
 from fsd.files.saved import SavedForgotten, SavedInode, SavedLink, SavedTable

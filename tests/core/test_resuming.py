@@ -14,7 +14,7 @@ import pytest
 
 from fsd.checkpoint import restore, take
 from fsd.checkpoint.restore import Resumption
-from fsd.checkpoint.take import SavedExport
+from fsd.checkpoint.rows import SavedExport
 from fsd.export import ending
 from fsd.fuse.hidden import HiddenFiles
 from fsd.guests.guest import Observer
