@@ -98,7 +98,7 @@ def _put_guest(message: Guest, guest: SavedGuest) -> None:
     message.name = os.fsencode(guest.name)
     message.token = guest.token
     message.events = guest.events
-    message.told = guest.sent
+    message.sent = guest.sent
     _put(message.marks, guest.marks)
     _put(message.outbox, guest.outbox)
     _put(message.held, guest.held)
@@ -116,7 +116,7 @@ def _guest(message: Guest) -> SavedGuest:
         os.fsdecode(message.name),
         message.token,
         message.events,
-        message.told,
+        message.sent,
         list(_columns(message.marks)),
         _rows(frames.Event, message.outbox),
         _rows(SavedEvent, message.held),

@@ -22,7 +22,7 @@ class Forgotten(_message.Message):
     def __init__(self, nodeid: _Optional[_Iterable[int]] = ..., device: _Optional[_Iterable[int]] = ..., ino: _Optional[_Iterable[int]] = ..., handle: _Optional[_Iterable[bytes]] = ..., parent: _Optional[_Iterable[int]] = ..., name: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Guest(_message.Message):
-    __slots__ = ["events", "held", "kind", "marks", "missed", "name", "nodes", "outbox", "token", "told"]
+    __slots__ = ["events", "held", "kind", "marks", "missed", "name", "nodes", "outbox", "sent", "token"]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -31,8 +31,8 @@ class Guest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     OUTBOX_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
-    TOLD_FIELD_NUMBER: _ClassVar[int]
     events: int
     held: HeldEvents
     kind: int
@@ -41,15 +41,16 @@ class Guest(_message.Message):
     name: bytes
     nodes: Nodes
     outbox: OutboxEvents
+    sent: int
     token: bytes
-    told: int
-    def __init__(self, kind: _Optional[int] = ..., name: _Optional[bytes] = ..., token: _Optional[bytes] = ..., events: _Optional[int] = ..., told: _Optional[int] = ..., marks: _Optional[_Union[Marks, _Mapping]] = ..., outbox: _Optional[_Union[OutboxEvents, _Mapping]] = ..., held: _Optional[_Union[HeldEvents, _Mapping]] = ..., missed: _Optional[_Union[Missed, _Mapping]] = ..., nodes: _Optional[_Union[Nodes, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[int] = ..., name: _Optional[bytes] = ..., token: _Optional[bytes] = ..., events: _Optional[int] = ..., sent: _Optional[int] = ..., marks: _Optional[_Union[Marks, _Mapping]] = ..., outbox: _Optional[_Union[OutboxEvents, _Mapping]] = ..., held: _Optional[_Union[HeldEvents, _Mapping]] = ..., missed: _Optional[_Union[Missed, _Mapping]] = ..., nodes: _Optional[_Union[Nodes, _Mapping]] = ...) -> None: ...
 
 class HeldEvents(_message.Message):
-    __slots__ = ["child", "cookie", "exchanged", "mask", "name", "name2", "nlink", "node", "node2", "replaced", "twin"]
+    __slots__ = ["child", "cookie", "exchanged", "has_self", "mask", "name", "name2", "nlink", "node", "node2", "replaced"]
     CHILD_FIELD_NUMBER: _ClassVar[int]
     COOKIE_FIELD_NUMBER: _ClassVar[int]
     EXCHANGED_FIELD_NUMBER: _ClassVar[int]
+    HAS_SELF_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     NAME2_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -57,10 +58,10 @@ class HeldEvents(_message.Message):
     NODE2_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     REPLACED_FIELD_NUMBER: _ClassVar[int]
-    TWIN_FIELD_NUMBER: _ClassVar[int]
     child: _containers.RepeatedScalarFieldContainer[int]
     cookie: _containers.RepeatedScalarFieldContainer[int]
     exchanged: _containers.RepeatedScalarFieldContainer[int]
+    has_self: _containers.RepeatedScalarFieldContainer[bool]
     mask: _containers.RepeatedScalarFieldContainer[int]
     name: _containers.RepeatedScalarFieldContainer[bytes]
     name2: _containers.RepeatedScalarFieldContainer[bytes]
@@ -68,8 +69,7 @@ class HeldEvents(_message.Message):
     node: _containers.RepeatedScalarFieldContainer[int]
     node2: _containers.RepeatedScalarFieldContainer[int]
     replaced: _containers.RepeatedScalarFieldContainer[int]
-    twin: _containers.RepeatedScalarFieldContainer[bool]
-    def __init__(self, node: _Optional[_Iterable[int]] = ..., mask: _Optional[_Iterable[int]] = ..., name: _Optional[_Iterable[bytes]] = ..., cookie: _Optional[_Iterable[int]] = ..., child: _Optional[_Iterable[int]] = ..., nlink: _Optional[_Iterable[int]] = ..., node2: _Optional[_Iterable[int]] = ..., name2: _Optional[_Iterable[bytes]] = ..., replaced: _Optional[_Iterable[int]] = ..., twin: _Optional[_Iterable[bool]] = ..., exchanged: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, node: _Optional[_Iterable[int]] = ..., mask: _Optional[_Iterable[int]] = ..., name: _Optional[_Iterable[bytes]] = ..., cookie: _Optional[_Iterable[int]] = ..., child: _Optional[_Iterable[int]] = ..., nlink: _Optional[_Iterable[int]] = ..., node2: _Optional[_Iterable[int]] = ..., name2: _Optional[_Iterable[bytes]] = ..., replaced: _Optional[_Iterable[int]] = ..., has_self: _Optional[_Iterable[bool]] = ..., exchanged: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Inodes(_message.Message):
     __slots__ = ["device", "generation", "handle", "ino", "kind", "name", "nlink", "nodeid", "parent"]

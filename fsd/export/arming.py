@@ -254,11 +254,11 @@ class Arming:
             if node is None or inode is None or node.muted:
                 continue
             self._ask(node, event)
-            may_be_told = any(
+            may_be_due = any(
                 event.stamp > look_up.since and not self._gets_anyway(guest, event)
                 for guest, look_up in node.by.items()
             )
-            if may_be_told and len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
+            if may_be_due and len(node.history) < HISTORY_LIMIT and self._kept < HISTORIES_LIMIT:
                 guest = next(iter(node.by))
                 node.history.append(Kept(self._number, event, guest.ways(event)))
                 self._kept += 1
@@ -268,7 +268,7 @@ class Arming:
             node.unkept += 1
             if node.unkept > STORM_LIMIT:
                 self._mute(node, event)
-            elif may_be_told:
+            elif may_be_due:
                 self._miss(node, event)
 
     def _miss(self, node: Provisional, event: Event) -> None:
@@ -465,7 +465,7 @@ class Arming:
         """How many of them are done. Adds the events to deliver now, by number."""
         found, seen = self._since_look_ups(guest)
         found |= {kept.number: kept for inode in files for kept in self.files.events(inode)}
-        untold = [
+        undelivered = [
             kept
             for kept in self._draining(found.values())
             if not self._gets_anyway(guest, kept.event)
@@ -482,7 +482,7 @@ class Arming:
             if time.monotonic() > end:
                 break
         by_name = set()  # delivered now; their self events follow in the guest
-        for kept in self._draining(untold):
+        for kept in self._draining(undelivered):
             if (wanted := self._wanted(guest, kept)) is not None:
                 due[kept.number] = wanted
                 by_name.add(kept.event)

@@ -76,17 +76,17 @@ def _end(event: Event) -> int:
     return _DELETE_SELF * (event.nlink < 2)
 
 
-def missing(before: Seen | None, now: Seen | None, told: int) -> int:
+def missing(before: Seen | None, now: Seen | None, delivered: int) -> int:
     """Self events that must have happened, besides those delivered, for a file to be as it is
     ``now``. Only its end if it was not seen ``before``.
     """
     if now is GONE:
-        return (_ATTRIB | _DELETE_SELF) & ~told if not told & _DELETE_SELF else 0
+        return (_ATTRIB | _DELETE_SELF) & ~delivered if not delivered & _DELETE_SELF else 0
     if before is None or now is None:
         return 0
     mask = 0
     if now.nlink != before.nlink:
-        mask |= _ATTRIB & ~told
-    if now != before and not told & _CHANGES:
+        mask |= _ATTRIB & ~delivered
+    if now != before and not delivered & _CHANGES:
         mask |= _ATTRIB if now.mtime_ns == before.mtime_ns else _MODIFY
     return mask

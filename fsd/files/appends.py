@@ -84,9 +84,9 @@ class Ends:
         """The kernel gets a file's size. It ignores an answer that a WRITE has overtaken, so the
         earlier ones count, too.
         """
-        written, *told = self._ends.get(nodeid, _UNKNOWN)
-        if not told or told[-1] != size:
-            self._set(nodeid, (written, *told[1 - _ENDS :], size))
+        written, *reported = self._ends.get(nodeid, _UNKNOWN)
+        if not reported or reported[-1] != size:
+            self._set(nodeid, (written, *reported[1 - _ENDS :], size))
 
     def is_append(self, handle: Handle, offset: int, size: int) -> bool:
         """Whether a WRITE is an append, through a descriptor that was opened for appending."""

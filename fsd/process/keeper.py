@@ -124,21 +124,21 @@ class Keeper:
             lines = (line.partition("=") for line in data.decode(errors="replace").splitlines())
             self._obey({name: value for name, _, value in lines}, fds)
 
-    def _obey(self, told: Mapping[str, str], fds: Sequence[int]) -> None:
-        name = told.get("FDNAME", "stored")
-        if told.get("FDSTORE") == "1":
+    def _obey(self, fields: Mapping[str, str], fds: Sequence[int]) -> None:
+        name = fields.get("FDNAME", "stored")
+        if fields.get("FDSTORE") == "1":
             self._held += ((name, fd) for fd in fds)
             self._note_file(name)
         else:
             for fd in fds:
                 os.close(fd)
-        if told.get("FDSTOREREMOVE") == "1":
+        if fields.get("FDSTOREREMOVE") == "1":
             for held in [held for held in self._held if held[0] == name]:
                 self._held.remove(held)
                 os.close(held[1])
-        if told.get("STOPPING") == "1":
+        if fields.get("STOPPING") == "1":
             self._is_asked = True
-        if told.get("READY") == "1" and not self._is_ready:
+        if fields.get("READY") == "1" and not self._is_ready:
             self._is_ready = True
             self._manager.notify("READY=1")
 

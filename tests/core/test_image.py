@@ -73,6 +73,27 @@ def test_comes_back(saved: SavedExport) -> None:
     assert image.decode(image.encode(saved)) == saved
 
 
+def test_an_image_of_an_older_server() -> None:
+    """Fields may get other names, but keep their numbers: this one was written when `has_self` was
+    `twin`, and `sent` was `told`.
+    """
+    events = [
+        SavedEvent(1, 2, b"a", 3, 4, 5, 6, b"b", 7, True, 1),
+        SavedEvent(1, 2, b"a", 3, 4, 5, 6, b"b", 7, False, 0),
+    ]
+    frame = frames.Event(1, 2, 3, 4, b"z")
+    expected = SavedExport(
+        "/s", 1, b"h", 2, 3,
+        SavedTable([SavedInode(5, 1, 2, 3, b"h", 4, 1, 1, b"x")], [], []),
+        watches=[(5, 1)], listed=[5], names=[SavedName(7, b"n", 8, 9, 10, 11)],
+        guests=[
+            SavedGuest(GuestKind.MOUNT, "m", events=3, sent=77, held=events, nodes={5: 2}),
+            SavedGuest(GuestKind.OBSERVER, "o", b"t" * 16, sent=12345, outbox=[frame]),
+        ],
+    )  # fmt: skip
+    assert image.decode((Path(__file__).parent / "older.image").read_bytes()) == expected
+
+
 # Images that are damaged, and others that are whole and lie
 
 
