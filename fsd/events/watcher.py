@@ -387,6 +387,17 @@ class HostWatcher:
         self.catch_up()
         return self.queue.is_changing(wd, name, besides)
 
+    def is_touching(self, inode: Inode, besides: Origin, within: int) -> bool:
+        """Whether an unprocessed event of another party than that guest may concern an object, or a
+        file's directory. Reads what is queued; more than ``within`` events are not searched.
+        """
+        nodes = (inode,) if inode.is_dir else (inode, inode.parent)
+        wds = {self._wd_of[node] for node in nodes if node in self._wd_of}
+        if not wds:
+            return False
+        self.catch_up()
+        return len(self.queue) > within or self.queue.has_any(wds, besides)
+
     def is_watched_directly_or_by_name(self, inode: Inode) -> bool:
         """Whether there is a watch on an object, or on its directory."""
         return inode in self._wd_of or inode.parent in self._wd_of

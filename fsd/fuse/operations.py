@@ -268,7 +268,7 @@ class Operations:
         inode = self._table.get(nodeid)
         if self.access.is_replayer(who):
             return inode, self.guest.ledger.getattr(inode)
-        self.guest.history.asks(who, nodeid)
+        self.guest.history.asks(who, inode)
         if inode.is_placeholder:
             return inode, self.guest.ledger.attributes(inode)
         # A mark may be set through a descriptor, without a look-up.

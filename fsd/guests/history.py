@@ -9,6 +9,8 @@ these (docs/decisions/one-history.md):
                 the name up once more (ESTALE), as the replay has made the name again
     mutation    the kernel holds the lock that the replay needs: upon ESTALE it releases the lock
                 and starts again, and the first request of that walk waits
+    mark        the GETATTR of the object waits for what is undelivered there, or the new watcher
+                would get what happened before its mark
 
 A request that could not wait is reported a second time, after the changes before it
 (``is_awaited``).
@@ -31,6 +33,7 @@ from ..events.event import Event
 from ..events.watcher import HostWatcher
 from ..files.caller import Caller
 from ..files.inode import Inode
+from ..linux import threads
 
 if TYPE_CHECKING:
     from .mount import MountGuest
@@ -51,8 +54,11 @@ after that it is another call, and may be sent back."""
 _STRUCTURE = int(STRUCTURE)
 _COUNTED = _STRUCTURE | int(Mask.MODIFY | Mask.ATTRIB)
 
+_QUEUE_LOOK = 256
+"""Events of the host's queue among which to search for those of one object."""
+
 Place = tuple[Inode, bytes]
-"""A directory, and a name in it."""
+"""A directory, and a name in it; without a name, an object and all that happens in it."""
 
 
 class Undelivered(Exception):
@@ -68,7 +74,9 @@ class _Walk:
     """The state of the call that a thread of the guest is in."""
 
     places: tuple[Place, ...]
-    nodeid: int = 0  # that it has found at a place with changes under way; 0: it was sent back
+    nodeid: int = (
+        0  # that it marks, or found at a place with changes under way; 0: it was sent back
+    )
     number: int = 0  # of the next event of the host's as it began, while one before is not routed
     last: int = 0  # position of the last event that it waits for
     is_over: bool = False  # it waits no more
@@ -154,22 +162,26 @@ class History:
 
     def hold(self, event: Event) -> None:
         """An event will be queued later (fsd.export.arming)."""
+        self._kept.update(_objects(event))
         if event.name and event.kind & _STRUCTURE:
             self._kept.update(_places(event))
 
     def unhold(self, event: Event) -> None:
         """It is queued next."""
-        if event.name and event.kind & _STRUCTURE:
-            for place in _places(event):
-                self._kept[place] -= 1
-                if self._kept[place] <= 0:
-                    del self._kept[place]
+        is_structure = event.name and event.kind & _STRUCTURE
+        for place in (*_objects(event), *(_places(event) if is_structure else ())):
+            self._kept[place] -= 1
+            if self._kept[place] <= 0:
+                del self._kept[place]
 
     def queued(self, event: Event) -> int:
         """An event waits for the agent. Returns its position."""
         if self._delivered == self._queued:
             self._lag = 0.0
         self._queued += 1
+        if self._guest.device:
+            for place in _objects(event):
+                self._moves[place] = self._queued
         if event.name and event.kind & _COUNTED:
             lasts = self._lasts(event)
             for place in _places(event):
@@ -183,6 +195,9 @@ class History:
         for place in _places(event):
             if lasts.get(place, position + 1) <= position:
                 del lasts[place]
+        for place in _objects(event):
+            if self._moves.get(place, position + 1) <= position:
+                del self._moves[place]
         self.progress += 1
         self.check()
 
@@ -223,15 +238,38 @@ class History:
 
     def looked_up(self, who: Caller, directory: Inode, name: bytes, found: Inode) -> None:
         """After it."""
+        if self._walk(who) is None and self._is_being_marked(who, found):
+            self._begin_mark(who, found)
+            if self._take_back is not None:
+                self._take_back(found)
         place = directory, name
         if self._walk(who) is None and self._may_wait(who, place):
             self._remember(who, self._begun(_Walk((place,), found.nodeid)))
 
-    def asks(self, who: Caller, nodeid: int) -> None:
+    def asks(self, who: Caller, inode: Inode) -> None:
         """Before GETATTR. Raises Undelivered."""
         walk = self._walk(who)
-        if walk is not None and walk.nodeid in (0, nodeid):
+        if walk is None and self._is_being_marked(who, inode):
+            walk = self._begin_mark(who, inode)
+        if walk is not None and walk.nodeid in (0, inode.nodeid):
             self._await(walk)
+            if (inode, b"") in walk.places:
+                del self._walks[who.pid]
+
+    def _begin_mark(self, who: Caller, inode: Inode) -> _Walk:
+        walk = self._begun(_Walk(((inode, b""),), inode.nodeid))
+        self._remember(who, walk)
+        return walk
+
+    def _is_being_marked(self, who: Caller, inode: Inode) -> bool:
+        """Whether the thread sets a mark on an object about which there is something to deliver, on
+        a mount of this machine: one on another machine's cannot be seen before it is set.
+        """
+        place = inode, b""
+        if not self._guest.device or not self._is_changing(place):
+            return False
+        name = inode.name if inode.parent is not None else os.fsencode(self._guest.name)
+        return threads.sets_mark(who.pid, os.path.basename(name)) and self._may_wait(who, place)
 
     @contextmanager
     def coming(self, who: Caller, again: bool) -> Iterator[None]:
@@ -290,10 +328,12 @@ class History:
 
     def is_sought(self, directory: Inode) -> bool:
         """Whether a thread that was sent back will ask for the directory's attributes before its
-        kernel takes the lock: these must not be valid longer.
+        kernel takes the lock, or before it sets a mark: these must not be valid longer.
         """
         return any(
-            not walk.nodeid and not walk.is_over and any(directory is p[0] for p in walk.places)
+            (not walk.nodeid or (directory, b"") in walk.places)
+            and not walk.is_over
+            and any(directory is p[0] for p in walk.places)
             for walk in self._walks.values()
         )
 
@@ -360,8 +400,7 @@ class History:
         """It waits for everything that has happened up to now."""
         watcher = self._watcher
         walk.last = self._last(walk.places)
-        guest, kept = self._guest, self._kept
-        if any(p in kept or watcher.is_changing(*p, guest) for p in walk.places):
+        if any(place in self._kept or self._is_queued(place) for place in walk.places):
             walk.number = watcher.queue.next_number
         return walk
 
@@ -372,7 +411,14 @@ class History:
         """Whether an undelivered change creates, removes or replaces the name."""
         if place in self._moves or place in self._kept:
             return True
-        return self._watcher.is_changing(*place, self._guest)
+        return self._is_queued(place)
+
+    def _is_queued(self, place: Place) -> bool:
+        """Whether such a change of another party's may not be routed yet."""
+        inode, name = place
+        if name:
+            return self._watcher.is_changing(inode, name, self._guest)
+        return self._watcher.is_touching(inode, self._guest, _QUEUE_LOOK)
 
     def check(self) -> None:
         """Let requests continue whose wait is over."""
@@ -388,6 +434,13 @@ class History:
 def _places(event: Event) -> tuple[Place, ...]:
     place = event.node, event.name
     return (place,) if event.node2 is None else (place, (event.node2, event.name2))
+
+
+def _objects(event: Event) -> Iterator[Place]:
+    """What a new mark may be on that would get the event."""
+    for inode in {event.node, event.node2, event.child, event.replaced}:
+        if inode is not None:
+            yield inode, b""
 
 
 def _retried() -> _Walk:

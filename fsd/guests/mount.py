@@ -133,7 +133,7 @@ class MountGuest(Guest):
         self._only_read: set[int] = set()  # OPENs for writing that the agent has open for reading
         self._orders = Orders(fs.table, partial(interest, self))
         self._hint = 0
-        self._hinted: set[int] = set()  # processes for the next hints
+        self._hinted: dict[int, int] = {}  # processes for the next hints, with their numbers
         # Processes that the agent is scanning: since which hint
         self._scanning: dict[int, int] = {}
         self._outgoing: deque[frames.Message] = deque()  # ahead of hints and orders
@@ -177,15 +177,20 @@ class MountGuest(Guest):
             self._record.marked(nodeid, mask)
 
     def hint(self, pid: int) -> int:
-        """Make the agent read the marks of a process; returns the number of that hint."""
-        if pid not in self._hinted and ALL_PROCESSES not in self._hinted:
+        """Make the agent read the marks of a process; returns the number of that hint. Each process
+        has its own: the mark of one says nothing about what another has looked up.
+        """
+        if ALL_PROCESSES in self._hinted:
+            pid = ALL_PROCESSES
+        if pid not in self._hinted:
             if len(self._hinted) >= HINTS_LIMIT:
                 self._hinted.clear()
                 pid = ALL_PROCESSES
-            self._hinted.add(pid)
+            self._hint += 1
+            self._hinted[pid] = self._hint
             if pid not in self._scanning:
                 self.wake()
-        return self._hint + 1
+        return self._hinted[pid]
 
     def scanned(self, hint: int) -> None:
         """The agent has answered its hints up to that one."""
@@ -198,7 +203,7 @@ class MountGuest(Guest):
         """Whether there are hints to send: not only for processes that the agent is scanning."""
         if not self._hinted or len(self._scanning) >= HINTS_LIMIT:
             return False
-        return not self._hinted <= self._scanning.keys()
+        return not self._hinted.keys() <= self._scanning.keys()
 
     def send(self, message: frames.Message) -> None:
         """Queue a message that is not an order."""
@@ -237,9 +242,8 @@ class MountGuest(Guest):
         self.asked()
         messages: list[frames.Message] = []
         if self._gives_hints:
-            self._hint += 1
-            messages += [frames.Hint(self._hint, pid) for pid in self._hinted]
-            self._scanning.update(dict.fromkeys(self._hinted, self._hint))
+            messages += [frames.Hint(number, pid) for pid, number in self._hinted.items()]
+            self._scanning.update(self._hinted)
             self._hinted.clear()
         while self._outgoing and len(messages) < limit:
             messages.append(self._outgoing.popleft())

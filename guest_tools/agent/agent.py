@@ -186,9 +186,12 @@ class Agent:
         while True:
             self._reader.feed(self._channel.receive())
             messages = list(self._reader)
-            hints = [message for message in messages if isinstance(message, frames.Hint)]
-            if hints:
-                self._scanner.hints(hints[-1].hint, (message.pid for message in hints))
+            hints: dict[int, list[int]] = {}
+            for message in messages:
+                if isinstance(message, frames.Hint):
+                    hints.setdefault(message.hint, []).append(message.pid)
+            for number, threads in hints.items():
+                self._scanner.hints(number, threads)
             self._replayer.visibly = self._scanner.knows_fanotify
             self._replayer.batch_begins(messages)
             for message in messages:

@@ -27,6 +27,9 @@ from .watchers import Watchers
 _PATIENCE = 2.0
 """Seconds for the thread to end: it may be in a request that the server holds."""
 _WRITE = 32 * 1024
+_OTHERS = 16
+"""Processes that are read in addition when marks were found, so that earlier hints are answered
+first."""
 
 
 class Scanner(threading.Thread):
@@ -226,9 +229,12 @@ class Scanner(threading.Thread):
         """Read the marks of these processes and send the changes. Returns False if not all could be
         read or sent, and another attempt is worthwhile.
         """
+        began = time.monotonic()
         complete = self._watchers.look(processes, full=full)
         if self._answered < 0 and not complete:
             return False  # the server takes the first word for all of it
+        if self._watchers.changed and not full and self._answered >= 0:
+            complete &= self._answer_earlier(set(processes), began)
         if self._watchers.is_changed or self._is_unsent or self._answered < 0:
             return self._send_changes(max(self._answered, 0)) and complete
         return complete
@@ -238,6 +244,29 @@ class Scanner(threading.Thread):
         answered = self._schedule.answer(now)
         if 0 <= self._answered < answered and not self._send_changes(answered):
             self._schedule.look_at_all(now + RETRY)
+
+    def _answer_earlier(self, read: set[int], began: float) -> bool:
+        """Before changes are sent, answer the hints that they do not come from: the server then
+        delivers nothing from before the look-ups of the others. Returns whether what was read for
+        that could be read.
+        """
+        watchers, schedule = self._watchers, self._schedule
+        others = schedule.unanswered() - read
+        if len(others) > _OTHERS:
+            return True
+        if not watchers.look(others, more=True):
+            return False
+        answered = schedule.answer_without(watchers.changed, watchers.gone, read | others, began)
+        if answered <= self._answered:
+            return True
+        try:
+            self._publish({}, frames.ScanEnd(answered, 0))
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            return False
+        self._answered = answered
+        return True
 
     def _send_changes(self, answered: int) -> bool:
         """Send the changes, and the last hint that they cover. Returns whether they were sent."""

@@ -217,6 +217,25 @@ class Schedule:
             else:
                 hint.pids -= look.pids
 
+    def unanswered(self) -> set[int]:
+        """The processes that are still to be read for a hint."""
+        return set().union(*(hint.pids for hint in self._open))
+
+    def answer_without(
+        self, changed: Collection[int], gone: Collection[int], read: Collection[int], began: float
+    ) -> int:
+        """The last hint that can be answered before the changes that a reading from ``began`` on
+        has found: those up to it do not come from the processes with changes.
+        """
+        while self._open and not self._is_traced:
+            hint = self._open[0]
+            is_settled = began >= hint.settled
+            left = hint.pids.difference(gone, read if is_settled else ())
+            if left or not hint.pids.isdisjoint({*changed} - {*gone}):
+                break
+            self._answered = self._open.popleft().number
+        return self._answered
+
     def answer(self, now: float) -> int:
         """The last hint that can be answered: all of its processes have been read since, and so has
         the trace of calls.

@@ -54,8 +54,10 @@ class Watchers:
         """Whether some mark is fanotify's."""
         self.is_changed = False
         """Whether the last reading differed from the one before."""
+        self.changed: set[int] = set()
+        """Processes whose marks it found changed."""
         self.gone: set[int] = set()
-        """Processes that had exited at the last reading."""
+        """Processes that had exited."""
 
     @property
     def pids(self) -> list[int]:
@@ -70,23 +72,27 @@ class Watchers:
                 wanted[node] = wanted.get(node, 0) | mask
         return wanted
 
-    def look(self, pids: Iterable[int], *, full: bool) -> bool:
-        """Read the marks of these processes; ``full``: there are no others. Returns False if
-        something could not be read that a later attempt may read.
+    def look(self, pids: Iterable[int], *, full: bool = False, more: bool = False) -> bool:
+        """Read the marks of these processes; ``full``: there are no others; ``more``: as a part of
+        the last reading. Returns False if something could not be read that a later attempt may
+        read.
         """
         before, crowd = self._processes, self._crowd
         if full:
             self._processes, self._crowd = {}, {}
         own = os.getpid()
         complete = True
-        self.is_changed = full
-        self.gone = set()
+        if not more:
+            self.is_changed = full
+            self.changed, self.gone = set(), set()
         for pid in dict.fromkeys(pids):
             if pid == own:
                 continue
             now, is_complete = self._read(pid, before.get(pid))
             complete &= is_complete
-            self.is_changed |= now != before.get(pid)
+            if now != before.get(pid):
+                self.is_changed = True
+                self.changed.add(pid)
             if now is not None:
                 self._processes[pid] = now
             else:

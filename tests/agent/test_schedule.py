@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import inf
+from typing import Any
 
 import pytest
 
@@ -162,6 +163,31 @@ def test_what_was_not_complete_is_looked_at_again_before_it_is_answered() -> Non
     clock.turn(2)
     assert clock.answers[-1][1] == number
     assert any(look.full for _, look in clock.looks)
+
+
+@pytest.mark.parametrize(
+    ("reading", "expected"),
+    [
+        ({"changed": {9}, "read": {7, 8, 9}}, 2),  # 7 and 8 have no mark yet
+        ({"changed": {9}, "read": {8, 9}}, 0),  # nobody knows about 7
+        ({"changed": {9}, "read": {8, 9}, "gone": {7}}, 2),
+        ({"changed": {8, 9}, "read": {7, 8, 9}}, 1),  # 8 may have set its mark after hint 2
+        ({"changed": {7, 9}, "read": {7, 8, 9}, "gone": {7}}, 2),  # its marks went along
+        ({"changed": {9}, "read": {7, 8, 9}, "early": 1e-3}, 0),  # a mark may be on its way
+        ({"changed": {9}, "read": {9}, "gone": {7, 8}, "early": 1e-3}, 2),
+    ],
+)
+def test_what_is_answered_before_new_marks_are_sent(reading: dict[str, Any], expected: int) -> None:
+    """The hints that these marks cannot come from, or old events would be delivered to them."""
+    clock = Clock()
+    for pid in (7, 8):
+        clock.hint(pid)
+    began = clock.now + schedule.SETTLE - reading.pop("early", 0.0)
+    clock.now = began
+    clock.hint(9)
+    assert clock.schedule.unanswered() == {7, 8, 9}
+    answered = clock.schedule.answer_without(**{"gone": set(), "began": began} | reading)
+    assert answered == expected
 
 
 def test_where_calls_are_traced_a_hint_costs_one_late_look() -> None:

@@ -26,7 +26,7 @@ from protocol.masks import Mask, names
 
 Case = Callable[[Path, Path], list[str]]
 NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
-ALL = 0xFFF
+ALL, ONESHOT = 0xFFF, 0x8000_0000
 _libc = ctypes.CDLL(None, use_errno=True)
 QUIET = 0.4
 """Seconds without an event after which no more are expected."""
@@ -147,6 +147,43 @@ def test_nor_where_another_process_is_always_looking(
                 busy.kill()
 
     assert compare(case, share, tmp_path) == ["CREATE new"]
+
+
+@pytest.mark.parametrize("beside", ["watcher", "watcher that has ended", "reader that has ended"])
+@pytest.mark.parametrize("delay", [0.0, 0.002, 0.02])
+def test_nor_beside_another_program(
+    share: Mount, tmp_path: Path, beside: str, delay: float
+) -> None:
+    """The change is to be delivered to the other one's mark, or would be if it had set one; it does
+    not reach the new mark.
+    """
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        events = []
+        (changed / "log").touch()
+        for _ in range(5):
+            time.sleep(0.1)
+            other = Watch()
+            if "reader" in beside:
+                subprocess.run(["ls", watched], stdout=subprocess.DEVNULL, check=True)
+            else:
+                other.add(watched, NAMES)
+                time.sleep(0.1)
+            if "ended" in beside:
+                other.close()
+            (changed / "log").unlink()
+            (changed / "log").touch()
+            time.sleep(delay)
+            with watch() as marks:
+                marks.add(watched, NAMES | ONESHOT)
+                events += marks.read(quiet=0.2)
+            if "ended" not in beside:
+                events += other.read(until="CREATE log")
+                other.close()
+        return events
+
+    both = ["DELETE log", "CREATE log"] * 5
+    assert compare(case, share, tmp_path) == ([] if "ended" in beside else both)
 
 
 def test_nor_of_a_file(share: Mount, tmp_path: Path) -> None:
