@@ -80,7 +80,7 @@ def _chosen(patterns: str, names: Sequence[str]) -> list[str]:
 
 def measure(chosen: Sequence[Side], rows: Sequence[str], rounds: int, scale: Scale) -> Results:
     """The rates of each row and side, one value a round."""
-    results = Results(list(chosen), list(rows), rounds)
+    results = Results([], list(rows), rounds)
     dice = Random(1)
     with tempfile.TemporaryDirectory(prefix="fsd-bench-") as name:
         scratch = Path(name)
@@ -88,21 +88,37 @@ def measure(chosen: Sequence[Side], rows: Sequence[str], rounds: int, scale: Sca
         for side in chosen:
             fill_source(scratch / side.name, scratch / "origin", scale)
             (scratch / f"{side.name}-mount").mkdir()
+            if reason := _refusal(side, scratch, scale):
+                results.notes.append(f"{side.name}: left out, it does not start: {reason}")
+            else:
+                results.sides.append(side)
         results.file_system = _file_system(scratch)
         for _ in range(rounds):
             results.loads.append(os.getloadavg()[0])
             with ExitStack() as stack:
                 served = {
-                    side.name: stack.enter_context(_served(side, scratch, scale)) for side in chosen
+                    side.name: stack.enter_context(_served(side, scratch, scale))
+                    for side in results.sides
                 }
                 for key in rows:
                     if key == REST:
                         _rest(results, served, scale)
                     else:
                         _row(results, key, served, dice)
-            for side in chosen:
+            for side in results.sides:
                 clean(scratch / side.name)
     return results
+
+
+def _refusal(side: Side, scratch: Path, scale: Scale) -> str:
+    """Why a side cannot be mounted here: what it takes is not to be had, or its options do not go
+    together. "" if it can.
+    """
+    try:
+        with _served(side, scratch, scale):
+            return ""
+    except (AssertionError, subprocess.CalledProcessError) as error:
+        return " ".join([str(error), *getattr(error, "__notes__", [])]).replace("\n", " ")
 
 
 def _file_system(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .chart import bars
 from .report import Report, machine, number
 from .results import GOALS, Results, Spread
-from .sides import HP, LL, NATIVE
+from .sides import HP, HP_PASSTHROUGH, LL, NATIVE
 from .workloads import ROWS
 
 METHOD = """\
@@ -39,7 +39,8 @@ def report_of(results: Results) -> Report:
     rows = [key for key in results.rows if key in results.rates]
     if table := _goals(results):
         report.table("Goals", *table)
-    for base, wanted in ((NATIVE, rows), (LL, rows), (HP, [k for k in rows if ROWS[k].data])):
+    data = [key for key in rows if ROWS[key].data]
+    for base, wanted in ((NATIVE, rows), (LL, rows), (HP, data), (HP_PASSTHROUGH, data)):
         if results.has(base) and wanted:
             names = [side.name for side in results.sides if side.name != base]
             body = [

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness.mounts import command, mounted, session_of
 
-from .others import bindfs, passthrough_hp, passthrough_ll, served_by
+from .others import bindfs, passthrough_hp, passthrough_hp_of_trixie, passthrough_ll, served_by
 
 Processes = Callable[[], list[int]]
 """The processes that serve a side: an agent that is restarted is another one."""
@@ -36,31 +36,14 @@ class Side:
         return self.name.startswith("fsd")
 
 
-NATIVE, LL, HP = "native", "ll", "hp"
+NATIVE, LL, HP, HP_PASSTHROUGH = "native", "ll", "hp", "hp-passthrough"
 """The sides that others are compared with."""
 
 
 def sides() -> tuple[list[Side], list[str]]:
     """All that this machine has, fsd's default first among its own; notes on what is missing."""
-    found, notes = [Side(NATIVE, "the directory itself", None)], []
-    found += _fsd()
-    ll, hp = "libfuse's passthrough_ll", "libfuse's passthrough_hp"
-    others = [
-        ("bindfs", Side("bindfs", "the kernel trusts it for 1 s", _other(bindfs))),
-        ("gcc", Side(LL, f"{ll}; the kernel trusts it for 1 s", _other(passthrough_ll))),
-        (
-            "gcc",
-            Side("ll-never", f"{ll}, cache=never", _other(partial(passthrough_ll, cache="never"))),
-        ),
-        (
-            "g++",
-            Side(
-                HP, f"{hp}; the kernel trusts it for a day and writes back", _other(passthrough_hp)
-            ),
-        ),
-        ("g++", Side("hp-never", f"{hp}, --nocache", _other(_uncached_hp))),
-    ]
-    for program, side in others:
+    found, notes = [Side(NATIVE, "the directory itself", None), *_fsd()], []
+    for side, program in OTHERS:
         if shutil.which(program):
             found.append(side)
         else:
@@ -109,5 +92,26 @@ def _other(
     return serve
 
 
-def _uncached_hp(source: Path, mountpoint: Path) -> list[str]:
-    return passthrough_hp(source, mountpoint, "--nocache")
+def _of(name: str, about: str, command_of: Callable[[Path, Path], list[str]]) -> Side:
+    return Side(name, about, _other(command_of))
+
+
+OTHERS = [
+    (_of("bindfs", "Debian's package; trusted for 1 s", bindfs), "bindfs"),
+    (_of(LL, "libfuse's passthrough_ll; trusted for 1 s", passthrough_ll), "gcc"),
+    (_of("ll-never", "the same, cache=never", partial(passthrough_ll, cache="never")), "gcc"),
+    (_of(HP, "libfuse's passthrough_hp; trusted for a day, writes back", passthrough_hp), "g++"),
+    (_of("hp-never", "the same, --nocache", partial(passthrough_hp, cached=False)), "g++"),
+    (
+        _of(
+            HP_PASSTHROUGH,
+            "passthrough_hp of Debian 13 (libfuse 3.17): trusted for a day, and the kernel itself "
+            "reads and writes the files (FUSE_PASSTHROUGH)",
+            passthrough_hp_of_trixie,
+        ),
+        "g++",
+    ),
+]
+"""Beside each, the program without which it is not to be had. "Trusted": for so long the kernel
+does not ask the server, and what it knows may be old.
+"""

@@ -17,18 +17,19 @@ CACHE = Path(__file__).parents[1] / ".cache"
 KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
-def source_files(package: str, names: Iterable[str]) -> Path:
+def source_files(package: str, names: Iterable[str], suite: str | None = None) -> Path:
     """A directory with these files of a source package (whose paths there end so).
 
-    Fetches them if they are not there yet; the machine's own apt sources are not changed.
+    The package is of this machine's suites, or of another one. Fetches the files if they are not
+    there yet; the machine's own apt sources are not changed.
     """
-    folder = CACHE / package
+    folder = CACHE / (f"{package}-{suite}" if suite else package)
     missing = [name for name in names if not (folder / Path(name).name).exists()]
     if not missing:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as scratch:
-        archive = source_archive(package, Path(scratch))
+        archive = source_archive(package, Path(scratch), suite)
         with tarfile.open(archive) as tar:
             members = tar.getmembers()
             for name in missing:

@@ -50,7 +50,7 @@ def test_the_page_has_all_rows_and_sides(tmp_path: Path) -> None:
     rates = json.loads((tmp_path / "rates.json").read_text())["rates"]
     assert list(rates) == list(ROWS)
     sides = found["Rates"][""]
-    assert {"native", "bindfs", "ll", "ll-never", "hp", "hp-never"} < set(sides)
+    assert {"native", "bindfs", "ll", "ll-never", "hp", "hp-never", "hp-passthrough"} < set(sides)
     assert any(side.startswith("fsd-devfuse") for side in sides)
     assert any(side.startswith("fsd-libfuse") for side in sides)
     for row in ROWS.values():
