@@ -66,7 +66,7 @@ def share(tmp_path: Path) -> Iterator[Mount]:
 
 @pytest.fixture
 def share_no_agent(tmp_path: Path) -> Iterator[Mount]:
-    """The twin of ``share`` in which nothing announces the host's changes to the guest."""
+    """The counterpart of ``share``: nothing announces the host's changes to the guest."""
     yield from _mount(tmp_path, "--no-agent")
 
 

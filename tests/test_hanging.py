@@ -111,7 +111,7 @@ def test_a_mount(tmp_path: Path, transport: str) -> None:
 
 @root
 def test_the_mount_seen_through_itself(tmp_path: Path) -> None:
-    """To look at it would wait for the one who looks."""
+    """Looking at it would wait for the process that looks."""
     share, point = tmp_path / "share", tmp_path / "mount"
     (share / "inside").mkdir(parents=True)
     point.mkdir()

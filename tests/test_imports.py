@@ -1,5 +1,5 @@
-"""Who may import whom, read from the source of every module: fsd -> protocol <- guest_tools, and
-within fsd the packages of a table.
+"""Which package may import which, read from the source of every module: fsd -> protocol <-
+guest_tools, and within fsd the packages of a table.
 
 guest_tools needs nothing else, but for its images, which are protobuf's.
 """
@@ -183,5 +183,5 @@ def test_protobuf_is_imported_when_it_is_needed() -> None:
         ("fsd/transports/virtiofs.py", "import trio", True),
     ],
 )
-def test_the_rules_tell_good_from_bad(path: str, source: str, allowed: bool) -> None:
+def test_the_rules_themselves(path: str, source: str, allowed: bool) -> None:
     assert (offences(path, source) == []) is allowed

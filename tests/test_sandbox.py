@@ -1,4 +1,4 @@
-"""The sandbox of `fsd virtiofs`, told by a process in it (harness/sandbox_probe.py)."""
+"""The sandbox of `fsd virtiofs`, as a process in it sees it (harness/sandbox_probe.py)."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_privileges(tmp_path: Path, mode: str) -> None:
 
 
 def test_a_device_node_opens_no_device(tmp_path: Path) -> None:
-    """Made by a guest's root in the share or in a file system below it, or by who took the server
-    over; nor does a program with the suid bit gain anything, nor run.
+    """Made by a guest's root in the share or in a file system below it, or by an attacker that took
+    the server over; nor does a program with the suid bit gain anything, nor run.
     """
     below = tmp_path / "below"
     below.mkdir()

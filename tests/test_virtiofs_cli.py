@@ -93,7 +93,7 @@ def connected(path: Path) -> socket.socket:
     return connection
 
 
-# What it says of itself
+# What it reports about itself
 
 
 @pytest.mark.parametrize("name", [[DAEMON], [FSD, "virtiofs"]])
@@ -262,7 +262,7 @@ def test_stale_and_busy_socket(top: Path) -> None:
         dead.bind(os.fspath(path))
     with server(*arguments) as process:
         refused(run([DAEMON, *arguments]), "s: another server listens there")
-        with connected(path) as vmm:  # the first one goes on
+        with connected(path) as vmm:  # the first one continues
             assert len(features(vmm)) == 20
         assert stopped(process) == 0
 
@@ -317,7 +317,7 @@ def test_a_connection_that_is_handed_over(top: Path) -> None:
 
 
 def test_socket_activation(top: Path) -> None:
-    """Two sockets of systemd's, which are told of the readiness."""
+    """Two sockets of systemd's, which is notified of the readiness."""
     activate = (
         "import os, socket, sys\n"
         "for number, path in enumerate(sys.argv[1:3]):\n"
@@ -364,7 +364,7 @@ def test_a_limit_that_cannot_be_had(top: Path) -> None:
 
 
 def test_tag(top: Path) -> None:
-    """A VMM that asks the device is told; without --tag there is nothing to ask."""
+    """A VMM that asks the device gets it; without --tag there is nothing to ask."""
     arguments = [f"--shared-dir={top / 'share'}", f"--socket-path={top / 's'}"]
     with server(*arguments, "--tag=share of mine") as process:
         vmm = Frontend(top / "s")

@@ -53,8 +53,8 @@ def main() -> int:
                 [NODE, "/clients/drivers/vite.mjs", "/mnt", "/tmp/vite", "/main.js"],
                 env=ENVIRONMENT,
             )
-            told = messages(vite)
-            assert "ready" in next(told)
+            reported = messages(vite)
+            assert "ready" in next(reported)
             for greeting, agent in (("nobody hears", False), ("good morning", True)):
                 if agent:
                     console.print("\nguest# fsd-guest agent /mnt &")
@@ -68,7 +68,9 @@ def main() -> int:
                     nothing = vite.stdout == before
                     console.print("  page: " + ("-" if nothing else "updated without an agent?"))
                     continue
-                update = next(message for message in told if greeting in (message["text"] or ""))
+                update = next(
+                    message for message in reported if greeting in (message["text"] or "")
+                )
                 after = (time.monotonic() - begun) * 1000
                 [source] = re.findall(r"export .*;", update["text"])
                 console.print(f"  page: {update['event']} {update['path']}: {source}")

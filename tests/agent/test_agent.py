@@ -132,12 +132,12 @@ def test_a_volume_over_a_directory_is_the_volumes(
             seen(share, watcher, LAST, "CREATE,ISDIR")
             assert picture(over) == before
             kinds = {line.kinds for line in watcher.lines() if line.path.startswith(bytes(over))}
-            told = {"CREATE", "DELETE", "MOVED_FROM", "MOVED_TO", "ATTRIB"}
+            reported = {"CREATE", "DELETE", "MOVED_FROM", "MOVED_TO", "ATTRIB"}
             if start:
-                assert not told & kinds
+                assert not reported & kinds
                 assert the_mount(share.mountpoint)["failed"] >= 5
-            else:  # those who watch what the volume covers see all
-                assert told <= kinds
+            else:  # watchers of what the volume covers see all
+                assert reported <= kinds
                 assert not the_mount(share.mountpoint)["failed"]
         finally:
             subprocess.run(["umount", over], check=True)
@@ -243,7 +243,7 @@ libc = ctypes.CDLL(None)
 assert libc.inotify_add_watch(libc.inotify_init1(0), os.fsencode(sys.argv[1]), 0x100) > 0
 for _ in range(150):
     if not os.fork():
-        os.stat(sys.argv[1])  # of which the server tells the agent
+        os.stat(sys.argv[1])  # of which the server informs the agent
         sys.stdin.read()
         os._exit(0)
 print("forked", flush=True)

@@ -142,7 +142,7 @@ def test_a_file_bound_over_a_file_is_not_reached(share: tuple[int, Path]) -> Non
         subprocess.run(["umount", top / "a/b/file"], check=True)
 
 
-def test_who_swaps_a_directory_for_a_link_gains_nothing(share: tuple[int, Path]) -> None:
+def test_swapping_a_directory_for_a_link_gains_nothing(share: tuple[int, Path]) -> None:
     fd, top = share
     (top / "link").symlink_to("../outside")
     (top / "dir").mkdir()

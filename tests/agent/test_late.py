@@ -39,7 +39,7 @@ run()
 
 @contextmanager
 def setter(*options: str) -> Iterator[subprocess.Popen[str]]:
-    """A program that marks each path that it is told."""
+    """A program that marks each path that it is given."""
     with subprocess.Popen(
         [sys.executable, "-c", SETTER, *options],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -61,7 +61,7 @@ def set_mark(process: subprocess.Popen[str], path: Path) -> None:
 
 @contextmanager
 def hinting(running: Scanner, pid: int) -> Iterator[None]:
-    """Hints of a process that goes on looking things up."""
+    """Hints of a process that keeps looking things up."""
     stop = threading.Event()
 
     def hint() -> None:

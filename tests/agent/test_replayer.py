@@ -261,7 +261,7 @@ def test_what_a_volume_covers_is_reached_privately(
             assert replayer.execute(order(Op.REMOVE, b"file", b"d")) == 0
             assert sorted(os.listdir(below)) == ["made", "new"]
         assert (picture(over) if over.is_dir() else os.stat(over)) == before
-        # Elsewhere it goes on through the mountpoint, if it is to.
+        # Elsewhere it continues through the mountpoint, if it is to.
         assert replayer.execute(order(Op.CREATE, b"beside", b"")) == 0
         assert (share / "beside").exists()
     finally:

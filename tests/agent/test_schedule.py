@@ -71,7 +71,7 @@ def test_at_rest_nothing_is_looked_at() -> None:
     assert len(clock.looks) == looks
 
 
-def test_a_process_that_goes_on_looking_things_up_is_never_late() -> None:
+def test_a_process_that_keeps_looking_things_up_is_never_late() -> None:
     """Its mark may come at any moment: each is found within the spacing, after hours, too."""
     clock = Clock()
     for _ in range(5000):
@@ -115,7 +115,7 @@ def test_a_hint_is_answered_when_no_mark_can_be_on_its_way() -> None:
     assert [answer for _, answer in clock.answers] == [number]
 
 
-def test_answers_are_spaced_where_hints_go_on() -> None:
+def test_answers_are_spaced_while_hints_keep_coming() -> None:
     clock = Clock()
     for _ in range(2000):
         clock.hint(7)
@@ -143,7 +143,7 @@ def test_a_hint_of_all_processes_is_answered_by_a_full_look() -> None:
     assert clock.answers[-1][1] == number
 
 
-def test_more_processes_than_are_told_apart() -> None:
+def test_more_processes_than_are_distinguished() -> None:
     clock = Clock()
     for first in range(0, 3 * schedule.HOT_LIMIT, 1000):
         number = clock.hint(*range(first + 1, first + 1001))

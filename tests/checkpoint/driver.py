@@ -1,6 +1,6 @@
-"""A real watcher: a process that makes system calls as its tests tell it, a line of JSON each way.
+"""A real watcher: a process that makes system calls as its tests ask, a line of JSON each way.
 
-Runs by itself, with the standard library alone; the tests talk to it through ``remote``.
+A program of its own, with the standard library alone; the tests talk to it through ``remote``.
 """
 
 from __future__ import annotations

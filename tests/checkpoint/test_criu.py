@@ -55,7 +55,7 @@ class Recorder:
 @contextmanager
 def recorder(setup: list[str], folder: Path, *prefix: str) -> Iterator[Recorder]:
     log = folder / "log"
-    # Its streams are opened by itself, in the namespace that it may have of its own.
+    # It opens its streams, in the namespace that it may have of its own.
     streams = ("sh", "-c", 'exec "$@" <>/dev/null >&0 2>&0', "sh")
     process = subprocess.Popen(
         [*prefix, *streams, *PYTHON, json.dumps(setup), log],
@@ -206,7 +206,7 @@ def test_both_restore_the_same_watcher(real: Criu, tmp_path: Path) -> None:
 
 
 def test_a_watcher_of_our_mount(real: Criu, share: Mount, tmp_path: Path) -> None:
-    """In the mount's own namespace CRIU saves and restores it, and the host's events go on."""
+    """In the mount's own namespace CRIU saves and restores it; the host's events still arrive."""
     (share.source / "directory").mkdir()
     mounted = share.mountpoint / "directory"
     setup = ["inotify(3)", f"watch(3, {str(mounted)!r}, {CREATE}, 77)"]

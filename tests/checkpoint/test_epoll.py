@@ -97,7 +97,7 @@ def test_a_number_that_is_another_file_s_by_now(watcher: Remote, tmp_path: Path)
 
 
 def test_several_entries_with_one_number(watcher: Remote, tmp_path: Path) -> None:
-    """Which is which is told by toff alone."""
+    """Only toff says which is which."""
     for data, fd in enumerate((3, 4)):
         watcher(f"os.dup2({fd}, 20)")
         watcher(f"add(10, 20, {IN}, {data})")

@@ -424,7 +424,7 @@ def test_without_the_ioctl_numbers_are_counted_up(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes an ordinary user")
 def test_an_ordinary_user(tree: Path) -> None:
-    """Handles cannot be opened: files are found by path, if that can be told, and their number."""
+    """Handles cannot be opened: files are found by path, if that can be shown, and their number."""
     for path in (tree, *tree.iterdir(), tree.parent, tree.parent.parent):
         os.chown(path, 65534, 65534)
     for parent in tree.parents:

@@ -37,7 +37,7 @@ def refused(
 
 @contextmanager
 def background(*arguments: str | Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of ours for the block."""
+    """A process for the block."""
     process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
         **options,

@@ -51,7 +51,7 @@ def test_relative_paths_of_a_daemon(places: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
-def test_systemd_is_told(places: tuple[Path, Path], tmp_path: Path, abstract: bool) -> None:
+def test_systemd_is_notified(places: tuple[Path, Path], tmp_path: Path, abstract: bool) -> None:
     address = f"\0fsd-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address)

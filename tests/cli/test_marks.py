@@ -54,7 +54,7 @@ def test_marks(share: Mount) -> None:
 
 
 def test_marks_without_an_agent_are_not_armed(share_no_agent: Mount) -> None:
-    """The twin: the kernel holds the mark, and nobody has published it."""
+    """The counterpart: the kernel holds the mark, and nobody has published it."""
     share = share_no_agent
     with background("inotifywait", "-m", share.mountpoint) as watcher:
         wait_until(lambda: marks_of(share, watcher.pid), 10, "the mark")
@@ -105,10 +105,10 @@ def test_fanotify_marks_show_up_armed_and_work(share: Mount, kind: int, nodeid: 
         assert mark["nodeid"] == (os.stat(where).st_ino if nodeid is None else nodeid)
         with open(share.source / "deep/file", "a") as file:
             file.write("y")
-        told = until_closed(watcher, share.mountpoint / "deep/file")
+        reported = until_closed(watcher, share.mountpoint / "deep/file")
         # A limit: a mark on the whole file system is one on the agent's channel, too.
         channel = {"/.fsd/control"} if kind == FAN_MARK_FILESYSTEM else set()
-        assert told == channel
+        assert reported == channel
         # And between events the mountpoint is as idle as without such a mark.
         wait_until(lambda: not status_of(share.mountpoint)["guests"][0]["depth"], 10, "rest")
         held = [os.readlink(fd) for fd in Path(f"/proc/{agent_of(share)}/fd").iterdir()]
@@ -116,13 +116,13 @@ def test_fanotify_marks_show_up_armed_and_work(share: Mount, kind: int, nodeid: 
 
 
 def until_closed(watcher: subprocess.Popen[bytes], file: Path) -> set[str]:
-    """Read what fanotify tells, until the file's change is told; what else it told of."""
-    told: dict[str, int] = {}
-    while not told.get(str(file), 0) & FAN_CLOSE_WRITE:
+    """Read fanotify's events until the file's change; returns the other paths reported."""
+    reported: dict[str, int] = {}
+    while not reported.get(str(file), 0) & FAN_CLOSE_WRITE:
         bits, path = line_of(watcher).split(" ", 1)
-        told[path] = told.get(path, 0) | int(bits, 0)
-    assert told.pop(str(file)) & FAN_MODIFY
-    return set(told)
+        reported[path] = reported.get(path, 0) | int(bits, 0)
+    assert reported.pop(str(file)) & FAN_MODIFY
+    return set(reported)
 
 
 def test_what_was_open_before_the_mark_has_no_modify(share: Mount) -> None:
@@ -165,7 +165,7 @@ def test_a_mount_mark_on_a_bind_mount_hears_nothing(share: Mount, tmp_path: Path
 
 
 @pytest.mark.parametrize("links", [1, 2])
-def test_a_mark_on_a_file_is_told_its_name(share: Mount, links: int) -> None:
+def test_a_mark_on_a_file_gets_its_name(share: Mount, links: int) -> None:
     """To groups of fanotify that report names. Of several, nobody knows which one was used."""
     (share.source / "dir").mkdir()
     (share.source / "dir/file").touch()

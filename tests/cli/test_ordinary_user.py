@@ -52,7 +52,7 @@ def test_an_ordinary_users_mount(tmp_path: Path) -> None:
 
 
 def test_an_ordinary_users_mount_without_an_agent(tmp_path: Path) -> None:
-    """The twin: nothing arrives."""
+    """The counterpart: nothing arrives."""
     with users_mount(tmp_path, "--no-agent") as (share, _):
         user = inside(share.process.pid, *as_user())
         with background(*user, "inotifywait", "-m", share.mountpoint) as watcher:

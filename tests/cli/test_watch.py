@@ -50,7 +50,7 @@ def test_watch(share_no_agent: Mount) -> None:
     assert status_of(share.mountpoint)["host_watches"] == 0
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["asked", "twin"])
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "not asked"])
 def test_watch_hears_of_a_loss_where_that_is_asked(tmp_path: Path, asked: bool) -> None:
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
@@ -107,8 +107,8 @@ def test_watch_recursive_loses_nothing_while_it_asks(share_no_agent: Mount) -> N
         established(watcher)
         for number in range(100):
             (share.source / f"d{number}").mkdir()
-        told = [line_of(watcher) for _ in range(100)]
-    assert told == [f"{share.mountpoint}/ CREATE,ISDIR d{number}" for number in range(100)]
+        reported = [line_of(watcher) for _ in range(100)]
+    assert reported == [f"{share.mountpoint}/ CREATE,ISDIR d{number}" for number in range(100)]
 
 
 def _is_watched(share: Mount, path: str) -> bool:

@@ -30,5 +30,5 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture
 def silent(share_no_agent: Mount) -> Place:
-    """The twin: mounted, and nobody announces what the host does."""
+    """The counterpart: mounted, and nothing announces what the host does."""
     return Place(share_no_agent.source, share_no_agent.mountpoint)

@@ -8,7 +8,7 @@ What is natively true differs.
   else happens in the directory. So the directories lie in the root, which is marked already, and
   the whole picture is demanded after one more file has been put into each.
 - inotifywait and watchfiles (Rust's notify) list no files at all: which of the first ones they name
-  depends on who is faster, natively too, and inotifywait marks as late as chokidar. Their picture
+  depends on which is faster, natively too, and inotifywait marks as late as chokidar. Their picture
   is: every directory, nothing that is not there, and, because in the end each directory has its
   mark, every file that comes later and every directory that goes.
 """
@@ -159,7 +159,7 @@ def check(clients: list[Client], least: set[str], source: Path, complete: bool) 
 
 
 def test_the_picture_stays_empty_without_an_agent(silent: Place) -> None:
-    """The twin, of all programs at once: nobody sees what is unpacked."""
+    """The counterpart, of all programs at once: none sees what is unpacked."""
     watchers = [
         watcher for program in PROGRAMS if isinstance(watcher := program.values[0], Watcher)
     ]

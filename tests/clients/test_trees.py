@@ -52,7 +52,7 @@ class Step:
 
     name: str
     change: Callable[[Place], object]
-    told: list[tuple[str, str]]
+    reported: list[tuple[str, str]]
     """(plain word, path): what the program says, as far as it has a word for it."""
     arms: str | None = None
     """The new inode whose mark is waited for before the next step."""
@@ -168,7 +168,7 @@ def prepare(place: Place) -> None:
 def run(step: Step, client: Client) -> str | None:
     """Do the step; what is wrong with what the program said of it."""
     place, words = client.place, client.watcher.words
-    wanted = [Event(words[plain], path) for plain, path in step.told if plain in words]
+    wanted = [Event(words[plain], path) for plain, path in step.reported if plain in words]
     if wanted and client.watcher is NODEMON:
         wanted.append(Event("restart", "."))  # what its user waits for
     client.pace()
@@ -205,7 +205,7 @@ def test_changes_on_the_host_arrive(watcher: Watcher, place: Place) -> None:
 
 @pytest.mark.parametrize("watcher", GENERAL, ids=str)
 def test_nothing_arrives_without_an_agent(watcher: Watcher, silent: Place) -> None:
-    """The twin: the same changes, and the program hears only of the one made through the mount."""
+    """The counterpart: the program gets only the change that was made through the mount."""
     prepare(silent)
     with Client(watcher, silent) as client:
         client.wait_ready(armed=False)

@@ -1,7 +1,8 @@
 """Real watcher programs as processes of their own: how each is started, and how its words are read.
 
 Apart from the tests, because each program runs in many places: natively on a plain directory (which
-shows that driver and expectation are right), on a mount, and on one without an agent (the twin).
+shows that driver and expectation are right), on a mount, and on one without an agent (the
+counterpart).
 Every program's output becomes Events with paths relative to the watched root; a program's own words
 for what happened are kept: ``Watcher.words`` is its vocabulary.
 """
@@ -29,7 +30,7 @@ PATIENCE = 15.0
 """The bound of a wait for an event: two busy cores, and a node process that just started."""
 
 QUIET = 1.0
-"""How long a twin listens before its control change: many times what an event takes to arrive."""
+"""How long a counterpart listens before its control change: many times what an event takes."""
 
 
 class Event(NamedTuple):
@@ -400,7 +401,7 @@ class Client:
     def wait_ready(self, *, armed: bool = True, paths: Iterable[str] | None = None) -> None:
         """Wait until it says that it is ready and its marks (all, or ``paths``) can work.
 
-        ``armed=False`` is for the twins: nobody arms marks there, so the kernel's list must do.
+        ``armed=False`` is for counterparts: nothing arms marks there, the kernel's list must do.
         """
         if self.watcher.says_ready:
             self.wait_for([READY])
@@ -438,7 +439,7 @@ class Client:
         return events
 
     def stays_silent(self, seconds: float = QUIET) -> None:
-        """Nothing is reported for that long. Only a twin may call this: absence takes time."""
+        """Nothing is reported for that long. Only for counterparts: absence takes time."""
         since = len(self.events)
         self.wait_until(bool, since, seconds)
         said = [str(event) for event in self.events[since:]]

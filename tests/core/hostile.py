@@ -120,7 +120,7 @@ class Target:
             self.guest.loop.turn()
             if not lengths:  # it waits, and is answered in the end
                 self.guest.loop.expire()
-        assert "request failed" not in [line["event"] for line in logs], logs  # a bug of ours
+        assert "request failed" not in [line["event"] for line in logs], logs  # a bug in fsd
         assert len(lengths) <= 1
         assert _privileges() == self.privileges
         assert SECRET not in bytes(buffer)

@@ -93,7 +93,7 @@ class World:
     # Nodes and marks
 
     def node(self, path: str | bytes = b"") -> Inode:
-        """The inode of a path, with a reference of ours, as a guest's kernel would hold it."""
+        """The inode of a path, with a reference, as a guest's kernel would hold it."""
         inode = self.root
         for name in os.fsencode(path).split(b"/"):
             if name:
@@ -125,7 +125,7 @@ class World:
             watcher.drain()
 
     def take(self, guest: Observer) -> list[Seen]:
-        """Everything that a guest is told up to now."""
+        """Everything that was delivered to a guest up to now."""
         self.pump()
         return self.taken(guest)
 

@@ -1,5 +1,5 @@
 """The arming gap: what happens on the host between inotify_add_watch(2) in the guest
-and the mark's arrival here is told; what happened before, or is told anyway, is not.
+and the mark's arrival here is delivered; what happened before, or is delivered anyway, is not.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def mount(world: World) -> Operations:
     return world.mount()
 
 
-def test_an_event_before_the_mark_arrives_is_told(world: World, mount: Operations) -> None:
+def test_an_event_before_the_mark_arrives_is_delivered(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     number = hint(mount)
     (world.source / "d/x").mkdir()
@@ -71,7 +71,7 @@ def test_an_event_before_the_mark_arrives_is_told(world: World, mount: Operation
     assert replays(world, mount) == [(Op.CREATE, b"x"), (Op.CREATE, b"y"), (Op.CREATE, b"z")]
 
 
-def test_the_servers_own_doings_before_the_mark_arrives_are_not_told(
+def test_the_servers_own_doings_before_the_mark_arrives_are_not_delivered(
     world: World, mount: Operations
 ) -> None:
     """Another guest's mark makes the server read the directory, after the look-up."""
@@ -111,8 +111,8 @@ def test_a_guest_that_goes_leaves_the_others_history(world: World, mount: Operat
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
-def test_without_a_mark_nothing_is_told(world: World, mount: Operations) -> None:
-    """The twin."""
+def test_without_a_mark_nothing_is_delivered(world: World, mount: Operations) -> None:
+    """The counterpart."""
     look_up(world, mount, "d")
     number = hint(mount)
     (world.source / "d/x").mkdir()
@@ -120,7 +120,7 @@ def test_without_a_mark_nothing_is_told(world: World, mount: Operations) -> None
     assert replays(world, mount) == []
 
 
-def test_events_before_the_look_up_are_not_told(world: World, mount: Operations) -> None:
+def test_events_before_the_look_up_are_not_delivered(world: World, mount: Operations) -> None:
     world.mark(world.observer(), "d", ALL)  # so that the host is watched already
     (world.source / "d/before").mkdir()
     world.pump()
@@ -131,7 +131,7 @@ def test_events_before_the_look_up_are_not_told(world: World, mount: Operations)
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
-def test_what_waits_in_the_queue_at_the_look_up_is_not_told(
+def test_what_waits_in_the_queue_at_the_look_up_is_not_delivered(
     world: World, mount: Operations
 ) -> None:
     key = look_up(world, mount, "d")
@@ -159,7 +159,7 @@ def test_a_scan_that_found_no_mark_disproves_what_was_before_it(
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
-def test_what_is_told_by_another_mark_is_not_told_again(world: World, mount: Operations) -> None:
+def test_what_another_mark_has_delivered_comes_once(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     world.export.update(mount.guest, key, CREATE)
     number = hint(mount)
@@ -168,7 +168,7 @@ def test_what_is_told_by_another_mark_is_not_told_again(world: World, mount: Ope
     assert replays(world, mount) == [(Op.CREATE, b"x")]
 
 
-def test_own_operations_are_not_told(world: World, mount: Operations) -> None:
+def test_own_operations_are_not_delivered(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     number = hint(mount)
     mount.mkdir(USER, key.nodeid, b"own", 0o755)
@@ -270,10 +270,10 @@ def test_the_provisional_watch_lasts_until_the_agent_answers(
     assert replays(world, mount) == [(Op.CREATE, b"early")]
 
 
-def test_what_comes_while_marks_are_applied_is_told_after_what_was_before(
+def test_what_comes_while_marks_are_applied_is_delivered_after_what_was_before(
     world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mark applies and what was kept is told in one step."""
+    """The mark applies and what was kept is delivered in one step."""
     monkeypatch.setattr("fsd.pacing.windows.HOLD", 0.0)
     key = look_up(world, mount, "d")
     number = hint(mount)
@@ -331,7 +331,9 @@ def test_what_waits_in_the_queue_when_the_mark_arrives_needs_no_place_in_the_his
     finish(world.export.arming.scan_ending(mount.guest, number, full=False))
     (node,) = [n for i, n in world.export.arming._nodes.items() if i.path() == b"d"]
     assert replays(world, mount) == [(Op.REMOVE, b"%d" % index) for index in range(30)]
-    assert not any(kept.event.kind == int(Mask.DELETE) for kept in node.history), "told already"
+    assert not any(kept.event.kind == int(Mask.DELETE) for kept in node.history), (
+        "delivered already"
+    )
 
 
 def test_a_guests_own_changes_are_no_reason_to_look_for_its_marks(
@@ -435,7 +437,7 @@ def test_the_replayers_own_look_ups_hint_nothing(world: World, mount: Operations
 
 
 def test_another_look_up_does_not_keep_the_first_alive(world: World, mount: Operations) -> None:
-    """Of a process that goes on looking, there is always one that no scan has answered."""
+    """Of a process that keeps looking, there is always one that no scan has answered."""
     key = look_up(world, mount, "d")
     number = hint(mount)
     (world.source / "d/before").mkdir()
@@ -448,7 +450,7 @@ def test_another_look_up_does_not_keep_the_first_alive(world: World, mount: Oper
 
 
 def watch_e(world: World, mount: Operations) -> None:
-    """The guest has a mark on directory e, so what happens there is told."""
+    """The guest has a mark on directory e, so what happens there is delivered."""
     (world.source / "e").mkdir()
     world.export.update(mount.guest, look_up(world, mount, "e"), CREATE)
     scanned(world, mount, hint(mount))
@@ -519,7 +521,7 @@ def test_no_more_than_a_bound_waits(
     assert [name for _, name in replays(world, mount)] == [b"%d" % n for n in range(8)]
 
 
-def test_what_is_too_much_to_keep_is_told_as_a_difference(
+def test_what_is_too_much_to_keep_is_delivered_as_a_difference(
     world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fsd.export.arming.HISTORY_LIMIT", 10)
@@ -530,14 +532,14 @@ def test_what_is_too_much_to_keep_is_told_as_a_difference(
     (world.source / "d/29").rmdir()
     (world.source / "d/file").unlink()
     scanned(world, mount, number, (key, CREATE | int(Mask.DELETE)))
-    told = replays(world, mount)
-    assert told[:10] == [(Op.CREATE, b"%d" % name) for name in range(10)]
+    reported = replays(world, mount)
+    assert reported[:10] == [(Op.CREATE, b"%d" % name) for name in range(10)]
     mount.guest.asked()
     assert not mount.guest.depth
     # As the session does, once all that was queued is done.
     world.export.recovery.catch_up(mount.guest)
-    told += replays(world, mount)
-    assert sorted(told) == sorted(
+    reported += replays(world, mount)
+    assert sorted(reported) == sorted(
         [*((Op.CREATE, b"%d" % name) for name in range(29)), (Op.REMOVE, b"file")]
     )
 

@@ -284,7 +284,7 @@ def test_the_whole_tree_is_watched_in_turns_and_then_answered(world: World, tree
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_what_happens_during_the_walk_is_told(world: World, tree: Path) -> None:
+def test_what_happens_during_the_walk_is_delivered(world: World, tree: Path) -> None:
     guest = world.observer()
     world.export.update(guest, WHOLE, STRUCTURE)
     assert world.export.is_arming(None)
@@ -373,14 +373,14 @@ def test_only_refused_directories_are_looked_at_and_seldom(
 
     monkeypatch.setattr(world.export.reader, "names_in", names_in)
     (world.source / "d24/x").mkdir()
-    told: list[tuple[bytes, str]] = []
+    reported: list[tuple[bytes, str]] = []
 
-    def is_told() -> bool:
-        told.extend(plain(world.taken(guest)))
-        return bool(told)
+    def is_delivered() -> bool:
+        reported.extend(plain(world.taken(guest)))
+        return bool(reported)
 
-    turns(world, is_told)
-    assert told == [(b"d24/x", "create,isdir")]
+    turns(world, is_delivered)
+    assert reported == [(b"d24/x", "create,isdir")]
     assert len(seen) == len([node for node in world.export.watches.unwatched if node.is_dir])
 
 
@@ -407,7 +407,7 @@ def test_a_guest_that_never_reads_keeps_no_names_of_what_came_and_went(
     assert guest.account.used == 0
 
 
-def test_more_names_than_can_be_kept_are_told_by_their_times(
+def test_more_names_than_can_be_kept_are_found_by_their_times(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the observer hears, as of an inotify queue that was full, that there was more."""
@@ -429,9 +429,9 @@ def test_more_names_than_can_be_kept_are_told_by_their_times(
     world.export.recovery.catch_up(guest)
     world.pump()
     taken += guest.take(1000)
-    told = [m for m in taken if isinstance(m, frames.Event)]
-    assert sum(m.mask == Mask.Q_OVERFLOW for m in told) == 1
-    assert {m.name for m in told if m.mask & Mask.CREATE} == {b"f%d" % n for n in range(500)}
+    reported = [m for m in taken if isinstance(m, frames.Event)]
+    assert sum(m.mask == Mask.Q_OVERFLOW for m in reported) == 1
+    assert {m.name for m in reported if m.mask & Mask.CREATE} == {b"f%d" % n for n in range(500)}
     assert not guest.missing
 
 

@@ -37,16 +37,16 @@ sub = world.mark(guest, "sub")
 os.chmod(world.source / "sub", int(sys.argv[2], 8))
 world.take(guest)
 world.export.recovery.resync(world.export.watcher.inodes())
-told = plain(world.take(guest))
-assert not [event for event in told if "delete" in event[1]], told
+reported = plain(world.take(guest))
+assert not [event for event in reported if "delete" in event[1]], reported
 assert (sub in world.export.watches.unwatched) == (sys.argv[2] != "0755")
 os.chmod(world.source / "sub", 0o755)
 (world.source / "sub/new").touch()
 world.pump()
 world.export.watches.look_again_at = 0.0
-told = plain(world.take(guest))
-assert (b"sub/new", "create") in told, told
-assert not [event for event in told if "delete" in event[1]], told
+reported = plain(world.take(guest))
+assert (b"sub/new", "create") in reported, reported
+assert not [event for event in reported if "delete" in event[1]], reported
 assert not world.export.watches.unwatched
 world.close()
 print("done")
@@ -102,12 +102,12 @@ def test_a_comparison_without_descriptors(tree: World) -> None:
     assert tree.host_mask(file)
     (tree.source / "sub/new").touch()
     (tree.source / "sub/a").unlink()
-    told = plain(tree.take(guest))
-    assert {(b"sub/new", "create"), (b"sub/a", "delete")} <= set(told)
+    reported = plain(tree.take(guest))
+    assert {(b"sub/new", "create"), (b"sub/a", "delete")} <= set(reported)
 
 
 def test_a_mark_that_is_set_without_descriptors(tree: World) -> None:
-    """It holds, the guest is told that it is not watched yet, and it is as soon as may be."""
+    """It holds; the guest learns that it is not watched yet, and it is as soon as possible."""
     guest, other = tree.observer(), tree.node("other")
     with no_descriptors():
         with pytest.raises(OSError, match="Too many open files") as caught:
@@ -130,8 +130,8 @@ def test_a_tree_that_is_covered_without_descriptors(tree: World) -> None:
     assert not tree.export.watches.unwatched
     for directory in ("sub", "other"):
         (tree.source / directory / "new").touch()
-    told = plain(tree.take(guest))
-    assert {(b"sub/new", "create"), (b"other/new", "create")} <= set(told)
+    reported = plain(tree.take(guest))
+    assert {(b"sub/new", "create"), (b"other/new", "create")} <= set(reported)
 
 
 def test_requests_without_descriptors(tree: World) -> None:

@@ -1,4 +1,4 @@
-"""Own echo: what a guest does is told to every other interested guest, and never to itself.
+"""Own echo: what a guest does is delivered to every other interested guest, and never to itself.
 
 By attribution, not by time: what others do in the same moment is not mistaken for it.
 """
@@ -139,20 +139,20 @@ def test_not_seen_by_its_own_mount_and_once_by_others(tree: World, step: Step) -
     observer = tree.observer()
     for guest in (own.guest, other.guest, observer):
         interested(tree, guest)
-    twin = os.path.join(os.path.dirname(tree.source), "twin")
-    native = natively(twin, step)
+    native_top = os.path.join(os.path.dirname(tree.source), "plain")
+    native = natively(native_top, step)
     step(tree, own)
     assert tree.orders(own) == []
     assert own.guest.counts["echo"] >= 1
     seen = tree.taken(observer)
-    assert merged(seen) == native, "another guest is told what a native watcher sees"
+    assert merged(seen) == native, "another guest gets what a native watcher sees"
     assert tree.orders(other), "another mount replays it"
 
 
-def natively(twin: str, step: Step) -> list[tuple[bytes, str]]:
-    """The same step where its maker is not the one who is interested: all of it, as it was."""
-    os.mkdir(twin)
-    other = World(Path(twin))
+def natively(directory: str, step: Step) -> list[tuple[bytes, str]]:
+    """The same step, made by a process that is not interested: all of it, as it was."""
+    os.mkdir(directory)
+    other = World(Path(directory))
     try:
         (other.source / "dir").mkdir()
         (other.source / "empty").mkdir()
@@ -239,7 +239,7 @@ def test_the_servers_own_look_at_a_directory_is_nobodys_event(tree: World) -> No
     assert tree.take(observer) == []
 
 
-def test_observers_are_told_of_guests_by_each_of_two_mounts(tree: World) -> None:
+def test_observers_get_what_guests_of_two_mounts_do(tree: World) -> None:
     """The review asked for guests' operations to reach other guests without host support."""
     first, second = tree.mount("first"), tree.mount("second")
     for guest in (first.guest, second.guest):

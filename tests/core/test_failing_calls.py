@@ -1,7 +1,7 @@
 """What could not be looked at is not gone: every system call of the core fails once, and for long.
 
 A scenario of guests' requests, host events, new marks and comparisons runs again and again, each
-time with another call failing. Whatever fails: no guest is told that something ended that is
+time with another call failing. Whatever fails: no guest learns that something ended that is
 there, no request says so, and afterwards every mark that was set delivers. tests/core/failing.py
 reads the table of calls from the source: a new one is tried without being named here.
 """
@@ -219,15 +219,15 @@ class Scenario:
         self.seen += self.world.take(self.observer)
         last = {(seen.path, seen.mask) for seen in self.seen[before:]}
         for name in (b"after", b"d/after", b"d/sub/after", b"e/after"):
-            assert (name, "create") in last, f"{name!r} was not told"
+            assert (name, "create") in last, f"{name!r} was not delivered"
         for name in (b"d/a", b"d/b"):
-            assert (name, "attrib") in last, f"a change of {name!r} was not told"
+            assert (name, "attrib") in last, f"a change of {name!r} was not delivered"
         assert any((s.path, s.mask) == (b"d/new", "create") for s in self.seen)
         ended = [s for s in self.seen if s.path in THERE and ENDS & set(s.mask.split(","))]
-        assert not ended, "told of what is there"
+        assert not ended, "the end of what is still there was delivered"
         if self.whole is not None:
-            told = self.world.take(self.whole)
-            assert (b"after", "create") in {(seen.path, seen.mask) for seen in told}
+            reported = self.world.take(self.whole)
+            assert (b"after", "create") in {(seen.path, seen.mask) for seen in reported}
 
 
 @pytest.fixture

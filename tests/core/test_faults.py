@@ -118,7 +118,7 @@ def test_every_operation_of_pyfuse3_that_is_ours_is_guarded() -> None:
 # An event
 
 
-def test_a_fault_in_one_event_is_counted_and_the_next_is_told(
+def test_a_fault_in_one_event_is_counted_and_the_next_is_delivered(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = world.observer()
@@ -309,7 +309,7 @@ def test_stats_come_in_parts_of_one_json(world: World) -> None:
 # The hidden directory
 
 
-def test_a_second_agent_is_ebusy_and_the_first_goes_on(world: World) -> None:
+def test_a_second_agent_is_ebusy_and_the_first_continues(world: World) -> None:
     mount = world.mount(agent=False)
     first = mount.files.open(USER, CONTROL, os.O_RDWR)
     with pytest.raises(OSError, match="connected") as error:

@@ -74,7 +74,7 @@ def test_a_session_of_bent_requests(seed: int, target: Target) -> None:
     target.leave()
 
 
-def test_a_session_that_was_closed_goes_on_answering(target: Target) -> None:
+def test_a_closed_session_still_answers(target: Target) -> None:
     session = FuseSession(target.world.mount(agent=False), ManualLoop())
     session.close()
     session.close()

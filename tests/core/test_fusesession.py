@@ -277,7 +277,7 @@ def test_the_number_of_nodes_is_limited(world: World) -> None:
     body = fuse.CREATE_IN.pack(flags, 0o644, 0, 0) + b"new\0"
     assert guest.ask(Opcode.CREATE, 1, body).error == errno.ENFILE
     assert not (world.source / "new").exists()
-    # A listing goes on, with names alone.
+    # A listing continues, with names alone.
     fh = fuse.OPEN_OUT.unpack(guest.ok(Opcode.OPENDIR, 1, fuse.OPEN_IN.pack(0, 0)))[0]
     payload = guest.ok(Opcode.READDIRPLUS, 1, fuse.READ_IN.pack(fh, 0, ROOM_FOR_ALL, 0, 0, 0))
     assert {name for name, _, _ in plus_entries(payload)} >= {b"f%02d" % i for i in range(20)}

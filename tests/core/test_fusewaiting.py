@@ -162,7 +162,7 @@ def test_waiting_for_a_lock_can_be_ended(how: str, guest: GuestKernel, other: Gu
         assert other.begin(Opcode.INTERRUPT, 0, interrupt).lengths == [0]
     assert waiting.reply() == (errno.EINTR, b"")
     assert other.loop.timers == []
-    assert setlk(guest, node.nodeid, fh, 1, U) == 0  # tells nobody who has gone
+    assert setlk(guest, node.nodeid, fh, 1, U) == 0  # nothing is sent to one that has gone
     other.loop.turn()
 
 

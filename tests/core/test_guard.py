@@ -123,7 +123,7 @@ async def test_reading_events(name: str, world: World, monkeypatch: pytest.Monke
 
 
 def test_how_a_file_was_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The OPEN is told, as one for reading, and what comes behind it too."""
+    """The OPEN is delivered, as one for reading, and what follows it too."""
     monkeypatch.setattr(windows, "OPEN_WAIT", 0.0)
     monkeypatch.setattr(windows, "CLOSE_WAIT", 0.0)
     monkeypatch.setattr(openers, "scan", failing(bool, 9))

@@ -1,4 +1,4 @@
-"""Requests about names with changes that are not delivered: who waits, for what, and until when."""
+"""Requests about names with undelivered changes: which wait, for what, and until when."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def error(pending: Pending) -> int | None:
 # -- a name that was looked up ---------------------------------------------------------------------
 
 
-def test_what_was_found_early_is_told_once_its_create_is_delivered(watched: Watched) -> None:
+def test_what_was_found_early_is_delivered_once_its_create_is_delivered(watched: Watched) -> None:
     watched.touch("x")
     x = watched.find(b"x")  # at once: its kernel holds the directory's lock
     stat = watched.ask(Opcode.GETATTR, x, GETATTR)
@@ -153,8 +153,8 @@ def test_the_replayer_does_not_wait(watched: Watched) -> None:
     assert error(watched.ask(Opcode.GETATTR, 1, GETATTR, pid=AGENT_PID)) == 0
 
 
-def test_the_host_goes_on_with_the_same_name(watched: Watched) -> None:
-    """Who waits does so for what happened before, not for what is still to come."""
+def test_the_host_changes_the_same_name_again(watched: Watched) -> None:
+    """A request waits for what happened before it, not for what comes later."""
     watched.touch("x")
     stat = watched.ask(Opcode.GETATTR, watched.find(b"x"), GETATTR)
     orders = watched.orders()
@@ -215,7 +215,7 @@ def test_each_mutation_comes_again(watched: Watched, opcode: Opcode, body: bytes
 
 
 def test_a_socket_is_bound_at_once(watched: Watched) -> None:
-    """bind(2) does not ask twice; so it is told twice."""
+    """bind(2) does not ask twice; so it is delivered twice."""
     watched.touch("x")
     watched.deliver()
     (watched.world.source / "x").unlink()
@@ -225,7 +225,7 @@ def test_a_socket_is_bound_at_once(watched: Watched) -> None:
     assert watched.counts["repeated"] == 1
 
 
-def test_what_goes_through_is_told_after_what_was_before(watched: Watched) -> None:
+def test_what_goes_through_is_delivered_after_what_was_before(watched: Watched) -> None:
     """Where the kernel takes the lock without a word, and asks for the name at once."""
     watched.touch("x")
     watched.deliver()
@@ -381,7 +381,7 @@ def test_a_new_directory_is_moved_out_of_the_way(watched: Watched) -> None:
 
 
 def test_a_new_directory_that_a_user_has_moved_back(watched: Watched) -> None:
-    """It may be in use: the agent is to begin anew, and in the end it is told."""
+    """It may be in use: the agent is to begin anew, and in the end it is delivered."""
     _, away = new_directory(watched)
     watched.guest.session.nodes.restore({STAGING: 1}, {})
     assert look(watched, STAGING, away) == 0

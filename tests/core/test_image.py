@@ -293,7 +293,7 @@ def test_where_state_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", [b"", b"rubbish", None])
-def test_a_start_goes_on_without_a_bad_image(damage: bytes | None, tmp_path: Path) -> None:
+def test_a_start_continues_without_a_bad_image(damage: bytes | None, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     state = StateFile(tmp_path / "image")
@@ -319,7 +319,7 @@ def test_a_start_goes_on_without_a_bad_image(damage: bytes | None, tmp_path: Pat
     export.close()
 
 
-def test_a_start_goes_on_with_a_good_image(tmp_path: Path) -> None:
+def test_a_start_continues_with_a_good_image(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     state = StateFile(tmp_path / "image")

@@ -25,7 +25,7 @@ from .support import ALL, STRUCTURE, USER, World, plain
 def reuse(world: World, kind: str = "file") -> tuple[NodeKey, NodeKey, int]:
     """Remove x and make it again until the host reuses its inode number; keys before and after.
 
-    The first x is held by nothing of ours but the guest's kernel.
+    Only the guest's kernel holds the first x.
     """
     path = world.source / "x"
     make, remove = (path.touch, path.unlink) if kind == "file" else (path.mkdir, path.rmdir)
@@ -133,7 +133,7 @@ def test_what_has_replaced_a_link_is_not_read(world: World) -> None:
 
 
 def test_a_replaced_file_is_lost_once_only(world: World) -> None:
-    """The kernel answers ESTALE with one more look-up and one more open, and tells the program of
+    """The kernel answers ESTALE with one more look-up and one more open, and reports to the program
     a second one. So what the second look-up finds is opened, replaced again or not.
     """
     mount = world.mount()
@@ -299,7 +299,7 @@ def test_a_look_without_a_reference_stays_without_one(world: World) -> None:
     assert len(world.table) == 1
 
 
-def test_events_hold_nothing_once_told(world: World) -> None:
+def test_events_hold_nothing_once_delivered(world: World) -> None:
     guest = world.observer()
     world.mark(guest, mask=ALL)
     for i in range(100):

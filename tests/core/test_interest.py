@@ -221,7 +221,7 @@ def test_isolation_each_gets_only_what_it_asked_for(world: World) -> None:
 
 
 def test_no_interest_no_events(world: World) -> None:
-    """The twin of every test here: without a mark nothing is told, and nothing is watched."""
+    """The counterpart of all tests here: without a mark nothing is delivered, nothing watched."""
     guest = world.observer()
     (world.source / "x").touch()
     assert world.take(guest) == []
@@ -238,8 +238,8 @@ def test_two_hundred_guests_aggregate(world: World, monkeypatch: pytest.MonkeyPa
     assert len(spy.taken()) <= 1 + len(bits)
     assert world.host_mask(world.root) == CREATE | DELETE | MODIFY | ATTRIB | DIRECTORY | MARKED
     (world.source / "x").touch()
-    told = [len(world.take(guest)) for guest in guests]
-    assert told == [1, 0, 0, 0] * 50
+    reported = [len(world.take(guest)) for guest in guests]
+    assert reported == [1, 0, 0, 0] * 50
     for guest in guests:
         world.export.remove_guest(guest)
     assert len(world.export.watcher) == 0

@@ -53,7 +53,7 @@ def test_any_end_of_the_file_is_an_end(fresh: Journal) -> None:
         os.pwrite(fresh.fd, content[:size], 0)
         cut = reopened(fresh)
         assert list(cut.records) in ([], [(1, 1)]), size
-        cut.put(9, 9, b"goes on")
+        cut.put(9, 9, b"continues")
         cut.close()
         again = reopened(fresh)
         assert (9, 9) in again.records

@@ -305,7 +305,7 @@ def _refused(call: Callable[[], object]) -> None:
     assert error.value.errno == errno.EACCES
 
 
-def test_an_order_that_fails_in_the_guest_is_counted_and_the_next_goes_on(tree: World) -> None:
+def test_an_order_that_fails_in_the_guest_is_counted_and_the_next_one_is_made(tree: World) -> None:
     mount = tree.mount()
     tree.mark(mount.guest, mask=int(Mask.CREATE))
     for name in "abc":
@@ -432,7 +432,7 @@ def test_an_agent_that_waits_for_more_is_done(world: World) -> None:
 
 
 def test_what_it_opened_before_it_was_the_replayer_has_no_data_for_it(world: World) -> None:
-    """The libfuse transport does not hear who reads and writes."""
+    """The libfuse transport does not learn which process reads and writes."""
     (world.source / "file").write_text("host")
     (world.source / "d").mkdir()
     mount = world.mount(agent=False)

@@ -1,4 +1,4 @@
-"""Nothing is silently lost: overflow, full outboxes, missing watches, told as a difference."""
+"""Nothing is silently lost: overflow, full outboxes, missing watches: a difference is delivered."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_overflow_is_counted_and_answered_by_the_difference(make_world: Worlds) 
     events = world.take(guest)
     assert world.export.counts["overflows"] == 1
     assert world.export.counts["resyncs"] == 1
-    told = plain(events)
-    begin = next(i for i, event in enumerate(told) if not event[0].startswith(b"s"))
-    difference = set(told[begin:])
+    reported = plain(events)
+    begin = next(i for i, event in enumerate(reported) if not event[0].startswith(b"s"))
+    difference = set(reported[begin:])
     assert difference >= {
         (b"renamed", "moved_from"), (b"to", "moved_to"), (b"removed", "delete"),
         (b"new", "create"), (b"new", "modify"), (b"new", "close_write"), (b"empty", "create"),
@@ -85,11 +85,11 @@ def test_overflow_is_counted_and_answered_by_the_difference(make_world: Worlds) 
     moved = [event.cookie for event in events if "moved" in event.mask]
     assert len(set(moved)) == 1
     assert moved[0] >= 1 << 31  # apart from the kernel's cookies
-    there = picture(told)
+    there = picture(reported)
     assert {name for name, present in there.items() if present} == {b"new", b"empty", b"dir", b"to"}
 
 
-def test_each_event_after_an_overflow_is_told_once(make_world: Worlds) -> None:
+def test_each_event_after_an_overflow_is_delivered_once(make_world: Worlds) -> None:
     world = make_world()
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
@@ -130,7 +130,7 @@ def test_overflow_with_interest_in_the_whole(make_world: Worlds) -> None:
 
 
 def test_overflow_and_a_watch_on_a_file(make_world: Worlds) -> None:
-    """A file's own mark: its change, and its end, are told in spite of the overflow."""
+    """A file's own mark: its change and its end are delivered in spite of the overflow."""
     world = make_world()
     for name in ("changed", "untouched", "mode"):
         (world.source / name).write_text("x")
@@ -142,8 +142,8 @@ def test_overflow_and_a_watch_on_a_file(make_world: Worlds) -> None:
     overflow(world)
     (world.source / "changed").write_text("changed")
     (world.source / "mode").chmod(0o600)
-    told = {path for path, _ in plain(world.take(guest))}
-    assert told == {b"changed", b"mode"}
+    reported = {path for path, _ in plain(world.take(guest))}
+    assert reported == {b"changed", b"mode"}
 
 
 @pytest.mark.parametrize("lag_ns", [0, missed.CLOCK_LAG_NS])
@@ -163,11 +163,11 @@ def test_watches_that_ended_unseen_in_an_overflow_are_noticed(
     overflow(world)
     (world.source / "dir").rmdir()
     (world.source / "dir").mkdir()
-    told = [event for event in plain(world.take(guest)) if not event[0].startswith(b"s")]
+    reported = [event for event in plain(world.take(guest)) if not event[0].startswith(b"s")]
     assert world.host_mask(node) == 0
-    assert (b"dir", "delete,isdir") in told
-    assert (b"dir", "create,isdir") in told
-    assert "delete_self" in {mask for _, mask in told}
+    assert (b"dir", "delete,isdir") in reported
+    assert (b"dir", "create,isdir") in reported
+    assert "delete_self" in {mask for _, mask in reported}
     world.export.update(guest, node.key, 0)
     world.mark(guest, "dir", STRUCTURE)
     (world.source / "dir/x").touch()
@@ -191,8 +191,8 @@ def test_a_reused_inode_number_is_no_rename_in_a_difference(
         old.unlink()
         new.touch()
         reused = new.stat().st_ino == number
-        told = [event for event in plain(world.take(guest)) if not event[0].startswith(b"s")]
-        assert told == [(b"old", "delete"), (os.fsencode(new.name), "create")]
+        reported = [event for event in plain(world.take(guest)) if not event[0].startswith(b"s")]
+        assert reported == [(b"old", "delete"), (os.fsencode(new.name), "create")]
         if reused:
             return
         new.unlink()
@@ -247,11 +247,11 @@ def test_the_servers_own_backlog_is_bounded_like_the_kernels(
 
 def drain_like_a_session(world: World, guest: Observer) -> list[tuple[bytes, str]]:
     """What fsd.export.channel does: take, and catch up once all is taken."""
-    told = []
+    reported = []
     while True:
-        told += plain(world.taken(guest))
+        reported += plain(world.taken(guest))
         if not guest.missing:
-            return told
+            return reported
         world.export.recovery.catch_up(guest)
 
 
@@ -272,19 +272,19 @@ def test_a_full_outbox_is_caught_up_with_the_difference(make_world: Worlds) -> N
     assert guest.missing
     assert guest.depth <= 5
     assert guest.counts["overflows"] == 1
-    told = drain_like_a_session(world, guest)
+    reported = drain_like_a_session(world, guest)
     assert guest.counts["resyncs"] >= 1  # more, as the difference is larger than the outbox
-    rest = [event for event in told if not event[0].startswith(b"s")]
+    rest = [event for event in reported if not event[0].startswith(b"s")]
     difference = [
         (b"renamed", "moved_from"), (b"to", "moved_to"), (b"removed", "delete"),
         (b"new", "create"), (b"new", "modify"), (b"new", "close_write"),
         (b"changed", "modify"), (b"changed", "close_write"),
     ]  # fmt: skip
     assert sorted(rest) == sorted(difference)
-    assert {path for path, present in picture(told).items() if present} == {b"new", b"to"}
+    assert {path for path, present in picture(reported).items() if present} == {b"new", b"to"}
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["asked", "twin"])
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "not asked"])
 def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
     make_world: Worlds, asked: bool
 ) -> None:
@@ -292,7 +292,7 @@ def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
 
-    def told() -> list[tuple[int, bytes]]:
+    def reported() -> list[tuple[int, bytes]]:
         world.pump()
         events: list[tuple[int, bytes]] = []
         while True:
@@ -305,18 +305,21 @@ def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
 
     lost = [(int(Mask.Q_OVERFLOW), b"")]
     (world.source / "before").touch()
-    assert told() == [(int(Mask.CREATE), b"before")]  # nothing was lost, and none is told
+    assert reported() == [(int(Mask.CREATE), b"before")]  # no loss is reported
     overflow(world)
     (world.source / "new").touch()
-    events = told()
+    events = reported()
     assert world.export.counts["overflows"] == 1
     assert [event for event in events if event in lost] == lost * asked
-    assert events[-1] == (int(Mask.CREATE), b"new")  # after it: who rescans then misses nothing
+    assert events[-1] == (
+        int(Mask.CREATE),
+        b"new",
+    )  # after it: a rescan misses nothing
     for i in range(60):  # more than the guest's outbox holds
         (world.source / f"f{i}").touch()
         if i % 8 == 7:
             world.pump()
-    events = told()
+    events = reported()
     assert guest.counts["overflows"] >= 1
     found = [event for event in events if event in lost]
     assert found == lost * len(found)
@@ -324,7 +327,7 @@ def test_a_loss_that_is_made_up_for_is_an_overflow_where_that_is_asked(
     assert {name for mask, name in events if name} == {b"f%d" % i for i in range(60)}
 
 
-def test_what_came_and_went_while_missing_is_not_told(make_world: Worlds) -> None:
+def test_what_came_and_went_while_missing_is_not_delivered(make_world: Worlds) -> None:
     world = make_world(outbox_limit=2)
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
@@ -333,7 +336,7 @@ def test_what_came_and_went_while_missing_is_not_told(make_world: Worlds) -> Non
     assert drain_like_a_session(world, guest) == [(b"s0", "create"), (b"s0", "delete")]
 
 
-def test_a_difference_larger_than_the_outbox_is_told_all_the_same(make_world: Worlds) -> None:
+def test_a_difference_larger_than_the_outbox_is_delivered_all_the_same(make_world: Worlds) -> None:
     world = make_world(outbox_limit=5)
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
@@ -341,8 +344,8 @@ def test_a_difference_larger_than_the_outbox_is_told_all_the_same(make_world: Wo
     for name in names:
         (world.source / name.decode()).touch()
     world.pump()
-    told = drain_like_a_session(world, guest)
-    assert sorted(told) == sorted((name, "create") for name in names)
+    reported = drain_like_a_session(world, guest)
+    assert sorted(reported) == sorted((name, "create") for name in names)
 
 
 def test_a_slow_guest_does_not_concern_another(make_world: Worlds) -> None:
@@ -350,16 +353,16 @@ def test_a_slow_guest_does_not_concern_another(make_world: Worlds) -> None:
     slow, fast = world.observer("slow"), world.observer("fast")
     for guest in (slow, fast):
         world.mark(guest, mask=STRUCTURE)
-    told = []
+    reported = []
     for i in range(50):
         (world.source / f"n{i}").touch()
-        told += plain(world.take(fast))
-    assert told == [(b"n%d" % i, "create") for i in range(50)]
+        reported += plain(world.take(fast))
+    assert reported == [(b"n%d" % i, "create") for i in range(50)]
     assert not fast.missing
     assert slow.missing
 
 
-def test_missed_events_of_marks_removed_meanwhile_are_not_told(make_world: Worlds) -> None:
+def test_missed_events_of_marks_removed_meanwhile_are_not_delivered(make_world: Worlds) -> None:
     world = make_world(outbox_limit=2)
     (world.source / "a").mkdir()
     (world.source / "b").mkdir()
@@ -371,8 +374,8 @@ def test_missed_events_of_marks_removed_meanwhile_are_not_told(make_world: World
         (world.source / f"b/{i}").touch()
     world.pump()
     world.mark(guest, "a", 0)
-    told = drain_like_a_session(world, guest)
-    assert sorted(told[2:]) == sorted((b"b/%d" % i, "create") for i in range(1, 5))
+    reported = drain_like_a_session(world, guest)
+    assert sorted(reported[2:]) == sorted((b"b/%d" % i, "create") for i in range(1, 5))
 
 
 def test_what_is_noted_as_missed_keeps_its_inodes(make_world: Worlds) -> None:
@@ -393,7 +396,7 @@ def test_what_is_noted_as_missed_keeps_its_inodes(make_world: Worlds) -> None:
 # An agent that is away
 
 
-def test_an_absent_agents_events_wait_in_order_and_are_told_once(world: World) -> None:
+def test_an_absent_agents_events_wait_in_order_and_are_delivered_once(world: World) -> None:
     mount = world.mount()
     world.mark(mount.guest, mask=STRUCTURE)
     (world.source / "a").mkdir()
@@ -450,15 +453,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fsd.export.watches.COMPARE_EVERY", 0.02)
 
 
-def until_told(world: World, guest: Observer, wanted: set[tuple[bytes, str]]) -> list[str]:
-    """Wait for the periodic comparisons to tell what is wanted; returns all that was told."""
-    told: list[tuple[bytes, str]] = []
+def until_delivered(world: World, guest: Observer, wanted: set[tuple[bytes, str]]) -> list[str]:
+    """Wait for the periodic comparisons to deliver what is wanted; returns all that came."""
+    reported: list[tuple[bytes, str]] = []
     deadline = time.monotonic() + 10
-    while not wanted <= set(told):
-        assert time.monotonic() < deadline, f"told {told}"
+    while not wanted <= set(reported):
+        assert time.monotonic() < deadline, f"delivered: {reported}"
         assert world.export.next_deadline < time.monotonic() + 1
-        told += plain(world.take(guest))
-    return [f"{os.fsdecode(path)}:{mask}" for path, mask in told]
+        reported += plain(world.take(guest))
+    return [f"{os.fsdecode(path)}:{mask}" for path, mask in reported]
 
 
 @pytest.mark.usefixtures("impatient")
@@ -478,11 +481,11 @@ def test_enospc_is_reported_and_the_directory_compared(make_world: Worlds) -> No
     assert world.export.counts["watch_failures"] >= 1
     (world.source / "b/new").mkdir()
     (world.source / "b/old").unlink()
-    told = until_told(world, guest, {(b"b/new", "create,isdir"), (b"b/old", "delete")})
-    assert len(told) == 2, "each once"
+    reported = until_delivered(world, guest, {(b"b/new", "create,isdir"), (b"b/old", "delete")})
+    assert len(reported) == 2, "each once"
     (world.source / "b/new").rename(world.source / "b/newer")
-    told = until_told(world, guest, {(b"b/newer", "moved_to,isdir")})
-    assert told == ["b/new:moved_from,isdir", "b/newer:moved_to,isdir"]
+    reported = until_delivered(world, guest, {(b"b/newer", "moved_to,isdir")})
+    assert reported == ["b/new:moved_from,isdir", "b/newer:moved_to,isdir"]
 
 
 @pytest.mark.usefixtures("impatient")
@@ -496,10 +499,10 @@ def test_changes_of_content_are_found_once_by_comparing(make_world: Worlds) -> N
     with pytest.raises(OSError, match="limit"):
         world.mark(guest, "b", CHANGE)
     (world.source / "b/file").write_text("y")
-    told = until_told(world, guest, {(b"b/file", "close_write")})
-    assert told == ["b/file:modify", "b/file:close_write"]
+    reported = until_delivered(world, guest, {(b"b/file", "close_write")})
+    assert reported == ["b/file:modify", "b/file:close_write"]
     settle(world.source)
-    # Within the clock's lag a change is told again rather than lost; later, never.
+    # Within the clock's lag a change is delivered again rather than lost; later, never.
     assert merged(world.take(guest)) in ([], [(b"b/file", "modify"), (b"b/file", "close_write")])
     end = time.monotonic() + 0.2
     while time.monotonic() < end:  # ten comparisons that find nothing new
@@ -509,7 +512,7 @@ def test_changes_of_content_are_found_once_by_comparing(make_world: Worlds) -> N
 
 @pytest.mark.usefixtures("impatient")
 def test_a_watch_that_becomes_free_is_taken(make_world: Worlds) -> None:
-    """Comparing goes on for only as long as there is no watch."""
+    """Comparing continues only while there is no watch."""
     world = make_world(watch_limit=2)  # for the root, which names a and b, and for one of them
     (world.source / "a").mkdir()
     (world.source / "b").mkdir()
@@ -555,8 +558,8 @@ def test_an_unwatched_directory_that_goes_away(make_world: Worlds) -> None:
         world.mark(guest, "b", STRUCTURE)
     (world.source / "b/c").rmdir()
     (world.source / "b").rmdir()
-    told = until_told(world, guest, {(b"b", "delete,isdir")})
-    assert told.count("b:delete,isdir") == 1
+    reported = until_delivered(world, guest, {(b"b", "delete,isdir")})
+    assert reported.count("b:delete,isdir") == 1
     for _ in range(5):
         world.pump()
     assert not world.export.counts["faults"]

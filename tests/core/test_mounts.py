@@ -391,7 +391,7 @@ def test_inode_numbers_are_unique_and_agree(
 
 
 def test_one_directory_at_two_places(world: World, tree: Tree) -> None:
-    """Two nodes, and who watches one, or both, hears of every change, as natively."""
+    """Two nodes: a watcher of one, or both, gets every change, as natively."""
     for name in ("a", "b", "up", "up/loop"):
         (world.source / name).mkdir()
     (world.source / "a/f").touch()

@@ -34,7 +34,7 @@ def known(_key: NodeKey, _bits: int) -> bool:
     return True
 
 
-def test_marks_that_are_told_of_are_not_new(device: int) -> None:
+def test_reported_marks_are_not_new(device: int) -> None:
     elsewhere = os.makedev(0, 999_999)
     assert not NewMarks().may_be([os.getpid()], elsewhere, lambda _key, _bits: False)
     assert NewMarks().may_be([os.getpid()], device, lambda _key, _bits: False)

@@ -1,4 +1,4 @@
-"""Kinds, names, order and renames, as an observer is told them and a native watcher sees them."""
+"""Kinds, names, order and renames, as an observer gets them and a native watcher sees them."""
 
 from __future__ import annotations
 
@@ -324,10 +324,10 @@ def every_kind(top: Path) -> None:
 
 @pytest.mark.parametrize("mask", [ALL, STRUCTURE, int(Mask.MODIFY | Mask.ATTRIB | Mask.OPEN)])
 def test_an_observer_sees_what_a_native_watcher_sees(two: World, mask: int) -> None:
-    twin = two.source.parent / "twin"
+    top = two.source.parent / "plain"
     for name in ("a", "b"):
-        (twin / name).mkdir(parents=True)
-    expected = native([twin, twin / "a", twin / "b"], lambda: every_kind(twin), mask)
+        (top / name).mkdir(parents=True)
+    expected = native([top, top / "a", top / "b"], lambda: every_kind(top), mask)
     guest = two.observer()
     nodes = [two.mark(guest, path, mask).nodeid for path in ("", "a", "b")]
     every_kind(two.source)

@@ -24,7 +24,7 @@ def outside(world: World) -> Path:
     return path
 
 
-def test_a_name_that_is_moved_over_and_goes_on_is_not_exchanged(
+def test_a_name_that_is_moved_over_and_moves_on_is_not_exchanged(
     world: World, outside: Path
 ) -> None:
     """Though what it replaced lives on, as it does after an exchange with an unwatched name."""
@@ -46,7 +46,7 @@ def test_a_name_that_is_moved_over_and_goes_on_is_not_exchanged(
 def test_an_open_that_just_ended_waits_for_its_close(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/proc shows nobody who has it open, and that it is not for reading."""
+    """/proc shows no process that has it open, and that it is not for reading."""
     monkeypatch.setattr(windows, "OPEN_WAIT", 0.3)  # a busy machine comes late
     (world.source / "file").touch()
     mount = world.mount()
@@ -154,7 +154,7 @@ def test_a_directory_that_changes_before_another_goes_is_not_what_goes(world: Wo
 
 
 @pytest.mark.parametrize("links", [1, 2])
-def test_what_is_overwritten_where_nobody_watches_is_told_with_what_left(
+def test_what_is_overwritten_where_nobody_watches_is_delivered_with_what_left(
     world: World, links: int
 ) -> None:
     for name in ("in", "unseen"):
@@ -177,7 +177,7 @@ def test_what_is_overwritten_where_nobody_watches_is_told_with_what_left(
 
 
 def test_what_is_open_under_a_lost_name_takes_no_place(world: World) -> None:
-    """The kernel goes on naming an unlinked file's events: nothing is there, all the same, when a
+    """The kernel still names an unlinked file's events: nothing is there, all the same, when a
     directory is renamed to that name.
     """
     (world.source / "name").touch()
@@ -304,7 +304,7 @@ def test_a_directory_moved_among_events_of_others_is_known_at_its_new_place(
 def test_a_late_server_looks_at_what_it_has_just_read(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue was read between an event and its twin, and that was long ago."""
+    """The queue was read between an event and its self event, and that was long ago."""
     (world.source / "file").touch()
     mount = world.mount()
     world.mark(mount.guest)
@@ -313,9 +313,9 @@ def test_a_late_server_looks_at_what_it_has_just_read(
     os.chmod(world.source / "file", 0o600)
     watcher = world.export.watcher
     watcher.drain()
-    named, twin = watcher.queue._arrivals
+    named, own = watcher.queue._arrivals
     watcher.queue._keep([named._replace(stamp=named.stamp - 1)])
-    monkeypatch.setattr(os, "sched_yield", lambda: watcher.queue._arrivals.append(twin))
+    monkeypatch.setattr(os, "sched_yield", lambda: watcher.queue._arrivals.append(own))
     world.export.process(1)
     (order,) = world.orders(mount)
     assert (order.op, order.name, order.arg) == (Op.TOUCH, b"file", Mask.ATTRIB)

@@ -1,4 +1,4 @@
-"""A server that goes on where another stopped: nothing lost of what happened in between."""
+"""A server that continues where another stopped: nothing is lost of what happened in between."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_wds_with_gaps_come_back(world: World, restart: Callable[..., World]) ->
     assert watcher.wd_of(new.node("0")) > max(wds.values())
 
 
-def test_what_happened_meanwhile_is_told(world: World, restart: Callable[..., World]) -> None:
+def test_what_happened_meanwhile_is_delivered(world: World, restart: Callable[..., World]) -> None:
     for path in ("a", "b"):
         (world.source / path).mkdir()
     for path in ("a/moved", "a/gone", "a/same", "a/grown", "a/mode", "a/replaced"):
@@ -178,7 +178,7 @@ def test_each_event_once(received: int, world: World, restart: Callable[..., Wor
     assert plain(new.take(back(new, received))) == [(c.encode(), "create") for c in rest]
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["asked", "twin"])
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "not asked"])
 def test_an_absent_server_is_an_overflow_where_that_is_asked(
     make_world: Worlds, asked: bool
 ) -> None:
@@ -193,10 +193,10 @@ def test_an_absent_server_is_an_overflow_where_that_is_asked(
     Resumption(new.export, saved).finish()
     guest = back(new)
     new.pump()
-    told = [message for message in guest.take(100) if isinstance(message, frames.Event)]
-    lost = [(Mask.Q_OVERFLOW, b"")] if asked else []  # first: who rescans then misses nothing
+    reported = [message for message in guest.take(100) if isinstance(message, frames.Event)]
+    lost = [(Mask.Q_OVERFLOW, b"")] if asked else []  # first: a rescan misses nothing
     created = [(Mask.CREATE, name) for name in (b"a", b"b")]
-    assert [(event.mask, event.name) for event in told] == lost + created
+    assert [(event.mask, event.name) for event in reported] == lost + created
 
 
 def test_whole_file_system(world: World, restart: Callable[..., World]) -> None:
@@ -253,7 +253,9 @@ def test_a_machines_marks_by_hand_come_back_with_it(world: World, make_world: Wo
     assert not new.export.interest.aggregate(new.node("two"))
 
 
-def test_who_did_not_ask_is_not_kept(world: World, restart: Callable[..., World]) -> None:
+def test_an_observer_that_did_not_ask_is_dropped(
+    world: World, restart: Callable[..., World]
+) -> None:
     world.mark(world.observer(), "", STRUCTURE)
     new = restart(world)
     assert new.export.guests == []
@@ -281,7 +283,7 @@ def test_a_token_is_good_once(world: World, restart: Callable[..., World]) -> No
     assert new.export.reconnect(TOKEN, 0) is None
 
 
-def test_who_does_not_come_back_is_given_up(
+def test_an_observer_that_does_not_reconnect_is_given_up(
     world: World, restart: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(restore, "WAIT_FOR", 0.2)
@@ -312,7 +314,7 @@ def test_missed_events_come_back(make_world: Worlds, restart: Callable[..., Worl
 
 
 def test_a_storm_at_the_restart(world: World, make_world: Callable[..., World]) -> None:
-    """Changes while listings are compared: each told once, by the difference or by its event."""
+    """Changes while listings are compared: each comes once, by the difference or by its event."""
     for number in range(30):
         (world.source / f"d{number}").mkdir()
     kept(world, *(f"d{n}" for n in range(30)), mask=int(Mask.CREATE))
@@ -391,7 +393,7 @@ def test_refused(
         Resumption(new.export, saved).finish()
 
 
-def test_a_mount_goes_on_by_its_name(world: World, make_world: Callable[..., World]) -> None:
+def test_a_mount_continues_by_its_name(world: World, make_world: Callable[..., World]) -> None:
     (world.source / "d").mkdir()
     mount = world.mount("the guest")
     world.mark(mount.guest, "d", STRUCTURE)

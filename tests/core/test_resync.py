@@ -153,7 +153,7 @@ def test_after_an_overflow(before: list[Step], during: list[Step]) -> None:
         world.export.recovery.resync(world.export.watcher.inodes())
         apply(old, plain(world.take(guest)))
         equal(old, names_of(take(world.source)))
-        # And once more: nothing is left to tell but changes within the clock's lag.
+        # And once more: nothing is left to deliver but changes within the clock's lag.
         world.export.recovery.resync(world.export.watcher.inodes())
         assert {mask for _, mask in plain(world.take(guest))} <= {"modify", "close_write"}
 
@@ -204,7 +204,7 @@ def test_without_watches(during: list[Step]) -> None:
 
 
 def apply_half_known(picture: dict[tuple[str, str], str], events: list[tuple[bytes, str]]) -> None:
-    """``apply`` where the other half of a rename is in a directory that is told apart."""
+    """``apply`` where the other half of a rename is in a directory that is compared separately."""
     for path, mask in events:
         directory, _, name = os.fsdecode(path).rpartition("/")
         kinds = mask.split(",")
@@ -232,7 +232,7 @@ def events(world: World, changes: Changes) -> list[Event]:
     return list(world.export.comparer.events_for(changes))
 
 
-def told_of(world: World) -> list[tuple[bytes, str]]:
+def delivered(world: World) -> list[tuple[bytes, str]]:
     listing = world.root.listing
     assert isinstance(listing, Listing)
     changes = world.export.comparer.difference(world.root, listing)
@@ -241,7 +241,7 @@ def told_of(world: World) -> list[tuple[bytes, str]]:
 
 @pytest.mark.usefixtures("known")
 def test_no_difference(world: World) -> None:
-    assert told_of(world) == []
+    assert delivered(world) == []
 
 
 @pytest.mark.usefixtures("known")
@@ -251,7 +251,7 @@ def test_the_order_of_kinds(world: World) -> None:
     (world.source / "x").unlink()
     (world.source / "y").rename(world.source / "v")
     (world.source / "z").write_text("changed")
-    kinds = told_of(world)
+    kinds = delivered(world)
     assert kinds[:3] == [(b"y", "MOVED_FROM|MOVED_TO"), (b"x", "DELETE"), (b"w", "CREATE")]
     changed = [(name, kind) for name in (b"w", b"z") for kind in ("MODIFY", "CLOSE_WRITE")]
     assert sorted(kinds[3:]) == sorted(changed)
@@ -261,13 +261,13 @@ def test_the_order_of_kinds(world: World) -> None:
 def test_another_object_under_the_same_name(world: World) -> None:
     (world.source / "x").rename(world.source.parent / "elsewhere")
     (world.source / "x").mkdir()
-    assert told_of(world) == [(b"x", "DELETE"), (b"x", "CREATE")]
+    assert delivered(world) == [(b"x", "DELETE"), (b"x", "CREATE")]
 
 
 @pytest.mark.usefixtures("known")
 def test_a_hard_link_is_new_and_no_rename(world: World) -> None:
     os.link(world.source / "x", world.source / "w")
-    kinds = told_of(world)
+    kinds = delivered(world)
     assert (b"w", "CREATE") in kinds
     assert not any("MOVED" in kind for _, kind in kinds)
 
@@ -275,11 +275,11 @@ def test_a_hard_link_is_new_and_no_rename(world: World) -> None:
 @pytest.mark.usefixtures("known")
 def test_a_changed_directory_is_not_an_attrib(world: World) -> None:
     (world.source / "d").mkdir()
-    told_of(world)
+    delivered(world)
     settle(world.source)
-    told_of(world)
+    delivered(world)
     (world.source / "d/in it").touch()
-    assert told_of(world) == []
+    assert delivered(world) == []
 
 
 def test_a_directory_that_is_gone(world: World) -> None:
@@ -321,7 +321,7 @@ def test_a_large_directory(world: World) -> None:
     guest = world.observer()
     world.export.update(guest, WHOLE, STRUCTURE)
     world.pump()  # the names of a large directory are read by and by
-    # A number that is used again is told apart by the birth of its file: it has to be later.
+    # A number that is used again is distinguished by the birth of its file: it has to be later.
     read = time.time_ns()
     while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= read:
         time.sleep(0.001)

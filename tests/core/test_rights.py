@@ -1,4 +1,4 @@
-"""What a guest may not be given: rights that the host would not give to who asks."""
+"""What a guest may not be given: rights that the host would not give to the caller."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ CHANGES = (_truncating_open, _truncating_create, _truncate, _write, _fallocate, 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_who_changes_a_file_takes_its_suid_bits(
+def test_changing_a_file_clears_its_suid_bits(
     tmp_path: Path, change: Callable[[GuestKernel, int, int], None]
 ) -> None:
     """Unless it has CAP_FSETID, as the guest's kernel says for root; anybody else has not."""

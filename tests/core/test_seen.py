@@ -18,7 +18,7 @@ ONE, TWO = Seen(1, 5, 5), Seen(2, 5, 5)
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "told", "expected"),
+    ("before", "now", "came", "expected"),
     [
         (ONE, ONE, 0, 0),
         (None, ONE, 0, 0),
@@ -40,8 +40,8 @@ ONE, TWO = Seen(1, 5, 5), Seen(2, 5, 5)
         (ONE, GONE, ATTRIB | DELETE_SELF, 0),
     ],
 )
-def test_what_is_missing(before: Seen | None, now: Seen | None, told: int, expected: int) -> None:
-    assert missing(before, now, told) == expected
+def test_what_is_missing(before: Seen | None, now: Seen | None, came: int, expected: int) -> None:
+    assert missing(before, now, came) == expected
 
 
 def test_a_look(world: World) -> None:

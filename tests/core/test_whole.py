@@ -38,22 +38,22 @@ def test_directories_made_later_are_covered(world: World) -> None:
     assert plain(world.take(guest)) == [(b"new/er/x", "create"), (b"new/er/x", "delete")]
 
 
-def test_a_tree_made_at_once_is_told_completely_and_once(world: World) -> None:
+def test_a_tree_made_at_once_is_delivered_completely_and_once(world: World) -> None:
     """What is in a directory before the watch on it is announced; nothing twice."""
     guest = world.observer()
     world.export.update(guest, WHOLE, CREATE)
     (world.source / "a/b/c").mkdir(parents=True)
     (world.source / "a/b/x").touch()
     (world.source / "a/b/c/y").touch()
-    told = plain(world.take(guest))
-    assert sorted(told) == [
+    reported = plain(world.take(guest))
+    assert sorted(reported) == [
         (b"a", "create,isdir"),
         (b"a/b", "create,isdir"),
         (b"a/b/c", "create,isdir"),
         (b"a/b/c/y", "create"),
         (b"a/b/x", "create"),
     ]
-    assert told.index((b"a", "create,isdir")) < told.index((b"a/b", "create,isdir"))
+    assert reported.index((b"a", "create,isdir")) < reported.index((b"a/b", "create,isdir"))
     (world.source / "a/b/c/z").touch()
     assert plain(world.take(guest)) == [(b"a/b/c/z", "create")]
 
@@ -69,7 +69,7 @@ def test_a_directory_moved_in_is_covered(world: World) -> None:
     assert plain(world.take(guest)) == [(b"in/deep/x", "create")]
 
 
-def test_a_directory_renamed_inside_is_told_by_its_new_path(world: World) -> None:
+def test_a_directory_renamed_inside_is_reported_by_its_new_path(world: World) -> None:
     (world.source / "a/deep").mkdir(parents=True)
     guest = world.observer()
     world.export.update(guest, WHOLE, CREATE)
@@ -83,9 +83,9 @@ def test_removed_trees_leave_no_watch(world: World) -> None:
     guest = world.observer()
     world.export.update(guest, WHOLE, CREATE | DELETE)
     shutil.rmtree(world.source / "a")
-    told = world.take(guest)
-    assert [event.path.rpartition(b"/")[2] for event in told] == [b"c", b"b", b"a"]
-    assert {event.mask for event in told} == {"delete,isdir"}
+    reported = world.take(guest)
+    assert [event.path.rpartition(b"/")[2] for event in reported] == [b"c", b"b", b"a"]
+    assert {event.mask for event in reported} == {"delete,isdir"}
     assert world.export.watcher.inodes() == [world.root]
     assert len(world.table) == 1
 
@@ -135,7 +135,7 @@ def test_symlinks_are_not_followed(world: World) -> None:
 
 
 @pytest.mark.parametrize("marks", ["whole", "single"])
-def test_a_mark_and_the_whole_tell_an_event_once(world: World, marks: str) -> None:
+def test_a_mark_and_the_whole_deliver_an_event_once(world: World, marks: str) -> None:
     (world.source / "a").mkdir()
     guest = world.observer()
     world.export.update(guest, WHOLE, CREATE)
@@ -159,7 +159,7 @@ def test_no_watch_for_a_subtree_is_reported_and_compared(
     assert [node.path() for node in world.export.watches.unwatched] in ([b"a"], [b"b"])
     (world.source / "a/x").touch()
     (world.source / "b/x").touch()
-    told: set[tuple[bytes, str]] = set()
-    while len(told) < 2:
-        told |= set(plain(world.take(guest)))
-    assert told == {(b"a/x", "create"), (b"b/x", "create")}
+    reported: set[tuple[bytes, str]] = set()
+    while len(reported) < 2:
+        reported |= set(plain(world.take(guest)))
+    assert reported == {(b"a/x", "create"), (b"b/x", "create")}

@@ -1,4 +1,4 @@
-"""A program that looks at a file as soon as it is told that the file changed, as build tools do.
+"""A program that looks at a file as soon as it learns that the file changed, as build tools do.
 
 It prints READY, then for every event a JSON line [mask, name, count, seen]: `count` is how often
 this (mask, name) has come, `seen` what is there now: null if nothing, {error}, or else

@@ -189,7 +189,7 @@ class Arena:
 
 
 def job(base: Path, paths: list[bytes], mask: int, output: Path) -> bytes:
-    """What the watcher program is told."""
+    """What the watcher program gets."""
     words = {
         "base": os.fsencode(base).decode("latin-1"),
         "paths": [path.decode("latin-1") for path in paths],

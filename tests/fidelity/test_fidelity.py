@@ -34,7 +34,7 @@ LIMITS = frozenset(
         "hold_open",  # an OPEN from before the file came into view cannot be made up silently
         "hold_use",
         "hold_close",
-        "two_writers",  # the kernel merges their OPENs; CLOSEs tell them apart, if in time
+        "two_writers",  # the kernel merges their OPENs; CLOSEs distinguish them, if in time
         "fifo_io",  # a FIFO's own open is not replayed to a mark on the FIFO itself
     }
 )
@@ -101,9 +101,9 @@ def test_two_concurrent_writers(tmp_path: Path) -> None:
 def test_exchanges_among_the_events_of_another_writer(tmp_path: Path) -> None:
     """Which come between those of one rename: five events that must be known to belong together.
 
-    Not longer, as some 1 in 30 runs of 2,500 steps meet what cannot be told apart: a directory that
-    nobody has seen is renamed, and right behind that stands the MOVE_SELF of the other writer's
-    watched directory, at a place out of sight (docs/architecture.md).
+    Not longer, as some 1 in 30 runs of 2,500 steps meet what cannot be distinguished: a directory
+    that nobody has seen is renamed, and right behind that stands the MOVE_SELF of the other
+    writer's watched directory, at a place out of sight (docs/architecture.md).
     """
     only = frozenset({"exchange", "rename_dir", "mkdir", "create", "append"})
     fidelity(tmp_path, Case(60, 600, burst=True, writers=2, only=only))
@@ -198,7 +198,7 @@ def test_watching_changes_nothing_on_the_host(tmp_path: Path) -> None:
 
 
 def test_without_the_agent_nothing_arrives(share_no_agent: Mount) -> None:
-    """The twin: what the tests above see does not come from the kernel alone."""
+    """The counterpart: what the tests above see does not come from the kernel alone."""
     share = share_no_agent
     case = Case(70, 150, files=True)
     (plan,) = prepare(case, Arena.of(share))

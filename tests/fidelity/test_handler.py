@@ -39,7 +39,7 @@ class Operation(NamedTuple):
 
 
 def count(root: Path, number: int) -> None:
-    """Overwrite in place: neither size nor inode changes, only a cache could tell."""
+    """Overwrite in place: neither size nor inode changes, only a cache would show it."""
     fd = os.open(root / "counter", os.O_WRONLY)
     os.pwrite(fd, b"%08d" % number, 0)
     os.close(fd)

@@ -44,7 +44,7 @@ def wait(turn: mmap.mmap, value: int) -> None:
 
 
 def hold(path: Path, turn: mmap.mmap) -> None:
-    """Opens ``path`` when told, and closes it when told."""
+    """Opens ``path`` on a first message, and closes it on a second."""
     while turn[0] != END:
         if turn[0] == OPEN:
             fd = os.open(path, os.O_PATH)

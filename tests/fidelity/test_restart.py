@@ -1,4 +1,4 @@
-"""What a guest on the server's socket is told across a restart, a SIGKILL, and in a storm.
+"""What a guest on the server's socket gets across a restart, a SIGKILL, and in a storm.
 
 The stream equals the native one up to the moment of the stop and from the next start on; in between
 only what has become of the files counts, for no server saw it happen.
@@ -160,24 +160,24 @@ def assert_same_but_between(native: Stream, ours: Stream, gap: tuple[bytes, byte
     assert normalise(our_end) == normalise(end)
     there = pictured(before, set())
     picture = pictured(middle, there)
-    # What came and went between was never there for us; all else must have been told.
+    # What came and went between was never there for us; all else must have been delivered.
     wrong = dict.fromkeys(pictured(our_middle, there) ^ picture, "is it there?")
     if any(event.mask & IN_Q_OVERFLOW for event in our_middle):
-        # The killed server had told what it could not save: that something is lost is said.
+        # The killed server had delivered what it could not save: a loss is reported.
         wrong = {place: what for place, what in wrong.items() if place in picture}
-    told = {(e.watch, e.name) for e in our_middle if not e.mask & IN_Q_OVERFLOW}
-    # A directory's own times change with each name in it, so they tell nothing.
+    reported = {(e.watch, e.name) for e in our_middle if not e.mask & IN_Q_OVERFLOW}
+    # A directory's own times change with each name in it, so they prove nothing.
     content = (e for e in middle if e.mask & int(Mask.MODIFY) and not e.mask & int(Mask.ISDIR))
     changed = {(event.watch, event.name) for event in content if event.name}
-    wrong |= dict.fromkeys(changed & picture - told, "changed, and not told")
+    wrong |= dict.fromkeys(changed & picture - reported, "changed, and not delivered")
     done = {(event.watch, event.name) for event in middle}
-    wrong |= dict.fromkeys(told - done, "told, and nothing was done")
+    wrong |= dict.fromkeys(reported - done, "delivered, and nothing was done")
     for place, what in wrong.items():
         story = [
             "\n".join(str(event) for event in stream if place == (event.watch, event.name))
             for stream in (before, middle, our_middle)
         ]
-        raise AssertionError("\n-- ".join([f"{place}: {what} before, between, told:", *story]))
+        raise AssertionError("\n-- ".join([f"{place}: {what} before, between, delivered:", *story]))
 
 
 def interrupted(tmp_path: Path, seed: int, how: str, *, storm: bool) -> None:
@@ -206,7 +206,7 @@ def interrupted(tmp_path: Path, seed: int, how: str, *, storm: bool) -> None:
             if how == "kill":
                 ours.saw(b"before")
                 time.sleep(0.1)
-                server.checkpoint()  # as it does by itself every few seconds
+                server.checkpoint()  # as it does without being asked every few seconds
             (control / "gap").mkdir()
             going = threading.Thread(target=work, args=(300, "between"))
             if storm:
@@ -232,7 +232,7 @@ def interrupted(tmp_path: Path, seed: int, how: str, *, storm: bool) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("storm", [False, True], ids=["quiet", "storm"])
 @pytest.mark.parametrize("how", ["stop", "kill"])
-def test_a_guest_goes_on_with_the_next_server(
+def test_a_guest_continues_with_the_next_server(
     how: str, storm: bool, seed: int, tmp_path: Path
 ) -> None:
     interrupted(tmp_path, seed, how, storm=storm)

@@ -63,7 +63,7 @@ class Watcher:
         return wd
 
     def read(self, wake: int, timeout: float | None) -> bytes | None:
-        """Return the next chunk, None at a timeout or when told to stop."""
+        """Return the next chunk, None at a timeout or when asked to stop."""
         ready, _, _ = select.select([self.fd, wake], [], [], timeout)
         if self.fd not in ready:
             return None

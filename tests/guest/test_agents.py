@@ -19,7 +19,7 @@ def created(output: str) -> list[str]:
 
 
 def test_an_agent_is_killed(tmp_path: Path) -> None:
-    """What happened without it is told by the next one, and each thing once."""
+    """The next one delivers what happened without it, and each event once."""
     with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         agent = start_agent(vm)
@@ -44,7 +44,7 @@ def test_an_agent_is_killed(tmp_path: Path) -> None:
 
 def test_two_guests_and_their_interests(tmp_path: Path) -> None:
     """Each sees what it watches, what anyone else does there once and its own once; and nothing
-    tells a guest that there is another.
+    shows a guest that there is another.
     """
     for name in ("both", "of-one", "of-two"):
         (tmp_path / name).mkdir()
@@ -63,7 +63,7 @@ def test_two_guests_and_their_interests(tmp_path: Path) -> None:
         for folder in ("of-one", "of-two", "both"):
             (tmp_path / folder / "by-host").mkdir()
         for watcher, own in zip(watchers, ("of-one", "of-two"), strict=True):
-            # Marks that are not armed yet are told what they missed: after what others are told.
+            # Marks that are not armed yet get what they missed, after what others get.
             for folder in (own, "both"):
                 watcher.wait_output(f"CREATE,ISDIR /mnt/{folder}/by-host", 30)
             seen = [x.removeprefix("/mnt/") for x in created(watcher.stdout)]
@@ -78,7 +78,7 @@ def test_two_guests_and_their_interests(tmp_path: Path) -> None:
             (state,) = status(vm)["guests"]
             assert sorted(mark["path"] for mark in state["armed"]) == ["both", own]
             # Of each folder: the other's and the host's. Nothing of what the other one watches.
-            # Whether they were told at once, and whether its own were seen as such, depends on when
+            # Whether they came at once, and whether its own were seen as such, depends on when
             # the marks were armed.
             assert {k: n["replayed"] for k, n in state["by_kind"].items()} == {"create": 4}
             assert state["failed"] == 0
@@ -88,7 +88,7 @@ def test_two_guests_and_their_interests(tmp_path: Path) -> None:
 
 def test_a_server_starts_again(tmp_path: Path) -> None:
     """QEMU 7.2 does not connect vhost-user-fs again: calls on the share wait, as for any server,
-    the rest of the guest goes on, and the next machine on that socket is served.
+    the rest of the guest continues, and the next machine on that socket is served.
     """
     source, path = tmp_path / "source", tmp_path / "socket"
     source.mkdir()

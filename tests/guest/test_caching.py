@@ -38,7 +38,7 @@ for line in sys.stdin:
     look()
 """
 )
-"""Looks when told to."""
+"""Looks when asked to."""
 WATCH = (
     _PROGRAM
     + """

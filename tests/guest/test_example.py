@@ -22,8 +22,8 @@ def lines(name: str) -> list[str]:
 
 
 def test_demo() -> None:
-    told = [line.split("  ")[1] for line in lines("demo") if line.startswith("  guest")]
-    assert told == [
+    reported = [line.split("  ")[1] for line in lines("demo") if line.startswith("  guest")]
+    assert reported == [
         "guest: CREATE /mnt/notes.txt", "guest: OPEN /mnt/notes.txt",
         "guest: MODIFY /mnt/notes.txt", "guest: CLOSE_WRITE,CLOSE /mnt/notes.txt",
         "guest: ATTRIB /mnt/notes.txt", "guest: MOVED_FROM /mnt/notes.txt",
@@ -34,5 +34,8 @@ def test_demo() -> None:
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
 def test_vite() -> None:
     """Vite hears nothing of the host without an agent, and of the next edit with one."""
-    told = [line.strip() for line in lines("vite") if line.startswith("  page")]
-    assert told == ["page: -", "page: js-update main.js: export const greeting = 'good morning';"]
+    reported = [line.strip() for line in lines("vite") if line.startswith("  page")]
+    assert reported == [
+        "page: -",
+        "page: js-update main.js: export const greeting = 'good morning';",
+    ]

@@ -1,4 +1,4 @@
-"""The fidelity comparison in a stock guest: a watcher on the source, its twin in the guest."""
+"""The fidelity comparison in a stock guest: a watcher on the source, and one in the guest."""
 
 from __future__ import annotations
 

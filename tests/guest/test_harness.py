@@ -73,7 +73,7 @@ def test_a_guest_ends_with_its_block() -> None:
         os.kill(pid, 0)
 
 
-def test_a_guest_that_dies_is_told() -> None:
+def test_a_guest_that_dies_is_reported() -> None:
     with guest({}) as vm:
         sleeper = vm.start("sleep 60")
         vm.process.kill()

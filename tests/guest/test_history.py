@@ -60,14 +60,16 @@ def test_host_and_guest_in_turns(tmp_path: Path, cache: str) -> None:
         in_use(program, source, storm)
         (source / "end").touch()
         watcher.wait_output("CREATE end", 60)
-        told = [line.split() for line in watcher.stdout.splitlines()]
-        last = {name: kind for kind, name in told if kind in ("CREATE", "DELETE")}
+        reported = [line.split() for line in watcher.stdout.splitlines()]
+        last = {name: kind for kind, name in reported if kind in ("CREATE", "DELETE")}
         assert {last[name] for name in ("x0", "x1", "x2")} == {"CREATE"}
         assert {last[name] for name in ("y0", "y1", "y2")} == {"DELETE"}
         counts = figures(vm)
         assert counts["waited"]
         if not counts["repeated"]:
-            kinds = [kind for kind, name in told if name == "x1" and kind in ("CREATE", "DELETE")]
+            kinds = [
+                kind for kind, name in reported if name == "x1" and kind in ("CREATE", "DELETE")
+            ]
             assert kinds == ["CREATE", "DELETE", "CREATE"]
 
 

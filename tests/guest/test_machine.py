@@ -14,7 +14,7 @@ from harness.vm import guest
 
 
 def test_pause(tmp_path: Path) -> None:
-    """Requests under way outlive it; what happens meanwhile is told afterwards."""
+    """Requests under way outlive it; what happens meanwhile is delivered afterwards."""
     with shared(tmp_path) as server, guest({"share": server.paths[0]}) as vm:
         vm.mount("share")
         vm.run("echo before > /mnt/file; exec 3< /mnt/file")

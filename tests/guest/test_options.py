@@ -106,7 +106,7 @@ def test_posix_acl(vm: Guest, tops: Path) -> None:
     vm.python(SET.format("acl", "system.posix_acl_access", ACL.hex()))
     assert os.getxattr(tops / "acl" / "file", "system.posix_acl_access") == ACL
     assert vm.run(read, **USER).stdout == "before\n"
-    # Where the guest's kernel does not mind it, it checks nobody who sets it: not even by --xattr.
+    # Where the guest's kernel does not mind it, it checks no caller: not even by --xattr.
     (tops / "xattr" / "file").chmod(0o600)
     for name in ("xattr", "plain"):
         for user in ({}, USER):
@@ -118,7 +118,7 @@ def test_posix_acl(vm: Guest, tops: Path) -> None:
 
 
 def test_cache(vm: Guest, tops: Path) -> None:
-    """How soon a guest that watches nothing is told of the host's change of a size."""
+    """How soon a guest that watches nothing sees the host's change of a size."""
     seen = {}
     modes = ("plain", "never", "auto", "metadata", "always")
     for name in modes:

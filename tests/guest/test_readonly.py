@@ -42,13 +42,13 @@ def check_refused(vm: Guest, source: Path) -> None:
 
 
 def check_events(vm: Guest, source: Path) -> None:
-    """What the host does is told, whole and true; and its users still may not write."""
+    """What the host does is delivered, complete and correct; its users still may not write."""
     agent = vm.start(["/fsd-guest.pyz", "agent", "/mnt"])
     agent.wait_output("\n", 30)
     watcher = vm.start(["inotifywait", "-m", "-r", "--format", "%e %w%f", "/mnt"])
     watcher.wait_output("Watches established.", of="err")
     wait_until(lambda: _armed(vm) >= 2, 30, "marks in the server")
-    seen = _told(watcher, source)
+    seen = _delivered(watcher, source)
     assert seen == [
         "CREATE /mnt/d/new", "OPEN /mnt/d/new", "MODIFY /mnt/d/new", "CLOSE_WRITE,CLOSE /mnt/d/new",
         "ATTRIB /mnt/d/new", "MOVED_FROM /mnt/d/new", "MOVED_TO /mnt/moved", "DELETE /mnt/moved",
@@ -60,7 +60,7 @@ def check_events(vm: Guest, source: Path) -> None:
     agent.signal()
 
 
-def _told(watcher: GuestProcess, source: Path) -> list[str]:
+def _delivered(watcher: GuestProcess, source: Path) -> list[str]:
     (source / "d" / "new").write_text("x")
     (source / "d" / "new").chmod(0o600)
     (source / "d" / "new").rename(source / "moved")

@@ -1,4 +1,4 @@
-"""Servers that end under a running guest: restart, upgrade and SIGKILL, and the guest goes on."""
+"""Servers that end under a running guest: restart, upgrade and SIGKILL, and the guest continues."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def is_locked(path: Path) -> tuple[bool, bool]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_open_files(place: tuple[Kept, Guest], way: str) -> None:
-    """Files of all kinds that a program has open go on, with their locks; directories too."""
+    """Files of all kinds that a program has open stay usable, with their locks; directories too."""
     server, vm = place
     holder = vm.start(["python3", "-m", "harness.open_files", f"/mnt/{way}"], cwd="/suite")
     assert holder.line(20) == "READY"
@@ -72,7 +72,7 @@ def test_open_files(place: tuple[Kept, Guest], way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_who_waits(place: tuple[Kept, Guest], way: str) -> None:
+def test_waiting_requests(place: tuple[Kept, Guest], way: str) -> None:
     """A program that waits for a lock, and one that a stopped server keeps waiting."""
     server, vm = place
     path = server.source / f"lock-{way}"
@@ -95,7 +95,7 @@ def test_who_waits(place: tuple[Kept, Guest], way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_events(place: tuple[Kept, Guest], way: str) -> None:
-    """What the host does before, meanwhile and after is told; where the end was
+    """What the host does before, meanwhile and after is delivered; where the end was
     clean, each thing once.
     """
     server, vm = place
@@ -119,7 +119,7 @@ def test_events(place: tuple[Kept, Guest], way: str) -> None:
         watcher.wait_output(f"CREATE after{step}", 30)
     created = [x.partition(" ")[2] for x in watcher.stdout.splitlines() if x.startswith("CREATE")]
     watcher.signal()
-    if way == "kill":  # what came just before may be told again
+    if way == "kill":  # what came just before may be delivered again
         assert set(created) == set(names)
     else:
         assert sorted(created) == sorted(names)
@@ -198,13 +198,13 @@ def test_kills_under_load(place: tuple[Kept, Guest]) -> None:
     print(failures)
     assert len(failures) <= 4
     assert all("EIO" in x or "Input/output" in x or "FileExists" in x for x in failures)
-    told: set[str] = set()
+    reported: set[str] = set()
     for line in watcher.stdout.splitlines():
         event, _, name = line.partition(" ")
-        (told.add if event in ("CREATE", "MOVED_TO") else told.discard)(name)
+        (reported.add if event in ("CREATE", "MOVED_TO") else reported.discard)(name)
     (state,) = status(vm)["guests"]
     assert state["failed"] == 0
-    assert told == set(os.listdir(folder))
+    assert reported == set(os.listdir(folder))
 
 
 def test_paused_and_reset(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Marks on names that a kernel keeps: no request tells of them, but the trace of the calls."""
+"""Marks on names that a kernel keeps: no request shows them, only the trace of the calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.vm import Guest, GuestProcess, guest
 
 INSTANCES = "/sys/kernel/tracing/instances"
 HINTS_LAST = 3.5
-"""Seconds after a look-up in which the agent goes on scanning the process that made it."""
+"""Seconds after a look-up in which the agent keeps scanning the process that made it."""
 SOON = 0.5
 """Seconds: a bound for a guest that is emulated, where the trace takes some 20 ms."""
 PROGRAM = """
@@ -35,7 +35,7 @@ print("looked", flush=True)
 for line in sys.stdin:
     threading.Thread(target=watch, args=sys.argv[1:2], daemon=True).start()
 """
-"""Looks at a directory, and watches it when told to, in a thread."""
+"""Looks at a directory, and watches it when asked to, in a thread."""
 CALLS = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
@@ -161,7 +161,7 @@ def test_each_call_is_noticed(case: Case) -> None:
 
 
 def test_without_a_trace_it_is_found_by_the_slow_scan(case: Case) -> None:
-    """The twin. It says so once."""
+    """The counterpart. It says so once."""
     case.vm.run(f"mount -t tmpfs none /sys/kernel/tracing && mkdir {INSTANCES}")
     try:
         agent = case.vm.start(["python3", "-c", AGENT])

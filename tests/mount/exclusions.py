@@ -27,6 +27,6 @@ GUEST: dict[str, str] = {
     "times_now_and_omit": "the host's clock stamps files, the guest's is another",
     "xattr_trusted": "the sandbox gives up CAP_SYS_ADMIN, as virtiofsd's does; "
     "--modcaps=+sys_admin keeps it",
-    "sgid_directory_passes_its_group_on": "before Linux 6.3 a guest does not tell of whom it asks "
-    "in which groups he is (FUSE_CREATE_SUPP_GROUP): a member counts as none",
+    "sgid_directory_passes_its_group_on": "before Linux 6.3 a guest does not say in which groups "
+    "its caller is (FUSE_CREATE_SUPP_GROUP): a member counts as none",
 }

@@ -33,7 +33,7 @@ def the_mount(mountpoint: Path) -> dict[str, Any]:
 
 
 def idle(mountpoint: Path) -> bool:
-    """Whether everything that has happened is told."""
+    """Whether everything that has happened is delivered."""
     state = status(mountpoint)
     return not state["backlog"] and not any(guest["depth"] for guest in state["guests"])
 

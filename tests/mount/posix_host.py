@@ -147,7 +147,7 @@ def host_writes(d: Path, host: Path) -> None:
 
 @two_sided()
 def host_overwrites_in_place(d: Path, host: Path) -> None:
-    """Same inode, same size: only the time stamps tell."""
+    """Same inode, same size: only the timestamps differ."""
     write(host / "f", b"a" * 4096)
     with opened(host / "f", os.O_WRONLY) as out, opened(d / "f") as fd:
         for letter in b"bcdefghij":

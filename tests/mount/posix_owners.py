@@ -39,7 +39,7 @@ def _denied(function: Callable[[], object], code: int = errno.EACCES) -> None:
         function()
 
 
-# -- who owns what is made -------------------------------------------------------------------------
+# -- the owner of what is made --------------------------------------------------------------------
 
 
 def _make_all(d: Path) -> list[Path]:
@@ -200,7 +200,7 @@ def writing_clears_set_id_bits(d: Path) -> None:
         lambda: os.truncate(f, 2),
         lambda: f.write_bytes(b"again"),
     )
-    for user in (ALICE, BOB):  # the owner, and somebody who may only write
+    for user in (ALICE, BOB):  # the owner, and a user that may only write
         for i, step in enumerate(steps):
             _owned(f, ALICE.uid, ALICE.gid, 0o6777)
             in_child(step, user)

@@ -142,7 +142,7 @@ def lock_of_an_open_file_description(d: Path) -> None:
 
 
 def _conflict(fd: int, command: int, kind: int) -> tuple[int, int, int, int]:
-    """Who is in the way of a lock on the whole file: type, start, length, pid."""
+    """The lock in the way of one on the whole file: type, start, length, pid."""
     question = struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
     found, _, start, length, pid = struct.unpack("hhqqi4x", fcntl.fcntl(fd, command, question))
     return found, start, length, pid

@@ -300,7 +300,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 class Dirent(NamedTuple):
     ino: int
-    off: int  # what lseek takes to go on after this entry
+    off: int  # what lseek takes to continue after this entry
     type: int
     name: bytes
 

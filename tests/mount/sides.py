@@ -44,7 +44,7 @@ class Sides:
         """Blame a server that has ended on the test that calls this."""
         if self._mount is not None and self._mount.process.poll() is not None:
             self.close()  # says why it ended
-            raise AssertionError("the server ended by itself")
+            raise AssertionError("the server ended without a reason")
 
     def close(self) -> None:
         stack, self._stack, self._mount = self._stack, ExitStack(), None

@@ -106,7 +106,9 @@ def compare(case: Case, share: Mount, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.005, 0.02, 0.05, 0.1, 0.2])
-def test_what_was_before_the_mark_is_not_told(share: Mount, tmp_path: Path, delay: float) -> None:
+def test_events_before_the_mark_are_not_delivered(
+    share: Mount, tmp_path: Path, delay: float
+) -> None:
     """The process has looked at the directory before, and it was changed since."""
 
     def case(watched: Path, changed: Path) -> list[str]:
@@ -187,7 +189,7 @@ def test_nor_beside_another_program(
 
 
 def test_nor_of_a_file(share: Mount, tmp_path: Path) -> None:
-    """As a program's that reads what it has been told of, and watches it from then on."""
+    """As of a program that reads what was reported to it, and watches it from then on."""
 
     def case(watched: Path, changed: Path) -> list[str]:
         events = []
@@ -203,8 +205,8 @@ def test_nor_of_a_file(share: Mount, tmp_path: Path) -> None:
     assert compare(case, share, tmp_path) == []
 
 
-def test_what_comes_right_after_the_mark_is_told(share: Mount, tmp_path: Path) -> None:
-    """The twin, after look-ups that were in vain."""
+def test_what_comes_right_after_the_mark_is_delivered(share: Mount, tmp_path: Path) -> None:
+    """The counterpart, after look-ups that were in vain."""
 
     def case(watched: Path, changed: Path) -> list[str]:
         events = []

@@ -150,7 +150,7 @@ def test_a_mapping_is_each_sides_own(share: Mount) -> None:
         assert guest[:4] == bytes(4)
         host[:4] = b"host"
         assert guest[:4] == bytes(4)  # the guest's page is another
-        assert (share.mountpoint / "f").read_bytes()[:4] == b"host"  # who opens it gets it anew
+        assert (share.mountpoint / "f").read_bytes()[:4] == b"host"  # an open reads it anew
         wait_until(lambda: guest[:4] == b"host", 10, "the guest's mapping after an open")
         guest[4:9] = b"guest"
         assert host[4:9] == bytes(5)
@@ -188,7 +188,7 @@ def test_a_read_only_submount_does_not_look_so(share: Mount) -> None:
         with fails(errno.EROFS):
             (there / "new").mkdir()
     finally:
-        # Who has just looked there may have it open for a moment.
+        # A process that has just looked there may have it open for a moment.
         subprocess.run(["umount", "-l", below], check=True)
 
 
@@ -231,7 +231,7 @@ def failed(share: Mount) -> dict[str, int]:
 
 @root_only
 def test_a_program_that_runs_in_the_guest_has_no_close_write(share: Mount) -> None:
-    """What can be told is; the rest is counted."""
+    """What can be delivered is; the rest is counted."""
     write(share.source / "program", Path("/bin/sleep").read_bytes(), 0o755)
     guest, host = share.mountpoint / "program", share.source / "program"
     inotify = notify.inotify_init(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -244,15 +244,15 @@ def test_a_program_that_runs_in_the_guest_has_no_close_write(share: Mount) -> No
                 with opened(host, os.O_WRONLY | os.O_APPEND) as fd:
                     os.write(fd, b"more")
             write(share.source / "last")
-            told: list[str] = []
-            while told[-1:] != ["IN_CREATE last"]:
-                assert select.select([inotify], [], [], 20)[0], told
+            reported: list[str] = []
+            while reported[-1:] != ["IN_CREATE last"]:
+                assert select.select([inotify], [], [], 20)[0], reported
                 for event in parse_events(os.read(inotify, 4096)):
-                    told.append(f"{describe(event.mask)} {os.fsdecode(event.name)}")
-                    if "CREATE" in told[-1]:
+                    reported.append(f"{describe(event.mask)} {os.fsdecode(event.name)}")
+                    if "CREATE" in reported[-1]:
                         break
             once = [f"{kind} program" for kind in ("IN_OPEN", "IN_MODIFY", "IN_CLOSE_NOWRITE")]
-            assert told == [*once, *once, "IN_CREATE last"]
+            assert reported == [*once, *once, "IN_CREATE last"]
             wait_until(
                 lambda: failed(share).get("close_write") == 2, 20, "two CLOSE_WRITEs that failed"
             )
@@ -263,7 +263,7 @@ def test_a_program_that_runs_in_the_guest_has_no_close_write(share: Mount) -> No
 
 
 @root_only
-def test_a_fifos_own_open_is_not_told(share: Mount) -> None:
+def test_a_fifos_own_open_is_not_delivered(share: Mount) -> None:
     os.mkfifo(share.source / "p")
     fd = notify.inotify_init(os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -272,7 +272,7 @@ def test_a_fifos_own_open_is_not_told(share: Mount) -> None:
         share.wait_armed(share.mountpoint / "p", pid=os.getpid())
         with opened(share.source / "p", os.O_RDWR | os.O_NONBLOCK):
             pass
-        os.chmod(share.source / "p", 0o600)  # comes later, and is told
+        os.chmod(share.source / "p", 0o600)  # comes later, and is delivered
         assert select.select([fd], [], [], 20)[0], "no ATTRIB came"
         assert {describe(event.mask) for event in parse_events(os.read(fd, 4096))} == {"IN_ATTRIB"}
     finally:

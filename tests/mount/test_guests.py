@@ -60,7 +60,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     assert not path.exists()
 
 
-def all_told(guest: SimulatedGuest, count: int, timeout: float = 20) -> list[frames.Event]:
+def all_events(guest: SimulatedGuest, count: int, timeout: float = 20) -> list[frames.Event]:
     wait_until(lambda: len(guest.take()) >= count, timeout, f"{count} events")
     return guest.take()
 
@@ -70,7 +70,7 @@ def names(events: list[frames.Event]) -> list[bytes]:
 
 
 def test_two_guests_and_a_mount(served: Served) -> None:
-    """Each is told what it asked for, whoever did it; the mount's own users' doings too."""
+    """Each gets what it asked for, from every origin, the mount's own users included."""
     (served.source / "d").mkdir()
     with guests(served.socket, 2) as (one, two), watching(served.share) as watcher:
         one.mark(b"", CREATE)
@@ -80,8 +80,8 @@ def test_two_guests_and_a_mount(served: Served) -> None:
         (served.share.mountpoint / "user").mkdir()
         (served.source / "host").rmdir()
         (served.source / "d/x").mkdir()
-        assert names(all_told(two, 4)) == [b"host", b"user", b"host", b"x"]
-        assert names(all_told(one, 2)) == [b"host", b"user"]
+        assert names(all_events(two, 4)) == [b"host", b"user", b"host", b"x"]
+        assert names(all_events(one, 2)) == [b"host", b"user"]
         lines = watcher.wait((os.fsencode(served.share.mountpoint / "host"), "DELETE,ISDIR"))
         made = [line.path.rpartition(b"/")[2] for line in lines if "CREATE" in line.kinds]
         assert sorted(made) == [b"host", b"user"], "each once: by its kernel, or by its agent"
@@ -96,13 +96,13 @@ def test_200_guests_are_isolated(served: Served) -> None:
         for i in range(200):
             (served.source / f"d{i}/for {i}").mkdir()
         for i, guest in enumerate(all_guests):
-            (event,) = all_told(guest, 1)
+            (event,) = all_events(guest, 1)
             assert event == frames.Event(
                 nodes[i], event.generation, CREATE | int(Mask.ISDIR), 0, b"for %d" % i
             )
         # Nothing more has come for anybody after all have been served once more.
         (served.source / "d199/end").mkdir()
-        all_told(all_guests[199], 2)
+        all_events(all_guests[199], 2)
         assert [len(guest.take()) for guest in all_guests] == [1] * 199 + [2]
 
 
@@ -119,13 +119,13 @@ def test_200_guests_aggregate(served: Served) -> None:
         (served.source / "d/x").chmod(0o600)
         (served.source / "d/x").unlink()
         for guest, mask in zip(all_guests, itertools.cycle(bits), strict=False):
-            assert {event.mask for event in all_told(guest, 1)} == {mask}
+            assert {event.mask for event in all_events(guest, 1)} == {mask}
         for guest in all_guests[:100]:
             guest.close()
         wait_until(lambda: served.count() == 100, 10, "the end of 100 guests")
         (served.source / "d/y").mkdir()
         for guest in all_guests[100::4]:
-            assert names(all_told(guest, 2)) == [b"x", b"y"]
+            assert names(all_events(guest, 2)) == [b"x", b"y"]
     wait_until(lambda: served.count() == 0, 10, "the end of all")
     wait_until(lambda: served.host_watches() <= before, 10, "the end of the watches")
 
@@ -141,15 +141,15 @@ def test_a_guest_that_never_reads_delays_nobody(served: Served) -> None:
             (served.source / f"n{i}").mkdir()
             (served.source / f"n{i}").rmdir()
             if i % 100 == 0:
-                all_told(fast, 2 * (i + 1), timeout=5)
+                all_events(fast, 2 * (i + 1), timeout=5)
                 latencies.append(time.monotonic() - begin)
-        assert len(all_told(fast, 2 * count)) == 2 * count
-        assert len(all_told(other, 2 * count)) == 2 * count
+        assert len(all_events(fast, 2 * count)) == 2 * count
+        assert len(all_events(other, 2 * count)) == 2 * count
         assert sorted(latencies)[len(latencies) // 2] < 0.5
         depth = max(g["depth"] for g in status(served.share.mountpoint)["guests"])
         assert depth > count, "the stuck guest's socket took all: the test proves nothing"
         # And what waits for it is still complete and in order, when it reads at last.
-        late = all_told(stuck, 2 * count)
+        late = all_events(stuck, 2 * count)
         assert [(e.name, e.mask) for e in late] == [(e.name, e.mask) for e in fast.events]
 
 
@@ -174,7 +174,7 @@ def test_a_stuck_guest_holds_up_no_request_of_the_mount(served: Served) -> None:
         assert len(os.listdir(served.share.mountpoint)) == 2000
 
 
-# Who may connect
+# Permission to connect
 
 
 def test_the_socket_is_its_owners(served: Served) -> None:
@@ -249,7 +249,7 @@ def test_what_is_no_frame_ends_that_session_alone(served: Served, data: bytes) -
             bad.sendall(data)
             assert bad.recv(100) == b""
         (served.source / "x").mkdir()
-        assert names(all_told(good, 1)) == [b"x"]
+        assert names(all_events(good, 1)) == [b"x"]
         assert served.count() == 1
 
 
@@ -270,7 +270,7 @@ def test_bytes_one_by_one(served: Served) -> None:
 
 
 def test_connections_are_bounded(served: Served) -> None:
-    """Descriptors stay for files; and those who leave make room."""
+    """Descriptors stay for files; guests that leave make room."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
     limit = 1024

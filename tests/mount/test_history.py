@@ -83,8 +83,8 @@ class Watch:
         self._share.source.joinpath("d/end").unlink()
         end = Told(Mask.DELETE, "end")
         wait_until(lambda: end in self.read(), 60, "the last event")
-        told, self.events = self.events, []
-        return [event for event in told if event.name != "end"]
+        reported, self.events = self.events, []
+        return [event for event in reported if event.name != "end"]
 
 
 @contextmanager
@@ -126,12 +126,12 @@ def test_what_is_mounted_on_a_directory_that_the_host_has_just_made(share: Mount
         for point in points:
             (share.source / "d" / point.name).mkdir()
             assert not libc.mount(b"none", bytes(point), b"tmpfs", 0, None)
-        told = [event.name for event in watch.settled()]
+        reported = [event.name for event in watch.settled()]
         held = [point for point in points if point in map(Path, mounts())]
         for point in held:
             assert not libc.umount2(bytes(point), 0)
     assert held == points
-    assert told == [point.name for point in points]
+    assert reported == [point.name for point in points]
 
 
 def mounts() -> list[str]:
@@ -151,12 +151,12 @@ def test_an_open_file_that_the_host_has_just_made_or_renamed(share: Mount) -> No
                 name.with_suffix(".tmp").rename(name)
             guest = share.mountpoint / f"d/{i}"
             files[guest] = os.open(guest, os.O_RDONLY)
-        told = watch.settled()
+        reported = watch.settled()
     names = {guest: Path(os.readlink(f"/proc/self/fd/{fd}")) for guest, fd in files.items()}
     for fd in files.values():
         os.close(fd)
     assert names == {guest: guest for guest in files}
-    assert Counter(event.comes for event in told) == {True: 150, False: 50}
+    assert Counter(event.comes for event in reported) == {True: 150, False: 50}
 
 
 def test_a_program_that_the_host_has_just_replaced(share: Mount) -> None:
@@ -173,7 +173,7 @@ def test_a_program_that_the_host_has_just_replaced(share: Mount) -> None:
 
 
 def test_a_file_used_by_its_name_alone_before_its_create(share: Mount) -> None:
-    """What no request tells of. A test that fails here means that README's row has to go."""
+    """What no request shows. A test that fails here means that README's row has to go."""
     gone = 0
     with watching(share):
         for i in range(100):
@@ -266,8 +266,8 @@ def test_the_guest_changes_what_the_host_has_just_changed(share: Mount) -> None:
                     (share.source / f"d/s{i}").touch()
                 case.host()
                 case.guest()
-                told = watch.settled()
-                found = [event.mask & STRUCTURE for event in told if event.name == "x"]
+                reported = watch.settled()
+                found = [event.mask & STRUCTURE for event in reported if event.name == "x"]
                 if found != case.events:
                     bad[what] = found
                 for path in (share.source / "d").iterdir():
@@ -304,9 +304,9 @@ def test_a_storm_in_which_both_change_the_same_names(share: Mount) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        told = watch.settled()
+        reported = watch.settled()
         believed: dict[str, bool] = {}
-        for event in told:
+        for event in reported:
             believed.pop(event.name, None)
             if event.comes:
                 believed[event.name] = bool(event.mask & Mask.ISDIR)

@@ -49,7 +49,7 @@ def test_a_waiting_lock_blocks_nobody_else(place: tuple[Path, Path]) -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_who_holds_a_lock(place: tuple[Path, Path]) -> None:
+def test_the_holder_of_a_lock(place: tuple[Path, Path]) -> None:
     d, _ = place
     f = write(d / "f", b"data")
     with opened(f, os.O_RDWR) as fd:

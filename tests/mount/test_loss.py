@@ -49,10 +49,10 @@ def another_agent(share: Mount, old: int) -> int:
 
 
 def once(lines: list[Line], kind: str) -> list[bytes]:
-    """Names that were told so, in order; each exactly once."""
+    """Names with that event, in order; each exactly once."""
     names = [line.path for line in lines if kind in line.kinds.split(",")]
     repeated = [name for name, count in Counter(names).items() if count > 1]
-    assert not repeated, f"told more than once: {repeated[:5]}"
+    assert not repeated, f"delivered more than once: {repeated[:5]}"
     return names
 
 
@@ -63,7 +63,7 @@ def below(share: Mount, name: str) -> bytes:
 # The agent dies
 
 
-def test_killed_agent_is_replaced_and_its_absence_told(share: Mount) -> None:
+def test_killed_agent_is_replaced_and_missed_events_are_delivered(share: Mount) -> None:
     (share.source / "old").write_text("x")
     with watching(share) as watcher:
         agent = agent_of(share)
@@ -223,10 +223,10 @@ def test_overflow_of_the_hosts_queue(make_share: Callable[..., Mount]) -> None:
             (below(share, "changed"), "MODIFY"),
             (below(share, "changed"), "CLOSE_WRITE,CLOSE"),
         )
-        told = [line for line in lines if not line.path.startswith(below(share, "s"))]
-        assert len(once(told, "CREATE")) == 100
-        assert once(told, "DELETE") == [below(share, "removed")]
-        assert not [line for line in told if line.path == below(share, "kept")]
+        reported = [line for line in lines if not line.path.startswith(below(share, "s"))]
+        assert len(once(reported, "CREATE")) == 100
+        assert once(reported, "DELETE") == [below(share, "removed")]
+        assert not [line for line in reported if line.path == below(share, "kept")]
         state = status(share.mountpoint)
         assert state["counts"]["overflows"] >= 1
         assert state["counts"]["resyncs"] >= 1
@@ -235,7 +235,7 @@ def test_overflow_of_the_hosts_queue(make_share: Callable[..., Mount]) -> None:
 
 
 def test_overflow_under_a_recursive_watcher(make_share: Callable[..., Mount]) -> None:
-    """Its picture is right in the end: it adds watches for what it is told of."""
+    """Its picture is right in the end: it adds watches for what is reported to it."""
     share = make_share()
     (share.source / "a").mkdir()
     with watching(share, recursive=True, events="create,delete,move") as watcher:
@@ -403,7 +403,7 @@ IN_BYTES = {"read_into": "read", "write_from": "write"}
 
 @pytest.mark.parametrize("transport", ["devfuse", "libfuse"])
 def test_every_handler_may_fail_and_the_server_lives_on(tmp_path: Path, transport: str) -> None:
-    """A bug in any operation is EIO for its caller; the mount, its watchers and all else go on."""
+    """A bug in any operation is EIO for its caller; the mount and its watchers continue."""
     source, mountpoint, trigger = tmp_path / "source", tmp_path / "mount", tmp_path / "trigger"
     for directory in (source, mountpoint, source / "dir"):
         directory.mkdir()
@@ -458,7 +458,7 @@ def serving(source: Path, mountpoint: Path, option: str) -> Iterator[Mount]:
 
 
 def test_the_agents_own_faults_are_counted_and_survived(share: Mount) -> None:
-    """A user of the mount removes what the agent is about to replay on: counted, and it goes on."""
+    """A user of the mount removes what the agent is about to replay on: counted, no more."""
     with watching(share, recursive=True, events="create,delete") as watcher:
         agent = agent_of(share)
         os.kill(agent, signal.SIGSTOP)

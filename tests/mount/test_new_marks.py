@@ -171,7 +171,7 @@ def sides() -> Iterator[tuple[Watcher, Watcher]]:
 
 @pytest.mark.parametrize("gap", [0.0, 0.02, 0.1])
 @pytest.mark.parametrize("make", [file, symlink])
-def test_what_follows_a_mark_is_told(
+def test_what_follows_a_mark_is_delivered(
     base: Path, share: Mount, sides: tuple[Watcher, Watcher], make: Make, gap: float
 ) -> None:
     """However soon it follows."""

@@ -73,7 +73,7 @@ def test_suid_bits_go_with_what_a_user_changes(sides: Sides, place: str, change:
 
 
 def _fill(directory: Path) -> None:
-    """Until the disk is full, for a user; root may go on."""
+    """Until the disk is full, for a user; root may write more."""
 
     def fill() -> None:
         fd = os.open(directory / "big", os.O_CREAT | os.O_RDWR)

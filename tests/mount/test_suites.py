@@ -17,7 +17,7 @@ from tests.mount.exclusions import STRESSORS as EXCLUDED
 from tests.mount.posix_support import ALICE, User
 from tests.mount.sides import Sides, two_sides
 
-SECONDS = 60  # none takes more than a few; a hung mount is told apart from a slow one
+SECONDS = 60  # none takes more than a few; so that a hung mount differs from a slow one
 
 USERS = [pytest.param(None, id="root" if os.geteuid() == 0 else "self")]
 if os.geteuid() == 0:

@@ -46,7 +46,7 @@ def test_a_mark_outlives_its_thread(tmp_path: Path) -> None:
             watcher.stdin.write("\n")
             watcher.stdin.flush()
             assert watcher.stdout.readline() == "alone\n"
-            for number in range(6):  # events make the agent look again at those who watch
+            for number in range(6):  # events make the agent look again at watchers
                 (source / "d" / f"n{number}").touch()
                 assert watcher.stdout.readline() == f"n{number}\n"
                 time.sleep(RECHECK / 4)

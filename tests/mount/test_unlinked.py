@@ -1,5 +1,5 @@
-"""What a host program does with a file that is open and has lost its name: told as natively, to
-those who want it and (IN_EXCL_UNLINK) to those who do not.
+"""What a host program does with a file that is open and has lost its name: reported as natively, to
+watchers that want it and (IN_EXCL_UNLINK) to those that do not.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def both(
     """What the two watchers hear natively, and on the mount."""
 
     def pause() -> None:
-        wait_until(lambda: idle(share.mountpoint), 20, "all is told")
+        wait_until(lambda: idle(share.mountpoint), 20, "all is delivered")
 
     def armed() -> None:
         share.wait_armed(share.mountpoint, pid=os.getpid(), timeout=20)
@@ -120,19 +120,19 @@ def both(
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_as_natively(share: Mount, mask: str, tmp_path: Path) -> None:
-    expected, told = both(share, tmp_path / "native", MASKS[mask], unlink)
-    assert told == expected
+    expected, reported = both(share, tmp_path / "native", MASKS[mask], unlink)
+    assert reported == expected
 
 
 @pytest.mark.parametrize("lose", [replace, make_anew])
 def test_what_is_not_excluded(share: Mount, lose: Callable[[Path], None], tmp_path: Path) -> None:
-    """The host's events of the two files have one name: they are told of the newer."""
-    expected, told = both(share, tmp_path / "native", MASKS["changes"], lose)
-    assert told[0] == told[1] == expected[0] != expected[1]
+    """The host's events of the two files have one name: they are reported for the newer."""
+    expected, reported = both(share, tmp_path / "native", MASKS["changes"], lose)
+    assert reported[0] == reported[1] == expected[0] != expected[1]
 
 
 def test_a_close_is_not_excluded_without_a_mark_for_delete(share: Mount, tmp_path: Path) -> None:
     """The guest's kernel still has the name."""
     mask = Mask.OPEN | Mask.CLOSE_WRITE
-    expected, told = both(share, tmp_path / "native", mask, unlink)
-    assert told[0] == told[1] == expected[0] != expected[1]
+    expected, reported = both(share, tmp_path / "native", mask, unlink)
+    assert reported[0] == reported[1] == expected[0] != expected[1]

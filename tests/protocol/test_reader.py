@@ -123,7 +123,7 @@ def test_refused_vectors_in_a_stream(row: dict[str, str]) -> None:
 
 
 def test_an_unusable_stream_stays_unusable() -> None:
-    """And holds nothing: a peer that goes on writing must not fill the server's memory."""
+    """And holds nothing: a peer that keeps writing must not fill the server's memory."""
     reader = FrameReader()
     reader.feed(bytes(8))
     for _ in range(3):

@@ -132,7 +132,7 @@ def test_long_names_fit(layout: str, size: int) -> None:
 @pytest.mark.parametrize("layout", EVENTS)
 @pytest.mark.parametrize("inode", [1 << 32, (1 << 32) + 5, 1 << 63, (1 << 64) - 1])
 def test_nodeids_are_not_cut(layout: str, inode: int) -> None:
-    """The RFC's server kept 32 bits of a nodeid, and told the wrong inode's watchers."""
+    """The RFC's server kept 32 bits of a nodeid, and reported to the wrong inode's watchers."""
     decoded = DECODE[layout](ENCODE[layout](event(layout, inode=inode)))
     assert decoded == event(layout, inode=inode)
 

@@ -179,7 +179,7 @@ def inotify_tools(place: Place, work: Path, tests: Sequence[str] = ()) -> Result
 
 
 def entr(place: Place, work: Path, tests: Sequence[str] = ()) -> Results:
-    """Its script with two changes: it goes on after what fails, and pauses for 0.5 s, not 0.25,
+    """Its script with two changes: it continues after what fails, and pauses for 0.5 s, not 0.25,
     which is less than what programs take to start on a busy machine."""
     tree = work / "entr"
     if not tree.exists():
@@ -189,18 +189,18 @@ def entr(place: Place, work: Path, tests: Sequence[str] = ()) -> Results:
         command = ["gcc", *options, *parts, "-o", "entr"]
         subprocess.run(command, cwd=tree, check=True, timeout=110)
     script = (tree / "system_test.sh").read_text()
-    told = """function assert {
+    shim = """function assert {
     let asserts+=1
     if [[ "$1" == "$2" ]]; then echo "ok $asserts - $this"
     else printf "not ok %d - %s\\n%q != %q\\n" "$asserts" "$this" "$1" "$2"; fi
 }"""
-    script, count = re.subn(r"function assert \{.*?^\}", lambda _: told, script, flags=re.S | re.M)
+    script, count = re.subn(r"function assert \{.*?^\}", lambda _: shim, script, flags=re.S | re.M)
     assert count == 1
     script = script.replace("function zz { sleep 0.25; }", "function zz { sleep 0.5; }")
-    (tree / "told.sh").write_text(script)
+    (tree / "reported.sh").write_text(script)
     (place.source / "tmp").mkdir(exist_ok=True)
     said, ended = run(
-        ["bash", "told.sh"], tree, {**place.env, "TMPDIR": str(place.mount / "tmp")}, 150
+        ["bash", "reported.sh"], tree, {**place.env, "TMPDIR": str(place.mount / "tmp")}, 150
     )
     found: Results = {}
     for word, number, name, more in re.findall(

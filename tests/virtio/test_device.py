@@ -122,8 +122,8 @@ def test_requests_before_the_queue_runs(machine: Machine) -> None:
     assert queue.take_data() == (head, b"ylrae")
 
 
-def test_stop_and_go_on(running: Machine, server: Server) -> None:
-    """A machine that is paused: requests under way are answered when it goes on."""
+def test_stop_and_continue(running: Machine, server: Server) -> None:
+    """A machine that is paused: requests under way are answered when it continues."""
     queue = running.queues[1]
     running.echo()
     waiting = queue.add([b"wait"], [4])
@@ -210,7 +210,7 @@ def test_memory_comes_and_goes(running: Machine) -> None:
 
 
 def test_memory_of_a_running_queue_goes(running: Machine) -> None:
-    """The queue stops, the VMM is told, and may start it anew."""
+    """The queue stops, the VMM is notified, and may start it anew."""
     running.echo()
     queue = running.queues[1]
     assert running.vmm.ack(Type.REM_MEM_REG, running.ram.regions[0]) == 0
@@ -262,7 +262,7 @@ def test_the_call_changes(running: Machine) -> None:
     queue = running.queues[1]
     other = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     assert running.vmm.ack(Type.SET_VRING_CALL, U64(1), [other]) == 0
-    assert os.eventfd_read(other) == 1, "what the old one was told may not have been seen"
+    assert os.eventfd_read(other) == 1, "what the old one got may not have been seen"
     os.close(queue.call_fd)
     queue.call_fd = other
     running.echo()

@@ -19,7 +19,7 @@ WINDOW = 400e-6
 
 
 class Guest:
-    """A guest that sends its next request at a time, and the clock, which goes on at each look."""
+    """A guest that sends its next request at a time, and the clock, which advances at each look."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, window: float = WINDOW, processors: int = 2
@@ -82,7 +82,7 @@ def test_after_data_there_is_more_time(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("lost", [0.9e-3, 3e-3])
-def test_whom_the_answer_has_woken_runs_first(
+def test_the_thread_that_the_answer_woke_runs_first(
     guest: Guest, lost: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VMM takes some 30 us; what takes a millisecond is another program."""

@@ -118,7 +118,7 @@ def test_indices_wrap(pair: Pair) -> None:
     assert device.position == 2 * SIZE
 
 
-def test_it_goes_on_where_it_was(pair: Pair) -> None:
+def test_it_continues_where_it_was(pair: Pair) -> None:
     driver = pair.driver
     first, second = driver.add([b"1"]), driver.add([b"2"])
     chain = pair.device.pop()
@@ -137,7 +137,7 @@ def test_it_goes_on_where_it_was(pair: Pair) -> None:
 
 
 def bad_chain(pair: Pair, match: str) -> None:
-    """The chain at 0 is refused, and the queue goes on."""
+    """The chain at 0 is refused, and the queue continues."""
     pair.driver.make_available(0)
     with pytest.raises(ChainError, match=match) as caught:
         pair.device.pop()

@@ -1,4 +1,4 @@
-"""Servers that end under a running machine, and the ones that go on in their place."""
+"""Servers that end under a running machine, and those that continue in their place."""
 
 from __future__ import annotations
 
@@ -103,14 +103,14 @@ def ask(machine: Machine, message: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("way", ["kill", "fault", "replace"])
-def test_goes_on(kept: Kept, running: Machine, way: str) -> None:
-    """The machine's connection, queues and memory stay; nobody tells the VMM."""
+def test_continues(kept: Kept, running: Machine, way: str) -> None:
+    """The machine's connection, queues and memory stay; the VMM gets no message."""
     for _ in range(3):
         getattr(kept, way)()
         running.echo()
         running.echo(b"other queue", queue=0)
     assert ask(running, b"again") == b"[]"
-    # And the VMM can go on with what it says.
+    # And the VMM can send further messages.
     assert running.vmm.stop(2) == [3, 5]
 
 
@@ -268,7 +268,7 @@ def start_tracked(machine: Machine, layout: Inflight, fd: int) -> None:
 
 
 def test_a_vmm_connects_again(machine: Machine, server: Server) -> None:
-    """With the memory that it was given: the session goes on, what was under way is done again."""
+    """With the memory that it was given: the session continues, requests under way are redone."""
     machine.vmm.negotiate()
     layout, fd = inflight(machine)
     machine.vmm.tell(Type.SET_INFLIGHT_FD, layout, [fd])

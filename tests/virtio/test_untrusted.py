@@ -79,7 +79,7 @@ def test_memory_that_is_cut_short_is_zeros(touch: Callable[[memoryview], object]
         assert not lost
         os.ftruncate(fd, 4096)
         touch(view[8192:])
-        assert lost == [True], "told once, and of this mapping alone"
+        assert lost == [True], "reported once, and for this mapping alone"
         assert bytes(view[8192 + 64 : 16384]) == bytes(8192 - 64)
         assert other[0] == 0xFF, "what is still there is as it was"
         os.ftruncate(fd, 0)
@@ -149,7 +149,7 @@ def test_a_vmm_that_takes_its_memory_away(
             assert running.vmm.is_dropped()
             break
     else:
-        raise AssertionError("the session goes on")
+        raise AssertionError("the session continues")
     assert_serves(server)
 
 

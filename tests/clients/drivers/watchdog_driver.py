@@ -27,7 +27,7 @@ class Printer(FileSystemEventHandler):
 
 observer = InotifyObserver()
 observer.schedule(Printer(), sys.argv[1], recursive=True)
-# Before the start: from then on the observer's thread prints. Who waits for marks looks at them.
+# Before the start: from then on the observer's thread prints. A test has to look at the marks.
 print(json.dumps({"ready": True}), flush=True)
 observer.start()
 observer.join()

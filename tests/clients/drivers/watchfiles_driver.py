@@ -6,7 +6,7 @@ from pathlib import Path
 
 from watchfiles import Change, watch
 
-# The marks are set in the first step of the iterator: who waits for them must look at the marks.
+# The marks are set in the first step of the iterator: a test must look at the marks.
 print(json.dumps({"ready": True}), flush=True)
 for changes in watch(sys.argv[1], watch_filter=None, force_polling=False, debounce=100, step=20):
     for change, path in changes:
