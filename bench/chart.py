@@ -9,7 +9,7 @@ from html import escape
 from .results import Spread
 
 OURS = ("#08519c", "#3182bd", "#6baed6", "#bdd7e7")  # blues
-OTHERS = ("#737373", "#d94801", "#fdae6b", "#54278f", "#bcbddc")
+OTHERS = ("#737373", "#d94801", "#fdae6b", "#54278f", "#bcbddc", "#238b45")
 LEFT, WIDTH, BAR, GAP = 170, 620, 9, 12  # pixels
 TOP, LEGEND, LINE = 36, 150, 18  # LEGEND: the width of an entry
 DECADE = 10.0

@@ -15,7 +15,8 @@ from .workloads import ROWS
 
 METHOD = """\
 - Each side has a source of its own, on the same file system, and is mounted afresh in each round. \
-All sides are mounted at the same time and take turns row by row, in a random order.
+All sides are mounted at the same time, where no other program sees them, and take turns row by \
+row, in a random order.
 - Ratios are taken within a round. Figures are medians, with the quartiles in brackets.
 - The host's page cache and names are warm for all sides. Those of the mount are cold for "stat, \
 fresh mount"; "again" comes after a run that is not timed. Reads begin with the file's pages in \

@@ -15,7 +15,6 @@ from bench.chart import bars
 from bench.results import Spread
 from bench.sides import choices
 from bench.workloads import ROWS
-from harness.mounts import mounts_at
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +71,6 @@ def test_a_side_and_a_row_are_measured_alone(tmp_path: Path) -> None:
     assert {key: [*sides] for key, sides in measured["rates"].items()} == {
         "stat-cold": ["native"], "stat-warm": ["native"],
     }  # fmt: skip
-    assert not mounts_at(tmp_path)
 
 
 def test_an_unknown_side_is_an_error() -> None:
