@@ -175,6 +175,11 @@ MAX_NR_SECCTX = 31
 EXT_GROUPS = 32
 NOTIFY_POLL = 1
 NOTIFY_INVAL_INODE = 2
+NOTIFY_INVAL_ENTRY = 3
+NOTIFY_INC_EPOCH, EPOCH_MINOR = 8, 44
+"""All names are to be looked up again; the minor version from which it is known."""
+EXPIRE_ONLY = 1 << 0
+"""The name is looked up again when it is used next, and not dropped before."""
 
 
 class Wire(Generic[_T]):
@@ -505,6 +510,8 @@ DIRENT = Wire("fuse_dirent", "QQII", _fields)
 """ino, off, namelen, type; the name follows, then zeros up to a multiple of 8."""
 NOTIFY_INVAL_INODE_OUT = Wire("fuse_notify_inval_inode_out", "Qqq", _fields)
 """ino, off, len; only the attributes if off is negative."""
+NOTIFY_INVAL_ENTRY_OUT = Wire("fuse_notify_inval_entry_out", "QII", _fields)
+"""parent, namelen, flags; the name follows, with a NUL."""
 NOTIFY_POLL_OUT = Wire("fuse_notify_poll_wakeup_out", "Q", _first)
 EXT_HEADER = Wire("fuse_ext_header", "II", _fields)
 """size with this header, type; fuse_secctx_header where type is at most MAX_NR_SECCTX."""

@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "virtio": "process linux pacing",
     "events": "files linux pacing",
     "guests": "events files linux pacing",
+    "cache": "files linux pacing",
     "export": "guests events files process linux pacing",
-    "fuse": "export guests events files process linux pacing",
+    "fuse": "cache export guests events files process linux pacing",
     "checkpoint": "export guests events files process linux pacing",
-    "transports": "fuse export guests files virtio process linux pacing",
+    "transports": "cache fuse export guests files virtio process linux pacing",
     "servers": "transports checkpoint fuse export guests files process linux pacing",
     "cli": "servers process pacing",
 }

@@ -17,6 +17,7 @@ from ..process.daemon import Daemon
 from ..process.logs import log_to_stderr
 from ..servers import deadmount
 from ..servers.mount import (
+    CACHES,
     TRANSPORTS,
     Options,
     Place,
@@ -108,6 +109,14 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
     help="What carries the requests: /dev/fuse itself, or libfuse; auto prefers the former.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(CACHES),
+    default="never",
+    show_default=True,
+    help="What the kernel keeps of names, attributes and data: nothing, or what the host has not "
+    "changed.",
+)
+@click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning"
 )
 def mount(
@@ -121,6 +130,7 @@ def mount(
     overflow_after_loss: bool,
     allow_other: bool | None,
     transport: str,
+    cache: str,
     restore: bool | None,
     state_dir: str | None,
     log_level: str,
@@ -137,6 +147,7 @@ def mount(
         watch_limit=max_watches,
         overflow_after_loss=overflow_after_loss,
         transport=transport,
+        cache=cache,
         restore=restore,
         state_dir=os.path.abspath(state_dir) if state_dir else None,
     )

@@ -218,7 +218,7 @@ class Export:
         self.guests.remove(guest)
         if isinstance(guest, MountGuest):
             for inode in self.interest.marks(guest):
-                guest.marked(0 if inode is None else inode.nodeid, 0)
+                guest.marked(inode, 0)
         guest.leave()
         self._own_chores.do(self._dropping_marks(guest))
 
@@ -251,7 +251,7 @@ class Export:
         had = self.interest.of(guest, inode)
         before, after = self.interest.update(guest, inode, mask)
         if isinstance(guest, MountGuest) and had != mask:
-            guest.marked(0 if inode is None else inode.nodeid, int(mask))
+            guest.marked(inode, int(mask))
         if inode is None:
             if before != after:
                 self._tree.bring_in_line(after)

@@ -146,4 +146,5 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
         state["agent"] = bool(guest.pid)
         state["agent_pid"] = guest.pid
         state["keeps_names"] = guest.keeps_names
+        state["cache"] = None if guest.cache is None else guest.cache.state()
     return state

@@ -23,6 +23,7 @@ HOLD = 1.0
 HELD_LIMIT = 64
 """Objects held at once, each by a descriptor. The oldest is dropped: its program sees ESTALE."""
 _Place = tuple[int, bytes]
+_ANYWHERE: _Place = (0, b"")
 
 
 class Successors:
@@ -54,16 +55,13 @@ class Successors:
 
     def lost(self, inode: Inode) -> OSError:
         """The error for an object that a guest looked up, and that is no longer there."""
-        if inode.parent is None:  # removed since: for a moment, there was nothing
-            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self.replaced(inode)
         return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def replaced(self, inode: Inode) -> None:
         """The object that a guest looked up is no longer there: it will look again."""
-        if inode.parent is None:
-            return
-        place = (inode.parent.nodeid, inode.name)
+        # Of one that has no known place any more, it may be any.
+        place = _ANYWHERE if inode.parent is None else (inode.parent.nodeid, inode.name)
         until = time.monotonic() + HOLD
         self.wanted.pop(place, None)
         self.wanted[place] = until
@@ -74,7 +72,8 @@ class Successors:
     def looked_up(self, parent: Inode, name: bytes, inode: Inode, fd: int) -> None:
         """A guest looked a name up, and has found the object of the descriptor."""
         now = time.monotonic()
-        if self.wanted.get((parent.nodeid, name), 0.0) < now or inode.is_dir:
+        wanted = self.wanted.get((parent.nodeid, name), 0.0), self.wanted.get(_ANYWHERE, 0.0)
+        if max(wanted) < now or inode.is_dir:
             return
         if inode not in self._held:
             if len(self._held) >= HELD_LIMIT:

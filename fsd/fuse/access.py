@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import structlog
 
 from protocol.masks import Mask
 
+from ..cache.coherent import CoherentCache
 from ..events.attribution import Expected
 from ..export.export import Export
 from ..files.caller import Caller
@@ -39,6 +40,8 @@ class Access:
     def __init__(self, export: Export, guest: MountGuest) -> None:
         self.export = export
         self.guest = guest
+        self.cache: CoherentCache | None = None
+        """Set by a session whose kernel keeps things."""
 
     def is_replayer(self, who: Caller) -> bool:
         """Whether the request comes from the mount's agent."""
@@ -64,7 +67,10 @@ class Access:
 
     def own(self, *expected: Expected) -> AbstractContextManager[None]:
         """Run a call on the host for the guest: its events there are own echo."""
-        return self.export.watcher.attributed(self.guest, *expected)
+        attributed = self.export.watcher.attributed(self.guest, *expected)
+        if self.cache is None or not self.cache.sees(expected):
+            return attributed
+        return _both(attributed, self.cache.own(expected))
 
     def about(self, inode: Inode, mask: Mask) -> tuple[Expected, ...]:
         """An event of an object: by name in its directory, and as a self event."""
@@ -94,6 +100,14 @@ class Access:
         self.export.watcher.drain()
         self.export.route(_EVENTS)
         return do()
+
+
+@contextmanager
+def _both(
+    outer: AbstractContextManager[None], inner: AbstractContextManager[None]
+) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def opening(flags: int) -> Mask:

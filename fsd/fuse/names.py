@@ -65,16 +65,26 @@ class Names:
                 Opcode.REMOVEXATTR: self._removexattr,
             }
 
-    def _entry(self, request: Request, entry: Entry, parent: int) -> bytes:
+    def _entry(self, request: Request, entry: Entry, name: bytes) -> bytes:
         request.on_lost = self._nodes.hold(entry.inode)
-        return self._nodes.entry(request.who, entry, parent)
+        name = b"" if name in (b".", b"..") else name
+        return self._nodes.entry(request.who, entry, request.nodeid, name)
 
     # Names
 
     def _lookup(self, request: Request) -> bytes:
         self._nodes.check_room()
-        entry = self._operations.lookup(request.who, request.nodeid, fuse.name(request.body))
-        return self._entry(request, entry, request.nodeid)
+        name = fuse.name(request.body)
+        if name not in (b".", b".."):  # of a file handle, whose node may be forgotten
+            self._nodes.looks_into(request.who, request.nodeid)
+        try:
+            entry = self._operations.lookup(request.who, request.nodeid, name)
+        except FileNotFoundError:
+            reply = self._nodes.no_entry(request.who, request.nodeid, name)
+            if reply is None:
+                raise
+            return reply
+        return self._entry(request, entry, name)
 
     def _mknod(self, request: Request) -> bytes:
         mode, rdev, umask = fuse.MKNOD_IN.unpack(request.body)
@@ -82,7 +92,7 @@ class Names:
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
         entry = self._operations.mknod(who, request.nodeid, name, mode, rdev)
-        return self._entry(request, entry, request.nodeid)
+        return self._entry(request, entry, name)
 
     def _mkdir(self, request: Request) -> bytes:
         mode, umask = fuse.MKDIR_IN.unpack(request.body)
@@ -90,20 +100,20 @@ class Names:
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
         entry = self._operations.mkdir(who, request.nodeid, name, mode)
-        return self._entry(request, entry, request.nodeid)
+        return self._entry(request, entry, name)
 
     def _symlink(self, request: Request) -> bytes:
         name, target = fuse.names(request.body, 0, 2)
         self._nodes.check_room()
         entry = self._operations.symlink(request.who, request.nodeid, name, target)
-        return self._entry(request, entry, request.nodeid)
+        return self._entry(request, entry, name)
 
     def _link(self, request: Request) -> bytes:
         old = fuse.LINK_IN.unpack(request.body)
         name = fuse.name(request.body, fuse.LINK_IN.size)
         self._nodes.check(old)
         entry = self._operations.link(request.who, old, request.nodeid, name)
-        return self._entry(request, entry, request.nodeid)
+        return self._entry(request, entry, name)
 
     def _unlink(self, request: Request) -> bytes:
         self._operations.unlink(request.who, request.nodeid, fuse.name(request.body))

@@ -17,6 +17,7 @@ from functools import partial
 from protocol import fuse
 from protocol.frames import FSD_DIR
 
+from ..cache.coherent import DAY, CoherentCache
 from ..files.attributes import StatLike
 from ..files.caller import Caller
 from ..files.forgotten import FORGOTTEN_LIMIT
@@ -79,8 +80,11 @@ class Nodes:
         kept: SessionRecord | None = None,
         is_local: bool = False,
         takes_back: bool = False,
+        cache: CoherentCache | None = None,
     ) -> None:
-        """``takes_back``: attributes that the kernel keeps can be withdrawn."""
+        """``takes_back``: attributes that the kernel keeps can be withdrawn. ``cache``: and all
+        else, so ``caching`` does not matter.
+        """
         self._operations = operations
         self._table = operations.export.table
         self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
@@ -98,6 +102,8 @@ class Nodes:
         self._forgotten: OrderedDict[int, None] = OrderedDict()  # held once, the oldest first
         self._is_local = is_local
         self._takes_back = takes_back
+        self._cache = cache
+        operations.guest.keeps_names |= cache is not None
 
     def __len__(self) -> int:
         return len(self._held)
@@ -149,6 +155,8 @@ class Nodes:
             return
         if count == held:
             del self._held[nodeid]
+            if self._cache is not None:
+                self._cache.forget(nodeid)
             if nodeid in self._pinned:
                 self._pinned.remove(nodeid)
                 self._operations.handles.pinned -= 1
@@ -202,22 +210,46 @@ class Nodes:
 
     # Replies
 
-    def entry(self, who: Caller, entry: Entry, parent: int) -> bytes:
-        """struct fuse_entry_out of a node found in or added to the directory ``parent``."""
+    def entry(self, who: Caller, entry: Entry, parent: int, name: bytes) -> bytes:
+        """struct fuse_entry_out of a node found in or added to the directory ``parent``; without a
+        name if it has none there.
+        """
         inode, attr = entry
         seconds = nanoseconds = attr_seconds = attr_nanoseconds = 0
         if self._operations.access.is_replayer(who):
             if parent < FSD_DIR:  # else users may look at it next
                 attr_seconds, attr_nanoseconds = self._replayer_timeout(inode, attr)
-        elif self._cached and not (self._is_watched(parent) or self._is_watched(inode.nodeid)):
-            seconds, nanoseconds = self._entry_timeout
-            attr_seconds, attr_nanoseconds = self._attr_timeout
+        elif not (self.is_watched_node(parent) or self.is_watched_node(inode.nodeid)):
+            if self._cache is not None:
+                if name and self._cache.keeps_name(self._table.get(parent), name):
+                    seconds = DAY
+                if self._cache.keeps_attributes(inode, attr):
+                    attr_seconds = DAY
+            elif self._cached:
+                seconds, nanoseconds = self._entry_timeout
+                attr_seconds, attr_nanoseconds = self._attr_timeout
         flags = 0
         if self._submounts and self._is_mountpoint(inode, parent):
             flags = fuse.ATTR_SUBMOUNT
         return fuse.ENTRY_OUT.pack(
             inode.nodeid, inode.generation, seconds, attr_seconds, nanoseconds, attr_nanoseconds
         ) + self._attr(inode, attr, flags)
+
+    def no_entry(self, who: Caller, parent: int, name: bytes) -> bytes | None:
+        """The same of a name that does not exist, if the kernel may keep that."""
+        if self._cache is None or parent >= FSD_DIR or self._operations.access.is_replayer(who):
+            return None
+        if self.is_watched_node(parent):
+            return None
+        if not self._cache.keeps_name(self._table.get(parent), name):
+            return None
+        return fuse.ENTRY_OUT.pack(0, 0, DAY, 0, 0, 0) + bytes(fuse.ATTR.size)
+
+    def looks_into(self, who: Caller, directory: int) -> None:
+        """Before a user's look into a directory."""
+        if self._cache is None or directory >= FSD_DIR or self._operations.access.is_replayer(who):
+            return
+        self._cache.prepare(self._table.get(directory))
 
     def attributes(self, who: Caller, inode: Inode, attr: StatLike) -> bytes:
         """struct fuse_attr_out."""
@@ -231,6 +263,9 @@ class Nodes:
         """How long attributes without a name are valid: seconds, nanoseconds."""
         if self._operations.access.is_replayer(who):
             return self._replayer_timeout(inode, attr)
+        if self._cache is not None:
+            keeps = not self.is_watched(inode) and self._cache.keeps_attributes(inode, attr)
+            return (DAY if keeps else 0), 0
         return self._attr_timeout if self._cached and not self.is_watched(inode) else (0, 0)
 
     def _replayer_timeout(self, inode: Inode, attr: StatLike) -> tuple[int, int]:
@@ -246,8 +281,8 @@ class Nodes:
     def is_watched(self, inode: Inode) -> bool:
         """Whether the guest watches an object, or its directory."""
         parent = inode.parent
-        return self._is_watched(inode.nodeid) or (
-            parent is not None and self._is_watched(parent.nodeid)
+        return self.is_watched_node(inode.nodeid) or (
+            parent is not None and self.is_watched_node(parent.nodeid)
         )
 
     def statx(self, who: Caller, inode: Inode, attr: StatLike, born_ns: int) -> bytes:
@@ -262,8 +297,10 @@ class Nodes:
             os.major(attr.st_rdev), os.minor(attr.st_rdev), 0, 0,
         )  # fmt: skip
 
-    def _is_watched(self, nodeid: int) -> bool:
-        """Whether the guest watches an object: then it has to see the new state at each event."""
+    def is_watched_node(self, nodeid: int) -> bool:
+        """Whether the guest watches an object itself: then it has to see the new state at each
+        event.
+        """
         if nodeid >= FSD_DIR:
             return True
         interest, guest = self._operations.export.interest, self._operations.guest

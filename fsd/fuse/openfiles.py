@@ -11,6 +11,7 @@ from functools import partial
 from protocol import fuse
 from protocol.fuse import Fopen, Opcode
 
+from ..cache.coherent import CoherentCache
 from ..files.appends import Bypass
 from ..files.handle import Handle
 from ..files.inode import Inode
@@ -54,7 +55,9 @@ class Files:
         *,
         notify: Callable[[bytes], None] | None,
         direct_io: bool = False,
+        cache: CoherentCache | None = None,
     ) -> None:
+        self._cache = cache
         self._operations = operations
         self._direct_io = os.O_DIRECT if direct_io else 0
         self._nodes = nodes
@@ -129,7 +132,11 @@ class Files:
 
     def _data_flags(self, handle: Handle) -> int:
         """What the guest's kernel may cache of a file that it opens."""
-        return _DIRECT_IO if self.bypass.opened(handle) else self._file_flags
+        if self.bypass.opened(handle):
+            return _DIRECT_IO
+        if self._cache is None or self._nodes.is_watched(handle.inode):
+            return self._file_flags
+        return _KEEP_CACHE if self._cache.keeps_content(handle.inode) else 0
 
     def _bypass_cache(self, fh: int) -> None:
         """O_DIRECT for an open file. Raises OSError EINVAL if its file system does not support
@@ -149,16 +156,16 @@ class Files:
         who = request.who._replace(umask=umask & 0o777)
         kill = bool(more & fuse.OPEN_KILL_SUIDGID)
         entry, fh = self._operations.create(who, request.nodeid, name, mode, flags, kill=kill)
-        return self._made(request, entry, fh, flags)
+        return self._made(request, entry, name, fh, flags)
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _more = fuse.CREATE_IN.unpack(request.body)
         self._nodes.check_room()
         who = request.who._replace(umask=umask & 0o777)
         entry, fh = self._operations.tmpfile(who, request.nodeid, mode, flags)
-        return self._made(request, entry, fh, flags)
+        return self._made(request, entry, b"", fh, flags)
 
-    def _made(self, request: Request, entry: Entry, fh: int, flags: int) -> bytes:
+    def _made(self, request: Request, entry: Entry, name: bytes, fh: int, flags: int) -> bytes:
         forget = self._nodes.hold(entry.inode)
         if flags & self._direct_io:
             try:
@@ -172,7 +179,7 @@ class Files:
             forget()
 
         request.on_lost = undo
-        reply = self._nodes.entry(request.who, entry, request.nodeid)
+        reply = self._nodes.entry(request.who, entry, request.nodeid, name)
         handle = self._operations.handles.file(fh)
         return reply + self._opened(request, fh, self._data_flags(handle))
 
@@ -318,12 +325,17 @@ class Files:
     # Directories
 
     def _opendir(self, request: Request) -> bytes:
+        self._nodes.looks_into(request.who, request.nodeid)
         fh = self._operations.files.opendir(request.who, request.nodeid)
         request.on_lost = lambda: self._close(fh)
         flags = self._directory_flags
         handle = self._operations.handles.handle(fh)
-        if flags and (isinstance(handle, HiddenHandle) or self._nodes.is_watched(handle.inode)):
+        if not isinstance(handle, Handle) or self._nodes.is_watched_node(handle.inode.nodeid):
             flags = 0
+        elif self._cache is not None:
+            is_current = self._cache.keeps_content(handle.inode)
+            if is_current is not None:
+                flags = _CACHE_DIR | (_KEEP_CACHE if is_current else 0)
         return self._opened(request, fh, flags)
 
     def _readdir(self, request: Request) -> bytes:
@@ -366,7 +378,7 @@ class Files:
                 if entry is not None:  # else only the name: the kernel asks if it needs more
                     entry.inode.lookups += 1
                     undo.append(self._nodes.hold(entry.inode))
-                    plus = self._nodes.entry(request.who, entry, node.nodeid)
+                    plus = self._nodes.entry(request.who, entry, node.nodeid, name)
                     ino, kind = self._nodes.ino(entry.inode), entry.attr.st_mode >> 12
                 elif number is not None:
                     ino = number(name, ino)

@@ -278,6 +278,8 @@ class Operations:
         except FileNotFoundError:  # a removed directory in which a program works
             return inode, placeholder_attr(inode, nlink=0)
         except OSError as error:
+            if error.errno == errno.ESTALE:
+                self._fs.successors.replaced(inode)
             raise self.guest.history.as_program_error(who, error) from None
 
     def born_ns(self, who: Caller, nodeid: int) -> int:

@@ -23,6 +23,8 @@ import structlog
 from protocol import fuse
 from protocol.fuse import Init, Opcode
 
+from ..cache.coherent import KEPT_DIRECTORIES_LIMIT, CoherentCache
+from ..cache.notifier import Notifier
 from ..files.inode import Inode
 from ..files.slowcalls import Later, Outcome, SlowCall, Work
 from ..guests.history import Undelivered
@@ -63,6 +65,8 @@ _ONCE = frozenset({
 FORGETS_LIMIT = 1 << 22
 """Bytes of BATCH_FORGET that are still to be done, of one guest over virtiofs; Linux sends none
 there. Through /dev/fuse they come from this machine's kernel, and are done at once."""
+CACHE_SHARE = 4
+"""The part of the server's host watches, one of so many, that a kernel's cache may have besides."""
 _NAME_AT: dict[int, int] = {Opcode.LOOKUP: 0, Opcode.CREATE: fuse.CREATE_IN.size}
 """Requests that open an existing object by a name, and the name's offset in their body."""
 _LOOKUP, _INIT = int(Opcode.LOOKUP), int(Opcode.INIT)
@@ -92,6 +96,8 @@ class SessionOptions:
     """The guest's processes run on this machine: /proc has their groups."""
     notify: Callable[[bytes], None] | None = None
     """Sends an unsolicited message; None if that is impossible, as with virtiofs."""
+    notifier: Notifier | None = None
+    """The same for what may wait: with it, the kernel keeps what can be taken back."""
     nodes_limit: int = NODES_LIMIT
     kept: SessionRecord | None = None
     """Records this session for the next process, and holds the record of an earlier one."""
@@ -122,6 +128,8 @@ class FuseSession:
         self._loop = loop
         self._mounts = operations.export.table.mounts
         self._closing: list[int] | None = None  # descriptors, while all are closed
+        self.cache = self._make_cache()
+        operations.access.cache = operations.guest.cache = self.cache
         self.nodes = Nodes(
             operations,
             caching,
@@ -130,13 +138,15 @@ class FuseSession:
             is_local=self._options.is_local,
             takes_back=notify is not None,
             kept=self._kept,
+            cache=self.cache,
         )
         self._names = Names(operations, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
         direct_io = self._options.direct_io
         self._files = Files(
-            operations, self.nodes, loop, self._waiting, caching, notify=notify, direct_io=direct_io
-        )
+            operations, self.nodes, loop, self._waiting, caching, notify=notify,
+            direct_io=direct_io, cache=self.cache,
+        )  # fmt: skip
         self._handlers: dict[int, Callable[[Request], bytes | None]] = {
             **self._names.handlers,
             **self._files.handlers,
@@ -149,6 +159,23 @@ class FuseSession:
         }
         self._minor = 0  # as negotiated; 0 before INIT
         self._groups: tuple[int, ...] | None = ()
+
+    def _make_cache(self) -> CoherentCache | None:
+        notifier, notify = self._options.notifier, self._options.notify
+        if notifier is None or notify is None:
+            return None
+        export = self._operations.export
+        limit = KEPT_DIRECTORIES_LIMIT
+        if export.watch_limit is not None:
+            limit = min(limit, max(export.watch_limit // CACHE_SHARE, 1))
+        try:
+            return CoherentCache(
+                export.table, notifier, notify, self._loop.later,
+                lambda nodeid: self.nodes.is_watched_node(nodeid), limit=limit,
+            )  # fmt: skip
+        except OSError as error:
+            log.warning("caches are off: the host gives no inotify instance", error=error.strerror)
+            return None
 
     def serve(self, readable: Buffers, writable: Buffers, done: Callable[[int], None]) -> None:
         """One request: its message in ``readable``, its reply into ``writable``.
@@ -211,10 +238,14 @@ class FuseSession:
                 outcome.drop()
                 return
             operations.slow.outcomes = made = {**outcomes, call.what: outcome}
+            if self.cache is not None:
+                self.cache.is_late = True
             try:
                 self._try(request)
             finally:
                 operations.slow.outcomes = {}
+                if self.cache is not None:
+                    self.cache.is_late = False
                 if not self._waiting.waits(request):
                     for each in made.values():
                         each.drop()
@@ -308,6 +339,9 @@ class FuseSession:
         self._minor = 0
         self._closing = self._closing or []
         self._waiting.close()
+        if self.cache is not None:
+            self._operations.access.cache = self._operations.guest.cache = None
+            self.cache.close()
 
     def close(self, then: Callable[[], None] = lambda: None) -> None:
         """The guest has disconnected: answer waiting requests, drop everything that it held.
@@ -388,11 +422,17 @@ class FuseSession:
         self._names.long_setxattr = bool(flags & Init.SETXATTR_EXT)
         self._operations.acls = bool(flags & Init.POSIX_ACL) or not self._options.is_judged
         self._files.bypass.mixes = bool(flags & Init.DIRECT_IO_ALLOW_MMAP)
+        if self.cache is not None:
+            self.cache.has_epochs = self._minor >= fuse.EPOCH_MINOR
+            if not flags & Init.HAS_EXPIRE_ONLY:
+                self.cache.disabled = "the kernel is older than Linux 6.2"
 
     def _wanted(self) -> Init:
         options = self._options
         wanted = _ALWAYS
-        if options.readdirplus and options.caching.keeps_attributes:
+        if self.cache is not None:
+            wanted |= Init.HAS_EXPIRE_ONLY
+        if options.readdirplus and (options.caching.keeps_attributes or self.cache is not None):
             wanted |= Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO
         if options.locks:
             wanted |= Init.POSIX_LOCKS | Init.FLOCK_LOCKS

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from protocol import frames
 from protocol.frames import ALL_PROCESSES, Op
@@ -62,6 +62,20 @@ class Record(Protocol):
         """The guest's interest in a node (0 = all) has changed."""
 
 
+class KernelCache(Protocol):
+    """What a guest's kernel keeps, and the server takes back."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the kernel keeps nothing that the host has changed up to now."""
+
+    def watched(self, inode: Inode | None, /) -> None:
+        """The guest watches an object (None = all) from now on."""
+
+    def state(self) -> dict[str, Any]:
+        """For people."""
+
+
 class MountGuest(Guest):
     """A guest with an agent: a mount of this machine (``is_local``), or another machine. Its outbox
     consists of held events, planned tasks, and the ledger. ``interest`` returns the events that a
@@ -86,6 +100,7 @@ class MountGuest(Guest):
         "_ways",
         "_ways_as_of",
         "began",
+        "cache",
         "device",
         "history",
         "is_local",
@@ -126,6 +141,7 @@ class MountGuest(Guest):
         self._record = record
         self.is_paused = False  # no orders are sent; sent ones are still answered
         self.keeps_names = False  # its kernel may look a name up without a request
+        self.cache: KernelCache | None = None
         self._held: deque[Held] = deque()
         # For each inode the OPENs (None) and CLOSEs (True = for writing) among the held events
         self._open_close: dict[Inode, deque[bool | None]] = {}
@@ -171,10 +187,12 @@ class MountGuest(Guest):
         if self._record is not None:
             self._record.replayer(self.pid)
 
-    def marked(self, nodeid: int, mask: int) -> None:
-        """Its interest in a node (0 = all) has changed."""
+    def marked(self, inode: Inode | None, mask: int) -> None:
+        """Its interest in an object (None = all) has changed."""
+        if self.cache is not None and mask:
+            self.cache.watched(inode)
         if self._record is not None:
-            self._record.marked(nodeid, mask)
+            self._record.marked(0 if inode is None else inode.nodeid, mask)
 
     def hint(self, pid: int) -> int:
         """Make the agent read the marks of a process; returns the number of that hint. Each process
@@ -230,7 +248,15 @@ class MountGuest(Guest):
         hints = self._gives_hints
         if self.is_paused:
             return bool(self._outgoing)
-        return bool(self._outgoing or self._tasks or hints or overflowed)
+        tasks = self._tasks and self._may_announce
+        return bool(self._outgoing or tasks or hints or overflowed)
+
+    @property
+    def _may_announce(self) -> bool:
+        """Whether the guest's kernel has forgotten what events are about. Once it has, there is a
+        ``wake``.
+        """
+        return self.cache is None or self.cache.is_settled
 
     def asked(self) -> None:
         """The agent asks for more: it has executed all its orders."""
@@ -247,7 +273,8 @@ class MountGuest(Guest):
             self._hinted.clear()
         while self._outgoing and len(messages) < limit:
             messages.append(self._outgoing.popleft())
-        while self._tasks and len(messages) < limit and not self.is_paused:
+        may_announce = self._tasks and not self.is_paused and self._may_announce
+        while may_announce and self._tasks and len(messages) < limit:
             task = self._tasks.popleft()
             self.ledger.add(task)
             messages.append(task.order)

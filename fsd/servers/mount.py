@@ -38,12 +38,14 @@ from .pump import Pump
 from .start import StartError
 
 __all__ = [
-    "TRANSPORTS", "Options", "Place", "StartError", "check", "clear_dead_mounts",
+    "CACHES", "TRANSPORTS", "Options", "Place", "StartError", "check", "clear_dead_mounts",
     "reductions", "serve",
 ]  # fmt: skip
 
 log = structlog.get_logger()
 TRANSPORTS = ("auto", "devfuse", "libfuse")
+CACHES = ("never", "coherent")
+"""What the kernel may keep: nothing, or what the host has not changed."""
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to become ready, on a busy machine."""
 
@@ -62,6 +64,8 @@ class Options:
     overflow_after_loss: bool = False
     transport: str = "auto"
     """One of TRANSPORTS; auto: devfuse, or libfuse if that is not available."""
+    cache: str = "never"
+    """One of CACHES."""
     restore: bool | None = None
     """None: if there is an image."""
     state_dir: str | None = None
@@ -94,6 +98,14 @@ def check(options: Options) -> Place:
     """
     if reason := credentials.cannot_change_identity():
         raise StartError(reason)
+    if options.cache == "coherent":
+        if options.transport == "libfuse":
+            raise StartError("--cache=coherent needs --transport=devfuse")
+        if os.geteuid() != 0:
+            raise StartError(
+                "--cache=coherent needs root: another user's agent cannot see who watches a name "
+                "that the kernel keeps; leave the option out"
+            )
     source, mountpoint = Path(options.source), Path(options.mountpoint)
     try:
         if not source.is_dir():
@@ -258,13 +270,13 @@ class Mounted:
 
     def _make_mount(self, operations: Operations) -> MountTransport:
         """Mount by the requested transport. Raises StartError."""
-        asked = self._options.transport
+        asked, coherent = self._options.transport, self._options.cache == "coherent"
         try:
             if asked != "libfuse":
                 try:
-                    return DevfuseTransport(operations, self._place)
+                    return DevfuseTransport(operations, self._place, coherent=coherent)
                 except UnavailableError as error:
-                    if asked == "devfuse":
+                    if asked == "devfuse" or coherent:
                         raise
                     log.warning("transport devfuse cannot be had, using libfuse", reason=str(error))
             # Only here: it may not be installed, and takes its time.

@@ -15,6 +15,8 @@ from contextlib import suppress
 import structlog
 import trio
 
+from ..cache.coherent import CoherentCache
+from ..cache.notifier import Notifier
 from ..fuse.operations import Operations
 from ..fuse.request import MAX_WRITE
 from ..fuse.session import FuseSession, SessionOptions
@@ -30,6 +32,10 @@ _BUFFER = MAX_WRITE + 4096
 """Bytes of the longest request, and of the longest reply: the data and room for its headers."""
 _BURST = 16
 """Requests answered before other tasks get their turn."""
+_EVENTS = 1 << 15
+"""Bytes of the host's events that are handled in one go: about 5 ms."""
+_SETTLING = 0.005
+"""Seconds between looks whether the kernel has acted on the notifications."""
 _KIND = "fsd"
 """The subtype of the mount: its type is fuse.fsd."""
 _Buffers = list[tuple[memoryview, memoryview]]
@@ -40,17 +46,24 @@ class DevfuseTransport:
 
     name = "devfuse"
 
-    def __init__(self, operations: Operations, place: Place) -> None:
+    def __init__(self, operations: Operations, place: Place, *, coherent: bool = False) -> None:
+        """``coherent``: the kernel keeps what the host has not changed."""
         self._operations = operations
         self._place = place
         self._scope = trio.CancelScope()
         self._gone = False
         self._is_users = False
         self._buffers: _Buffers = []
-        self._options = SessionOptions(
-            posix_acl=place.is_judged, is_judged=place.is_judged, is_local=True, notify=self._notify
-        )
         self.fd = self._mount()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._notifier = Notifier(self.fd, self._settled) if coherent else None
+        self._options = SessionOptions(
+            posix_acl=place.is_judged,
+            is_judged=place.is_judged,
+            is_local=True,
+            notify=self._notify,
+            notifier=self._notifier,
+        )
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLIN)
 
@@ -84,8 +97,17 @@ class DevfuseTransport:
                 os.close(fd)
 
     def stop(self) -> None:
-        """Make ``run`` return."""
+        """Make ``run`` return. Not while the kernel acts on a notification: it may need answers."""
+        if self._notifier is not None:
+            self._notifier.close()
+            if not self._notifier.is_settled:
+                trio.lowlevel.spawn_system_task(self._stop_soon)
+                return
         self._scope.cancel()
+
+    async def _stop_soon(self) -> None:
+        await trio.sleep(_SETTLING)
+        self.stop()
 
     async def run(self) -> None:
         """Serve until the mount is gone, or ``stop``."""
@@ -93,6 +115,9 @@ class DevfuseTransport:
             async with trio.open_nursery() as nursery:
                 loop = TrioLoop(nursery, turn=self._operations.export.turn)
                 session = FuseSession(self._operations, loop, self._options)
+                if session.cache is not None:
+                    self._token = trio.lowlevel.current_trio_token()
+                    nursery.start_soon(self._take_back, session.cache)
                 try:
                     await self._serve(session, loop)
                 finally:
@@ -112,6 +137,24 @@ class DevfuseTransport:
                 polling.slept()
             if guard.failed:
                 await trio.sleep(PAUSE)
+
+    async def _take_back(self, cache: CoherentCache) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(cache.fd)
+            with Guard("taking back what the host has changed") as guard:
+                cache.read(_EVENTS)
+            await trio.lowlevel.checkpoint()
+            if guard.failed:
+                await trio.sleep(PAUSE)
+
+    def _settled(self) -> None:
+        """In the notifier's thread."""
+        if self._token is not None:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._wake_agent, idempotent=True)
+
+    def _wake_agent(self) -> None:
+        self._operations.guest.wake()
 
     def _is_there(self) -> bool:
         return bool(self._poll.poll(0))

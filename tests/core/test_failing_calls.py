@@ -37,6 +37,8 @@ UNREACHED = {
     "syscalls.syncfs": "in a thread of a transport",
     "os.fdatasync": "in a thread of a transport",
     "os.fsync": "in a thread of a transport",
+    "os.sysconf": "when its module is imported",
+    "os.write": "to a guest's kernel, in a thread of a transport",
     "os.memfd_create": "what is kept for the next process",
     "os.dup2": "handing over to the next process",
     "os.access": "only where the kernel does not judge permissions",

@@ -48,6 +48,7 @@ NAMES = {  # where the layout's own tuple does not say them
     "COPY_FILE_RANGE_OUT": "bytes_copied",
     "DIRENT": "ino off namelen type",
     "NOTIFY_INVAL_INODE_OUT": "ino off len",
+    "NOTIFY_INVAL_ENTRY_OUT": "parent namelen flags",
     "NOTIFY_POLL_OUT": "kh",
     "EXT_HEADER": "size type",
     "SUPP_GROUPS": "nr_groups",

@@ -1,0 +1,346 @@
+"""What a guest's kernel keeps of names, attributes, data and listings while the host's are the
+same.
+
+What it has been given is remembered, and given for long only where the host is watched. When the
+host changes something, the kernel has to ask again before the change is announced to anybody. Its
+own changes it knows: these come through the server, which takes their events for its own.
+
+The guest's kernel decides when to forget. Until then the server keeps a name or a number for each
+thing given, at most KEPT_NAMES_LIMIT names.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from protocol import fuse
+from protocol.masks import Mask
+
+from ..files.attributes import StatLike
+from ..files.inode import Inode
+from ..files.table import InodeTable
+from .directories import DATA, ENDED, NAMES, Directories, Directory
+from .notifier import Notifier
+
+DAY = 86400
+"""Seconds for which the kernel may keep what is taken back."""
+KEPT_NAMES_LIMIT = 1 << 20
+"""Names given to one kernel, about 200 MB. Those that do not exist it never returns."""
+KEPT_DIRECTORIES_LIMIT = 65_536
+"""Directories watched for one kernel, if the host allows so many."""
+AGAIN = 0.02
+"""Seconds after which something is taken back a second time: an answer on its way when it was taken
+back the first time could have restored it."""
+LATELY = 1.0
+"""Seconds within which an answer may still be on its way."""
+_MOVED = Mask.MOVED_FROM | Mask.MOVED_TO
+_ONE_NAME = Mask.CREATE | Mask.DELETE
+
+Given = tuple[Inode | None, bytes | None, Mask]
+"""An expected event: directory, name, bits."""
+
+
+class CoherentCache:
+    """That of one guest. Owns its watches. Raises OSError if the host allows none."""
+
+    def __init__(
+        self,
+        table: InodeTable,
+        notifier: Notifier,
+        notify: Callable[[bytes], None],
+        later: Callable[[float, Callable[[], None]], object],
+        is_watched: Callable[[int], bool],
+        *,
+        limit: int = KEPT_DIRECTORIES_LIMIT,
+    ) -> None:
+        """``notify`` sends at once what waits for nothing; ``later`` calls after some seconds.
+        ``is_watched``: whether the guest watches a node, and so has to see each of its changes in
+        turn.
+        """
+        self._table = table
+        self._notifier = notifier
+        self._notify = notify
+        self._later = later
+        self._is_watched = is_watched
+        self._directories = Directories(table, limit)
+        self._attributes: dict[int, float] = {}  # nodeid -> time.monotonic() when they were given
+        self._data: set[int] = set()  # nodeids of files and directories whose content is current
+        self._names = 0
+        self._own: Counter[tuple[int, bytes, int]] = Counter()
+        self._points = dict(table.mounts.points)
+        self._mountinfo = open("/proc/self/mountinfo", "rb")  # noqa: SIM115 - until close
+        self._epoll = select.epoll()
+        self._epoll.register(self._directories.fd, select.EPOLLIN)
+        self._epoll.register(self._mountinfo.fileno(), select.EPOLLPRI)
+        self.fd = self._epoll.fileno()
+        """Readable when something is to be ``read``."""
+        self.is_late = False
+        """A request is served with what was looked up before the last ``read``."""
+        self.disabled = ""
+        """Why nothing is given, if so."""
+        self.has_epochs = False
+        """The kernel knows NOTIFY_INC_EPOCH."""
+        self.short: Counter[str] = Counter()
+        """How often something was not given for long, by reason."""
+
+    def close(self) -> None:
+        """Drop all watches. What the kernel keeps ends with its connection."""
+        self._epoll.close()
+        self._mountinfo.close()
+        self._directories.close()
+
+    # Given
+
+    def prepare(self, directory: Inode) -> None:
+        """Before a look into a directory: watch it, so that what is seen may be given for long."""
+        if self.disabled or not self._may_watch(directory):
+            return
+        if self._directories.use(directory) is None:
+            self.short["no watch"] += 1
+        while (surplus := self._directories.surplus()) is not None:
+            self._give_up(surplus)
+
+    def _may_watch(self, directory: Inode) -> bool:
+        if self._is_watched(directory.nodeid):
+            self.short["watched by a program"] += 1
+            return False
+        if directory.identity.mount in self._table.mounts.remote:
+            self.short["other file system"] += 1
+            return False
+        return not directory.is_placeholder
+
+    def keeps_name(self, parent: Inode, name: bytes) -> bool:
+        """Whether the kernel may keep what the name stands for, or that it does not exist."""
+        directory = None if self.is_late else self._directories.get(parent.nodeid)
+        if directory is None:
+            return False
+        if name not in directory.names:
+            self._names += 1
+        directory.names[name] = time.monotonic()
+        while self._names > KEPT_NAMES_LIMIT:
+            self._give_up(next(iter(self._directories)))
+        return True
+
+    def keeps_attributes(self, inode: Inode, attr: StatLike) -> bool:
+        """Whether the kernel may keep these attributes."""
+        if not self._is_covered(inode, attr.st_nlink):
+            return False
+        self._attributes[inode.nodeid] = time.monotonic()
+        return True
+
+    def keeps_content(self, inode: Inode) -> bool | None:
+        """Of a file or directory that is opened: whether what the kernel has of its data or listing
+        is current; None if it may not keep any.
+        """
+        if not self._is_covered(inode, inode.nlink):
+            self._data.discard(inode.nodeid)
+            return None
+        is_current = inode.nodeid in self._data
+        self._data.add(inode.nodeid)
+        return is_current
+
+    def _is_covered(self, inode: Inode, links: int) -> bool:
+        """Whether the host's changes of an object are seen. One with other names may be changed by
+        those, elsewhere; a directory's attributes change with its names.
+        """
+        if self.is_late or inode.is_placeholder:
+            return False
+        if inode.is_dir:
+            return self._directories.get(inode.nodeid) is not None
+        if links != 1:
+            self.short["other links"] += 1
+            return False
+        parent = inode.parent
+        return parent is not None and self._directories.get(parent.nodeid) is not None
+
+    # Taken back
+
+    def read(self, most: int = 1 << 30) -> None:
+        """Take back what the host has changed, as far as about ``most`` bytes of events say."""
+        for directory, mask, name in self._directories.read(most):
+            if directory is None:
+                self.take_all()
+            elif mask & ENDED:
+                self._give_up(directory)
+            elif not name:
+                self._take_attributes(directory.inode)
+            elif mask & NAMES:
+                self._name_changed(directory, mask, name)
+            else:
+                child = directory.inode.children.get(name)
+                if child is not None:
+                    self._take_attributes(child)
+                    if mask & DATA:
+                        self._take_content(child)
+        mounts = self._table.mounts
+        if (mounts.below or self._points) and mounts.points != self._points:
+            self._points = dict(mounts.points)
+            self.take_all()
+
+    def _name_changed(self, directory: Directory, mask: int, name: bytes) -> None:
+        own = directory.wd, name, mask & int(_ONE_NAME)
+        if self._own.get(own):
+            self._own[own] -= 1
+            return
+        self._take_name(directory, name)
+        child = directory.inode.children.get(name)
+        if child is not None:
+            self._take_attributes(child)
+        self._take_attributes(directory.inode)
+        self._take_content(directory.inode)
+
+    def sees(self, expected: Iterable[Given]) -> bool:
+        """Whether there are changes of names among these, which are made as the guest's ``own``."""
+        return any(name and mask & NAMES for _, name, mask in expected)
+
+    @contextmanager
+    def own(self, expected: Iterable[Given]) -> Iterator[None]:
+        """Make a change for the guest: its kernel knows it, and holds the directories' locks."""
+        own = self._own
+        for inode, name, mask in expected:
+            if inode is None or not name or not mask & NAMES:
+                continue
+            directory = self._directories.get(inode.nodeid)
+            if mask & _MOVED:
+                # The kernel moves what it keeps to the new name. This waits for the end of that.
+                if directory is not None:
+                    self._forget_name(directory, name)
+                self._post([_expired(inode.nodeid, name)])
+            elif directory is not None:
+                own[directory.wd, name, int(mask & _ONE_NAME)] += 1
+                if mask & Mask.DELETE:
+                    self._forget_name(directory, name)
+                else:  # given by the answer, which comes after the queue is read
+                    self.keeps_name(inode, name)
+        try:
+            yield
+        finally:
+            if own:
+                self.read()
+                own.clear()
+
+    def watched(self, inode: Inode | None) -> None:
+        """The guest watches an object (None = all) from now on: let its kernel ask each time."""
+        if inode is None:
+            for each in self._directories:
+                self._give_up(each)
+            return
+        directory = self._directories.get(inode.nodeid)
+        if directory is not None:
+            self._give_up(directory)
+        above = None if inode.parent is None else self._directories.get(inode.parent.nodeid)
+        if above is not None:
+            self._take_name(above, inode.name)
+        self._take_attributes(inode)
+        self._take_content(inode)
+
+    def take_all(self) -> None:
+        """Events were lost, or what is mounted has changed: the kernel asks for everything."""
+        if self.has_epochs:
+            self._post([_message(fuse.NOTIFY_INC_EPOCH, b"")], again=True)
+        for directory in self._directories:
+            if self.has_epochs:
+                self._forget_names(directory)
+            else:
+                self._take_names(directory)
+        given, self._attributes = self._attributes, {}
+        self._post(map(_attributes, given))
+        self._post(map(_content, list(self._data)))
+
+    def forget(self, nodeid: int) -> None:
+        """The kernel holds a node no longer, and nothing below it."""
+        self._attributes.pop(nodeid, None)
+        self._data.discard(nodeid)
+        directory = self._directories.get(nodeid)
+        if directory is not None:
+            self._names -= len(directory.names)
+            self._directories.drop(directory)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the kernel keeps nothing that the host has changed up to now."""
+        self.read()
+        return self._notifier.is_settled
+
+    def _give_up(self, directory: Directory) -> None:
+        """Watch a directory no longer."""
+        self._take_names(directory)
+        nodes = {directory.inode.nodeid, *(i.nodeid for i in directory.inode.children.values())}
+        self._post(map(_attributes, [n for n in nodes if self._attributes.pop(n, 0.0)]))
+        self._post(map(_content, nodes & self._data))
+        self._data -= nodes
+        self._directories.drop(directory)
+
+    def _take_names(self, directory: Directory) -> None:
+        nodeid = directory.inode.nodeid
+        names = self._forget_names(directory)
+        self._post([_expired(nodeid, name) for name in names], again=True)
+
+    def _forget_names(self, directory: Directory) -> dict[bytes, float]:
+        names, directory.names = directory.names, {}
+        self._names -= len(names)
+        return names
+
+    def _take_name(self, directory: Directory, name: bytes) -> None:
+        given = self._forget_name(directory, name)
+        if given:
+            again = time.monotonic() - given < LATELY
+            self._post([_expired(directory.inode.nodeid, name)], again=again)
+
+    def _forget_name(self, directory: Directory, name: bytes) -> float:
+        given = directory.names.pop(name, 0.0)
+        self._names -= given > 0
+        return given
+
+    def _take_attributes(self, inode: Inode) -> None:
+        """At once. An answer on its way does not restore them: the kernel numbers its requests."""
+        if self._attributes.pop(inode.nodeid, 0.0):
+            self._notify(_attributes(inode.nodeid))
+
+    def _take_content(self, inode: Inode) -> None:
+        if inode.nodeid in self._data:
+            self._post([_content(inode.nodeid)])
+
+    def _post(self, messages: Iterable[bytes], *, again: bool = False) -> None:
+        """In the notifier's thread; and ``again`` AGAIN seconds later: then it is a list."""
+        self._notifier.post(messages)
+        if again:
+            self._later(AGAIN, partial(self._notifier.post, messages))
+
+    # For people
+
+    def state(self) -> dict[str, Any]:
+        """What is held, and how often something was not, by reason."""
+        return {
+            "directories": len(self._directories),
+            "names": self._names,
+            "attributes": len(self._attributes),
+            "contents": len(self._data),
+            "short": dict(self.short),
+            "disabled": self.disabled,
+        }
+
+
+def _message(code: int, body: bytes) -> bytes:
+    return fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(body), code, 0) + body
+
+
+def _expired(nodeid: int, name: bytes) -> bytes:
+    """A name is looked up again when it is used next."""
+    body = fuse.NOTIFY_INVAL_ENTRY_OUT.pack(nodeid, len(name), fuse.EXPIRE_ONLY)
+    return _message(fuse.NOTIFY_INVAL_ENTRY, body + name + b"\0")
+
+
+def _attributes(nodeid: int) -> bytes:
+    return _message(fuse.NOTIFY_INVAL_INODE, fuse.NOTIFY_INVAL_INODE_OUT.pack(nodeid, -1, 0))
+
+
+def _content(nodeid: int) -> bytes:
+    """The data of a file, or the listing of a directory, from its start to its end."""
+    return _message(fuse.NOTIFY_INVAL_INODE, fuse.NOTIFY_INVAL_INODE_OUT.pack(nodeid, 0, 0))

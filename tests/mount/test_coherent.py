@@ -1,0 +1,359 @@
+"""`fsd mount --cache=coherent`: the kernel keeps what it was given, and shows each change of the
+host.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.mounts import Mount, mounted, wait_until
+
+NAMES = [f"n{number}" for number in range(6)]
+STEPS = 2500
+SOON = 5.0
+"""Seconds in which a change has to be seen, on a busy machine; on an idle one it takes 1 ms."""
+
+
+@pytest.fixture
+def share(tmp_path: Path) -> Iterator[Mount]:
+    source, mountpoint = tmp_path / "source", tmp_path / "mount"
+    source.mkdir()
+    mountpoint.mkdir()
+    with mounted(source, mountpoint, "--cache=coherent") as share:
+        yield share
+
+
+def cache(share: Mount) -> dict[str, Any]:
+    """The state of its kernel's cache."""
+    status = json.loads((share.mountpoint / ".fsd/status").read_text())
+    (state,) = [guest["cache"] for guest in status["guests"] if guest["kind"] == "mount"]
+    return dict(state)
+
+
+def requests(share: Mount) -> int:
+    """System calls by which the server has read or written so far: each request makes some."""
+    text = Path(f"/proc/{share.process.pid}/io").read_text()
+    counts = dict(line.split(": ") for line in text.splitlines())
+    return int(counts["syscr"]) + int(counts["syscw"])
+
+
+def attempt(read: Callable[[], Any]) -> Any:
+    """What it returns, or the errno."""
+    try:
+        return read()
+    except OSError as error:
+        return error.errno
+
+
+def facts(path: Path) -> Any:
+    """Everything that a program can see of a name but access times."""
+    status = os.lstat(path)
+    found: list[Any] = [status.st_mode, status.st_nlink, status.st_uid, status.st_mtime_ns]
+    if path.is_symlink():
+        return [*found, os.readlink(path)]
+    if path.is_dir():
+        return [*found, sorted(set(os.listdir(path)) - {".fsd"})]
+    return [*found, status.st_size, path.read_bytes(), os.access(path, os.W_OK)]
+
+
+def picture(top: Path, places: list[str]) -> dict[str, Any]:
+    return {place: attempt(partial(facts, top / place)) for place in places}
+
+
+def agree(share: Mount, places: list[str], what: str) -> None:
+    """The mount shows what the host has, soon."""
+    wanted = picture(share.source, places)
+    end = time.monotonic() + SOON
+    while (seen := picture(share.mountpoint, places)) != wanted and time.monotonic() < end:
+        pass
+    wrong = {
+        place: (seen[place], wanted[place]) for place in places if seen[place] != wanted[place]
+    }
+    assert not wrong, f"after {what}: mount, host = {wrong}"
+
+
+# Kept
+
+
+def test_what_is_kept_makes_no_request(share: Mount) -> None:
+    directory = share.source / "d"
+    directory.mkdir()
+    (directory / "file").write_text("data")
+    (directory / "link").symlink_to("file")
+    seen = share.mountpoint / "d"
+
+    def use() -> None:
+        (seen / "file").stat()
+        assert not (seen / "none").exists()
+        assert (seen / "link").read_bytes() == b"data"
+        with open(seen / "file", "rb") as file:
+            assert file.read() == b"data"
+
+    use()
+    wait_until(lambda: cache(share)["names"] >= 4)
+    before = requests(share)
+    for _ in range(1000):
+        (seen / "file").stat()
+        (seen / "none").exists()
+        (seen / "link").readlink()
+    assert requests(share) - before < 200
+    use()
+
+
+def test_a_watched_directory_is_not_kept(share: Mount) -> None:
+    (share.source / "d").mkdir()
+    (share.source / "d/file").write_text("data")
+    (share.mountpoint / "d/file").stat()
+    assert cache(share)["names"] >= 2
+    with subprocess.Popen(
+        ["inotifywait", "-m", share.mountpoint / "d"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as watcher:
+        try:
+            share.wait_armed(share.mountpoint / "d", pid=watcher.pid)
+            (share.mountpoint / "d/file").stat()
+            assert cache(share)["short"]["watched by a program"]
+            (share.source / "d/file").write_text("longer")
+            assert watcher.stdout is not None
+            line = watcher.stdout.readline()
+            assert b"OPEN" in line or b"MODIFY" in line
+            assert (share.mountpoint / "d/file").read_text() == "longer"
+        finally:
+            watcher.terminate()
+
+
+# Taken back
+
+
+def names_of(rng: random.Random) -> tuple[str, str]:
+    one, other = rng.sample(NAMES, 2)
+    return f"{rng.choice(['', 'a/', 'b/', 'a/c/'])}{one}", f"{rng.choice(['', 'a/', 'b/'])}{other}"
+
+
+def change(top: Path, rng: random.Random) -> str:
+    """One random change below ``top``; returns which."""
+    one, other = names_of(rng)
+    path, path2 = top / one, top / other
+    kinds: list[tuple[str, Callable[[], Any]]] = [
+        ("write", lambda: path.write_bytes(rng.randbytes(rng.choice([0, 5, 5, 5000])))),
+        ("append", lambda: _append(path)),
+        ("same size", lambda: _rewrite(path)),
+        ("replace", lambda: _replace(path, rng)),
+        ("unlink", path.unlink),
+        ("mkdir", path.mkdir),
+        ("rmdir", path.rmdir),
+        ("rename", lambda: path.rename(path2)),
+        ("link", lambda: os.link(path, path2, follow_symlinks=False)),
+        ("symlink", lambda: path.symlink_to(other)),
+        ("chmod", lambda: path.chmod(rng.choice([0o600, 0o644, 0o755]))),
+        ("truncate", lambda: os.truncate(path, rng.choice([0, 3]))),
+        ("utime", lambda: os.utime(path, (1, rng.randrange(10**9)))),
+        ("move directory", lambda: (top / "a").rename(top / "z")),
+        ("move it back", lambda: (top / "z").rename(top / "a")),
+    ]
+    weights = [6, 3, 3, 3, 5, 2, 2, 5, 0 if rng.random() < 0.5 else 2, 2, 3, 2, 2, 1, 2]
+    ((name, call),) = rng.choices(kinds, weights)
+    attempt(call)
+    return f"{name} {one} {other}"
+
+
+def _append(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"more")
+
+
+def _rewrite(path: Path) -> None:
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(0)
+        file.write(bytes(byte ^ 1 for byte in data))
+
+
+def _replace(path: Path, rng: random.Random) -> None:
+    new = path.with_name("new")
+    new.write_bytes(rng.randbytes(5))
+    new.rename(path)
+
+
+@pytest.mark.parametrize("guests", [0.0, 0.3], ids=["host", "host and guest"])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_change_is_seen(share: Mount, seed: int, guests: float) -> None:
+    """After each random change, the whole tree is as the host has it."""
+    rng = random.Random(seed)
+    for name in ("a", "b", "a/c"):
+        (share.source / name).mkdir()
+    tops = ["", "a", "b", "a/c", "z", "z/c"]
+    places = tops[1:] + [f"{top}/{name}".lstrip("/") for top in tops for name in NAMES]
+    done = []
+    for step in range(STEPS // 4):
+        side = share.mountpoint if rng.random() < guests else share.source
+        done.append(f"{step} {side.name}: {change(side, rng)}")
+        if rng.random() < 0.5:  # only a few names: others stay kept
+            agree(share, rng.sample(places, 4), " | ".join(done[-4:]))
+        else:
+            agree(share, places, " | ".join(done[-4:]))
+
+
+def test_an_open_file_shows_new_data(share: Mount) -> None:
+    path = share.source / "file"
+    path.write_bytes(bytes(10_000))
+    with open(share.mountpoint / "file", "rb", buffering=0) as file:
+        for number in range(1, 200):
+            with open(path, "r+b") as writer:
+                writer.seek(number * 7)
+                writer.write(bytes([number]))
+            wait_until(partial(_shows, file.fileno(), number))
+            assert os.pread(file.fileno(), 10_000, 0) == path.read_bytes()
+
+
+def _shows(fd: int, number: int) -> bool:
+    return os.pread(fd, 1, number * 7) == bytes([number])
+
+
+def test_what_is_written_through_a_mapping_is_seen_at_its_close(share: Mount) -> None:
+    path = share.source / "file"
+    path.write_bytes(bytes(4096))
+    assert (share.mountpoint / "file").read_bytes() == bytes(4096)
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 4096) as mapping:
+        mapping[:4] = b"data"
+    wait_until(lambda: (share.mountpoint / "file").read_bytes()[:4] == b"data")
+
+
+def test_a_file_with_other_names_is_not_kept(share: Mount) -> None:
+    (share.source / "one").write_text("data")
+    (share.source / "elsewhere").mkdir()
+    os.link(share.source / "one", share.source / "elsewhere/two")
+    assert (share.mountpoint / "one").read_text() == "data"
+    assert cache(share)["short"]["other links"]
+    for number in range(50):
+        (share.source / "elsewhere/two").write_text(f"{number}")
+        assert (share.mountpoint / "one").read_text() == f"{number}"
+
+
+def test_a_mount_on_the_host_is_seen(share: Mount) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounts, which only root can")
+    (share.source / "d").mkdir()
+    (share.source / "d/file").write_text("below")
+    assert (share.mountpoint / "d/file").read_text() == "below"
+    subprocess.run(["mount", "-t", "tmpfs", "none", share.source / "d"], check=True)
+    try:
+        wait_until(lambda: os.listdir(share.mountpoint / "d") == [])
+        assert not (share.mountpoint / "d/file").exists()
+    finally:
+        subprocess.run(["umount", share.source / "d"], check=True)
+    wait_until(lambda: (share.mountpoint / "d/file").exists())
+
+
+def test_a_stopped_server_shows_the_change_when_it_continues(share: Mount) -> None:
+    (share.source / "file").write_text("old")
+    assert (share.mountpoint / "file").read_text() == "old"
+    os.kill(share.process.pid, signal.SIGSTOP)
+    try:
+        (share.source / "file").write_text("newer")
+        (share.source / "other").write_text("new")
+    finally:
+        os.kill(share.process.pid, signal.SIGCONT)
+    wait_until(lambda: (share.mountpoint / "file").read_text() == "newer")
+    assert (share.mountpoint / "other").exists()
+
+
+def test_lost_events_take_everything_back(share: Mount) -> None:
+    """While the server is stopped, more happens than the host's kernel queues."""
+    directory = share.source / "d"
+    directory.mkdir()
+    places = [f"d/{number}" for number in range(50)]
+    for place in places:
+        (share.source / place).write_text("old")
+    agree(share, places, "the start")
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    os.kill(share.process.pid, signal.SIGSTOP)
+    try:
+        for number in range(limit // 2 + 100):
+            os.close(os.open(directory / f"x{number % 1000}", os.O_CREAT | os.O_WRONLY))
+            os.unlink(directory / f"x{number % 1000}")
+        for place in places:
+            (share.source / place).write_text("new data")
+    finally:
+        os.kill(share.process.pid, signal.SIGCONT)
+    agree(share, places, "the overflow")
+
+
+def test_a_few_directories_are_enough(tmp_path: Path) -> None:
+    """Beyond the limit, the directory that was not used for longest is given up."""
+    source, mountpoint = tmp_path / "source", tmp_path / "mount"
+    mountpoint.mkdir()
+    places = [f"d{number}/file" for number in range(60)]
+    for place in places:
+        (source / place).parent.mkdir(parents=True)
+        (source / place).write_text("old")
+    with mounted(source, mountpoint, "--cache=coherent", "--max-watches=20") as share:
+        agree(share, places, "the start")
+        assert cache(share)["directories"] <= 20
+        for place in places:
+            (source / place).write_text("new data")
+        agree(share, places, "the change")
+
+
+def test_no_notification_waits_for_its_own_answer(share: Mount) -> None:
+    """Look-ups, creations, removals and reads in the directory and file of which names and data are
+    taken back: the kernel's locks are held by those who wait for the server.
+    """
+    seen, host = share.mountpoint, share.source
+    (host / "file").write_bytes(bytes(100_000))
+    stop = threading.Event()
+    done = [0, 0, 0, 0]
+
+    def repeat(index: int, call: Callable[[int], Any]) -> None:
+        while not stop.is_set():
+            attempt(lambda: call(done[index]))
+            done[index] += 1
+
+    def make(number: int) -> None:
+        (seen / f"n{number % 7}").write_text("guest")
+        (seen / f"n{number % 7}").unlink()
+
+    threads = [
+        threading.Thread(target=repeat, args=(index, call))
+        for index, call in enumerate(
+            (
+                make,
+                lambda number: (seen / f"n{number % 7}").stat(),
+                lambda _: (seen / "file").read_bytes(),
+                lambda _: os.listdir(seen),
+            )
+        )
+    ]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 4
+    number = 0
+    while time.monotonic() < end:
+        number += 1
+        with suppress(OSError):
+            (host / f"n{number % 7}").write_text("host")
+        attempt((host / f"n{(number + 3) % 7}").unlink)
+        with open(host / "file", "r+b") as file:
+            file.seek(number % 100_000)
+            file.write(b"x")
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), "the kernel and the server wait for each other"
+    assert all(done), done
+    agree(share, ["file", *(f"n{number}" for number in range(7))], "the end")
