@@ -83,34 +83,10 @@ class MountGuest(Guest):
     """
 
     __slots__ = (
-        "_held",
-        "_hint",
-        "_hinted",
-        "_only_read",
-        "_open_close",
-        "_openers",
-        "_orders",
-        "_outgoing",
-        "_record",
-        "_scanning",
-        "_table",
-        "_tasks",
-        "_watcher",
-        "_way_steps",
-        "_ways",
-        "_ways_as_of",
-        "began",
-        "cache",
-        "device",
-        "history",
-        "is_local",
-        "is_paused",
-        "keeps_names",
-        "ledger",
-        "nodes_held",
-        "pid",
-        "transport",
-        "waiting_until",
+        "_held", "_hint", "_hinted", "_only_read", "_open_close", "_openers", "_orders",
+        "_outgoing", "_record", "_scanning", "_table", "_tasks", "_watcher", "_way_steps", "_ways",
+        "_ways_as_of", "began", "cache", "device", "history", "is_local", "is_paused",
+        "keeps_names", "ledger", "nodes_held", "pid", "transport", "waiting_until",
     )  # fmt: skip
 
     def __init__(
