@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from harness.mounts import Mount, wait_until
+from harness.mounts import Mount, mounted, wait_until
 
 from .observing import watching
 
@@ -33,14 +33,28 @@ def attributes(path: Path) -> list[int]:
     return [getattr(status, name) for name in KEPT]
 
 
+@pytest.fixture(scope="module", params=["devfuse", "libfuse"])
+def share(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mount]:
+    """One for all tests, each of which has a directory in it."""
+    top = tmp_path_factory.mktemp("attributes")
+    source, mountpoint = top / "source", top / "mount"
+    source.mkdir()
+    mountpoint.mkdir()
+    with mounted(source, mountpoint, f"--transport={request.param}") as mount:
+        yield mount
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("marks", ["both", "the directory"])
 def test_a_change_on_the_host_shows(share: Mount, change: str, marks: str) -> None:
-    source, seen = share.source / "d", share.mountpoint / "d"
-    source.mkdir()
-    for path in (source / "old", source / "other", share.source / "outside"):
+    name = f"{marks}, {change}"
+    source, seen = share.source / name / "d", share.mountpoint / name / "d"
+    source.mkdir(parents=True)
+    for path in (source / "old", source / "other", source.parent / "outside"):
         path.touch()
-    with watching(share, *[seen] + [share.mountpoint] * (marks == "both")) as watcher:
+    with watching(share, *[seen] + [seen.parent] * (marks == "both")) as watcher:
         (source / "other").write_text("x")  # its replay asks for d's attributes
         watcher.wait((os.fsencode(seen / "other"), "CLOSE_WRITE,CLOSE"))
         CHANGES[change](source)
