@@ -14,8 +14,9 @@ from __future__ import annotations
 import select
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,9 @@ KEPT_NAMES_LIMIT = 1 << 20
 """Names given to one kernel, about 200 MB. Those that do not exist it never returns."""
 KEPT_DIRECTORIES_LIMIT = 65_536
 """Directories watched for one kernel, if the host allows so many."""
+MUCH = 1 << 15
+"""Bytes of the host's events, some 5 ms of work, beyond which a guest's change is not told apart
+from the host's: what its kernel keeps of it is taken back, too."""
 AGAIN = 0.02
 """Seconds after which something is taken back a second time: an answer on its way when it was taken
 back the first time could have restored it."""
@@ -222,7 +226,8 @@ class CoherentCache:
             yield
         finally:
             if own:
-                self.read()
+                if self._directories.queued <= MUCH:
+                    self.read()
                 own.clear()
 
     def watched(self, inode: Inode | None) -> None:
@@ -280,7 +285,7 @@ class CoherentCache:
     def _take_names(self, directory: Directory) -> None:
         nodeid = directory.inode.nodeid
         names = self._forget_names(directory)
-        self._post([_expired(nodeid, name) for name in names], again=True)
+        self._post(_Messages(partial(_expired, nodeid), names), again=True)
 
     def _forget_names(self, directory: Directory) -> dict[bytes, float]:
         names, directory.names = directory.names, {}
@@ -325,6 +330,17 @@ class CoherentCache:
             "short": dict(self.short),
             "disabled": self.disabled,
         }
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """Messages about many things, which the notifier's thread makes."""
+
+    make: Callable[[Any], bytes]
+    of: Collection[Any]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.make, self.of)
 
 
 def _message(code: int, body: bytes) -> bytes:

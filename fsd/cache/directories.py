@@ -106,11 +106,16 @@ class Directories:
             inotify.remove_watch(self.fd, directory.wd)
         self._table.unpin(directory.inode)
 
+    @property
+    def queued(self) -> int:
+        """Bytes of events that wait to be read."""
+        return inotify.queued(self.fd)
+
     def read(self, most: int) -> Iterator[tuple[Directory | None, int, bytes]]:
         """What is queued now, about ``most`` bytes of it: directory, mask, name. None stands for
         all: some have been lost.
         """
-        left = min(inotify.queued(self.fd), most)
+        left = min(self.queued, most)
         while left > 0:
             buffer = os.read(self.fd, max(min(left, _READ_SIZE), _LONGEST_EVENT))
             left -= len(buffer)

@@ -34,9 +34,22 @@ def render(path: str, state: dict[str, Any]) -> None:
     ):
         console.print(line, soft_wrap=True)
     guests = state["guests"]
+    for guest in guests:
+        if cache := guest.get("cache"):
+            console.print(_kept(guest["name"], cache), soft_wrap=True)
     for start in range(0, len(guests), _BESIDE):
         console.print(_table(guests[start : start + _BESIDE]))
     console.print(_by_kind([state, *guests]))
+
+
+def _kept(name: str, cache: dict[str, Any]) -> str:
+    """A line on what a guest's kernel keeps, and how often it was not given something to keep."""
+    kept = ", ".join(f"{cache[key]} {key}" for key in ("names", "attributes", "contents"))
+    line = f"  {escape(name)}: the kernel keeps {kept} of {cache['directories']} directories"
+    short = [f"{reason} {count}" for reason, count in sorted(cache["short"].items())]
+    if cache["disabled"]:
+        short = [cache["disabled"]]
+    return f"{line}; not kept: {', '.join(short)}" if short else line
 
 
 def _table(guests: list[dict[str, Any]]) -> Table:
