@@ -38,6 +38,7 @@ from ..pacing import windows
 from .backlog import Arrival
 from .calls import AHEAD, Ahead, Back, Calls, Moved, Rename, SelfEvent
 from .event import RENAME, Event
+from .lostnames import LostNames
 from .watcher import HostWatcher
 
 _CREATE = int(Mask.CREATE)
@@ -46,13 +47,10 @@ _MOVED_FROM = int(Mask.MOVED_FROM)
 _MOVED_TO = int(Mask.MOVED_TO)
 _ISDIR = int(Mask.ISDIR)
 _MOVE_SELF, _DELETE_SELF = int(Mask.MOVE_SELF), int(Mask.DELETE_SELF)
-_ATTRIB = int(Mask.ATTRIB)
+_ATTRIB, _CLOSE = int(Mask.ATTRIB), int(Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE)
 _IGNORED = int(Mask.IGNORED)
 _TOUCHES = int(EVENTS & ~STRUCTURE & ~SELF)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
-
-UNLINKED_LIMIT = 1024
-"""Lost names that are remembered: a file that is still open keeps causing events under its name."""
 
 
 class Resolver:
@@ -68,7 +66,7 @@ class Resolver:
         self._parts: dict[int, Event] = {}
         self._removals: dict[int, Event] = {}  # of DELETEs that stand further on
         self._lost_link: Inode | None = None  # the last arrival was its ATTRIB
-        self._unlinked: dict[tuple[Inode, bytes], Inode] = {}  # oldest first
+        self._lost_names = LostNames()
 
     def next(self) -> Iterator[Event]:
         """Events of the next arrival (none, one, or more). While a MOVED_FROM waits for its other
@@ -366,7 +364,8 @@ class Resolver:
         before = names.get(name)
         if replaced is not None:
             event.replaced = replaced
-            self._remember_unlinked(node, name, replaced)
+            if not event.exchanged:
+                self._lost_names.lose(node, name, replaced)
             if own.lost is None:  # else its own event shows it, and looking would delay its end
                 event.nlink = self._links_before(node, replaced)
         if event.node2 is None:
@@ -388,7 +387,7 @@ class Resolver:
             self._table.displace(node, name, removed)
             if (removed.parent, removed.name) == (node, name):
                 removed.parent = None  # other links may exist, at names that were never looked up
-            self._remember_unlinked(node, name, removed)
+            self._lost_names.lose(node, name, removed)
         elif mask & _MOVED_FROM:
             names.pop(name, None)
             child = self._known_child(node, name, before)
@@ -425,30 +424,26 @@ class Resolver:
                 self._table.displace(node, name, node.children[name])
             event.child = self._look(node, arrival)
             names[name] = of_inode(event.child)
-        elif (ghost := self._ghost(event)) is not None:
-            event.child = ghost
         else:
-            child = self._known_child(node, name, before)
-            if child is None:
-                child = self._look(node, arrival)
-            lost = None if mask & _ISDIR else self._unlinked.get((node, name))
-            is_lost = lost is not None and before is None and child.is_placeholder
-            if is_lost or child.is_dir != bool(mask & _ISDIR):
-                # A file that is still open under a name that it has no more.
-                event.child = lost or self._gone(node, name, mask)
-                return event
-            event.child = self._touched(event, arrival, child, lost)
-            if event.child is not lost:
-                names[name] = of_inode(event.child)
+            event.child = self._ghost(event) or self._used(event, arrival, before)
+            self._lost_names.count(event.child, event.kind)
         return event
 
-    def _remember_unlinked(self, node: Inode, name: bytes, removed: Inode) -> None:
-        if removed.is_dir:
-            return
-        self._unlinked.pop((node, name), None)
-        self._unlinked[node, name] = removed
-        if len(self._unlinked) > UNLINKED_LIMIT:
-            del self._unlinked[next(iter(self._unlinked))]
+    def _used(self, event: Event, arrival: Arrival, before: Known | None) -> Inode:
+        """The object that an event is about which does not change the name."""
+        node, name, is_dir = event.node, event.name, bool(event.mask & _ISDIR)
+        child = self._known_child(node, name, before)
+        if child is None:
+            child = self._look(node, arrival)
+        lost = None if is_dir else self._lost_names.file(node, name)
+        is_lost = lost is not None and before is None and child.is_placeholder
+        if is_lost or child.is_dir != is_dir:
+            # A file that is still open under a name that it has no more.
+            return lost or self._gone(node, name, event.mask)
+        used = self._touched(event, arrival, child, lost)
+        if used is not lost:
+            listing(node).names[name] = of_inode(used)
+        return used
 
     def _deleted(self, event: Event, arrival: Arrival, before: Known | None) -> Inode:
         """The object that a DELETE removed."""
@@ -491,7 +486,9 @@ class Resolver:
         """
         bits = event.kind
         if not int(self._watcher.mask_of(child)) & bits:
-            return child
+            is_open = self._lost_names.is_open
+            is_of_lost = lost is not None and is_open(lost) and not is_open(child)
+            return lost if lost is not None and is_of_lost and bits & _CLOSE else child
         own: SelfEvent | None = None
         while own is None:
             own = self._calls.touched(child, event.mask, self._ahead())

@@ -24,7 +24,7 @@ from ..linux.openers import File, Openers
 from ..pacing import windows
 from ..pacing.guard import Guard
 from .guest import Guest
-from .history import History
+from .history import History, Place
 from .ledger import Ledger, Step, Task, Way, Ways
 from .openings import Evidence, Need, Wait, closes_of, judge
 from .orders import Held, Orders
@@ -119,8 +119,9 @@ class MountGuest(Guest):
         self.keeps_names = False  # its kernel may look a name up without a request
         self.cache: KernelCache | None = None
         self._held: deque[Held] = deque()
-        # For each inode the OPENs (None) and CLOSEs (True = for writing) among the held events
-        self._open_close: dict[Inode, deque[bool | None]] = {}
+        # For each inode the OPENs (None) and CLOSEs (True = for writing) among the held events, and
+        # where; what has the name by now may be taken for the file
+        self._open_close: dict[Inode, deque[tuple[Place, bool | None]]] = {}
         self._tasks: deque[Task] = deque()
         self._only_read: set[int] = set()  # OPENs for writing that the agent has open for reading
         self._orders = Orders(fs.table, partial(interest, self))
@@ -331,7 +332,7 @@ class MountGuest(Guest):
         event = event.about(child, replaced)
         if kind & (_OPEN | _CLOSE):
             what = None if kind & _OPEN else bool(kind & _CLOSE_WRITE)
-            self._open_close.setdefault(child, deque()).append(what)
+            self._open_close.setdefault(child, deque()).append(((event.node, event.name), what))
         # A remembered event has the ways of its time, and the places may have other names now.
         called = self._orders.called(event) if ways is None else None
         way, way2 = ways or self.ways(event)
@@ -402,8 +403,12 @@ class MountGuest(Guest):
         None while that is unknown, and worth waiting for until ``waiting_until``.
         """
         before = {kind: self._orders.count(inode, kind) for kind in (False, True)}
-        later = itertools.islice(self._open_close[inode], 1, windows.OPEN_AHEAD)
-        closes = closes_of(later, before)
+        queued = self._open_close[inode]
+        place, _ = queued[0]
+        closes: list[bool] = []
+        for anywhere in (False, True):  # else it was renamed while it was open
+            later = itertools.islice(queued, 1, windows.OPEN_AHEAD)
+            closes = closes or closes_of((w for p, w in later if anywhere or p == place), before)
         known = Evidence(arrived, closes, inode.is_dir, inode.is_placeholder)
         while isinstance(verdict := judge(known, time.monotonic()), Need):
             if verdict is Need.PROC:
@@ -418,8 +423,12 @@ class MountGuest(Guest):
         return verdict.writing
 
     def _written(self, inode: Inode) -> bool | None:
-        """Whether the next event of the file at the head is a MODIFY, not an ACCESS."""
+        """Whether the next event of the file at the head is a MODIFY, not an ACCESS; None if there
+        is none before another OPEN, of which it may be.
+        """
         for later, *_ in itertools.islice(self._held, 1, None):
+            if later.child is inode and later.kind & _OPEN:
+                return None
             if later.child is inode and later.kind & (_MODIFY | _ACCESS):
                 return bool(later.kind & _MODIFY)
         return None

@@ -313,10 +313,12 @@ class Generator:
         return [opened, *writes, closed]
 
     def _append(self) -> list[Call]:
-        if not (entry := self._entry("file")):
-            return []
+        entry = self._entry("file")
+        return self._appending(entry.path) if entry else []
+
+    def _appending(self, path: bytes) -> list[Call]:
         return [
-            Call("open", (0, entry.path, os.O_WRONLY | os.O_APPEND)),
+            Call("open", (0, path, os.O_WRONLY | os.O_APPEND)),
             Call("write", (0, self._size())),
             Call("close", (0,)),
         ]
@@ -675,11 +677,20 @@ class Generator:
         entry = self._entry("file")
         if not entry or len(self._held) >= MAX_HELD:
             return []
+        is_seen = entry.directory.watched or entry.node.watched
+        if not is_seen or self._is_held(entry.node):
+            return []  # README, "What does not": an OPEN before the first watch, merged OPENs
         self._serial += 1
         flags = self._rng.choice([os.O_WRONLY, os.O_RDWR, os.O_RDONLY])
         slot = 10 + self._serial
         self._held[slot] = Held(entry.node, slot, flags)
-        return [Call("open", (slot, entry.path, flags))]
+        # It is used at once, as programs do: else what others do with the file may be taken for
+        # that, and their OPENs be merged with this one.
+        return [
+            *self._appending(entry.path),
+            Call("open", (slot, entry.path, flags)),
+            Call("read", (slot, 1)) if flags == os.O_RDONLY else Call("write", (slot, 1)),
+        ]
 
     def _hold_use(self) -> list[Call]:
         if not self._held:

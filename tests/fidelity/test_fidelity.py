@@ -29,15 +29,13 @@ from tests.fidelity.run import (
     run,
 )
 
-LIMITS = frozenset(
-    {
-        "hold_open",  # an OPEN from before the file came into view cannot be made up silently
-        "hold_use",
-        "hold_close",
-        "two_writers",  # the kernel merges their OPENs; CLOSEs distinguish them, if in time
-        "fifo_io",  # a FIFO's own open is not replayed to a mark on the FIFO itself
-    }
-)
+HELD = frozenset({"hold_open", "hold_use", "hold_close"})
+"""In a burst a file that is open for long may be renamed and replaced before the server sees its
+OPEN: some CLOSEs get another OPEN (docs/figures.md has how many)."""
+LIMITS = HELD | {
+    "two_writers",  # the kernel merges their OPENs; CLOSEs distinguish them, if in time
+    "fifo_io",  # a FIFO's own open is not replayed to a mark on the FIFO itself
+}
 """Steps with events that are known not to be exact (README, "What does not")."""
 pytestmark = pytest.mark.timeout(180)
 
@@ -63,7 +61,8 @@ def fidelity(tmp_path: Path, case: Case, *options: str) -> Outcome:
 )
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_equal(tmp_path: Path, seed: int, burst: bool, files: bool) -> None:
-    outcome = fidelity(tmp_path, Case(seed, 1000 if burst else 150, burst, files, without=LIMITS))
+    without = LIMITS if burst else LIMITS - HELD
+    outcome = fidelity(tmp_path, Case(seed, 1000 if burst else 150, burst, files, without=without))
     assert len(outcome.native) > 300
 
 
