@@ -18,6 +18,7 @@ COMMANDS = {
     "latency": "latency",
     "throughput": "throughput",
     "rest": "idle",
+    "coherence": "coherence",
     "memory": "memory",
     "virtiofs": "virtiofs",
     "checkpoint": "checkpoint",
