@@ -17,6 +17,7 @@ from ..process.daemon import Daemon
 from ..process.logs import log_to_stderr
 from ..servers import deadmount
 from ..servers.mount import (
+    BUSY_POLL,
     CACHES,
     TRANSPORTS,
     Options,
@@ -117,6 +118,15 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
     "changed.",
 )
 @click.option(
+    "--busy-poll",
+    type=click.FloatRange(0, 10_000),
+    default=BUSY_POLL * 1e6,
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="Poll this long for the next request before sleeping; 0 saves processor time. "
+    "Only with --transport=devfuse.",
+)
+@click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning"
 )
 def mount(
@@ -131,6 +141,7 @@ def mount(
     allow_other: bool | None,
     transport: str,
     cache: str,
+    busy_poll: float,
     restore: bool | None,
     state_dir: str | None,
     log_level: str,
@@ -148,6 +159,7 @@ def mount(
         overflow_after_loss=overflow_after_loss,
         transport=transport,
         cache=cache,
+        busy_poll=busy_poll / 1e6,
         restore=restore,
         state_dir=os.path.abspath(state_dir) if state_dir else None,
     )

@@ -29,6 +29,7 @@ from ..process.scheduling import shorten_turns, spare_collections
 from ..transports import fusermount
 from ..transports.devfuse import DevfuseTransport
 from ..transports.mounting import MountError, MountTransport, Place, UnavailableError
+from ..transports.polling import LOCAL_WINDOW
 from ..transports.socket import SocketTransport
 from ..transports.tasks import end_in_time
 from . import deadmount
@@ -38,14 +39,15 @@ from .pump import Pump
 from .start import StartError
 
 __all__ = [
-    "CACHES", "TRANSPORTS", "Options", "Place", "StartError", "check", "clear_dead_mounts",
-    "reductions", "serve",
+    "BUSY_POLL", "CACHES", "TRANSPORTS", "Options", "Place", "StartError", "check",
+    "clear_dead_mounts", "reductions", "serve",
 ]  # fmt: skip
 
 log = structlog.get_logger()
 TRANSPORTS = ("auto", "devfuse", "libfuse")
 CACHES = ("never", "coherent")
 """What the kernel may keep: nothing, or what the host has not changed."""
+BUSY_POLL = LOCAL_WINDOW
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to become ready, on a busy machine."""
 
@@ -66,6 +68,8 @@ class Options:
     """One of TRANSPORTS; auto: devfuse, or libfuse if that is not available."""
     cache: str = "never"
     """One of CACHES."""
+    busy_poll: float = BUSY_POLL
+    """Seconds after an answer for which to poll for the next request; 0 never polls."""
     restore: bool | None = None
     """None: if there is an image."""
     state_dir: str | None = None
@@ -274,7 +278,12 @@ class Mounted:
         try:
             if asked != "libfuse":
                 try:
-                    return DevfuseTransport(operations, self._place, coherent=coherent)
+                    return DevfuseTransport(
+                        operations,
+                        self._place,
+                        coherent=coherent,
+                        busy_poll=self._options.busy_poll,
+                    )
                 except UnavailableError as error:
                     if asked == "devfuse" or coherent:
                         raise

@@ -46,8 +46,18 @@ class DevfuseTransport:
 
     name = "devfuse"
 
-    def __init__(self, operations: Operations, place: Place, *, coherent: bool = False) -> None:
-        """``coherent``: the kernel keeps what the host has not changed."""
+    def __init__(
+        self,
+        operations: Operations,
+        place: Place,
+        *,
+        coherent: bool = False,
+        busy_poll: float = LOCAL_WINDOW,
+    ) -> None:
+        """``coherent``: the kernel keeps what the host has not changed. ``busy_poll``: the window
+        of BusyPolling in seconds.
+        """
+        self._busy_poll = busy_poll
         self._operations = operations
         self._place = place
         self._scope = trio.CancelScope()
@@ -125,7 +135,7 @@ class DevfuseTransport:
                     nursery.cancel_scope.cancel()
 
     async def _serve(self, session: FuseSession, loop: TrioLoop) -> None:
-        polling = BusyPolling(LOCAL_WINDOW)
+        polling = BusyPolling(self._busy_poll)
         while not self._gone:
             with Guard("serving requests") as guard:
                 while self._burst(session):
