@@ -309,6 +309,9 @@ class Mounted:
     async def _end_on(self, signals: AsyncIterator[int]) -> None:
         async for _ in signals:
             end_in_time(self._take_away)
+            # No order is sent any more, so no request waits for one; else its program got EINTR.
+            self._guest.is_paused = True
+            self._guest.history.check()
             with Guard("stopping the agent"):
                 await self._stop_agent()
             self._mount.stop()
