@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -352,6 +354,51 @@ def test_a_full_outbox_while_the_agent_is_stopped(
                 there.discard(line.path)
         assert there == {below(share, name) for name in os.listdir(share.source)}
         assert the_mount(share.mountpoint)["resyncs"] >= 1
+
+
+def test_a_burst_beyond_the_outbox(tmp_path: Path, make_share: Callable[..., Mount]) -> None:
+    """Two writers of the host are much faster than the replay. What does not fit becomes a
+    difference: in the end watchers believe what is there, and nothing is delivered twice.
+    """
+    limit = (
+        "from fsd.export.export import Export\nExport.__init__.__kwdefaults__['outbox_limit'] = 300"
+    )
+    with injected(tmp_path, limit):
+        share = make_share()
+    top = share.source / "top"
+    for number in range(20):
+        (top / f"old{number}").mkdir(parents=True)
+
+    def write(seed: int) -> None:
+        chance = random.Random(seed)
+        for number in range(3000):
+            a, b = (top / f"{chance.choice(('old', 'new'))}{chance.randrange(20)}" for _ in "ab")
+            with suppress(OSError):
+                chance.choice((a.mkdir, a.rmdir, lambda a=a, b=b: a.rename(b)))()
+            if number % 3 == 0:
+                (top / f"{seed} {number}").mkdir()
+
+    with watching(share, share.mountpoint / "top", events="create,delete,move") as watcher:
+        writers = [threading.Thread(target=write, args=(seed,)) for seed in (1, 2)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        (top / "end").mkdir()
+        wait_until(lambda: idle(share.mountpoint), 120, "nothing more to deliver")
+        lines = watcher.wait((below(share, "top/end"), "CREATE,ISDIR"))
+    state = the_mount(share.mountpoint)
+    assert state["overflows"] >= 1
+    assert state["missed"] > 300
+    assert not state["failed"]
+    believed = {below(share, f"top/old{number}") for number in range(20)}
+    for line in lines:
+        kinds = line.kinds.split(",")
+        if "CREATE" in kinds or "MOVED_TO" in kinds:
+            believed.add(line.path)
+        else:
+            believed.discard(line.path)
+    assert believed == {below(share, f"top/{path.name}") for path in top.iterdir()}
 
 
 FAULTS = """
