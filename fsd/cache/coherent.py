@@ -43,6 +43,10 @@ AGAIN = 0.02
 back the first time could have restored it."""
 LATELY = 1.0
 """Seconds within which an answer may still be on its way."""
+_WATCHABLE = frozenset(
+    b"bcachefs btrfs erofs ext2 ext3 ext4 f2fs overlay ramfs squashfs tmpfs xfs zfs".split()
+)
+"""File systems that change on this host only, and whose names are the same only byte by byte."""
 _MOVED = Mask.MOVED_FROM | Mask.MOVED_TO
 _ONE_NAME = Mask.CREATE | Mask.DELETE
 
@@ -114,19 +118,19 @@ class CoherentCache:
         if self._is_watched(directory.nodeid):
             self.short["watched by a program"] += 1
             return False
-        if directory.identity.mount in self._table.mounts.remote:
-            self.short["other file system"] += 1
+        if self._table.mounts.kinds.get(directory.identity.mount) not in _WATCHABLE:
+            self.short["file system"] += 1
             return False
         return not directory.is_placeholder
 
-    def keeps_name(self, parent: Inode, name: bytes) -> bool:
+    def keeps_name(self, parent: Inode, name: bytes, *, exists: bool = True) -> bool:
         """Whether the kernel may keep what the name stands for, or that it does not exist."""
-        directory = None if self.is_late else self._directories.get(parent.nodeid)
+        directory = None if self.is_late else self._directories.get(parent)
         if directory is None:
             return False
         if name not in directory.names:
             self._names += 1
-        directory.names[name] = time.monotonic()
+        directory.names[name] = time.monotonic() if exists else -time.monotonic()
         while self._names > KEPT_NAMES_LIMIT:
             self._give_up(next(iter(self._directories)))
         return True
@@ -156,12 +160,13 @@ class CoherentCache:
         if self.is_late or inode.is_placeholder:
             return False
         if inode.is_dir:
-            return self._directories.get(inode.nodeid) is not None
+            return self._directories.get(inode) is not None
         if links != 1:
             self.short["other links"] += 1
             return False
-        parent = inode.parent
-        return parent is not None and self._directories.get(parent.nodeid) is not None
+        above = None if inode.parent is None else self._directories.get(inode.parent)
+        # A name that was taken back, or given as missing, may not be the object's any more.
+        return above is not None and above.names.get(inode.name, 0.0) > 0.0
 
     # Taken back
 
@@ -210,7 +215,7 @@ class CoherentCache:
         for inode, name, mask in expected:
             if inode is None or not name or not mask & NAMES:
                 continue
-            directory = self._directories.get(inode.nodeid)
+            directory = self._directories.get(inode)
             if mask & _MOVED:
                 # The kernel moves what it keeps to the new name. This waits for the end of that.
                 if directory is not None:
@@ -236,10 +241,10 @@ class CoherentCache:
             for each in self._directories:
                 self._give_up(each)
             return
-        directory = self._directories.get(inode.nodeid)
+        directory = self._directories.get(inode)
         if directory is not None:
             self._give_up(directory)
-        above = None if inode.parent is None else self._directories.get(inode.parent.nodeid)
+        above = None if inode.parent is None else self._directories.get(inode.parent)
         if above is not None:
             self._take_name(above, inode.name)
         self._take_attributes(inode)
@@ -262,7 +267,7 @@ class CoherentCache:
         """The kernel holds a node no longer, and nothing below it."""
         self._attributes.pop(nodeid, None)
         self._data.discard(nodeid)
-        directory = self._directories.get(nodeid)
+        directory = self._directories.of_node(nodeid)
         if directory is not None:
             self._names -= len(directory.names)
             self._directories.drop(directory)
@@ -299,7 +304,7 @@ class CoherentCache:
             self._post([_expired(directory.inode.nodeid, name)], again=again)
 
     def _forget_name(self, directory: Directory, name: bytes) -> float:
-        given = directory.names.pop(name, 0.0)
+        given = abs(directory.names.pop(name, 0.0))
         self._names -= given > 0
         return given
 

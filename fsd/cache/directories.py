@@ -23,8 +23,8 @@ NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
 """A name has come or gone."""
 DATA = Mask.MODIFY | Mask.CLOSE_WRITE
 """CLOSE_WRITE for what was written through a shared mapping, which causes no MODIFY."""
-ENDED = Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.UNMOUNT | Mask.IGNORED
-_MASK = int(NAMES | DATA | Mask.ATTRIB | Mask.DELETE_SELF) | inotify.ONLYDIR
+ENDED = Mask.DELETE_SELF | Mask.UNMOUNT | Mask.IGNORED
+_MASK = int(NAMES | DATA | Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF) | inotify.ONLYDIR
 _READ_SIZE = 1 << 16
 _LONGEST_EVENT = 16 + 256
 REFUSED = 2.0
@@ -41,7 +41,8 @@ class Directory:
     def __init__(self, inode: Inode, wd: int) -> None:
         self.inode = inode
         self.wd = wd
-        self.names: dict[bytes, float] = {}  # to time.monotonic() when it was given
+        # time.monotonic() when it was given, negative of one that does not exist
+        self.names: dict[bytes, float] = {}
 
 
 class Directories:
@@ -67,16 +68,23 @@ class Directories:
     def __iter__(self) -> Iterator[Directory]:
         return iter(list(self._of.values()))
 
-    def get(self, nodeid: int) -> Directory | None:
+    def get(self, inode: Inode) -> Directory | None:
+        """The directory, if it is watched."""
+        found = self._of.get(inode.nodeid)
+        return found if found is not None and found.inode is inode else None
+
+    def of_node(self, nodeid: int) -> Directory | None:
         """The watched directory with that nodeid."""
         return self._of.get(nodeid)
 
     def use(self, inode: Inode) -> Directory | None:
         """The directory, which is watched from now on; None if the host refuses that."""
-        found = self._of.get(inode.nodeid)
+        found = self.get(inode)
         if found is not None:
             self._of.move_to_end(inode.nodeid)
             return found
+        if inode.nodeid in self._of:  # an earlier one, whose end is still to be read
+            return None
         if self._refused and time.monotonic() < self._refused.get(inode.nodeid, 0.0):
             return None
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from protocol import fuse
-from protocol.frames import FSD_DIR
+from protocol.frames import FSD_DIR, FSD_NAME
 
 from ..cache.coherent import DAY, CoherentCache
 from ..files.attributes import StatLike
@@ -239,9 +239,9 @@ class Nodes:
         """The same of a name that does not exist, if the kernel may keep that."""
         if self._cache is None or parent >= FSD_DIR or self._operations.access.is_replayer(who):
             return None
-        if self.is_watched_node(parent):
+        if self.is_watched_node(parent) or (parent == ROOT_ID and name == FSD_NAME):
             return None
-        if not self._cache.keeps_name(self._table.get(parent), name):
+        if not self._cache.keeps_name(self._table.get(parent), name, exists=False):
             return None
         return fuse.ENTRY_OUT.pack(0, 0, DAY, 0, 0, 0) + bytes(fuse.ATTR.size)
 

@@ -51,6 +51,8 @@ class Mounts:
         self._slots: dict[tuple[int, int], int] = {}  # mount, st_dev -> number range
         self.remote: dict[int, str] = {}
         """The mounts below whose file systems may not answer, with their names."""
+        self.kinds: dict[int, bytes] = {}
+        """The types of the file systems of all mounts."""
         self._asked: dict[int, float] = {}  # since when, mounts that have not answered yet
         self._own_mounts: set[int] = set()  # of the file system that this process serves
         self._device_served: tuple[int, int] | None = None
@@ -127,6 +129,7 @@ class Mounts:
         places: dict[int, bytes] = {}
         remote: dict[int, str] = {}
         own: set[int] = set()
+        kinds: dict[int, bytes] = {}
         for mount in parse_mountinfo(text):
             number, point = mount.mnt_id, mount.point
             if point.startswith(top) and point != top:
@@ -136,8 +139,9 @@ class Mounts:
                 if mount.fstype not in _LOCAL:
                     remote[number] = f"{os.fsdecode(point)} ({os.fsdecode(mount.fstype)})"
             places[number] = point[len(top) :]
+            kinds[number] = mount.fstype
         self.points, self._places = points, places
-        self.remote, self._own_mounts = remote, own
+        self.remote, self._own_mounts, self.kinds = remote, own, kinds
         ids = {*places, self.own}
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] in ids}
 

@@ -281,6 +281,31 @@ def test_a_file_with_other_names_is_not_kept(share: Mount) -> None:
         assert (share.mountpoint / "one").read_text() == f"{number}"
 
 
+def test_a_file_that_has_moved_is_not_kept(share: Mount) -> None:
+    """Its changes are events of a directory into which nobody has looked."""
+    (share.source / "elsewhere").mkdir()
+    (share.source / "file").write_bytes(b"")
+    with open(share.mountpoint / "file", "rb") as file:
+        os.fstat(file.fileno())
+        (share.source / "file").rename(share.source / "elsewhere/file")
+        wait_until(lambda: not (share.mountpoint / "file").exists())
+        for size in range(1, 50):
+            (share.source / "elsewhere/file").write_bytes(bytes(size))
+            assert os.fstat(file.fileno()).st_size == size
+
+
+def test_what_a_user_may_not_see_is_there_for_root(share: Mount) -> None:
+    """Nobody else finds the hidden directory, and the kernel does not keep that."""
+    if os.geteuid() != 0:
+        pytest.skip("another user's view, which only root can take")
+    share.mountpoint.parent.chmod(0o755)
+    place = str(share.mountpoint / ".fsd")
+    looking = ["setpriv", "--reuid=1000", "--clear-groups", "ls", place]
+    for _ in range(2):
+        assert subprocess.run(looking, capture_output=True, check=False).returncode
+        assert (share.mountpoint / ".fsd/status").exists()
+
+
 def test_a_mount_on_the_host_is_seen(share: Mount) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounts, which only root can")
