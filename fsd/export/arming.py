@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -341,6 +341,25 @@ class Arming:
         if len(updates) >= MARKS_LIMIT:
             raise ProtocolError(f"more than {MARKS_LIMIT} marks changed in a scan")
         updates.append((key, bits))
+
+    def asked(self) -> dict[MountGuest, int]:
+        """The last hint of each guest that its agent has not answered."""
+        last: dict[MountGuest, int] = {}
+        for node in self._nodes.values():
+            for guest, look_up in node.by.items():
+                if guest.pid and look_up.open:
+                    last[guest] = max(last.get(guest, 0), look_up.open[-1][0])
+        return last
+
+    def awaits(self, asked: Mapping[MountGuest, int]) -> bool:
+        """Whether an agent has not answered up to these hints yet: there may be marks that only it
+        knows.
+        """
+        return any(
+            guest.pid and look_up.open and look_up.open[0][0] <= asked.get(guest, 0)
+            for node in self._nodes.values()
+            for guest, look_up in node.by.items()
+        )
 
     def scan_abort(self, guest: Guest) -> None:
         """The agent is gone in the middle of a scan."""

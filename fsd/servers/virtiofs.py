@@ -412,6 +412,10 @@ async def _leave(
     """Prepare for the next process, which continues with the guests."""
     export = saver.export
     export.is_stopping = True
+    asked = export.arming.asked()
+    with trio.move_on_after(QUIET):  # until agents have reported the marks that were just set
+        while export.arming.awaits(asked):  # noqa: ASYNC110 - rare
+            await trio.sleep(0.002)
     guests = [guest for guest in export.guests if isinstance(guest, MountGuest)]
     for guest in guests:
         guest.is_paused = True

@@ -557,3 +557,22 @@ def test_a_directory_that_was_emptied_and_removed_before_its_mark_arrives(
     emptied, ended = world.orders(mount)
     assert (emptied.op, emptied.name, emptied.path) == (Op.REMOVE, b"file", b"d")
     assert (ended.op, ended.nodeid) == (Op.REMOVE, STAGING)
+
+
+def test_it_is_known_which_hints_are_not_answered(world: World, mount: Operations) -> None:
+    """Before another process takes over, which does not know what this one has asked."""
+    arming = world.export.arming
+    assert not arming.awaits(arming.asked())
+    look_up(world, mount, "d")
+    number = hint(mount)
+    asked = arming.asked()
+    assert asked == {mount.guest: number}
+    assert arming.awaits(asked)
+    look_up(world, mount, "d")
+    later = arming.asked()
+    assert later[mount.guest] > number
+    scanned(world, mount, number)
+    assert not arming.awaits(asked), "later look-ups are no reason to wait"
+    assert arming.awaits(later)
+    mount.guest.disconnect()
+    assert not arming.awaits(later), "there is no agent"

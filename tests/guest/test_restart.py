@@ -127,6 +127,28 @@ def test_events(place: tuple[Kept, Guest], way: str) -> None:
     assert state["refused"] == 0
 
 
+def test_a_mark_set_right_before_an_upgrade(place: tuple[Kept, Guest]) -> None:
+    """What happened since is delivered, though the agent has not reported the mark yet."""
+    server, vm = place
+    watchers = []
+    for step in range(6):
+        folder = server.source / f"young{step}"
+        folder.mkdir()
+        watched = f"/mnt/{folder.name}"
+        watcher = vm.start(["inotifywait", "-m", *NAMES, "--format", "%e %f", watched])
+        watcher.wait_output("Watches established.", of="err")
+        (folder / "before").touch()
+        server.again("replace")
+        (folder / "after").touch()
+        watchers.append(watcher)
+    for watcher in watchers:
+        watcher.wait_output("CREATE after", 30)
+    seen = [watcher.stdout.splitlines() for watcher in watchers]
+    for watcher in watchers:
+        watcher.signal()
+    assert seen == [["CREATE before", "CREATE after"]] * 6
+
+
 def under_load(vm: Guest, folder: Path) -> tuple[GuestProcess, GuestProcess]:
     """Make a folder of the share; a program in the guest that works on files beside it, and its
     watcher of the folder.
