@@ -8,6 +8,7 @@ in a row.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import lzma
 import os
@@ -80,19 +81,25 @@ def image() -> Image:
     made_for = [*debian.versions(packages), Path(__file__).read_text()]
     digest = hashlib.sha256("\n".join(made_for).encode()).hexdigest()[:16]
     folder = debian.CACHE / f"guest-{digest}"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=debian.cache()) as scratch:
-            tree = Path(scratch, "tree")
-            debian.extract(packages, tree)
-            made = Path(scratch, "made")
-            made.mkdir()
-            (made / "vmlinux").write_bytes(vmlinux(next(tree.glob("boot/vmlinuz-*")).read_bytes()))
-            (made / "initramfs").write_bytes(b"".join(_base(tree, python)))
-            made.rename(folder)  # in one step: there or not
-            for other in debian.CACHE.glob("guest-*"):
-                if other != folder:
-                    shutil.rmtree(other)
+    with (debian.cache() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in several processes make it once
+        if not folder.exists():
+            _make(folder, packages, python)
     return Image(folder / "vmlinux", folder / "initramfs")
+
+
+def _make(folder: Path, packages: list[str], python: str) -> None:
+    with tempfile.TemporaryDirectory(dir=debian.cache()) as scratch:
+        tree = Path(scratch, "tree")
+        debian.extract(packages, tree)
+        made = Path(scratch, "made")
+        made.mkdir()
+        (made / "vmlinux").write_bytes(vmlinux(next(tree.glob("boot/vmlinuz-*")).read_bytes()))
+        (made / "initramfs").write_bytes(b"".join(_base(tree, python)))
+        made.rename(folder)  # in one step: there or not
+        for other in debian.CACHE.glob("guest-*"):
+            if other != folder:
+                shutil.rmtree(other)
 
 
 @cache
