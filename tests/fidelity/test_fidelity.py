@@ -73,6 +73,13 @@ def test_equal_over_libfuse(tmp_path: Path, burst: bool) -> None:
     fidelity(tmp_path, case, "--transport=libfuse")
 
 
+@pytest.mark.parametrize("seed", [5, 6])
+@pytest.mark.parametrize("burst", [False, True], ids=["paced", "burst"])
+def test_equal_with_coherent_caches(tmp_path: Path, seed: int, burst: bool) -> None:
+    case = Case(seed, 1000 if burst else 150, burst, files=True, without=LIMITS)
+    fidelity(tmp_path, case, "--cache=coherent")
+
+
 @pytest.mark.parametrize("mask", sorted(MASKS.keys() - {"all"}))
 @pytest.mark.parametrize("burst", [False, True], ids=["paced", "burst"])
 def test_equal_with_other_masks(tmp_path: Path, mask: str, burst: bool) -> None:

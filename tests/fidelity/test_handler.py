@@ -159,12 +159,12 @@ def shared(side: str, source: Path, mountpoint: Path) -> Iterator[tuple[Path, Mo
     if side == "native":
         yield source, None
     else:
-        with mounted(source, mountpoint) as mount:
+        with mounted(source, mountpoint, f"--cache={side}") as mount:
             yield mountpoint, mount
 
 
 @pytest.mark.parametrize(("pace", "rounds"), [("paced", 30), ("burst", 200)])
-@pytest.mark.parametrize("side", ["native", "mount"])
+@pytest.mark.parametrize("side", ["native", "never", "coherent"])
 def test_a_handler_sees_the_new_state(tmp_path: Path, side: str, pace: str, rounds: int) -> None:
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
