@@ -133,8 +133,8 @@ def test_others_have_their_turns(guest: Guest) -> None:
     async def other() -> None:
         nonlocal turns
         while True:
-            await trio.lowlevel.checkpoint()
             turns += 1
+            await trio.lowlevel.checkpoint()
 
     async def both() -> None:
         async with trio.open_nursery() as nursery:
