@@ -37,7 +37,8 @@ from ..guests.guest import (
     HandMarks,
     Observer,
 )
-from ..guests.mount import MountGuest, Record
+from ..guests.mount import MountGuest
+from ..guests.roles import Record
 from ..linux.descriptors import share
 from ..linux.openers import File, Openers
 from ..pacing import windows

@@ -380,7 +380,7 @@ class PassthroughFS:
     def open(self, inode: Inode, flags: int, open_file: OpenFile) -> Handle:
         """OPEN of a regular file."""
         check_regular(inode.kind)
-        with self.successors.used(inode) as path_fd:
+        with self.successors.used(inode, to_open=True) as path_fd:
             check_regular(stat.S_IFMT(os.fstat(path_fd).st_mode))
             fd = open_file(path_fd, flags & ~DROPPED_FLAGS | os.O_CLOEXEC)
         self.successors.opened(inode)

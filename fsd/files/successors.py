@@ -37,7 +37,7 @@ class Successors:
         self.deadline = math.inf
 
     @contextmanager
-    def used(self, inode: Inode) -> Iterator[int]:
+    def used(self, inode: Inode, *, to_open: bool = False) -> Iterator[int]:
         """The very object that a guest's kernel looked up, and whose permissions it has checked.
 
         Raises OSError ESTALE if another has its name: the kernel then looks the name up again.
@@ -47,15 +47,20 @@ class Successors:
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-            raise self.lost(inode) from None
+            raise self.lost(inode, to_open=to_open) from None
         try:
             yield fd
         finally:
             os.close(fd)
 
-    def lost(self, inode: Inode) -> OSError:
-        """The error for an object that a guest looked up, and that is no longer there."""
+    def lost(self, inode: Inode, *, to_open: bool = False) -> OSError:
+        """The error for an object that a guest looked up, and that is no longer there. If it has no
+        place any more, it was removed, or another was looked up there since: only if the guest is
+        ``to_open`` it does it ask by a name, and looks again.
+        """
         self.replaced(inode)
+        if inode.parent is None and not to_open:
+            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def replaced(self, inode: Inode) -> None:

@@ -13,7 +13,7 @@ these (docs/decisions/one-history.md):
                 would get what happened before its mark
 
 A request that could not wait is reported a second time, after the changes before it
-(``is_awaited``).
+(``is_awaited``). It is one module, as each kind of wait needs the same three positions.
 """
 
 from __future__ import annotations

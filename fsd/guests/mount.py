@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
 
 from protocol import frames
 from protocol.frames import ALL_PROCESSES, Op
@@ -28,6 +27,7 @@ from .history import History, Place
 from .ledger import Ledger, Step, Task, Way, Ways
 from .openings import Evidence, Need, Wait, closes_of, judge
 from .orders import Held, Orders
+from .roles import KernelCache, Record
 
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; later events wait as events, which are smaller."""
@@ -50,30 +50,6 @@ _OPEN, _MODIFY, _ACCESS = int(Mask.OPEN), int(Mask.MODIFY), int(Mask.ACCESS)
 _CLOSE_WRITE = int(Mask.CLOSE_WRITE)
 _CLOSE = _CLOSE_WRITE | int(Mask.CLOSE_NOWRITE)
 _OWN = _MODIFY | _ACCESS | _OPEN | _CLOSE | int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
-
-
-class Record(Protocol):
-    """Notes a guest's state for the next server process."""
-
-    def replayer(self, pid: int, /) -> None:
-        """The agent's number has changed; 0 = there is no agent."""
-
-    def marked(self, nodeid: int, mask: int, /) -> None:
-        """The guest's interest in a node (0 = all) has changed."""
-
-
-class KernelCache(Protocol):
-    """What a guest's kernel keeps, and the server takes back."""
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the kernel keeps nothing that the host has changed up to now."""
-
-    def watched(self, inode: Inode | None, /) -> None:
-        """The guest watches an object (None = all) from now on."""
-
-    def state(self) -> dict[str, Any]:
-        """For people."""
 
 
 class MountGuest(Guest):

@@ -1,0 +1,31 @@
+"""What a mount guest calls when something changes. Higher packages have the classes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ..files.inode import Inode
+
+
+class Record(Protocol):
+    """Notes a guest's state for the next server process."""
+
+    def replayer(self, pid: int, /) -> None:
+        """The agent's number has changed; 0 = there is no agent."""
+
+    def marked(self, nodeid: int, mask: int, /) -> None:
+        """The guest's interest in a node (0 = all) has changed."""
+
+
+class KernelCache(Protocol):
+    """What a guest's kernel keeps, and the server takes back."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the kernel keeps nothing that the host has changed up to now."""
+
+    def watched(self, inode: Inode | None, /) -> None:
+        """The guest watches an object (None = all) from now on."""
+
+    def state(self) -> dict[str, Any]:
+        """For people."""
