@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from protocol.fdinfo import MarkInfo, parse_fdinfo
 from protocol.handles import NodeKey, decode_fh
+from protocol.inotify import MARKING
 from protocol.masks import EVENTS, MOVE, Mask
 from protocol.mountinfo import parse_mountinfo
 
@@ -108,6 +110,24 @@ def notify_texts(pid: int) -> Iterator[tuple[int, str | OSError]]:
                 yield int(fd), error
             continue
         yield int(fd), text
+
+
+def may_set_mark(pid: int) -> bool:
+    """Whether a thread of a process may be in the middle of inotify_add_watch(2) or
+    fanotify_mark(2). False if all of them wait in other calls.
+    """
+    calls = MARKING.get(platform.machine())
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+        if calls is None or len(threads) > _THREADS:
+            return True
+        for thread in threads:
+            with open(f"/proc/{pid}/task/{thread}/syscall") as file:
+                if int(file.read().split()[0]) in calls:
+                    return True
+    except (OSError, ValueError, IndexError):  # it runs, or may not be traced
+        return True
+    return False
 
 
 def _descriptors(pid: int) -> tuple[str, list[str]]:

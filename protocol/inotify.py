@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 HEADER = struct.Struct("=iIII")
+_GENERIC = {27: 1, 263: 4}
+MARKING = {"x86_64": {254: 1, 301: 4}, "aarch64": _GENERIC, "riscv64": _GENERIC}
+"""By machine, the numbers of inotify_add_watch(2) and fanotify_mark(2) (asm/unistd.h): which
+argument is the path."""
 
 
 class RawEvent(NamedTuple):

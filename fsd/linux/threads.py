@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import platform
 
+from protocol.inotify import MARKING
+
 from . import syscalls
 
-_X86, _GENERIC = {254: 1, 301: 4}, {27: 1, 263: 4}
-_PATHS = {"x86_64": _X86, "aarch64": _GENERIC, "riscv64": _GENERIC}.get(platform.machine(), {})
-"""The number of inotify_add_watch(2) and of fanotify_mark(2) (asm/unistd.h): which argument is the
-path."""
+_PATHS = MARKING.get(platform.machine(), {})
 _TRIES = 8
 """A thread that has just sent a request may not sleep yet."""
 _PATH_MAX = 4096

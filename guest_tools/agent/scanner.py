@@ -19,7 +19,7 @@ from protocol import frames
 from protocol.handles import NodeKey
 
 from ..errors import PASSING
-from ..marks import Device, pids, process_of
+from ..marks import Device, may_set_mark, pids, process_of
 from .markcalls import MarkCalls
 from .schedule import HOT_LIMIT, RETRY, Look, Schedule
 from .watchers import Watchers
@@ -251,12 +251,16 @@ class Scanner(threading.Thread):
         that could be read.
         """
         watchers, schedule = self._watchers, self._schedule
-        others = schedule.unanswered() - read
+        others = schedule.unanswered() - watchers.changed
         if len(others) > _OTHERS:
             return True
+        settled = {pid for pid in others if not may_set_mark(pid)}
         if not watchers.look(others, more=True):
             return False
-        answered = schedule.answer_without(watchers.changed, watchers.gone, read | others, began)
+        gone = watchers.gone  # their marks went along
+        answered = schedule.answer_without(
+            watchers.changed - gone, settled | gone, read | others, began
+        )
         if answered <= self._answered:
             return True
         try:

@@ -222,16 +222,21 @@ class Schedule:
         return set().union(*(hint.pids for hint in self._open))
 
     def answer_without(
-        self, changed: Collection[int], gone: Collection[int], read: Collection[int], began: float
+        self,
+        changed: Collection[int],
+        settled: Collection[int],
+        read: Collection[int],
+        began: float,
     ) -> int:
         """The last hint that can be answered before the changes that a reading from ``began`` on
-        has found: those up to it do not come from the processes with changes.
+        has found: those up to it do not come from the processes with changes. ``settled``: those
+        that had ended, or were not setting marks when they were read.
         """
         while self._open and not self._is_traced:
             hint = self._open[0]
             is_settled = began >= hint.settled
-            left = hint.pids.difference(gone, read if is_settled else ())
-            if left or not hint.pids.isdisjoint({*changed} - {*gone}):
+            left = hint.pids.difference(settled, read if is_settled else ())
+            if left or not hint.pids.isdisjoint(changed):
                 break
             self._answered = self._open.popleft().number
         return self._answered
