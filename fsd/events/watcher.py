@@ -91,9 +91,13 @@ class HostWatcher:
         self.own_events = 0  # that the server itself has made
         self._elsewhere = CallsElsewhere()
         self.on_arrival = on_arrival
-        self.on_changed: Callable[[Inode], None] = _ignore_change
-        """Called when a directory's own attributes have changed, which a kernel may cache for
-        long."""
+        self._report_change: Callable[[Inode], None] = _ignore_change
+
+    def report_changes(self, report: Callable[[Inode], None]) -> None:
+        """Call ``report`` when a directory's own attributes have changed, which a kernel may cache
+        for long.
+        """
+        self._report_change = report
 
     def close(self) -> None:
         """Drop all watches."""
@@ -370,7 +374,7 @@ class HostWatcher:
         for inode in inodes:
             if inode is not None and inode.attr_given:
                 inode.attr_given = False
-                self.on_changed(inode)
+                self._report_change(inode)
 
     def discard(self, wds: Set[int]) -> None:
         """Drop the events of these watches: a comparison will find what they report."""

@@ -68,7 +68,7 @@ def _of_machine(export: Export, viewer: MountGuest) -> dict[str, Any]:
         "source": "",
         "pid": 0,
         "uptime_s": round(time.time() - viewer.began, 1),
-        "inodes": viewer.nodes_held(),
+        "inodes": viewer.nodes_held,
         "host_watches": sum(bool(export.watcher.mask_of(inode)) for inode in marked),
         "unwatched": _unwatched(export, marked),
         "backlog": 0,

@@ -90,8 +90,6 @@ class Nodes:
         self._entry_timeout = divmod(round(caching.entry_timeout * _SECOND), _SECOND)
         self._attr_timeout = divmod(round(caching.attr_timeout * _SECOND), _SECOND)
         self._cached = caching.keeps_attributes
-        operations.guest.nodes_held = self.__len__
-        operations.guest.keeps_names = self._entry_timeout != (0, 0)
         self._submounts = submounts
         self._limit = limit
         self._kept = kept
@@ -103,7 +101,9 @@ class Nodes:
         self._is_local = is_local
         self._takes_back = takes_back
         self._cache = cache
-        operations.guest.keeps_names |= cache is not None
+        operations.guest.serve(
+            self, keeps_names=cache is not None or self._entry_timeout != (0, 0), cache=cache
+        )
 
     def __len__(self) -> int:
         return len(self._held)

@@ -124,12 +124,12 @@ class FuseSession:
         take_back = None if notify is None else partial(_take_back, notify)
         operations.guest.history.serve(take_back)
         if take_back is not None:
-            operations.export.watcher.on_changed = take_back
+            operations.export.watcher.report_changes(take_back)
         self._loop = loop
         self._mounts = operations.export.table.mounts
         self._closing: list[int] | None = None  # descriptors, while all are closed
         self.cache = self._make_cache()
-        operations.access.cache = operations.guest.cache = self.cache
+        operations.access.cache = self.cache
         self.nodes = Nodes(
             operations,
             caching,
@@ -340,7 +340,8 @@ class FuseSession:
         self._closing = self._closing or []
         self._waiting.close()
         if self.cache is not None:
-            self._operations.access.cache = self._operations.guest.cache = None
+            self._operations.access.cache = None
+            self._operations.guest.serve((), keeps_names=False, cache=None)
             self.cache.close()
 
     def close(self, then: Callable[[], None] = lambda: None) -> None:

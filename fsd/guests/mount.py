@@ -8,7 +8,7 @@ import errno
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from functools import partial
 
 from protocol import frames
@@ -59,10 +59,10 @@ class MountGuest(Guest):
     """
 
     __slots__ = (
-        "_held", "_hint", "_hinted", "_only_read", "_open_close", "_openers", "_orders",
-        "_outgoing", "_record", "_scanning", "_table", "_tasks", "_watcher", "_way_steps", "_ways",
-        "_ways_as_of", "began", "cache", "device", "history", "is_local", "is_paused",
-        "keeps_names", "ledger", "nodes_held", "pid", "transport", "waiting_until",
+        "_held", "_hint", "_hinted", "_nodes", "_only_read", "_open_close", "_openers", "_orders",
+        "_outgoing", "_record", "_scanning", "_table", "_tasks", "_watcher", "_way_steps",
+        "_ways", "_ways_as_of", "began", "cache", "device", "history", "is_local", "is_paused",
+        "keeps_names", "ledger", "pid", "transport", "waiting_until",
     )  # fmt: skip
 
     def __init__(
@@ -83,8 +83,7 @@ class MountGuest(Guest):
         self.device = 0  # st_dev of the mount, if it is this machine's
         self.transport = ""  # what brings its requests, for people
         self.began = time.time()
-        self.nodes_held: Callable[[], int] = _none_known
-        """Returns how many nodes its kernel holds."""
+        self._nodes: Sized = ()  # that its kernel holds
         self._table = fs.table
         self._watcher = watcher
         self.ledger = Ledger(fs, self._done)
@@ -92,7 +91,7 @@ class MountGuest(Guest):
         self.pid = 0  # of the agent's replaying thread; 0 while there is none
         self._record = record
         self.is_paused = False  # no orders are sent; sent ones are still answered
-        self.keeps_names = False  # its kernel may look a name up without a request
+        self.keeps_names = False
         self.cache: KernelCache | None = None
         self._held: deque[Held] = deque()
         # For each inode the OPENs (None) and CLOSEs (True = for writing) among the held events, and
@@ -110,6 +109,17 @@ class MountGuest(Guest):
         self._ways_as_of = 0  # the table's ``moves``
         self._way_steps = 0  # in all of them
         self.waiting_until: float | None = None  # time.monotonic() at which to plan again
+
+    def serve(self, nodes: Sized, *, keeps_names: bool, cache: KernelCache | None) -> None:
+        """A session serves its kernel, which holds these nodes; ``keeps_names``: which may look a
+        name up without a request; ``cache``: and keeps what is taken back.
+        """
+        self._nodes, self.keeps_names, self.cache = nodes, keeps_names, cache
+
+    @property
+    def nodes_held(self) -> int:
+        """How many nodes its kernel holds."""
+        return len(self._nodes)
 
     # The agent
 
@@ -438,8 +448,3 @@ class MountGuest(Guest):
 
 def _file(inode: Inode) -> File:
     return inode.identity.device, inode.identity.ino
-
-
-def _none_known() -> int:
-    """The nodes that the mount's kernel holds are not counted."""
-    return 0

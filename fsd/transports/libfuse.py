@@ -40,7 +40,7 @@ class LibfuseTransport:
                 said.seek(0)
                 reason = os.fsdecode(said.read()).strip().rpartition("\n")[2] or str(error)
                 raise MountError(reason) from None
-        operations.export.watcher.on_changed = adapter.invalidate
+        operations.export.watcher.report_changes(adapter.invalidate)
         operations.guest.history.serve(adapter.invalidate)
 
     async def run(self) -> None:
