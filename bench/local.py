@@ -129,7 +129,8 @@ def _refusal(side: Side, scratch: Path, scale: Scale) -> str:
         with _served(side, scratch, scale):
             return ""
     except (AssertionError, subprocess.CalledProcessError) as error:
-        return " ".join([str(error), *getattr(error, "__notes__", [])]).replace("\n", " ")
+        said = "\n".join([str(error), *getattr(error, "__notes__", [])])  # the server's words last
+        return said.strip().splitlines()[-1]
 
 
 def _file_system(path: Path) -> str:

@@ -41,7 +41,7 @@ NATIVE, LL, HP, HP_PASSTHROUGH = "native", "ll", "hp", "hp-passthrough"
 
 
 def sides() -> tuple[list[Side], list[str]]:
-    """All that this machine has, fsd's default first among its own; notes on what is missing."""
+    """All that this machine has, and notes on what is missing."""
     found, notes = [Side(NATIVE, "the directory itself", None), *_fsd()], []
     for side, program in OTHERS:
         if shutil.which(program):
