@@ -22,9 +22,9 @@ row, in a random order.
 fresh mount"; "again" comes after a run that is not timed. Reads begin with the file's pages in \
 the host's cache, not in the mount's. Writes overwrite a file and include close(2), not fsync(2).
 - What can be repeated is, for 0.2 s. Archive and repository lie outside of the mount.
-- At rest: processor time in 5 s, after 8 s without requests, of the server and all it has started. \
-With `coherent` the agent is woken by marks that any program of the machine sets: 0.3 ms for each, \
-nothing without them.
+- At rest: processor time in 5 s, after 8 s without requests, of the server and all it has \
+started. With `coherent` the agent is woken by marks that any program of the machine sets: 0.3 ms \
+for each, nothing without them.
 """
 
 VERSIONS = (
