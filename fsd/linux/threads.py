@@ -1,12 +1,16 @@
 """What another thread of this machine is doing: the path on which it sets a mark.
 
-From /proc/TID/syscall and /proc/TID/mem, which ask no file system.
+From /proc/TID/syscall and /proc/TID/mem. Reading these may wait: for memory that is mapped from a
+file of the very mount that this process serves, for a userfaultfd, for an execve(2). So a thread
+does it, and whoever asks waits for a moment only.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from protocol.inotify import MARKING
 
@@ -16,6 +20,9 @@ _PATHS = MARKING.get(platform.machine(), {})
 _TRIES = 8
 """A thread that has just sent a request may not sleep yet."""
 _PATH_MAX = 4096
+PATIENCE = 0.005
+"""Seconds to wait for the answer, which takes 0.1 ms. Without one, no other is asked for until
+it has come."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -24,16 +31,48 @@ def sets_mark(thread: int, name: bytes) -> bool:
     far as its path shows: a directory on the way has another name. False if that cannot be seen:
     another architecture, a sandbox, a process that may not be traced (ptrace(2)).
     """
-    path = _path_to_mark(thread)
+    path = _reader.ask(thread) if _PATHS and syscalls.sees_processes() else None
     if path is None:
         return False
     last = os.path.basename(path.rstrip(b"/"))
     return last in (name, b"", b".", b"..") or path.startswith(b"/proc/")
 
 
+class _Reader:
+    """The thread that reads, begun when it is needed."""
+
+    def __init__(self) -> None:
+        self._questions: SimpleQueue[int] = SimpleQueue()
+        self._answers: SimpleQueue[bytes | None] = SimpleQueue()
+        self._late = 0  # answers that nobody waits for any more
+        self._thread: Thread | None = None
+
+    def ask(self, thread: int) -> bytes | None:
+        """The path to the mark that a thread sets; None if it sets none, or cannot be read."""
+        while self._late and not self._answers.empty():
+            self._answers.get()
+            self._late -= 1
+        if self._late:
+            return None
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="reader of threads", daemon=True)
+            self._thread.start()
+        self._questions.put(thread)
+        try:
+            return self._answers.get(timeout=PATIENCE)
+        except Empty:
+            self._late += 1
+            return None
+
+    def _run(self) -> None:
+        while True:
+            self._answers.put(_path_to_mark(self._questions.get()))
+
+
+_reader = _Reader()
+
+
 def _path_to_mark(thread: int) -> bytes | None:
-    if not _PATHS or not syscalls.sees_processes():
-        return None
     try:
         with open(f"/proc/{thread}/syscall", "rb", buffering=0) as file:
             for _ in range(_TRIES):
