@@ -709,7 +709,8 @@ class Generator:
         return [Call("close", (slot,))]
 
     def _two_writers(self) -> list[Call]:
-        if not (entry := self._entry("file")):
+        entry = self._entry("file")
+        if not entry or self._is_held(entry.node):  # its two OPENs are merged, as above
             return []
         first, second = self._rng.sample([0, 1], 2)
         return [
