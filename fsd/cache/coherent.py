@@ -11,6 +11,7 @@ thing given, at most KEPT_NAMES_LIMIT names.
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from protocol.masks import Mask
 from ..files.attributes import StatLike
 from ..files.inode import Inode
 from ..files.table import InodeTable
+from ..linux import syscalls
 from .directories import DATA, ENDED, NAMES, Directories, Directory
 from .notifier import Notifier
 
@@ -77,12 +79,12 @@ class CoherentCache:
         self._later = later
         self._is_watched = is_watched
         self._directories = Directories(table, limit)
-        self._attributes: dict[int, float] = {}  # nodeid -> time.monotonic() when they were given
+        self._attributes: set[int] = set()  # nodeids whose attributes were given
         self._data: set[int] = set()  # nodeids of files and directories whose content is current
         self._names = 0
         self._own: Counter[tuple[int, bytes, int]] = Counter()
         self._points = dict(table.mounts.points)
-        self._mountinfo = open("/proc/self/mountinfo", "rb")  # noqa: SIM115 - until close
+        self._mountinfo = open(syscalls.mountinfo_path(), "rb")  # noqa: SIM115 - until close
         self._epoll = select.epoll()
         self._epoll.register(self._directories.fd, select.EPOLLIN)
         self._epoll.register(self._mountinfo.fileno(), select.EPOLLPRI)
@@ -135,11 +137,31 @@ class CoherentCache:
             self._give_up(next(iter(self._directories)))
         return True
 
+    def keeps_missing(self, parent: Inode, name: bytes) -> bool:
+        """Whether the kernel may keep that a name does not exist. A look-up that failed with ENOENT
+        does not show that: it may have been the directory that was not found.
+        """
+        if self._directories.get(parent) is None:
+            return False
+        try:
+            fd = self._table.reach.open(parent)
+        except OSError:
+            return False
+        try:
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return self.keeps_name(parent, name, exists=False)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return False
+
     def keeps_attributes(self, inode: Inode, attr: StatLike) -> bool:
         """Whether the kernel may keep these attributes."""
         if not self._is_covered(inode, attr.st_nlink):
             return False
-        self._attributes[inode.nodeid] = time.monotonic()
+        self._attributes.add(inode.nodeid)
         return True
 
     def keeps_content(self, inode: Inode) -> bool | None:
@@ -201,6 +223,7 @@ class CoherentCache:
         child = directory.inode.children.get(name)
         if child is not None:
             self._take_attributes(child)
+            self._give_up_content(child)
         self._take_attributes(directory.inode)
         self._take_content(directory.inode)
 
@@ -220,6 +243,8 @@ class CoherentCache:
                 # The kernel moves what it keeps to the new name. This waits for the end of that.
                 if directory is not None:
                     self._forget_name(directory, name)
+                if (child := inode.children.get(name)) is not None:
+                    self._give_up_content(child)
                 self._post([_expired(inode.nodeid, name)])
             elif directory is not None:
                 own[directory.wd, name, int(mask & _ONE_NAME)] += 1
@@ -259,13 +284,13 @@ class CoherentCache:
                 self._forget_names(directory)
             else:
                 self._take_names(directory)
-        given, self._attributes = self._attributes, {}
+        given, self._attributes = self._attributes, set()
         self._post(map(_attributes, given))
         self._post(map(_content, list(self._data)))
 
     def forget(self, nodeid: int) -> None:
         """The kernel holds a node no longer, and nothing below it."""
-        self._attributes.pop(nodeid, None)
+        self._attributes.discard(nodeid)
         self._data.discard(nodeid)
         directory = self._directories.of_node(nodeid)
         if directory is not None:
@@ -282,8 +307,9 @@ class CoherentCache:
         """Watch a directory no longer."""
         self._take_names(directory)
         nodes = {directory.inode.nodeid, *(i.nodeid for i in directory.inode.children.values())}
-        self._post(map(_attributes, [n for n in nodes if self._attributes.pop(n, 0.0)]))
+        self._post(map(_attributes, nodes & self._attributes))
         self._post(map(_content, nodes & self._data))
+        self._attributes -= nodes
         self._data -= nodes
         self._directories.drop(directory)
 
@@ -310,12 +336,18 @@ class CoherentCache:
 
     def _take_attributes(self, inode: Inode) -> None:
         """At once. An answer on its way does not restore them: the kernel numbers its requests."""
-        if self._attributes.pop(inode.nodeid, 0.0):
+        if inode.nodeid in self._attributes:
+            self._attributes.remove(inode.nodeid)
             self._notify(_attributes(inode.nodeid))
 
     def _take_content(self, inode: Inode) -> None:
         if inode.nodeid in self._data:
             self._post([_content(inode.nodeid)])
+
+    def _give_up_content(self, inode: Inode) -> None:
+        """It may be changed where nobody looks, until it is opened again."""
+        self._take_content(inode)
+        self._data.discard(inode.nodeid)
 
     def _post(self, messages: Iterable[bytes], *, again: bool = False) -> None:
         """In the notifier's thread; and ``again`` AGAIN seconds later: then it is a list."""

@@ -241,7 +241,7 @@ class Nodes:
             return None
         if self.is_watched_node(parent) or (parent == ROOT_ID and name == FSD_NAME):
             return None
-        if not self._cache.keeps_name(self._table.get(parent), name, exists=False):
+        if not self._cache.keeps_missing(self._table.get(parent), name):
             return None
         return fuse.ENTRY_OUT.pack(0, 0, DAY, 0, 0, 0) + bytes(fuse.ATTR.size)
 

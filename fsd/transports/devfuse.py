@@ -110,7 +110,7 @@ class DevfuseTransport:
         """Make ``run`` return. Not while the kernel acts on a notification: it may need answers."""
         if self._notifier is not None:
             self._notifier.close()
-            if not self._notifier.is_settled:
+            if not self._notifier.is_idle:
                 trio.lowlevel.spawn_system_task(self._stop_soon)
                 return
         self._scope.cancel()
