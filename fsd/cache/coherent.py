@@ -223,7 +223,7 @@ class CoherentCache:
         child = directory.inode.children.get(name)
         if child is not None:
             self._take_attributes(child)
-            self._give_up_content(child)
+            self.give_up_content(child)
         self._take_attributes(directory.inode)
         self._take_content(directory.inode)
 
@@ -244,7 +244,7 @@ class CoherentCache:
                 if directory is not None:
                     self._forget_name(directory, name)
                 if (child := inode.children.get(name)) is not None:
-                    self._give_up_content(child)
+                    self.give_up_content(child)
                 self._post([_expired(inode.nodeid, name)])
             elif directory is not None:
                 own[directory.wd, name, int(mask & _ONE_NAME)] += 1
@@ -344,7 +344,7 @@ class CoherentCache:
         if inode.nodeid in self._data:
             self._post([_content(inode.nodeid)])
 
-    def _give_up_content(self, inode: Inode) -> None:
+    def give_up_content(self, inode: Inode) -> None:
         """It may be changed where nobody looks, until it is opened again."""
         self._take_content(inode)
         self._data.discard(inode.nodeid)

@@ -19,6 +19,7 @@ from ..servers import deadmount
 from ..servers.mount import (
     BUSY_POLL,
     CACHES,
+    PASSTHROUGH,
     TRANSPORTS,
     Options,
     Place,
@@ -118,6 +119,13 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
     "changed.",
 )
 @click.option(
+    "--passthrough",
+    type=click.Choice(PASSTHROUGH),
+    default="off",
+    show_default=True,
+    help="Let the kernel move file data itself, past the server, where it can (root, Linux 6.9).",
+)
+@click.option(
     "--busy-poll",
     type=click.FloatRange(0, 10_000),
     default=BUSY_POLL * 1e6,
@@ -141,6 +149,7 @@ def mount(
     allow_other: bool | None,
     transport: str,
     cache: str,
+    passthrough: str,
     busy_poll: float,
     restore: bool | None,
     state_dir: str | None,
@@ -159,6 +168,7 @@ def mount(
         overflow_after_loss=overflow_after_loss,
         transport=transport,
         cache=cache,
+        passthrough=passthrough,
         busy_poll=busy_poll / 1e6,
         restore=restore,
         state_dir=os.path.abspath(state_dir) if state_dir else None,

@@ -31,6 +31,7 @@ from ..linux import syscalls
 from ..linux.ioctls import FIONREAD, SETNEXTWD
 from ..linux.libc import last_error
 from .attribution import LOOKS, Bits, CallsElsewhere, Expected, Matches, is_expected, is_look
+from .backed import TOUCHES, BackedFiles
 from .backlog import Backlog
 from .event import HOST, SERVER, Origin
 from .sharedwatches import SharedWatches
@@ -51,6 +52,7 @@ MARKED = SELF | Mask.ATTRIB
 """What a marked object is always watched for: its end, moves and links, which prove what its names
 stood for."""
 _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
+_TOUCHES = int(TOUCHES)
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
 
 
@@ -90,6 +92,8 @@ class HostWatcher:
         self.events_in = 0
         self.own_events = 0  # that the server itself has made
         self._elsewhere = CallsElsewhere()
+        self.backed: BackedFiles | None = None
+        """Files that a guest's kernel uses itself, if there may be any."""
         self.on_arrival = on_arrival
         self._report_change: Callable[[Inode], None] = _ignore_change
 
@@ -152,6 +156,8 @@ class HostWatcher:
             path = syscalls.fd_path(fd)
             if inode in self._old_wds:
                 self._set_next_wd(self._old_wds[inode])
+            if self.backed and mask & ~self.mask_of(inode):
+                self.backed.watches(inode, int(mask))
             # Another inode's watch may be the same, seen through another mount.
             below = self._table.mounts.below
             wd = self._add(path, int(mask) | (_MASK_ADD if below else 0))
@@ -179,6 +185,8 @@ class HostWatcher:
             self._mask_of[inode] = mask
         else:
             self._mask_of.pop(inode, None)
+        if self.backed:
+            self.backed.watches_less(inode)
         if inode.is_dir and mask & LOOKS:
             self._table.reach.visibly_read.add(inode)
         else:
@@ -340,23 +348,36 @@ class HostWatcher:
         """Read queued events; those that match ``call`` belong to it, the others to other
         parties.
         """
-        size = min(self._readable(), most)
-        if not size:
+        backed = self.backed or None
+        if backed is not None:
+            backed.read()
+        readable = self._readable()
+        size = min(readable, most)
+        if not size and (backed is None or not backed.has_rest):
             return
         now = time.monotonic()
         for raw in self._read(size):
             if call is not None and call[1](raw):
-                if call[0] is SERVER:  # no guest gets it, and comparisons do not wait for it
-                    self.own_events += 1
-                    continue
                 origin = call[0]
             else:
                 origin = self._elsewhere.origin_of(raw) if self._elsewhere else HOST
-            if self.queue.push(raw, origin, now):
-                self.last_activity = now
-                if raw.mask & _CHANGING:
-                    self._note_change(raw)
+            if backed is not None and raw.mask & _TOUCHES:
+                origin = backed.origin_of(self._by_wd.get(raw.wd), raw, origin)
+            if origin is SERVER:  # no guest gets it, and comparisons do not wait for it
+                self.own_events += 1
+                continue
+            self._push(raw, origin, now)
+        if backed is not None and size == readable:
+            for inode, name, mask in backed.rest():
+                if (wd := self.wd_of(inode)) >= 0:
+                    self._push(RawEvent(wd, mask, 0, name), HOST, now)
         self.on_arrival()
+
+    def _push(self, raw: RawEvent, origin: Origin, now: float) -> None:
+        if self.queue.push(raw, origin, now):
+            self.last_activity = now
+            if raw.mask & _CHANGING:
+                self._note_change(raw)
 
     @property
     def backlog(self) -> int:

@@ -147,4 +147,5 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
         state["agent_pid"] = guest.pid
         state["keeps_names"] = guest.keeps_names
         state["cache"] = None if guest.cache is None else guest.cache.state()
+        state["passthrough"] = None if guest.passthrough is None else guest.passthrough.state()
     return state

@@ -16,6 +16,7 @@ from ..files.appends import Bypass
 from ..files.handle import Handle
 from ..files.inode import Inode
 from ..files.passthrough import Entry
+from .backing import Backing, Reply
 from .channelfile import READY, ChannelFile
 from .handles import IdleHandle
 from .hidden import HiddenHandle
@@ -56,8 +57,10 @@ class Files:
         notify: Callable[[bytes], None] | None,
         direct_io: bool = False,
         cache: CoherentCache | None = None,
+        backing: Backing | None = None,
     ) -> None:
         self._cache = cache
+        self._backing = backing
         self._operations = operations
         self._direct_io = os.O_DIRECT if direct_io else 0
         self._nodes = nodes
@@ -108,10 +111,12 @@ class Files:
         self._channels.pop(fh, None)
         self.bypass.closed(fh)
         self._operations.files.release(fh)
+        if self._backing is not None:
+            self._backing.closed(fh)
 
-    def _opened(self, request: Request, fh: int, flags: int) -> bytes:
+    def _opened(self, request: Request, fh: int, flags: int, backing: int = 0) -> bytes:
         self._handles.add(fh)
-        return fuse.OPEN_OUT.pack(fh, flags, 0)
+        return fuse.OPEN_OUT.pack(fh, flags, backing)
 
     def _open(self, request: Request) -> bytes:
         flags, more = fuse.OPEN_IN.unpack(request.body)
@@ -122,13 +127,26 @@ class Files:
         if isinstance(handle, HiddenHandle) and handle.channel is not None:
             self._channels[fh] = ChannelFile(handle.channel)
         if isinstance(handle, HiddenHandle | IdleHandle):  # its data must not be cached
-            return self._opened(request, fh, _DIRECT_IO)
+            reply = None
+            if self._backing is not None and isinstance(handle, IdleHandle):
+                reply = self._backing.replayed(fh, handle.inode)
+            return self._opened(request, fh, *(reply or (_DIRECT_IO,)))
         if flags & self._direct_io:
             self._bypass_cache(fh)
-        reply_flags = self._data_flags(handle)
-        if reply_flags == _KEEP_CACHE and self._nodes.is_watched(handle.inode):
-            reply_flags = 0
-        return self._opened(request, fh, reply_flags)
+        flags, backing = self._data_reply(request, handle, flags)
+        if flags == _KEEP_CACHE and self._nodes.is_watched(handle.inode):
+            flags = 0
+        return self._opened(request, fh, flags, backing)
+
+    def _data_reply(self, request: Request, handle: Handle, flags: int) -> Reply:
+        """How a file that was opened with these flags is used from now on."""
+        if self._backing is not None:
+            reply = self._backing.opened(handle, flags, request.who)
+            if reply is not None:
+                if self._cache is not None:
+                    self._cache.give_up_content(handle.inode)
+                return reply
+        return Reply(self._data_flags(handle))
 
     def _data_flags(self, handle: Handle) -> int:
         """What the guest's kernel may cache of a file that it opens."""
@@ -181,7 +199,7 @@ class Files:
         request.on_lost = undo
         reply = self._nodes.entry(request.who, entry, request.nodeid, name)
         handle = self._operations.handles.file(fh)
-        return reply + self._opened(request, fh, self._data_flags(handle))
+        return reply + self._opened(request, fh, *self._data_reply(request, handle, flags))
 
     def _read(self, request: Request) -> bytes | None:
         fh, offset, size, *_ = fuse.READ_IN.unpack(request.body)

@@ -29,6 +29,7 @@ from ..files.inode import Inode
 from ..files.slowcalls import Later, Outcome, SlowCall, Work
 from ..guests.history import Undelivered
 from .access import Events
+from .backing import STACK_DEPTH, Backing
 from .leaving import give_back
 from .locks import Locks
 from .names import Names
@@ -98,6 +99,8 @@ class SessionOptions:
     """Sends an unsolicited message; None if that is impossible, as with virtiofs."""
     notifier: Notifier | None = None
     """The same for what may wait: with it, the kernel keeps what can be taken back."""
+    device: int = -1
+    """The descriptor of /dev/fuse, if the kernel may move file data itself."""
     nodes_limit: int = NODES_LIMIT
     kept: SessionRecord | None = None
     """Records this session for the next process, and holds the record of an earlier one."""
@@ -142,10 +145,12 @@ class FuseSession:
         )
         self._names = Names(operations, self.nodes, xattr=self._options.xattr)
         self._waiting = Waiting()
-        direct_io = self._options.direct_io
+        direct_io, device = self._options.direct_io, self._options.device
+        self.backing = None if device < 0 else Backing(operations, device, loop.later)
+        operations.guest.passthrough = self.backing
         self._files = Files(
             operations, self.nodes, loop, self._waiting, caching, notify=notify,
-            direct_io=direct_io, cache=self.cache,
+            direct_io=direct_io, cache=self.cache, backing=self.backing,
         )  # fmt: skip
         self._handlers: dict[int, Callable[[Request], bytes | None]] = {
             **self._names.handlers,
@@ -343,6 +348,8 @@ class FuseSession:
             self._operations.access.cache = None
             self._operations.guest.serve((), keeps_names=False, cache=None)
             self.cache.close()
+        if self.backing is not None:
+            self.backing.close()
 
     def close(self, then: Callable[[], None] = lambda: None) -> None:
         """The guest has disconnected: answer waiting requests, drop everything that it held.
@@ -413,7 +420,8 @@ class FuseSession:
         log.debug("guest's kernel connected", version=f"{major}.{minor}", flags=Init(agreed).name)
         return fuse.INIT_OUT.pack(
             fuse.MAJOR, self._minor, readahead, agreed & 0xFFFF_FFFF, _MAX_BACKGROUND,
-            _MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_PAGES, 0, agreed >> 32, 0, 0,
+            _MAX_BACKGROUND * 3 // 4, MAX_WRITE, 1, MAX_PAGES, 0, agreed >> 32,
+            STACK_DEPTH if agreed & Init.PASSTHROUGH else 0, 0,
         )  # fmt: skip
 
     def _agree(self, agreed: Agreed) -> None:
@@ -427,12 +435,16 @@ class FuseSession:
             self.cache.has_epochs = self._minor >= fuse.EPOCH_MINOR
             if not flags & Init.HAS_EXPIRE_ONLY:
                 self.cache.disabled = "the kernel is older than Linux 6.2"
+        if self.backing is not None and not flags & Init.PASSTHROUGH:
+            self.backing.disabled = self.backing.disabled or "the kernel cannot (Linux 6.9 can)"
 
     def _wanted(self) -> Init:
         options = self._options
         wanted = _ALWAYS
         if self.cache is not None:
             wanted |= Init.HAS_EXPIRE_ONLY
+        if self.backing is not None and not self.backing.disabled:
+            wanted |= Init.PASSTHROUGH
         if options.readdirplus and (options.caching.keeps_attributes or self.cache is not None):
             wanted |= Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO
         if options.locks:

@@ -27,7 +27,7 @@ from .history import History, Place
 from .ledger import Ledger, Step, Task, Way, Ways
 from .openings import Evidence, Need, Wait, closes_of, judge
 from .orders import Held, Orders
-from .roles import KernelCache, Record
+from .roles import HasState, KernelCache, Record
 
 TASKS_LIMIT = 512
 """Orders made ahead of the agent; later events wait as events, which are smaller."""
@@ -62,7 +62,7 @@ class MountGuest(Guest):
         "_held", "_hint", "_hinted", "_nodes", "_only_read", "_open_close", "_openers", "_orders",
         "_outgoing", "_record", "_scanning", "_table", "_tasks", "_watcher", "_way_steps",
         "_ways", "_ways_as_of", "began", "cache", "device", "history", "is_local", "is_paused",
-        "keeps_names", "ledger", "pid", "transport", "waiting_until",
+        "keeps_names", "ledger", "passthrough", "pid", "transport", "waiting_until",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +93,7 @@ class MountGuest(Guest):
         self.is_paused = False  # no orders are sent; sent ones are still answered
         self.keeps_names = False
         self.cache: KernelCache | None = None
+        self.passthrough: HasState | None = None
         self._held: deque[Held] = deque()
         # For each inode the OPENs (None) and CLOSEs (True = for writing) among the held events, and
         # where; what has the name by now may be taken for the file

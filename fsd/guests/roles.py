@@ -17,7 +17,14 @@ class Record(Protocol):
         """The guest's interest in a node (0 = all) has changed."""
 
 
-class KernelCache(Protocol):
+class HasState(Protocol):
+    """A part of a session that is shown."""
+
+    def state(self) -> dict[str, Any]:
+        """For people."""
+
+
+class KernelCache(HasState, Protocol):
     """What a guest's kernel keeps, and the server takes back."""
 
     @property
@@ -26,6 +33,3 @@ class KernelCache(Protocol):
 
     def watched(self, inode: Inode | None, /) -> None:
         """The guest watches an object (None = all) from now on."""
-
-    def state(self) -> dict[str, Any]:
-        """For people."""

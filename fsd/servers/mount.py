@@ -39,7 +39,7 @@ from .pump import Pump
 from .start import StartError
 
 __all__ = [
-    "BUSY_POLL", "CACHES", "TRANSPORTS", "Options", "Place", "StartError", "check",
+    "BUSY_POLL", "CACHES", "PASSTHROUGH", "TRANSPORTS", "Options", "Place", "StartError", "check",
     "clear_dead_mounts", "reductions", "serve",
 ]  # fmt: skip
 
@@ -47,6 +47,8 @@ log = structlog.get_logger()
 TRANSPORTS = ("auto", "devfuse", "libfuse")
 CACHES = ("never", "coherent")
 """What the kernel may keep: nothing, or what the host has not changed."""
+PASSTHROUGH = ("auto", "off")
+"""Whether the kernel moves file data itself: where it can and may, or never."""
 BUSY_POLL = LOCAL_WINDOW
 READY_TIMEOUT = 20.0
 """Seconds for the mount and the agent to become ready, on a busy machine."""
@@ -68,6 +70,8 @@ class Options:
     """One of TRANSPORTS; auto: devfuse, or libfuse if that is not available."""
     cache: str = "never"
     """One of CACHES."""
+    passthrough: str = "off"
+    """One of PASSTHROUGH."""
     busy_poll: float = BUSY_POLL
     """Seconds after an answer for which to poll for the next request; 0 never polls."""
     restore: bool | None = None
@@ -282,6 +286,7 @@ class Mounted:
                         operations,
                         self._place,
                         coherent=coherent,
+                        passthrough=self._options.passthrough == "auto",
                         busy_poll=self._options.busy_poll,
                     )
                 except UnavailableError as error:

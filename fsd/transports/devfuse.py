@@ -52,10 +52,11 @@ class DevfuseTransport:
         place: Place,
         *,
         coherent: bool = False,
+        passthrough: bool = False,
         busy_poll: float = LOCAL_WINDOW,
     ) -> None:
-        """``coherent``: the kernel keeps what the host has not changed. ``busy_poll``: the window
-        of BusyPolling in seconds.
+        """``coherent``: the kernel keeps what the host has not changed. ``passthrough``: it moves
+        file data itself where it can. ``busy_poll``: the window of BusyPolling in seconds.
         """
         self._busy_poll = busy_poll
         self._operations = operations
@@ -73,6 +74,7 @@ class DevfuseTransport:
             is_local=True,
             notify=self._notify,
             notifier=self._notifier,
+            device=self.fd if passthrough and not self._is_users else -1,
         )
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLIN)
@@ -128,6 +130,8 @@ class DevfuseTransport:
                 if session.cache is not None:
                     self._token = trio.lowlevel.current_trio_token()
                     nursery.start_soon(self._take_back, session.cache)
+                if session.backing is not None and session.backing.files is not None:
+                    nursery.start_soon(self._take_in, session.backing.files.fd)
                 try:
                     await self._serve(session, loop)
                 finally:
@@ -153,6 +157,17 @@ class DevfuseTransport:
             await trio.lowlevel.wait_readable(cache.fd)
             with Guard("taking back what the host has changed") as guard:
                 cache.read(_EVENTS)
+            await trio.lowlevel.checkpoint()
+            if guard.failed:
+                await trio.sleep(PAUSE)
+
+    async def _take_in(self, fd: int) -> None:
+        """What others do with files that the kernel uses itself, should it be seen late."""
+        watcher = self._operations.export.watcher
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            with Guard("reading what others do with open files") as guard:
+                watcher.drain()
             await trio.lowlevel.checkpoint()
             if guard.failed:
                 await trio.sleep(PAUSE)
