@@ -10,6 +10,7 @@ import ctypes
 import errno
 import functools
 import os
+import stat
 import struct
 from collections.abc import Iterator
 
@@ -83,7 +84,7 @@ def open_reached(fd: int, flags: int) -> int:
 
 
 def _require_file_or_directory(fd: int) -> None:
-    if not kernel.is_file_or_directory(fd):
+    if kernel.kind_of(fd) not in (stat.S_IFREG, stat.S_IFDIR):
         raise OSError(errno.EINVAL, "neither a file nor a directory")
 
 

@@ -125,9 +125,9 @@ def _times(atime: bool, mtime: bool) -> ctypes.Array[_Timespec]:
     return _BOTH if atime and mtime else _ATIME if atime else _MTIME
 
 
-def is_file_or_directory(fd: int) -> bool:
-    """Whether a descriptor's file is a regular file or a directory, as the kernel has it: statx(2)
-    with AT_STATX_DONT_SYNC, which makes no request to the server. Raises OSError.
+def kind_of(fd: int) -> int:
+    """The type of a descriptor's file (S_IFMT), as the kernel has it: statx(2) with
+    AT_STATX_DONT_SYNC, which makes no request to the server. Raises OSError.
     """
     buffer = ctypes.create_string_buffer(256)
     flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
@@ -140,7 +140,7 @@ def is_file_or_directory(fd: int) -> bool:
         if isinstance(error, OSError) and error.errno not in missing:
             raise
         mode = os.fstat(fd).st_mode
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return stat.S_IFMT(mode)
 
 
 def ask_for(dir_fd: int, name: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import NamedTuple, Union
 
 VERSION = 1
@@ -53,6 +53,14 @@ class Op(IntEnum):
     TOUCH = 4
     OPEN = 5
     CLOSE = 6
+    LONE_CLOSE = 7
+
+
+class Scan(IntFlag):
+    """Of a ScanEnd. FULL: all processes were read. LONE_CLOSE: the agent can make such orders."""
+
+    FULL = 1
+    LONE_CLOSE = 2
 
 
 class Hello(NamedTuple):
@@ -78,12 +86,12 @@ class Update(NamedTuple):
 
 
 class ScanEnd(NamedTuple):
-    """The agent has read the marks of all processes hinted up to ``hint`` (``full``: of all
-    processes). The Updates before it are the changes, and are applied as one.
+    """The agent has read the marks of all processes hinted up to ``hint``; flags: Scan. The Updates
+    before it are the changes, and are applied as one.
     """
 
     hint: int
-    full: int
+    flags: int
 
 
 class Resolve(NamedTuple):
@@ -165,7 +173,8 @@ class Order(NamedTuple):
     CREATE name in node (mode: file type); REMOVE it (mode decides between rmdir and unlink); RENAME
     to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB; nodeid2:
     through the file that this OPEN opened; generation2 1: the name is gone, open it separately);
-    OPEN (arg 1: for writing); CLOSE the file that order ``arg`` opened. An empty name means the
+    OPEN (arg 1: for writing); CLOSE the file that order ``arg`` opened; LONE_CLOSE (arg 1: for
+    writing; generation2 1: the name is gone): a CLOSE without an OPEN. An empty name means the
     directory itself. The paths lead to node and node2 from the root, as of the event.
     """
 

@@ -314,7 +314,9 @@ class Channel:
     def _replayer_message(self, guest: MountGuest, message: frames.Message) -> Job[None]:
         arming = self._export.arming
         if isinstance(message, frames.ScanEnd):
-            scan = arming.scan_ending(guest, message.hint, full=bool(message.full))
+            guest.makes_lone_closes = bool(message.flags & frames.Scan.LONE_CLOSE)
+            is_full = bool(message.flags & frames.Scan.FULL)
+            scan = arming.scan_ending(guest, message.hint, full=is_full)
             for key, error in (yield from scan):
                 self._refuse(0, key, error)
         elif isinstance(message, frames.Ack):

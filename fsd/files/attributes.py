@@ -31,8 +31,10 @@ StatLike = os.stat_result | Attr
 
 
 def placeholder_attr(inode: Inode, nlink: int = 1) -> Attr:
-    """Attributes of an object that is gone: its type, and nothing misleading."""
-    mode = inode.kind | (0o755 if stat.S_ISDIR(inode.kind) else 0o644)
+    """Attributes of an object that is gone: its type, and nothing misleading. Any agent may open a
+    FIFO (LONE_CLOSE of protocol/frames.py).
+    """
+    mode = inode.kind | {stat.S_IFDIR: 0o755, stat.S_IFIFO: 0o666}.get(inode.kind, 0o644)
     return Attr(mode, inode.nodeid, 0, nlink, 0, 0, 0, 0, 4096, 0, 0, 0, 0)
 
 

@@ -86,8 +86,8 @@ def _check_looked_up(task: Task) -> None:
 
 
 def _is_apart(task: Task) -> bool:
-    """Whether it is a TOUCH of a file that has lost its name, through a descriptor made for it."""
-    return task.order.op == Op.TOUCH and bool(task.order.generation2)
+    """Whether it is made through a descriptor of its own of a file that has lost its name."""
+    return task.order.op in (Op.TOUCH, Op.LONE_CLOSE) and bool(task.order.generation2)
 
 
 class Ledger:
@@ -122,6 +122,12 @@ class Ledger:
     def finish(self) -> None:
         """The agent asks for more: all its orders are executed."""
         while self._tasks:
+            self._pop()
+        self._returned()
+
+    def executed(self, seq: int) -> None:
+        """The agent has executed the orders up to ``seq``."""
+        while self._tasks and self._tasks[0].order.seq <= seq:
             self._pop()
         self._returned()
 
@@ -291,7 +297,7 @@ class Ledger:
         """
         task = self._tasks[0] if self._tasks else None
         is_meant = task is not None and (inode is task.child or not inode.is_dir)
-        if task is not None and is_meant and task.order.op in (Op.TOUCH, Op.OPEN):
+        if task is not None and is_meant and task.order.op in (Op.TOUCH, Op.OPEN, Op.LONE_CLOSE):
             _check_looked_up(task)
         return self.attributes(inode)
 
@@ -304,10 +310,10 @@ class Ledger:
 
     def open(self, nodeid: int) -> Inode:
         """OPEN, OPENDIR: the caller answers with a handle without data."""
-        task = self._head(Op.OPEN, Op.TOUCH)
+        task = self._head(Op.OPEN, Op.TOUCH, Op.LONE_CLOSE)
         if task is not None:
             _check_looked_up(task)
-        is_meant = task is not None and (task.order.op == Op.OPEN or _is_apart(task))
+        is_meant = task is not None and (task.order.op != Op.TOUCH or _is_apart(task))
         if task is None or not is_meant or task.child.nodeid != nodeid:
             raise UnexpectedCall(f"open of node {nodeid}")
         if task.order.op == Op.OPEN:

@@ -62,7 +62,8 @@ class MountGuest(Guest):
         "_held", "_hint", "_hinted", "_nodes", "_only_read", "_open_close", "_openers", "_orders",
         "_outgoing", "_record", "_scanning", "_table", "_tasks", "_watcher", "_way_steps",
         "_ways", "_ways_as_of", "began", "cache", "device", "history", "is_local", "is_paused",
-        "keeps_names", "ledger", "passthrough", "pid", "transport", "waiting_until",
+        "keeps_names", "ledger", "makes_lone_closes", "passthrough", "pid", "transport",
+        "waiting_until",
     )  # fmt: skip
 
     def __init__(
@@ -101,6 +102,7 @@ class MountGuest(Guest):
         self._tasks: deque[Task] = deque()
         self._only_read: set[int] = set()  # OPENs for writing that the agent has open for reading
         self._orders = Orders(fs.table, partial(interest, self))
+        self.makes_lone_closes = False  # the agent can
         self._hint = 0
         self._hinted: dict[int, int] = {}  # processes for the next hints, with their numbers
         # Processes that the agent is scanning: since which hint
@@ -129,6 +131,7 @@ class MountGuest(Guest):
         self.pid = pid
         self._note_agent()
         self.events = EVENTS & hello.events
+        self.makes_lone_closes = False
         self._orders.clear()
         self._only_read.clear()
         self._outgoing.clear()
@@ -271,6 +274,8 @@ class MountGuest(Guest):
 
     def acknowledge(self, seq: int, number: int) -> Event | None:
         """The agent's report on an order; returns the event if it could not be replayed."""
+        if not number:
+            self.ledger.executed(seq)
         task = self.ledger.failed(seq) if number else None
         if task is None and number == errno.ETXTBSY and len(self._only_read) < ONLY_READ_LIMIT:
             self._only_read.add(seq)
@@ -369,7 +374,7 @@ class MountGuest(Guest):
                 passed.popleft()
                 if not passed:
                     del self._open_close[event.child]
-            for task in self._orders.of(held, opens):
+            for task in self._orders.of(held, opens, lone_closes=self.makes_lone_closes):
                 self._add(task)
             for inode in held.pinned:
                 self._table.unpin(inode)

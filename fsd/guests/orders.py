@@ -38,8 +38,13 @@ _STAGED: _Place = (STAGING, 0, b"x")
 directory keeps a name of its own, so that later events in it can be replayed."""
 
 
+LATE_LIMIT = 4096
+"""Files that the agent could not open because it has too many open: each is opened right before its
+close. Of more, watchers get a CLOSE without an OPEN."""
+
+
 class _Open(NamedTuple):
-    """A file that the agent has open: which order opened it, under which name."""
+    """A file that the agent has open: which order opened it (0: it could not), under which name."""
 
     seq: int
     node: Inode
@@ -78,25 +83,28 @@ class Orders:
     for.
     """
 
-    __slots__ = ("_asks", "_opened", "_seq", "_table")
+    __slots__ = ("_asks", "_late", "_opened", "_seq", "_table")
 
     def __init__(self, table: InodeTable, asks: Callable[[Inode | None], Mask]) -> None:
         self._table = table
         self._asks = asks
         self._seq = itertools.count(1)
         self._opened: dict[tuple[Inode, bool], list[_Open]] = {}
+        self._late = 0  # of them, that the agent could not open
 
     def clear(self) -> None:
         """The agent has nothing open: it is a new one, or gone."""
         self._opened.clear()
+        self._late = 0
 
     def count(self, inode: Inode, writing: bool) -> int:
-        """How often the agent has a file open so."""
+        """How often a file is open so, as far as watchers know."""
         return len(self._opened.get((inode, writing), ()))
 
-    def of(self, held: Held, opens: list[bool]) -> Iterator[Task]:
+    def of(self, held: Held, opens: list[bool], *, lone_closes: bool = False) -> Iterator[Task]:
         """The orders of an event, with what the ledger answers them by. ``opens``: for an OPEN, an
-        item for each open that it stands for, True = for writing.
+        item for each open that it stands for, True = for writing. ``lone_closes``: the agent can
+        make them.
         """
         event = held.event
         kind, child = event.kind, event.child
@@ -130,7 +138,7 @@ class Orders:
         elif kind & _OPEN:
             yield from (self._open(held, child, writing) for writing in opens)
         elif kind & _CLOSE:
-            yield from self._close(held, child, bool(kind & _CLOSE_WRITE))
+            yield from self._close(held, child, bool(kind & _CLOSE_WRITE), lone_closes)
 
     def _touch(self, held: Held, child: Inode) -> Task:
         bits = held.event.kind & _TOUCH
@@ -152,20 +160,28 @@ class Orders:
         return not marks & (_OPEN | _CLOSE) and event.name not in event.node.children
 
     def _open(self, held: Held, child: Inode, writing: bool) -> Task:
-        # Opening a real FIFO or device would make the agent its peer: a file stands in for it.
-        file = child
-        if child.kind not in (stat.S_IFREG, stat.S_IFDIR):
-            file = self._table.placeholder(stat.S_IFREG, held.event.node, held.event.name)
-        task = self._task(held, Op.OPEN, file, arg=int(writing))
+        task = self._opening(held, child, writing)
         opened = _Open(task.order.seq, held.event.node, held.event.name)
         self._opened.setdefault((child, writing), []).append(opened)
         return task
+
+    def _opening(self, held: Held, child: Inode, writing: bool) -> Task:
+        # Opening a real FIFO or device would make the agent its peer: a file stands in for it.
+        file = child
+        if child.kind not in (stat.S_IFREG, stat.S_IFDIR):
+            file = self._stand_in(held.event, stat.S_IFREG)
+        return self._task(held, Op.OPEN, file, arg=int(writing))
 
     def not_opened(self, event: Event, order: frames.Order) -> None:
         """The agent could not open it: it is opened right before its close, if possible then."""
         assert event.child is not None
         key = (event.child, bool(order.arg))
-        files = [file for file in self._opened.pop(key, []) if file.seq != order.seq]
+        files = self._opened.pop(key, [])
+        for file in [file for file in files if file.seq == order.seq]:
+            files.remove(file)
+            if self._late < LATE_LIMIT:
+                self._late += 1
+                files.append(file._replace(seq=0))
         if files:
             self._opened[key] = files
 
@@ -177,7 +193,10 @@ class Orders:
                 _Open(file.seq, *new) if (file.node, file.name) == old else file for file in files
             ]
 
-    def _close(self, held: Held, child: Inode, writing: bool) -> Iterator[Task]:
+    def _stand_in(self, event: Event, kind: int) -> Inode:
+        return self._table.placeholder(kind, event.node, event.name)
+
+    def _close(self, held: Held, child: Inode, writing: bool, lone_closes: bool) -> Iterator[Task]:
         place = (held.event.node, held.event.name)
         key = (child, writing)
         if place not in self._places(key):  # the name stood for another object by then
@@ -187,20 +206,40 @@ class Orders:
                 key = other
             elif other is not None and held.event.has_self:
                 # Opened separately, under the name and as itself.
-                yield self._closing(held, child, other, place)
-        if key not in self._opened:  # opened before anybody was interested
-            yield self._open(held, child, writing)
-        yield self._closing(held, child, key, place)
+                yield self._task(held, Op.CLOSE, child, arg=self._closed(other, place))
+        seq = 0
+        if key in self._opened:
+            seq = self._closed(key, place)
+        elif lone_closes and self._closes_alone(child):
+            yield self._lone_close(held, child, writing)
+            return
+        if not seq:
+            yield (opening := self._opening(held, child, writing))
+            seq = opening.order.seq
+        yield self._task(held, Op.CLOSE, child, arg=seq)
 
-    def _closing(
-        self, held: Held, child: Inode, key: tuple[Inode, bool], place: tuple[Inode, bytes]
-    ) -> Task:
-        # Of several links of one file, the one that was opened under this name.
+    def _closes_alone(self, child: Inode) -> bool:
+        """Whether a CLOSE can be replayed without an OPEN. For a file that is by a FIFO under its
+        name: a mark on the file would get nothing, and a program that has it open would lose the
+        name.
+        """
+        return child.is_dir or not (self._asks(child) & (_OPEN | _CLOSE) or child.open_fds)
+
+    def _lone_close(self, held: Held, child: Inode, writing: bool) -> Task:
+        file = child if child.is_dir else self._stand_in(held.event, stat.S_IFIFO)
+        event = held.event
+        has_lost = event.unlinked or child.is_placeholder  # its name, which IN_EXCL_UNLINK goes by
+        to = (0, int(has_lost and event.name not in event.node.children), b"")
+        return self._task(held, Op.LONE_CLOSE, file, to=to, arg=int(writing))
+
+    def _closed(self, key: tuple[Inode, bool], place: tuple[Inode, bytes]) -> int:
+        """The order that opened it: of several links of one file, the one under this name."""
         places = self._places(key)
         seq = self._opened[key].pop(places.index(place) if place in places else 0).seq
+        self._late -= not seq
         if not self._opened[key]:
             del self._opened[key]
-        return self._task(held, Op.CLOSE, child, arg=seq)
+        return seq
 
     def called(self, event: Event) -> Called | None:
         """The name of a file that is known only by its mark, if it has exactly one and its

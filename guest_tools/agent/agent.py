@@ -20,7 +20,7 @@ from ..beneath import open_file
 from ..channel import ChannelError, FileChannel, open_hidden
 from ..errors import NO_MOUNT, PASSING
 from ..marks import device_of, mount_ids, pids
-from . import descriptors
+from . import descriptors, loneclose
 from .markcalls import MarkCalls
 from .replayer import Replayer
 from .scanner import Scanner
@@ -58,6 +58,7 @@ class Agent:
             exits=self._shares.exits,
             calls=calls,
             blind=self._keeps_names and calls is None,
+            lone_closes=loneclose.is_possible(),
         )
         self._ender = threading.Thread(target=self._end_on_signal, name="ender", daemon=True)
         self._ended = False
@@ -218,7 +219,7 @@ class Agent:
         if isinstance(message, frames.Order):
             self._scanner.orders_came()
             failure = self._replayer.execute(message)
-            if failure:
+            if failure or message.op == frames.Op.LONE_CLOSE:
                 self._channel.send(frames.encode(frames.Ack(message.seq, failure)))
         elif isinstance(message, frames.Result) and message.errno not in self._refusals:
             number = message.errno if message.errno in errno.errorcode else errno.EIO

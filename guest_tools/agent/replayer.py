@@ -21,6 +21,7 @@ from protocol.masks import Mask
 
 from .. import kernel
 from ..beneath import check_name, open_entry, open_reached, reach
+from .loneclose import close_alone
 
 _O_DIR = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _RETRIES = 3
@@ -31,7 +32,7 @@ _CLOSED_SOON = 64
 """Files beyond the limit that may be open if the batch that opens them also closes them."""
 _RENAME_EXCHANGE = 2
 _HIDDEN = {STAGING: b".fsd/staging", ALIAS: b".fsd/alias"}
-_NAMELESS = (Op.TOUCH, Op.OPEN)
+_NAMELESS = (Op.TOUCH, Op.OPEN, Op.LONE_CLOSE)
 """Orders that may be about a directory itself."""
 
 
@@ -112,6 +113,7 @@ class Replayer:
             Op.RENAME: self._rename,
             Op.TOUCH: self._touch,
             Op.OPEN: self._open,
+            Op.LONE_CLOSE: self._close_alone,
         }
 
     def batch_begins(self, messages: Iterable[Message]) -> None:
@@ -320,6 +322,15 @@ class Replayer:
         with _reached(dir_fd, name) as file:
             return open_reached(file, flags)
 
+    def _close_alone(self, order: Order, dir_fd: int) -> None:
+        if self.visibly:  # groups that report descriptors would get the FIFO
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        with _reached(dir_fd, order.name) as file:
+            if order.generation2:  # a second look-up does not find it
+                with suppress(FileNotFoundError):
+                    os.close(reach(dir_fd, order.name))
+            close_alone(file, writing=bool(order.arg))
+
     def _close(self, seq: int) -> None:
         file = self._files.pop(seq, None)
         if file is None:
@@ -347,7 +358,7 @@ def _move_a_byte(fd: int, event: int) -> None:
 
 def _check(order: Order) -> None:
     """Raises OSError (EINVAL) for an order that no honest server sends."""
-    if order.op not in (Op.CREATE, Op.REMOVE, Op.RENAME, Op.TOUCH, Op.OPEN):
+    if order.op not in (*_NAMELESS, Op.CREATE, Op.REMOVE, Op.RENAME):
         raise OSError(errno.EINVAL, "no such order")
     if order.name or order.op not in _NAMELESS:
         check_name(order.name)

@@ -37,7 +37,7 @@ class Scanner(threading.Thread):
 
     ``exits``: how many processes may be watched for their exit with a descriptor each. ``calls``
     reports marks set on names that the kernel caches. ``blind``: the kernel does cache names, and
-    there is no such trace.
+    there is no such trace. ``lone_closes``: the kernel can make those.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Scanner(threading.Thread):
         exits: int,
         calls: MarkCalls | None = None,
         blind: bool = False,
+        lone_closes: bool = False,
     ) -> None:
         super().__init__(name="scanner", daemon=True)
         self._send = send
@@ -66,7 +67,9 @@ class Scanner(threading.Thread):
         self._schedule = Schedule(time.monotonic(), is_traced=is_traced, blind=blind)
         self._answered = -1  # the last hint that was answered; -1 before the first scan
         self._watchers = Watchers(device)
+        self._lone_closes = lone_closes
         self._published: dict[NodeKey, int] = {}
+        self._flags = 0  # the published ones
         self._is_unsent = True  # something that was found
         self._pidfds: dict[int, int] = {}  # descriptor -> process
 
@@ -264,7 +267,7 @@ class Scanner(threading.Thread):
         if answered <= self._answered:
             return True
         try:
-            self._publish({}, frames.ScanEnd(answered, 0))
+            self._publish({}, frames.ScanEnd(answered, self._flags))
         except OSError as error:
             if error.errno not in PASSING:
                 raise
@@ -278,17 +281,22 @@ class Scanner(threading.Thread):
         changed = {node: mask for node, mask in wanted.items() if self._published.get(node) != mask}
         changed.update((node, 0) for node in self._published if node not in wanted)
         is_first = self._answered < 0
-        if not changed and answered == self._answered:
+        # Groups that report descriptors would get what stands in for the file.
+        may_close = self._lone_closes and not self._watchers.knows_fanotify
+        flags = frames.Scan.LONE_CLOSE if may_close else 0
+        if not changed and answered == self._answered and flags == self._flags:
             self._is_unsent = False
             return True
         self._is_unsent = True
         try:
-            self._publish(changed, frames.ScanEnd(answered, int(is_first)))
+            full = frames.Scan.FULL if is_first else 0
+            self._publish(changed, frames.ScanEnd(answered, flags | full))
         except OSError as error:
             if error.errno not in PASSING:
                 raise
             return False
         self._published, self._answered, self._is_unsent = wanted, answered, False
+        self._flags = flags
         return True
 
     def _publish(self, changed: dict[NodeKey, int], end: frames.ScanEnd) -> None:

@@ -319,7 +319,7 @@ def test_the_first_word_is_not_a_part(
             assert not server.ends
         running.start()
         wait_until(lambda: server.ends, 10, "the first scan")
-        assert server.ends[0].full
+        assert server.ends[0].flags & frames.Scan.FULL
         assert server.knows() == nodes(share, "one")
         running.end()
     assert not deaths

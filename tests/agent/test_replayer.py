@@ -38,7 +38,7 @@ def order(op: int, name: bytes, path: bytes, mode: int = FILE, arg: int = 0, **m
 def acts(name: bytes, path: bytes) -> Iterator[Order]:
     """Everything that an order can do to a name."""
     for mode in (FILE, DIR, LINK, DEVICE, 0xFFFF_FFFF):
-        for op in (Op.CREATE, Op.REMOVE, Op.RENAME, Op.OPEN):
+        for op in (Op.CREATE, Op.REMOVE, Op.RENAME, Op.OPEN, Op.LONE_CLOSE):
             yield order(op, name, path, mode)
     yield order(Op.RENAME, name, path, FILE, EXCHANGE)
     yield order(Op.OPEN, name, path, FILE, 1)
@@ -337,7 +337,7 @@ def test_directories_of_a_batch_are_bounded(places: tuple[Path, Path], replayer:
 @pytest.mark.parametrize(
     "wrapper",
     ["os.open", "os.mkdir", "os.mknod", "os.symlink", "os.unlink", "os.rmdir", "kernel.touch",
-     "kernel.renameat2", "kernel.is_file_or_directory", "kernel.mount_id", "beneath.openat2"],
+     "kernel.renameat2", "kernel.kind_of", "kernel.mount_id", "beneath.openat2"],
 )  # fmt: skip
 def test_a_call_that_fails(
     places: tuple[Path, Path], replayer: Replayer, monkeypatch: pytest.MonkeyPatch,

@@ -484,3 +484,28 @@ def test_what_the_replayers_kernel_has_kept_is_asked_for_anew(tree: World, opens
     mount.lookup(AGENT, 1, b"file")
     mount.getattr(AGENT, node)
     replay_all(mount, [order])
+
+
+@pytest.mark.parametrize("can", [False, True])
+def test_a_close_without_an_open(tree: World, can: bool) -> None:
+    """If the agent can make it: by what stands in for the file, until the agent reports it done."""
+    mount = tree.mount()
+    mount.guest.makes_lone_closes = can
+    file = tree.node("file")
+    with open(tree.source / "file", "a"):
+        tree.mark(mount.guest, mask=ALL)
+    orders = tree.orders(mount)
+    if not can:
+        assert [order.op for order in orders] == [Op.OPEN, Op.CLOSE]
+        return
+    (order,) = orders
+    assert (order.op, order.name, order.arg) == (Op.LONE_CLOSE, b"file", 1)
+    for _ in range(2):  # the kernel may hold the file under its name, and asks once more
+        entry = mount.lookup(AGENT, 1, b"file")
+        assert stat.S_ISFIFO(entry.attr.st_mode)
+        assert entry.inode is not file
+    with pytest.raises(OSError, match="ledger"):
+        mount.files.open(AGENT, file.nodeid, os.O_WRONLY)
+    mount.guest.acknowledge(order.seq, 0)
+    assert mount.lookup(AGENT, 1, b"file").inode is file
+    assert mount.guest.counts["replayed"] == 1

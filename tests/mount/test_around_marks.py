@@ -27,7 +27,7 @@ from protocol.masks import Mask, names
 
 Case = Callable[[Path, Path], list[str]]
 NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
-ALL, ONESHOT = 0xFFF, 0x8000_0000
+ALL, ONESHOT, EXCL_UNLINK = 0xFFF, 0x8000_0000, 0x0400_0000
 _libc = ctypes.CDLL(None, use_errno=True)
 QUIET = 0.4
 """Seconds without an event after which no more are expected."""
@@ -297,6 +297,54 @@ def test_a_directory_that_is_emptied_and_removed_right_after_its_mark(
 
 
 # Never found
+
+
+OPEN_BEFORE = {
+    "for writing": os.O_WRONLY,
+    "for reading": os.O_RDONLY,
+    "a directory": os.O_RDONLY | os.O_DIRECTORY,
+    "without a name": os.O_RDWR,
+}
+
+
+@pytest.mark.parametrize("how", OPEN_BEFORE)
+def test_what_was_open_before_the_mark_has_a_close_only(
+    share: Mount, tmp_path: Path, how: str
+) -> None:
+    """And what was not has its OPEN, also while the other is open."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        path = changed / "f"
+        path.mkdir() if "directory" in how else path.touch()
+        fd = os.open(path, OPEN_BEFORE[how])
+        with watch() as marks:
+            excluding = EXCL_UNLINK if how == "without a name" else 0
+            marks.add(watched, ALL | excluding)
+            if excluding:
+                path.unlink()
+            else:
+                os.close(os.open(path, OPEN_BEFORE[how]))
+                (changed / "between").mkdir()  # else the kernel merges the two closes
+            time.sleep(0.2)
+            os.close(fd)
+            time.sleep(0.2)
+            (changed / "last").mkdir()
+            return marks.read(until="CREATE|ISDIR last")
+
+    events = compare(case, share, tmp_path)
+    assert len(events) == (2 if how == "without a name" else 5)
+
+
+def test_a_file_that_a_program_has_open_keeps_its_name(share: Mount) -> None:
+    """What stands in for a file takes its name: then its CLOSE comes with an OPEN instead."""
+    (share.source / "held").touch()
+    with open(share.source / "held", "a") as file, open(share.mountpoint / "held") as ours:
+        with watch() as marks:
+            marks.add(share.mountpoint, Mask.OPEN | Mask.CLOSE_WRITE)
+            time.sleep(0.2)
+            file.close()
+            assert marks.read(until="CLOSE_WRITE held") == ["OPEN held", "CLOSE_WRITE held"]
+        assert os.readlink(f"/proc/self/fd/{ours.fileno()}") == str(share.mountpoint / "held")
 
 
 @pytest.mark.parametrize("what", ["directory", "file", "file by path"])

@@ -24,7 +24,7 @@ VECTORS = Path(__file__).with_name("vectors.json")
 _BEGIN, _END = "<!-- vectors: begin -->\n", "<!-- vectors: end -->\n"
 _WIDTH = 88
 
-REG, DIR, LNK = 0o100000, 0o040000, 0o120000
+REG, DIR, LNK, FIFO = 0o100000, 0o040000, 0o120000, 0o010000
 BIG = 0xFEDC_BA98_7654_3210
 NO = (0, 0)
 
@@ -46,6 +46,7 @@ FRAMES: dict[str, Message] = {
     "update, whole file system": frames.Update(3, 0, 0, Mask.CREATE | Mask.DELETE),
     "first scan": frames.ScanEnd(0, 1),
     "scan after hint 7": frames.ScanEnd(7, 0),
+    "the agent can close alone": frames.ScanEnd(7, 2),
     "resolve the root": frames.Resolve(4, b""),
     "resolve, not UTF-8": frames.Resolve(5, b"src/caf\xe9"),
     "order failed": frames.Ack(258, 17),
@@ -77,6 +78,7 @@ FRAMES: dict[str, Message] = {
     "open for writing": _order(10, Op.OPEN, REG, (1, 0), b"a", arg=1),
     "open a directory itself": _order(11, Op.OPEN, DIR, (4711, 9), b"", path=b"src"),
     "close": _order(12, Op.CLOSE, REG, (1, 0), b"a", arg=10),
+    "close alone": _order(13, Op.LONE_CLOSE, FIFO, (1, 0), b"a", arg=1),
     "hint": frames.Hint(7, 1234),
     "statistics, first part": frames.Stats(6, 1, b'{"pid": '),
     "statistics, last part": frames.Stats(6, 0, b"1}"),

@@ -10,10 +10,6 @@ NATIVELY: dict[str, dict[str, str]] = {
 
 # On fsd alone; each is a row of README's table.
 ON_FSD: dict[str, dict[str, str]] = {
-    "watchdog": {
-        "tests/test_emitter.py::test_closed": "a file that was open before its mark gets an OPEN "
-        "just before its CLOSE",
-    },
     "entr": {
         "80 ensure watches operate on a running executable": "a program that runs in the guest is "
         "written by the host; the guest's kernel lets nobody open it for writing (ETXTBSY)",
