@@ -439,7 +439,7 @@ class Resolver:
         is_lost = lost is not None and before is None and child.is_placeholder
         if is_lost or child.is_dir != is_dir:
             # A file that is still open under a name that it has no more.
-            return lost or self._gone(node, name, event.mask)
+            return self._with_self(event, lost) if lost else self._gone(node, name, event.mask)
         used = self._touched(event, arrival, child, lost)
         if used is not lost:
             listing(node).names[name] = of_inode(used)
@@ -488,7 +488,9 @@ class Resolver:
         if not int(self._watcher.mask_of(child)) & bits:
             is_open = self._lost_names.is_open
             is_of_lost = lost is not None and is_open(lost) and not is_open(child)
-            return lost if lost is not None and is_of_lost and bits & _CLOSE else child
+            if lost is None or not is_of_lost or not bits & _CLOSE:
+                return child
+            return self._with_self(event, lost)
         own: SelfEvent | None = None
         while own is None:
             own = self._calls.touched(child, event.mask, self._ahead())
@@ -502,9 +504,17 @@ class Resolver:
             event.has_self = True
             return child
         if lost is not None:
-            return lost
+            return self._with_self(event, lost)
         self._table.displace(event.node, event.name, child)
         return self._gone(event.node, event.name, event.mask)
+
+    def _with_self(self, event: Event, lost: Inode) -> Inode:
+        """A file that has lost the event's name, with its self event if it is watched."""
+        own = self._calls.touched(lost, event.mask, self._ahead())
+        if own is not None:
+            self._parts[own.number] = event
+            event.has_self = True
+        return lost
 
     def _child_of(self, node: Inode, name: bytes) -> Inode | None:
         """The last known object of a name."""

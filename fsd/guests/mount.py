@@ -398,9 +398,11 @@ class MountGuest(Guest):
         queued = self._open_close[inode]
         place, _ = queued[0]
         closes: list[bool] = []
-        for anywhere in (False, True):  # else it was renamed while it was open
+        for named, anywhere in ((True, False), (True, True), (False, True)):
+            # Else it was renamed while it was open; else to where its name is not watched.
             later = itertools.islice(queued, 1, windows.OPEN_AHEAD)
-            closes = closes or closes_of((w for p, w in later if anywhere or p == place), before)
+            fits = (w for p, w in later if p == place or (anywhere and bool(p[1]) >= named))
+            closes = closes or closes_of(fits, before)
         known = Evidence(arrived, closes, inode.is_dir, inode.is_placeholder)
         while isinstance(verdict := judge(known, time.monotonic()), Need):
             if verdict is Need.PROC:

@@ -210,7 +210,7 @@ class Orders:
         seq = 0
         if key in self._opened:
             seq = self._closed(key, place)
-        elif lone_closes and self._closes_alone(child):
+        elif lone_closes and self._closes_alone(held.event, child):
             yield self._lone_close(held, child, writing)
             return
         if not seq:
@@ -218,12 +218,15 @@ class Orders:
             seq = opening.order.seq
         yield self._task(held, Op.CLOSE, child, arg=seq)
 
-    def _closes_alone(self, child: Inode) -> bool:
-        """Whether a CLOSE can be replayed without an OPEN. For a file that is by a FIFO under its
-        name: a mark on the file would get nothing, and a program that has it open would lose the
-        name.
+    def _closes_alone(self, event: Event, child: Inode) -> bool:
+        """Whether a CLOSE has to be replayed without an OPEN, as watchers would see that, and can
+        be. For a file that is by a FIFO under its name: a mark on the file would get nothing, and a
+        program that has it open would lose the name.
         """
-        return child.is_dir or not (self._asks(child) & (_OPEN | _CLOSE) or child.open_fds)
+        own = self._asks(child)
+        if not (own | self._asks(event.node) | self._asks(None)) & _OPEN:
+            return False
+        return child.is_dir or not (own & (_OPEN | _CLOSE) or child.open_fds)
 
     def _lone_close(self, held: Held, child: Inode, writing: bool) -> Task:
         file = child if child.is_dir else self._stand_in(held.event, stat.S_IFIFO)

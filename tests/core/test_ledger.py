@@ -486,16 +486,16 @@ def test_what_the_replayers_kernel_has_kept_is_asked_for_anew(tree: World, opens
     replay_all(mount, [order])
 
 
-@pytest.mark.parametrize("can", [False, True])
-def test_a_close_without_an_open(tree: World, can: bool) -> None:
+@pytest.mark.parametrize(("can", "mask"), [(False, ALL), (True, ALL), (True, Mask.CLOSE_WRITE)])
+def test_a_close_without_an_open(tree: World, can: bool, mask: int) -> None:
     """If the agent can make it: by what stands in for the file, until the agent reports it done."""
     mount = tree.mount()
     mount.guest.makes_lone_closes = can
     file = tree.node("file")
     with open(tree.source / "file", "a"):
-        tree.mark(mount.guest, mask=ALL)
+        tree.mark(mount.guest, mask=mask)
     orders = tree.orders(mount)
-    if not can:
+    if not can or mask != ALL:  # else nobody sees the OPEN
         assert [order.op for order in orders] == [Op.OPEN, Op.CLOSE]
         return
     (order,) = orders
@@ -509,3 +509,19 @@ def test_a_close_without_an_open(tree: World, can: bool) -> None:
     mount.guest.acknowledge(order.seq, 0)
     assert mount.lookup(AGENT, 1, b"file").inode is file
     assert mount.guest.counts["replayed"] == 1
+
+
+def test_a_file_with_another_name_is_closed_once_where_it_was_opened(tree: World) -> None:
+    """Its own mark and the name that it had each report the close: one close is both."""
+    mount = tree.mount()
+    source = tree.source
+    os.link(source / "file", source / "empty/link")
+    (source / "other").touch()
+    tree.mark(mount.guest, mask=ALL)
+    tree.mark(mount.guest, "file", mask=ALL)
+    with open(source / "file", "rb", buffering=0) as file:
+        file.read(1)
+        os.rename(source / "other", source / "file")
+        file.read(1)
+    orders = [(order.op, order.name) for order in tree.orders(mount)]
+    assert [op for op, _ in orders if op in (Op.OPEN, Op.CLOSE)] == [Op.OPEN, Op.CLOSE], orders
