@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fsd.checkpoint.file import StateFile
@@ -42,7 +43,9 @@ def marked(top: Path, count: int) -> tuple[Export, Observer]:
     return export, guest
 
 
-def saved_and_restored(count: int) -> tuple[float, float, int]:
+def saved_and_restored(
+    count: int, clock: Callable[[], float] = time.monotonic
+) -> tuple[float, float, int]:
     """Seconds to save, seconds to restore, bytes of the image."""
     with tempfile.TemporaryDirectory(prefix="fsd-bench-") as folder:
         top = Path(folder, "source")
@@ -51,13 +54,13 @@ def saved_and_restored(count: int) -> tuple[float, float, int]:
         export, guest = marked(top, count)
         assert export.interest.count(guest) == count
         settle(export, 10)
-        begun = time.monotonic()
+        begun = clock()
         Saver(export, state).take()()
-        saved = time.monotonic() - begun
+        saved = clock() - begun
         export.close()
-        begun = time.monotonic()
+        begun = clock()
         export = open_export(lambda: Export(str(top)), state, print)
-        restored = time.monotonic() - begun
+        restored = clock() - begun
         (guest,) = export.waiting.values()
         assert export.interest.count(guest) == count
         assert not export.watches.unwatched, next(iter(export.watches.unwatched.values()))

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -268,6 +269,8 @@ def _watch(arguments: argparse.Namespace) -> int:
             watch.add(path)
         except OSError as error:
             raise Failure(f"watch {path}: {error.strerror}") from None
+    # Python's own handler would not end a call that starts to wait right after the signal.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("watches established", file=sys.stderr, flush=True)
     for where, event in watch.events():
         name = os.fsdecode(event.name)
