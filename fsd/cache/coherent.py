@@ -175,6 +175,10 @@ class CoherentCache:
         self._data.add(inode.nodeid)
         return is_current
 
+    def gives_content(self, inode: Inode) -> bool:
+        """Whether the kernel may keep what it has of an object's data: since some open."""
+        return inode.nodeid in self._data
+
     def _is_covered(self, inode: Inode, links: int) -> bool:
         """Whether the host's changes of an object are seen. One with other names may be changed by
         those, elsewhere; a directory's attributes change with its names.

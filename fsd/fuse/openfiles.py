@@ -146,14 +146,16 @@ class Files:
                 if self._cache is not None:
                     self._cache.give_up_content(handle.inode)
                 return reply
-        return Reply(self._data_flags(handle))
+        return Reply(self._data_flags(handle, flags))
 
-    def _data_flags(self, handle: Handle) -> int:
-        """What the guest's kernel may cache of a file that it opens."""
+    def _data_flags(self, handle: Handle, flags: int) -> int:
+        """What the guest's kernel may cache of a file that it opens with these flags."""
         if self.bypass.opened(handle):
             return _DIRECT_IO
         if self._cache is None or self._nodes.is_watched(handle.inode):
             return self._file_flags
+        if flags & os.O_ACCMODE == os.O_WRONLY and not self._cache.gives_content(handle.inode):
+            return 0  # an open that reads will drop what it writes: nothing to take back
         return _KEEP_CACHE if self._cache.keeps_content(handle.inode) else 0
 
     def _bypass_cache(self, fh: int) -> None:

@@ -273,6 +273,30 @@ def test_what_is_written_through_a_mapping_is_seen_at_its_close(share: Mount) ->
     wait_until(lambda: (share.mountpoint / "file").read_bytes()[:4] == b"data")
 
 
+def test_what_is_only_written_is_not_kept(share: Mount) -> None:
+    """Nothing is taken back for it: an open that reads drops what the kernel has of it."""
+    path, seen = share.source / "file", share.mountpoint / "file"
+    fd = os.open(seen, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.write(fd, bytes(5000))
+        before = cache(share)["contents"]
+        for number in range(1, 50):
+            with open(path, "r+b") as writer:  # in the page that the guest has written
+                writer.seek(number)
+                writer.write(bytes([number]))
+            os.pwrite(fd, b"x", 4999 - number)
+            assert cache(share)["contents"] == before == 0
+        assert seen.read_bytes() == path.read_bytes()
+        assert cache(share)["contents"] == 1
+        with open(seen, "rb", buffering=0) as reader:
+            for number in range(50, 100):
+                path.write_bytes(bytes([number]) * 5000)
+                os.pwrite(fd, b"x", 4999 - number)
+                wait_until(lambda: os.pread(reader.fileno(), 5000, 0) == path.read_bytes())
+    finally:
+        os.close(fd)
+
+
 def test_a_file_with_other_names_is_not_kept(share: Mount) -> None:
     (share.source / "one").write_text("data")
     (share.source / "elsewhere").mkdir()
