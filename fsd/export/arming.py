@@ -347,7 +347,7 @@ class Arming:
         last: dict[MountGuest, int] = {}
         for node in self._nodes.values():
             for guest, look_up in node.by.items():
-                if guest.pid and look_up.open:
+                if guest.pid and look_up.is_awaited():
                     last[guest] = max(last.get(guest, 0), look_up.open[-1][0])
         return last
 
@@ -356,7 +356,7 @@ class Arming:
         knows.
         """
         return any(
-            guest.pid and look_up.open and look_up.open[0][0] <= asked.get(guest, 0)
+            guest.pid and look_up.is_awaited(asked.get(guest, 0))
             for node in self._nodes.values()
             for guest, look_up in node.by.items()
         )
@@ -377,9 +377,49 @@ class Arming:
             self._doubts.pop(guest, None)
             self._holding.pop(guest, None)
 
-    def _disprove(self, node: Provisional, guest: MountGuest, hint: int) -> None:
-        """The guest has no mark there from the look-ups up to that hint."""
-        look_up = node.by[guest]
+    def _disprove(self, guest: MountGuest, hint: int) -> None:
+        """The guest has no marks from the look-ups up to that hint; but see ``_is_overtaken``."""
+        seen: dict[frozenset[int], list[tuple[NodeKey, int]] | None] = {}
+        for node in self._nodes.values():
+            look_up = node.by.get(guest)
+            if look_up is None:
+                continue
+            look_up.answered = hint
+            if not self._is_overtaken(guest, node, look_up, hint, seen):
+                self._disprove_of(node, guest, look_up, hint)
+                continue
+            last = max(at for number, at in look_up.open if number <= hint)
+            while look_up.open and look_up.open[0][0] <= hint:
+                look_up.open.popleft()
+            look_up.open.appendleft((hint, last + windows.UNMARKED))
+            self._trim(node)
+
+    def _is_overtaken(
+        self,
+        guest: MountGuest,
+        node: Provisional,
+        look_up: LookUp,
+        hint: int,
+        seen: dict[frozenset[int], list[tuple[NodeKey, int]] | None],
+    ) -> bool:
+        """Whether a mark may have been set since the agent looked: on a busy machine a program may
+        take longer for that than the agent waits. ``seen``: what was read for this scan.
+        """
+        last = max((at for number, at in look_up.open if number <= hint), default=0.0)
+        if not guest.device or time.monotonic() > last + windows.HOLD:
+            return False
+        threads = frozenset(look_up.threads)
+        if threads not in seen:
+            is_much = len(threads) > THREADS_LIMIT or len(seen) >= THREADS_LIMIT
+            seen[threads] = [] if is_much else self._new_marks.of(threads, guest.device)
+        marks = seen[threads]
+        return marks is None or not all(
+            self._knows(guest, node.inode, look_up, *mark) for mark in marks
+        )
+
+    def _disprove_of(
+        self, node: Provisional, guest: MountGuest, look_up: LookUp, hint: int
+    ) -> None:
         look_up.has_new = not guest.device
         while look_up.open and look_up.open[0][0] <= hint:
             look_up.open.popleft()
@@ -445,9 +485,7 @@ class Arming:
         finally:
             self._deliver(guest, due)
             self._deliver_missed(guest, updates[:done])
-        for node in self._nodes.values():
-            if guest in node.by:
-                self._disprove(node, guest, hint)
+        self._disprove(guest, hint)
         return failed
 
     def _as_of(self, guest: MountGuest, updates: list[tuple[NodeKey, int]]) -> float:

@@ -35,6 +35,9 @@ class LookUp:
     open: deque[tuple[int, float]] = field(default_factory=deque)
     """For each unanswered hint its number, and time.monotonic() of the first look-up that it is
     for."""
+    answered: int = 0
+    """The last hint that the agent has answered; those up to it may still be open, see
+    ``arming._is_overtaken``."""
     threads: set[int] = field(default_factory=set)
     """The threads; THREADS_LIMIT and one more stand for any number."""
     is_doubtful: bool = False
@@ -44,6 +47,12 @@ class LookUp:
 
     seen: dict[Inode, Seen] = field(default_factory=dict)
     """Its files."""
+
+    def is_awaited(self, hint: int | None = None) -> bool:
+        """Whether the agent has not answered all hints, or those up to that one."""
+        numbers = (number for number, _ in self.open if number > self.answered)
+        first = next(numbers, None)
+        return first is not None and (hint is None or first <= hint)
 
     @property
     def since(self) -> float:
@@ -72,7 +81,7 @@ class Provisional:
         """Keep it watched for longer, as an agent has still to say whether there is a mark. Whether
         it does.
         """
-        if not self.renewals or not any(g.pid and up.open for g, up in self.by.items()):
+        if not self.renewals or not any(g.pid and up.is_awaited() for g, up in self.by.items()):
             return False
         self.renewals -= 1
         self.expires = now + windows.KEEP

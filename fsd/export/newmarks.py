@@ -43,6 +43,29 @@ class NewMarks:
         """The same for a request."""
         self._slow: dict[int, float] = {}  # threads: until when they are left to the agent
 
+    def of(self, threads: Iterable[int], device: int) -> list[tuple[NodeKey, int]] | None:
+        """The inotify marks of the threads' processes on the mount with that st_dev, as far as they
+        can be seen; None if one of the threads runs, and may just set another.
+        """
+        began = time.thread_time()
+        sdev = os.major(device) << 20 | os.minor(device)
+        try:
+            if not syscalls.sees_processes():
+                return []
+            if any(map(_runs, threads)):
+                return None
+            marks = [mark for text in _texts(threads) for mark in parse_fdinfo(text)]
+            return [
+                (decode_fh(mark.handle_type, mark.handle), mark.mask)
+                for mark in marks
+                if mark.family == "inotify" and mark.sdev == sdev
+            ]
+        except (OSError, ValueError):  # a thread has ended, or there is too much
+            return []
+        finally:
+            owed = max(self.rest_of_requests, time.monotonic() - BURST)
+            self.rest_of_requests = owed + (1 + SHARE / 4) * (time.thread_time() - began)
+
     def may_be(
         self, threads: Iterable[int], device: int, is_known: Callable[[NodeKey, int], bool]
     ) -> bool:
@@ -69,6 +92,12 @@ class NewMarks:
             if took > SLOW:
                 self._slow = {pid: end for pid, end in self._slow.items() if end > now}
                 self._slow.update(dict.fromkeys(threads, now + SLOW_SHARE * took))
+
+
+def _runs(thread: int) -> bool:
+    """Whether a thread runs or waits for a processor. Raises OSError."""
+    with open(f"/proc/{thread}/stat", "rb", buffering=0) as file:
+        return file.read(512).rpartition(b")")[2].split()[:1] == [b"R"]
 
 
 def _texts(threads: Iterable[int]) -> Iterator[str]:

@@ -46,3 +46,6 @@ HOLD = 0.25
 answer."""
 WARM = 1.0
 """How long the kernel is assumed to keep the dentries of a directory that was just used."""
+UNMARKED = 0.008
+"""How long after a look-up a program is known to have set no mark yet, if the agent has looked and
+seen none."""
