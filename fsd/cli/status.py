@@ -37,6 +37,8 @@ def render(path: str, state: dict[str, Any]) -> None:
     for guest in guests:
         if cache := guest.get("cache"):
             console.print(_kept(guest["name"], cache), soft_wrap=True)
+        if backed := guest.get("passthrough"):
+            console.print(_moved(guest["name"], backed), soft_wrap=True)
     for start in range(0, len(guests), _BESIDE):
         console.print(_table(guests[start : start + _BESIDE]))
     console.print(_by_kind([state, *guests]))
@@ -50,6 +52,16 @@ def _kept(name: str, cache: dict[str, Any]) -> str:
     if cache["disabled"]:
         short = [cache["disabled"]]
     return f"{line}; not kept: {', '.join(short)}" if short else line
+
+
+def _moved(name: str, backed: dict[str, Any]) -> str:
+    """A line on the files whose data a guest's kernel moves itself, and why it does not others'."""
+    if backed["disabled"]:
+        return f"  {escape(name)}: the server moves all file data: {escape(backed['disabled'])}"
+    line = f"  {escape(name)}: the kernel moves the data of {backed['files']} files itself"
+    others = [f"{reason} {count}" for reason, count in sorted(backed["not_so"].items())]
+    line += f", {backed['opens']} opens so far"
+    return f"{line}; the server's: {', '.join(others)}" if others else line
 
 
 def _table(guests: list[dict[str, Any]]) -> Table:

@@ -3,7 +3,9 @@ it has made.
 
 Such a kernel opens the file once more, uses and closes it outside of any call of the server, so
 attribution cannot bracket that. But it does so through a private mount of the share. A fanotify
-group watches the same files and ignores that mount: what it reports, others have done.
+group watches the same files and ignores that mount: what it reports, others have done. The kernel
+queues an event for both in one call, so an event in the host's queue that the group does not report
+is the guest's.
 """
 
 from __future__ import annotations
@@ -28,11 +30,41 @@ TOUCHES = Mask.OPEN | Mask.ACCESS | Mask.MODIFY | Mask.CLOSE_WRITE | Mask.CLOSE_
 LINGER = 1.0
 """Seconds for which a file is remembered after its last RELEASE: its kernel closes it at about the
 same time, before or after."""
+AGAIN = 0.001
+"""Seconds for which further events of a kind are the host's, too: the group counts several as one,
+and may have the next before the host's queue has it."""
 _TOUCHES, _ISDIR = int(TOUCHES), int(Mask.ISDIR)
 _DATA = int(Mask.ACCESS | Mask.MODIFY)
-_IN_ORDER = [int(bit) for bit in (
+_EACH = [int(bit) for bit in (
     Mask.OPEN, Mask.ACCESS, Mask.MODIFY, Mask.CLOSE_WRITE, Mask.CLOSE_NOWRITE
 )]  # fmt: skip
+
+
+class _Reported:
+    """What others have done with a file, according to the group."""
+
+    __slots__ = ("bits", "found", "until")
+
+    def __init__(self) -> None:
+        self.bits = self.found = 0
+        self.until: dict[int, float] = {}  # of those found: further events are theirs, too
+
+    def has(self, bit: int, now: float) -> bool:
+        """Whether an event in the host's queue is theirs."""
+        if self.bits & bit:
+            self.found |= bit
+            self.until[bit] = now + AGAIN
+            return True
+        return now < self.until.get(bit, 0.0)
+
+    def drop(self, bit: int) -> None:
+        """It was the server's own call that the group has reported."""
+        self.bits &= ~bit
+
+    def rest(self) -> int:
+        """Those that were not in the host's queue when that was read."""
+        rest, self.bits, self.found = self.bits & ~self.found, 0, 0
+        return rest
 
 
 class _File:
@@ -49,23 +81,31 @@ class _File:
         self.parent, self.name = inode.parent, inode.name
         self.until = math.inf  # time.monotonic() until which it is remembered, once it is closed
         self.mask = 0  # what the group reports of it
-        # What others have done, and is still to be found in the host's queue: under its name, and
-        # as self events
-        self.named = self.own = 0
+        # What others have done, by name and as self event: in the group's report just read, those
+        # of it that were in the host's queue, and until when further ones are theirs, too
+        self.named, self.own = _Reported(), _Reported()
 
 
 class BackedFiles:
     """Those of one guest, all on the share's own mount. Owns its descriptors. Raises OSError if the
-    host does not allow this. ``watched`` returns what an inode is watched for.
+    host does not allow this. ``watched`` returns what an inode is watched for, ``wanted`` what the
+    guests' marks on it ask for (None: on the whole share).
     """
 
     def __init__(
-        self, table: InodeTable, guest: Origin, queue: Backlog, watched: Callable[[Inode], Mask]
+        self,
+        table: InodeTable,
+        guest: Origin,
+        queue: Backlog,
+        *,
+        watched: Callable[[Inode], Mask],
+        wanted: Callable[[Inode | None], Mask],
     ) -> None:
         self._table = table
         self._guest = guest
         self._queue = queue
         self._watched = watched
+        self._wanted = wanted
         self._files: dict[Inode, _File] = {}
         self._by_handle: dict[bytes, _File] = {}
         self._by_number: dict[tuple[int, int], _File] = {}
@@ -73,8 +113,9 @@ class BackedFiles:
         self._by_place: dict[tuple[Inode, bytes], _File] = {}
         self._reported: dict[_File, None] = {}
         self._armed = 0
+        self._now = 0.0  # time.monotonic() of the last ``read``
         self.root_fd = self.fd = -1
-        """The root of the private mount, and a descriptor that is readable when something is to be
+        """The root of the private mount, and the group: readable when something is to be
         ``read``."""
         try:
             tree = mounting.clone(table.reach.root_fd)
@@ -96,10 +137,10 @@ class BackedFiles:
             self._table.unpin(inode)
         self._files.clear()
         self._by_handle.clear()
+        self._reported.clear()
         self._by_number.clear()
         self._in.clear()
         self._by_place.clear()
-        self._reported.clear()
         for fd in (self.root_fd, self.fd):
             if fd >= 0:
                 os.close(fd)
@@ -116,8 +157,8 @@ class BackedFiles:
         if file is None:
             file = _File(inode)
             self._arm(file)
-            self._files[inode] = self._by_handle[file.handle] = file
-            self._by_number[file.number] = file
+            self._files[inode] = self._by_number[file.number] = file
+            self._by_handle[file.handle] = file
             self._table.pin(inode)
             self._put(file)
         file.until = math.inf
@@ -136,8 +177,8 @@ class BackedFiles:
             if file.until <= now:
                 self._disarm(file)
                 del self._files[file.inode]
-                self._by_handle.pop(file.handle, None)
                 self._by_number.pop(file.number, None)
+                self._by_handle.pop(file.handle, None)
                 self._reported.pop(file, None)
                 self._take(file)
                 self._table.unpin(file.inode)
@@ -216,26 +257,30 @@ class BackedFiles:
     # Which party
 
     def read(self) -> None:
-        """Take in what others have done."""
+        """Take in what others have done: after events were read from the host's queue, and before
+        their ``origin_of``.
+        """
+        self._now = time.monotonic()
         if not self._armed:
             return
         for handle, mask in fanotify.read(self.fd):
-            files = list(self._files.values()) if handle is None else [self._by_handle.get(handle)]
-            for file in files:
-                if file is not None:
-                    self._report(file, file.mask if handle is None else mask)
+            if handle is None:
+                for file in self._files.values():
+                    self._report(file, file.mask)
+            elif (found := self._by_handle.get(handle)) is not None:
+                self._report(found, mask)
 
     def _report(self, file: _File, mask: int) -> None:
         if file.parent is not None:
-            file.named |= mask & int(self._watched(file.parent)) & _TOUCHES
-        file.own |= mask & int(self._watched(file.inode)) & _TOUCHES
-        if file.named | file.own:
-            self._reported[file] = None
+            file.named.bits |= mask & int(self._watched(file.parent)) & _TOUCHES
+        file.own.bits |= mask & int(self._watched(file.inode)) & _TOUCHES
+        self._reported[file] = None
 
     def origin_of(self, node: Inode | None, raw: RawEvent, origin: Origin) -> Origin:
         """Which party has caused an event of ``node``'s watch, found in the host's queue. SERVER:
-        the kernel has opened or closed a file once more for an open file of the guest. ``origin``:
-        the party whose call of the server caused it, or the host.
+        the kernel has opened or closed a file once more for an open file of the guest, or moved
+        data and nobody wants to know. ``origin``: the party whose call of the server caused it, or
+        the host.
         """
         if node is None or raw.mask & _ISDIR:
             return origin
@@ -247,10 +292,19 @@ class BackedFiles:
             with suppress(OSError):
                 self._arm(file)
             return origin
-        is_reported = self._find(file, bits, is_named=bool(raw.name))
-        if is_reported or origin is not HOST:  # the group reports the server's own calls, too
+        reported = file.named if raw.name else file.own
+        if origin is not HOST:  # the group reports the server's own calls, too
+            reported.drop(bits)
             return origin
-        return self._guest if bits & _DATA else SERVER
+        if reported.has(bits, self._now):
+            return HOST
+        # There may be a million of these a second, in a directory that is watched because it was
+        # just looked up.
+        return self._guest if bits & _DATA & self._asked_for(file) else SERVER
+
+    def _asked_for(self, file: _File) -> int:
+        mask = self._wanted(None) | self._wanted(file.inode)
+        return int(mask if file.parent is None else mask | self._wanted(file.parent))
 
     def _named(self, directory: Inode, raw: RawEvent) -> _File | None:
         """The file of a name. If changes of the name are still to be processed, the one that has it
@@ -270,31 +324,21 @@ class BackedFiles:
         # Unlinked, or made with O_TMPFILE: its events have the last name that the kernel had.
         return self._by_place.get((directory, name))
 
-    def _find(self, file: _File, bits: int, *, is_named: bool) -> bool:
-        reported = file.named if is_named else file.own
-        if is_named:
-            file.named &= ~bits
-        else:
-            file.own &= ~bits
-        if not file.named | file.own:
-            self._reported.pop(file, None)
-        return bool(reported & bits)
-
     @property
     def has_rest(self) -> bool:
-        """Whether there is something that was not found in the host's queue yet."""
+        """Whether the last ``read`` has taken in anything."""
         return bool(self._reported)
 
     def rest(self) -> Iterator[tuple[Inode, bytes, int]]:
         """What others have done and was not in the host's queue when that was read: object watched,
-        name, event. When it comes, it counts as the guest's.
+        name, event. It counts at once. When its event comes, that counts as the guest's; or it has
+        come before the group had it.
         """
-        for file in list(self._reported):
-            inode = file.inode
-            for bit in _IN_ORDER:
-                if file.named & bit and file.parent is not None:
+        for file in self._reported:
+            named, own = file.named.rest(), file.own.rest()
+            for bit in _EACH:
+                if named & bit and file.parent is not None:
                     yield file.parent, file.name, bit
-                if file.own & bit:
-                    yield inode, b"", bit
-            file.named = file.own = 0
+                if own & bit:
+                    yield file.inode, b"", bit
         self._reported.clear()

@@ -348,15 +348,17 @@ class HostWatcher:
         """Read queued events; those that match ``call`` belong to it, the others to other
         parties.
         """
-        backed = self.backed or None
-        if backed is not None:
-            backed.read()
-        readable = self._readable()
+        readable, backed = self._readable(), self.backed or None
         size = min(readable, most)
-        if not size and (backed is None or not backed.has_rest):
+        if not size and backed is None:
             return
         now = time.monotonic()
-        for raw in self._read(size):
+        events = self._read(size)
+        if backed is not None:
+            backed.read()
+            if not events and not backed.has_rest:
+                return
+        for raw in events:
             if call is not None and call[1](raw):
                 origin = call[0]
             else:

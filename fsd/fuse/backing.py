@@ -80,7 +80,10 @@ class Backing:
         self.files: BackedFiles | None = None
         watcher = export.watcher
         try:
-            self.files = BackedFiles(export.table, self._guest, watcher.queue, watcher.mask_of)
+            self.files = BackedFiles(
+                export.table, self._guest, watcher.queue,
+                watched=watcher.mask_of, wanted=export.interest.aggregate,
+            )  # fmt: skip
         except OSError as error:
             self.disabled = error.strerror or str(error)
         else:

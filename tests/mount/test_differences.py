@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from guest_tools.watcher import notify
-from harness.mounts import Mount, wait_until
+from harness.mounts import Mount, mounted, wait_until
 from protocol.inotify import parse_events
 from protocol.masks import Mask, describe
 from tests.clients.watchers import kernel_marks
@@ -32,6 +32,17 @@ COLUMNS = ["what", "affects", "what to do", "shown by"]
 FAN_REPORT_FID = 0x200
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+
+
+@pytest.fixture(params=["devfuse", "libfuse"])
+def share(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mount]:
+    """A share whose data goes through the server, on either transport."""
+    source, mountpoint = tmp_path / "source", tmp_path / "mount"
+    source.mkdir()
+    mountpoint.mkdir()
+    options = f"--transport={request.param}", "--passthrough=off"
+    with mounted(source, mountpoint, *options) as share:
+        yield share
 
 
 def table() -> list[list[str]]:
