@@ -49,8 +49,9 @@ _WATCHABLE = frozenset(
     b"bcachefs btrfs erofs ext2 ext3 ext4 f2fs overlay ramfs squashfs tmpfs xfs zfs".split()
 )
 """File systems that change on this host only, and whose names are the same only byte by byte."""
-_MOVED = Mask.MOVED_FROM | Mask.MOVED_TO
-_ONE_NAME = Mask.CREATE | Mask.DELETE
+_MOVED = int(Mask.MOVED_FROM | Mask.MOVED_TO)
+_DELETE = int(Mask.DELETE)
+_ONE_NAME = int(Mask.CREATE | Mask.DELETE)
 
 Given = tuple[Inode | None, bytes | None, Mask]
 """An expected event: directory, name, bits."""
@@ -219,7 +220,7 @@ class CoherentCache:
             self.take_all()
 
     def _name_changed(self, directory: Directory, mask: int, name: bytes) -> None:
-        own = directory.wd, name, mask & int(_ONE_NAME)
+        own = directory.wd, name, mask & _ONE_NAME
         if self._own.get(own):
             self._own[own] -= 1
             return
@@ -233,13 +234,14 @@ class CoherentCache:
 
     def sees(self, expected: Iterable[Given]) -> bool:
         """Whether there are changes of names among these, which are made as the guest's ``own``."""
-        return any(name and mask & NAMES for _, name, mask in expected)
+        return any(name and int(mask) & NAMES for _, name, mask in expected)
 
     @contextmanager
     def own(self, expected: Iterable[Given]) -> Iterator[None]:
         """Make a change for the guest: its kernel knows it, and holds the directories' locks."""
         own = self._own
-        for inode, name, mask in expected:
+        for inode, name, expected_mask in expected:
+            mask = int(expected_mask)  # its own & costs a microsecond
             if inode is None or not name or not mask & NAMES:
                 continue
             directory = self._directories.get(inode)
@@ -251,8 +253,8 @@ class CoherentCache:
                     self.give_up_content(child)
                 self._post([_expired(inode.nodeid, name)])
             elif directory is not None:
-                own[directory.wd, name, int(mask & _ONE_NAME)] += 1
-                if mask & Mask.DELETE:
+                own[directory.wd, name, mask & _ONE_NAME] += 1
+                if mask & _DELETE:
                     self._forget_name(directory, name)
                 else:  # given by the answer, which comes after the queue is read
                     self.keeps_name(inode, name)

@@ -19,11 +19,11 @@ from ..files.inode import Inode
 from ..files.table import InodeTable
 from ..linux import inotify, syscalls
 
-NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
+NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
 """A name has come or gone."""
-DATA = Mask.MODIFY | Mask.CLOSE_WRITE
+DATA = int(Mask.MODIFY | Mask.CLOSE_WRITE)
 """CLOSE_WRITE for what was written through a shared mapping, which causes no MODIFY."""
-ENDED = Mask.DELETE_SELF | Mask.UNMOUNT | Mask.IGNORED
+ENDED = int(Mask.DELETE_SELF | Mask.UNMOUNT | Mask.IGNORED)
 _MASK = int(NAMES | DATA | Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF) | inotify.ONLYDIR
 _READ_SIZE = 1 << 16
 _LONGEST_EVENT = 16 + 256

@@ -53,6 +53,7 @@ MARKED = SELF | Mask.ATTRIB
 stood for."""
 _CHANGING = int(DIRECTORY | Mask.Q_OVERFLOW)
 _TOUCHES = int(TOUCHES)
+_OVERFLOW = int(Mask.Q_OVERFLOW)
 logging.getLogger("pyinotify").setLevel(logging.CRITICAL)  # errors are raised here instead
 
 
@@ -388,7 +389,7 @@ class HostWatcher:
 
     def _note_change(self, raw: RawEvent) -> None:
         """A directory's attributes have changed, or those of one in it."""
-        if raw.mask & Mask.Q_OVERFLOW:
+        if raw.mask & _OVERFLOW:
             self._withdraw(*self._mask_of)
         elif (inode := self._by_wd.get(raw.wd)) is not None:
             self._withdraw(inode, inode.children.get(raw.name))

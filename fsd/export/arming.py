@@ -151,7 +151,9 @@ class Arming:
             self._on_work()
         if not known:
             self._directories[guest] = self._directories.get(guest, 0) + 1
-        look_up = node.by.setdefault(guest, LookUp(has_new=not guest.device))
+        look_up = node.by.get(guest)
+        if look_up is None:
+            look_up = node.by[guest] = LookUp(has_new=not guest.device)
         if node.muted:
             return
         node.expires = time.monotonic() + windows.KEEP

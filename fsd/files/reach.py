@@ -37,6 +37,25 @@ _NO_SUCH_PATH = (errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
 """Errors of openat2(2) if something else, or a mount, is on a known path."""
 
 
+class _Opened:
+    """A descriptor within a with block; closed at its end, unless it is the one ``kept``. No
+    generator: each request uses several.
+    """
+
+    __slots__ = ("_fd", "_kept")
+
+    def __init__(self, fd: int, kept: int = -1) -> None:
+        self._fd = fd
+        self._kept = kept
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *_error: object) -> None:
+        if self._fd != self._kept:
+            os.close(self._fd)
+
+
 class Reach:
     """Opens the objects of one directory tree. Owns the root's descriptor and the mount table.
     Raises OSError.
@@ -113,15 +132,9 @@ class Reach:
 
     # By its handle, its path or its directory
 
-    @contextmanager
-    def directory(self, inode: Inode) -> Iterator[int]:
+    def directory(self, inode: Inode) -> _Opened:
         """An O_PATH descriptor of a directory, within the with block."""
-        fd = self.open_directory(inode)
-        try:
-            yield fd
-        finally:
-            if fd != inode.fd:
-                os.close(fd)
+        return _Opened(self.open_directory(inode), inode.fd)
 
     def _check_answers(self, inode: Inode) -> None:
         """Raises OSError EIO for an object on a file system below the share that does not
@@ -163,6 +176,8 @@ class Reach:
             with self.directory(inode) as fd:
                 return os.dup(fd)
         self._check_answers(inode)
+        if self._is_by_path(inode) and (fd := self._open_by_path(inode)) >= 0:
+            return fd
         unseen: OSError | None = None
         for parent, name in self._names(inode):
             try:
@@ -182,14 +197,9 @@ class Reach:
             return self._open_moved(inode)
         return self._open_by_verified_handle(inode)
 
-    @contextmanager
-    def opened(self, inode: Inode) -> Iterator[int]:
+    def opened(self, inode: Inode) -> _Opened:
         """``open`` within a with block."""
-        fd = self.open(inode)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        return _Opened(self.open(inode))
 
     @contextmanager
     def opened_by_any_name(self, inode: Inode) -> Iterator[int]:
@@ -208,6 +218,11 @@ class Reach:
         """Attributes of a file by its last known name; None if that is another object now, or
         cannot be looked at.
         """
+        if self._is_by_path(inode) and (fd := self._open_by_path(inode)) >= 0:
+            try:
+                return os.fstat(fd)
+            finally:
+                os.close(fd)
         device, ino, handle, mount = inode.identity
         if not handle and self.mounts.below:
             return None  # of the same number, on which mount?
@@ -258,13 +273,19 @@ class Reach:
             raise
         return fd
 
-    def _open_by_path(self, directory: Inode) -> int:
+    def _is_by_path(self, file: Inode) -> bool:
+        """Whether a file is best reached by its whole path: one call, as it is verified itself. If
+        that fails, its directory may have moved, and leads there.
+        """
+        return self.handle_opens(file.identity) and not self.mounts.below
+
+    def _open_by_path(self, inode: Inode) -> int:
         """-1 if it is not there, or cannot be looked at: its handle shows which."""
-        path = directory.short_path()
+        path = inode.short_path()
         if path is None:
             return -1
         with suppress(OSError):
-            return self._open_at(path, directory)
+            return self._open_at(path, inode)
         return -1
 
     def _open_at(self, path: bytes, inode: Inode) -> int:

@@ -10,7 +10,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 from . import syscalls
@@ -72,10 +72,24 @@ def _overflow_gid() -> int:
         return int(overflow.read())
 
 
-@contextmanager
+class _Umask:
+    """A umask within a with block."""
+
+    __slots__ = ("_other",)
+
+    def __init__(self, umask: int) -> None:
+        self._other = umask
+
+    def __enter__(self) -> None:
+        self._other = os.umask(self._other)
+
+    def __exit__(self, *_error: object) -> None:
+        os.umask(self._other)
+
+
 def acting_as(
     uid: int, gid: int, groups: Sequence[int], *, umask: int = 0, judged: bool = False
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Switch this thread's file system identity to the caller's, then back.
 
     ``judged``: a guest's kernel has already checked permissions, with groups and ACLs that are not
@@ -83,15 +97,20 @@ def acting_as(
     other threads must not create files. The identity does not change if the server or the caller is
     not root. Raises OSError EOVERFLOW for a number that the server's user namespace does not map.
     """
-    before = os.umask(umask) if umask else 0
-    try:
-        if not _is_root() or (uid == 0 and gid == 0):
-            yield
-            return
-        setfsuid, setfsgid, setgroups = _known_calls()
-        own = os.getgroups()
-        effective = _capabilities()[0]  # before any is dropped
-        grouped = False
+    if not _is_root() or (uid == 0 and gid == 0):
+        return _Umask(umask) if umask else nullcontext()
+    return _acting_as(uid, gid, groups, umask, judged)
+
+
+@contextmanager
+def _acting_as(
+    uid: int, gid: int, groups: Sequence[int], umask: int, judged: bool
+) -> Iterator[None]:
+    setfsuid, setfsgid, setgroups = _known_calls()
+    own = os.getgroups()
+    effective = _capabilities()[0]  # before any is dropped
+    grouped = False
+    with _Umask(umask) if umask else nullcontext():
         try:
             _set_checked(setfsgid, gid)
             _set_checked(setfsuid, uid)
@@ -108,9 +127,6 @@ def acting_as(
                 _set_groups(setgroups, own)
             if uid:
                 check(libc.capset(_CAP_HEADER, _effective(effective)))
-    finally:
-        if umask:
-            os.umask(before)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ _BELOW, _BELOW_ON_MOUNT = (
     )
     for more in (0, _RESOLVE_NO_XDEV)
 )
+_HOW_SIZE = len(_BELOW)
+_syscall = libc.syscall
 _PATH_BYTES = 3800
 """Bytes of a path passed to one look-up, of the kernel's 4,096."""
 
@@ -146,7 +148,8 @@ def open_below(root_fd: int, path: bytes, *, one_mount: bool) -> int:
     """
     how = _BELOW_ON_MOUNT if one_mount else _BELOW
     if len(path) < _PATH_BYTES:
-        return check(libc.syscall(_OPENAT2, root_fd, path, how, len(how)))
+        fd: int = _syscall(_OPENAT2, root_fd, path, how, _HOW_SIZE)
+        return fd if fd >= 0 else check(fd)
     fd = os.dup(root_fd)
     while path:
         cut = len(path) if len(path) < _PATH_BYTES else path.rindex(b"/", 0, _PATH_BYTES)

@@ -179,7 +179,9 @@ class DevfuseTransport:
                 self._token.run_sync_soon(self._wake_agent, idempotent=True)
 
     def _wake_agent(self) -> None:
-        self._operations.guest.wake()
+        guest = self._operations.guest
+        if guest.has_outgoing:  # else it would be woken for nothing at many writes
+            guest.wake()
 
     def _is_there(self) -> bool:
         return bool(self._poll.poll(0))
@@ -201,6 +203,8 @@ class DevfuseTransport:
                     raise
                 return False
             session.serve([request[:size]], [reply], self._done(request, reply))
+            if not self._is_there():  # costs less than a read that fails
+                return False
         return True
 
     def _notify(self, message: bytes) -> None:

@@ -376,6 +376,35 @@ def test_a_directory_replaced_by_a_symlink_in_a_race(world: World) -> None:
     assert os.listdir(world.source / "aside") == ["made"]
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_is_reached_after_its_directory_moved(world: World, is_replaced: bool) -> None:
+    """Its path as last known leads nowhere, or to another file."""
+    (world.source / "d").mkdir()
+    (world.source / "d/f").write_text("own")
+    mount = world.mount()
+    node = world.node("d/f")
+    os.rename(world.source / "d", world.source / "moved")
+    if is_replaced:
+        (world.source / "d").mkdir()
+        (world.source / "d/f").write_text("another's")
+    assert mount.getattr(USER, node.nodeid)[1].st_size == len("own")
+    fh = mount.files.open(USER, node.nodeid, os.O_RDONLY)
+    assert mount.files.read(fh, 0, 10) == b"own"
+
+
+def test_a_directory_above_a_file_replaced_by_a_symlink(world: World) -> None:
+    outside = world.source.parent / "outside"
+    outside.mkdir()
+    (world.source / "d").mkdir()
+    (world.source / "d/f").write_text("own")
+    os.link(world.source / "d/f", outside / "f")
+    node = world.node("d/f")
+    os.rename(world.source / "d", world.source / "moved")
+    (world.source / "d").symlink_to(outside)
+    with world.table.reach.opened(node) as fd:
+        assert syscalls.shown_path(fd) == os.fsencode(world.source / "moved/f")
+
+
 def test_hard_links_are_one_inode_with_two_names(world: World) -> None:
     (world.source / "one").write_text("x")
     os.link(world.source / "one", world.source / "two")
