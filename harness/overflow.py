@@ -38,11 +38,12 @@ def fill(fd: int, room: int) -> None:
 
 @contextmanager
 def queue_of(pid: int) -> Iterator[int]:
-    """The inotify instance of another process."""
+    """The inotify instance of another process; of an fsd server, the first one: the next is that
+    of its kernel's cache."""
     there = Path(f"/proc/{pid}/fd")
-    [number] = [
+    number = min(
         int(name) for name in os.listdir(there) if os.readlink(there / name) == "anon_inode:inotify"
-    ]
+    )
     pidfd = os.pidfd_open(pid)
     try:
         fd = _checked(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))

@@ -94,6 +94,16 @@ class ScanEnd(NamedTuple):
     flags: int
 
 
+class Calls(NamedTuple):
+    """The agent traces the calls that set marks. The first of those whose marks the next ScanEnd
+    reports returned at ``first``; it is ``now``. Both are microseconds of the guest's
+    CLOCK_MONOTONIC.
+    """
+
+    first: int
+    now: int
+
+
 class Resolve(NamedTuple):
     """Ask for the node of a path in the share (relative to its root)."""
 
@@ -226,7 +236,7 @@ class Stats(NamedTuple):
 
 Message = Union[
     Hello, Update, ScanEnd, Resolve, List, Ack, StatsRequest, Bye, Keep,
-    Welcome, Result, Event, Order, Hint, Name, Stats, Kept,
+    Welcome, Result, Event, Order, Hint, Name, Stats, Kept, Calls,
 ]  # fmt: skip
 
 _HEADER = struct.Struct("<IHH")
@@ -242,6 +252,7 @@ _TABLE: list[tuple[int, type[Message], struct.Struct, int]] = [
     (7, Bye, struct.Struct("<"), 0),
     (8, List, struct.Struct("<IQQ"), 0),
     (9, Keep, struct.Struct("<IQ"), 1),
+    (10, Calls, struct.Struct("<QQ"), 0),
     (16, Welcome, struct.Struct("<HQQ"), 0),
     (17, Result, struct.Struct("<IIQQI"), 0),
     (18, Event, struct.Struct("<QQQI"), 1),

@@ -14,21 +14,22 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from protocol import fuse
+from protocol.inotify import RawEvent
 from protocol.masks import Mask
 
 from ..files.attributes import StatLike
 from ..files.inode import Inode
 from ..files.table import InodeTable
 from ..linux import syscalls
-from .directories import DATA, ENDED, NAMES, Directories, Directory
+from .directories import DATA, ENDED, NAMES, Directories, Directory, Name
 from .notifier import Notifier
 
 DAY = 86400
@@ -49,12 +50,27 @@ _WATCHABLE = frozenset(
     b"bcachefs btrfs erofs ext2 ext3 ext4 f2fs overlay ramfs squashfs tmpfs xfs zfs".split()
 )
 """File systems that change on this host only, and whose names are the same only byte by byte."""
+RECENT_LIMIT = 16_384
+"""Changes that are kept until a mark of before them is known, some 5 MB."""
 _MOVED = int(Mask.MOVED_FROM | Mask.MOVED_TO)
 _DELETE = int(Mask.DELETE)
 _ONE_NAME = int(Mask.CREATE | Mask.DELETE)
+_MADE = -1
+"""Instead of a nodeid: of what is just being made."""
 
 Given = tuple[Inode | None, bytes | None, Mask]
 """An expected event: directory, name, bits."""
+
+
+class Change(NamedTuple):
+    """A change that the guest has not made."""
+
+    stamp: float
+    """time.monotonic() when it was read."""
+    directory: Inode
+    child: Inode | None
+    """What has the name, if that is known; the directory if there is none."""
+    raw: RawEvent
 
 
 class CoherentCache:
@@ -99,6 +115,10 @@ class CoherentCache:
         """The kernel knows NOTIFY_INC_EPOCH."""
         self.short: Counter[str] = Counter()
         """How often something was not given for long, by reason."""
+        self._sees_marks = True
+        self._recent: deque[Change] = deque(maxlen=RECENT_LIMIT)
+        self._touched: dict[int, float] = {}  # nodeid: time.monotonic() of the guest's last change
+        self._read_at = 0.0  # when ``read`` began last
 
     def close(self) -> None:
         """Drop all watches. What the kernel keeps ends with its connection."""
@@ -126,17 +146,19 @@ class CoherentCache:
             return False
         return not directory.is_placeholder
 
-    def keeps_name(self, parent: Inode, name: bytes, *, exists: bool = True) -> bool:
-        """Whether the kernel may keep what the name stands for, or that it does not exist."""
+    def keeps_name(self, parent: Inode, name: bytes, nodeid: int) -> bool:
+        """Whether the kernel may keep that the name stands for a node; 0: that it does not
+        exist.
+        """
         directory = None if self.is_late else self._directories.get(parent)
         if directory is None:
             return False
         if name not in directory.names:
             self._names += 1
-        directory.names[name] = time.monotonic() if exists else -time.monotonic()
+        directory.names[name] = Name(time.monotonic(), nodeid)
         while self._names > KEPT_NAMES_LIMIT:
             self._give_up(next(iter(self._directories)))
-        return True
+        return self._sees_marks or not nodeid
 
     def keeps_missing(self, parent: Inode, name: bytes) -> bool:
         """Whether the kernel may keep that a name does not exist. A look-up that failed with ENOENT
@@ -151,7 +173,7 @@ class CoherentCache:
         try:
             os.stat(name, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:
-            return self.keeps_name(parent, name, exists=False)
+            return self.keeps_name(parent, name, 0)
         except OSError:
             return False
         finally:
@@ -160,7 +182,7 @@ class CoherentCache:
 
     def keeps_attributes(self, inode: Inode, attr: StatLike) -> bool:
         """Whether the kernel may keep these attributes."""
-        if not self._is_covered(inode, attr.st_nlink):
+        if not self._is_covered(inode, attr.st_nlink) or not self._sees_marks:
             return False
         self._attributes.add(inode.nodeid)
         return True
@@ -192,40 +214,55 @@ class CoherentCache:
             self.short["other links"] += 1
             return False
         above = None if inode.parent is None else self._directories.get(inode.parent)
-        # A name that was taken back, or given as missing, may not be the object's any more.
-        return above is not None and above.names.get(inode.name, 0.0) > 0.0
+        given = None if above is None else above.names.get(inode.name)
+        return given is not None and given.nodeid == inode.nodeid  # else it may have another name
 
     # Taken back
 
     def read(self, most: int = 1 << 30) -> None:
         """Take back what the host has changed, as far as about ``most`` bytes of events say."""
-        for directory, mask, name in self._directories.read(most):
+        before, self._read_at = self._read_at, time.monotonic()
+        for directory, raw in self._directories.read(most):
+            mask, name = raw.mask, raw.name
             if directory is None:
                 self.take_all()
-            elif mask & ENDED:
+                continue
+            inode = directory.inode
+            child = inode.children.get(name) if name else inode
+            if mask & ENDED:
                 self._give_up(directory)
-            elif not name:
-                self._take_attributes(directory.inode)
             elif mask & NAMES:
-                self._name_changed(directory, mask, name)
-            else:
-                child = directory.inode.children.get(name)
-                if child is not None:
-                    self._take_attributes(child)
-                    if mask & DATA:
-                        self._take_content(child)
+                if self._is_own(raw):
+                    if mask & _ONE_NAME:
+                        continue
+                else:
+                    self._recent.append(Change(time.monotonic(), inode, child, raw))
+                self._name_changed(directory, name, child)
+            elif child is not None:
+                # The queue merges equal events, so one by the guest may be the host's, too.
+                if self._touched.get(child.nodeid, 0.0) < before:
+                    self._recent.append(Change(time.monotonic(), inode, child, raw))
+                self._take_attributes(child)
+                if mask & DATA:
+                    self._take_content(child)
         mounts = self._table.mounts
         if (mounts.below or self._points) and mounts.points != self._points:
             self._points = dict(mounts.points)
             self.take_all()
 
-    def _name_changed(self, directory: Directory, mask: int, name: bytes) -> None:
-        own = directory.wd, name, mask & _ONE_NAME
-        if self._own.get(own):
-            self._own[own] -= 1
-            return
-        self._take_name(directory, name)
-        child = directory.inode.children.get(name)
+    def _is_own(self, raw: RawEvent) -> bool:
+        own = raw.wd, raw.name, raw.mask & NAMES
+        if not self._own.get(own):
+            return False
+        self._own[own] -= 1
+        return True
+
+    def _name_changed(self, directory: Directory, name: bytes, child: Inode | None) -> None:
+        given = self._take_name(directory, name)
+        if given is not None and given.nodeid:  # the tables may be ahead, and it has no name there
+            self._take_attributes_of(given.nodeid)
+            self._take_content_of(given.nodeid)
+            self._data.discard(given.nodeid)
         if child is not None:
             self._take_attributes(child)
             self.give_up_content(child)
@@ -245,6 +282,8 @@ class CoherentCache:
             if inode is None or not name or not mask & NAMES:
                 continue
             directory = self._directories.get(inode)
+            if directory is not None:
+                own[directory.wd, name, mask & NAMES] += 1
             if mask & _MOVED:
                 # The kernel moves what it keeps to the new name. This waits for the end of that.
                 if directory is not None:
@@ -253,11 +292,10 @@ class CoherentCache:
                     self.give_up_content(child)
                 self._post([_expired(inode.nodeid, name)])
             elif directory is not None:
-                own[directory.wd, name, mask & _ONE_NAME] += 1
                 if mask & _DELETE:
                     self._forget_name(directory, name)
-                else:  # given by the answer, which comes after the queue is read
-                    self.keeps_name(inode, name)
+                else:  # the answer, which comes after the queue is read, says which node
+                    self.keeps_name(inode, name, _MADE)
         try:
             yield
         finally:
@@ -266,8 +304,28 @@ class CoherentCache:
                     self.read()
                 own.clear()
 
+    # Marks
+
+    def sees_marks(self, sees: bool) -> None:
+        """Whether marks that are set on a name which the kernel keeps are seen. If not, it has to
+        ask for each name.
+        """
+        self._sees_marks = sees
+        if not sees:
+            self.take_all()
+
+    def touched(self, inode: Inode) -> None:
+        """The guest is about to change or use a file or its attributes."""
+        self._touched[inode.nodeid] = time.monotonic()
+
+    def recent(self, since: float) -> list[Change]:
+        """The last changes of others, those read since then (time.monotonic())."""
+        self.read()
+        return [change for change in self._recent if change.stamp >= since]
+
     def watched(self, inode: Inode | None) -> None:
         """The guest watches an object (None = all) from now on: let its kernel ask each time."""
+        self.read()  # what has happened until it is watched elsewhere
         if inode is None:
             for each in self._directories:
                 self._give_up(each)
@@ -298,6 +356,7 @@ class CoherentCache:
         """The kernel holds a node no longer, and nothing below it."""
         self._attributes.discard(nodeid)
         self._data.discard(nodeid)
+        self._touched.pop(nodeid, None)
         directory = self._directories.of_node(nodeid)
         if directory is not None:
             self._names -= len(directory.names)
@@ -324,31 +383,38 @@ class CoherentCache:
         names = self._forget_names(directory)
         self._post(_Messages(partial(_expired, nodeid), names), again=True)
 
-    def _forget_names(self, directory: Directory) -> dict[bytes, float]:
+    def _forget_names(self, directory: Directory) -> dict[bytes, Name]:
         names, directory.names = directory.names, {}
         self._names -= len(names)
         return names
 
-    def _take_name(self, directory: Directory, name: bytes) -> None:
+    def _take_name(self, directory: Directory, name: bytes) -> Name | None:
         given = self._forget_name(directory, name)
-        if given:
-            again = time.monotonic() - given < LATELY
+        if given is not None:
+            again = time.monotonic() - given.at < LATELY
             self._post([_expired(directory.inode.nodeid, name)], again=again)
+        return given
 
-    def _forget_name(self, directory: Directory, name: bytes) -> float:
-        given = abs(directory.names.pop(name, 0.0))
-        self._names -= given > 0
+    def _forget_name(self, directory: Directory, name: bytes) -> Name | None:
+        given = directory.names.pop(name, None)
+        self._names -= given is not None
         return given
 
     def _take_attributes(self, inode: Inode) -> None:
         """At once. An answer on its way does not restore them: the kernel numbers its requests."""
-        if inode.nodeid in self._attributes:
-            self._attributes.remove(inode.nodeid)
-            self._notify(_attributes(inode.nodeid))
+        self._take_attributes_of(inode.nodeid)
+
+    def _take_attributes_of(self, nodeid: int) -> None:
+        if nodeid in self._attributes:
+            self._attributes.remove(nodeid)
+            self._notify(_attributes(nodeid))
 
     def _take_content(self, inode: Inode) -> None:
-        if inode.nodeid in self._data:
-            self._post([_content(inode.nodeid)])
+        self._take_content_of(inode.nodeid)
+
+    def _take_content_of(self, nodeid: int) -> None:
+        if nodeid in self._data:
+            self._post([_content(nodeid)])
 
     def give_up_content(self, inode: Inode) -> None:
         """It may be changed where nobody looks, until it is opened again."""
@@ -372,6 +438,7 @@ class CoherentCache:
             "contents": len(self._data),
             "short": dict(self.short),
             "disabled": self.disabled,
+            "settled": self.is_settled and self._notifier.is_idle,
         }
 
 

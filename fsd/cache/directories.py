@@ -11,8 +11,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
-from protocol.inotify import parse_events
+from protocol.inotify import RawEvent, parse_events
 from protocol.masks import Mask
 
 from ..files.inode import Inode
@@ -33,6 +34,15 @@ REFUSED_LIMIT = 4096
 """Directories for which that is remembered."""
 
 
+class Name(NamedTuple):
+    """A name that the kernel was given: when (time.monotonic()), and the nodeid, 0 if it does not
+    exist.
+    """
+
+    at: float
+    nodeid: int
+
+
 class Directory:
     """A watched directory, and the names in it that the kernel has been given."""
 
@@ -41,8 +51,7 @@ class Directory:
     def __init__(self, inode: Inode, wd: int) -> None:
         self.inode = inode
         self.wd = wd
-        # time.monotonic() when it was given, negative of one that does not exist
-        self.names: dict[bytes, float] = {}
+        self.names: dict[bytes, Name] = {}
 
 
 class Directories:
@@ -119,15 +128,15 @@ class Directories:
         """Bytes of events that wait to be read."""
         return inotify.queued(self.fd)
 
-    def read(self, most: int) -> Iterator[tuple[Directory | None, int, bytes]]:
-        """What is queued now, about ``most`` bytes of it: directory, mask, name. None stands for
+    def read(self, most: int) -> Iterator[tuple[Directory | None, RawEvent]]:
+        """What is queued now, about ``most`` bytes of it. None instead of a directory stands for
         all: some have been lost.
         """
         left = min(self.queued, most)
         while left > 0:
             buffer = os.read(self.fd, max(min(left, _READ_SIZE), _LONGEST_EVENT))
             left -= len(buffer)
-            for wd, mask, _cookie, name in parse_events(buffer):
-                directory = self._by_wd.get(wd)
-                if directory is not None or mask & Mask.Q_OVERFLOW:
-                    yield directory, mask, name
+            for raw in parse_events(buffer):
+                directory = self._by_wd.get(raw.wd)
+                if directory is not None or raw.mask & Mask.Q_OVERFLOW:
+                    yield directory, raw

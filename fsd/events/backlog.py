@@ -80,6 +80,14 @@ class Backlog:
         self._arrivals.appendleft(arrival)
         self._count(arrival, 1)
 
+    def put_before(self, events: list[RawEvent], stamp: float) -> None:
+        """The host's events that happened before all that wait; but nothing says of them what else
+        was queued then.
+        """
+        first = self._arrivals[0].number if self._arrivals else self.next_number
+        for before, raw in enumerate(reversed(events), 1):
+            self.push_back(Arrival(raw, HOST, stamp, first - before))
+
     def has_any(self, wds: Set[int], besides: Origin | None = None) -> bool:
         """Whether an event of one of the watches waits that another party than ``besides`` has
         caused.

@@ -15,6 +15,7 @@ import logging
 import os
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -399,6 +400,23 @@ class HostWatcher:
             if inode is not None and inode.attr_given:
                 inode.attr_given = False
                 self._report_change(inode)
+
+    def insert(self, events: Iterable[tuple[Inode, RawEvent]]) -> None:
+        """Put events of watched inodes before all others that wait: they are older than the
+        watches, except for those that these have reported, too.
+        """
+        self.drain()
+        reported = Counter(arrival.raw for arrival in self.queue.peek(len(self.queue)))
+        older: list[RawEvent] = []
+        for inode, event in events:
+            raw = event._replace(wd=self.wd_of(inode))
+            if reported[raw] > 0:
+                reported[raw] -= 1
+            elif raw.wd >= 0:
+                older.append(raw)
+        if older:
+            self.queue.put_before(older, time.monotonic())
+            self.on_arrival()
 
     def discard(self, wds: Set[int]) -> None:
         """Drop the events of these watches: a comparison will find what they report."""

@@ -38,6 +38,7 @@ from .lookups import Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
 from .seen import Seen, missing, self_events
+from .tracedmarks import TracedMarks
 from .watches import Watches
 
 _MODIFY, _ATTRIB, _DELETE_SELF = int(Mask.MODIFY), int(Mask.ATTRIB), int(Mask.DELETE_SELF)
@@ -116,6 +117,7 @@ class Arming:
         self._directories: dict[Guest, int] = {}  # that each guest has looked up
         self._seen: Counter[Guest] = Counter()  # files
         self.files = MarkedFiles(table, interest, watches)
+        self.traced = TracedMarks(table, watcher, interest)
         self._updates: dict[Guest, list[tuple[NodeKey, int]]] = {}
         self._new_marks = NewMarks()
         self._number = 0  # of the last event
@@ -366,6 +368,8 @@ class Arming:
     def scan_abort(self, guest: Guest) -> None:
         """The agent is gone in the middle of a scan."""
         self._updates.pop(guest, None)
+        if isinstance(guest, MountGuest):
+            self.traced.since(guest)
 
     def forget(self, guest: Guest) -> None:
         """The guest has disconnected."""
@@ -462,6 +466,7 @@ class Arming:
         on a GROUP at a time, so that a very large scan is divided.
         """
         guest.scanned(hint)
+        since = self.traced.since(guest)
         updates = self._updates.pop(guest, [])
         failed: list[tuple[NodeKey, Exception]] = []
         if full:
@@ -475,10 +480,16 @@ class Arming:
         try:
             while done < len(updates):
                 group = updates[done : done + GROUP]
-                files = self.files.watch(guest, group)
+                unwatched = [
+                    inode
+                    for inode in self.traced.unwatched(group)
+                    if not self._has_asked(guest, inode)  # else its events are kept here
+                ]
+                files, until = self.files.watch(guest, group), time.monotonic()
                 try:
                     yield from self._routing(self._as_of(guest, group))
                     done += self._apply(guest, group, files, failed, due)
+                    self.traced.insert(guest, unwatched, since, until)
                 finally:
                     for inode in files:
                         self.files.drop(guest, inode)
@@ -489,6 +500,12 @@ class Arming:
             self._deliver_missed(guest, updates[:done])
         self._disprove(guest, hint)
         return failed
+
+    def _has_asked(self, guest: MountGuest, inode: Inode) -> bool:
+        """Whether a look-up of a directory has caused a hint that is not answered."""
+        node = self._nodes.get(inode)
+        look_up = node.by.get(guest) if node is not None else None
+        return look_up is not None and bool(look_up.open)
 
     def _as_of(self, guest: MountGuest, updates: list[tuple[NodeKey, int]]) -> float:
         """The time from which the marks may hold (time.monotonic()): usually now. But everything in

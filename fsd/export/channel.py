@@ -319,6 +319,9 @@ class Channel:
             scan = arming.scan_ending(guest, message.hint, full=is_full)
             for key, error in (yield from scan):
                 self._refuse(0, key, error)
+        elif isinstance(message, frames.Calls):
+            guest.sees_marks(True)
+            arming.traced.called(guest, message)
         elif isinstance(message, frames.Ack):
             event = guest.acknowledge(message.seq, message.errno)
             if event is not None:

@@ -251,18 +251,18 @@ class Export:
         self._change()
         had = self.interest.of(guest, inode)
         before, after = self.interest.update(guest, inode, mask)
-        if isinstance(guest, MountGuest) and had != mask:
-            guest.marked(inode, int(mask))
         if inode is None:
             if before != after:
                 self._tree.bring_in_line(after)
-            return
-        if mask and not had:
-            self.table.pin(inode)
-        if before != after:
-            self.watches.follow_name(inode)
-            self.watches.set_watch(inode)
-        if had and not mask:
+        else:
+            if mask and not had:
+                self.table.pin(inode)
+            if before != after:
+                self.watches.follow_name(inode)
+                self.watches.set_watch(inode)
+        if isinstance(guest, MountGuest) and had != mask:
+            guest.marked(inode, int(mask))
+        if inode is not None and had and not mask:
             self.table.unpin(inode)
 
     def is_arming(self, inode: Inode | None) -> bool:

@@ -146,6 +146,7 @@ def _guest(export: Export, guest: Guest) -> dict[str, Any]:
         state["agent"] = bool(guest.pid)
         state["agent_pid"] = guest.pid
         state["keeps_names"] = guest.keeps_names
+        state["takes_calls"] = guest.cache is not None
         state["cache"] = None if guest.cache is None else guest.cache.state()
         state["passthrough"] = None if guest.passthrough is None else guest.passthrough.state()
     return state

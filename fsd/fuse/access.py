@@ -31,6 +31,7 @@ _T = TypeVar("_T")
 _EVENTS = 256
 """Events of the host that are searched for a file that has moved."""
 Events = tuple[Expected, ...]
+_CHANGES = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 _OPEN_TRUNC = Mask.OPEN | Mask.MODIFY
 
 
@@ -74,6 +75,8 @@ class Access:
 
     def about(self, inode: Inode, mask: Mask) -> tuple[Expected, ...]:
         """An event of an object: by name in its directory, and as a self event."""
+        if self.cache is not None and mask & _CHANGES:
+            self.cache.touched(inode)
         # Most files are not watched: for them this costs little.
         if not self.export.watcher.is_watched_directly_or_by_name(inode):
             return ()

@@ -221,7 +221,7 @@ class Nodes:
                 attr_seconds, attr_nanoseconds = self._replayer_timeout(inode, attr)
         elif not (self.is_watched_node(parent) or self.is_watched_node(inode.nodeid)):
             if self._cache is not None:
-                if name and self._cache.keeps_name(self._table.get(parent), name):
+                if name and self._cache.keeps_name(self._table.get(parent), name, inode.nodeid):
                     seconds = DAY
                 if self._cache.keeps_attributes(inode, attr):
                     attr_seconds = DAY

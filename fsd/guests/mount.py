@@ -129,6 +129,7 @@ class MountGuest(Guest):
     def connect(self, pid: int, hello: frames.Hello) -> None:
         """An agent took the control channel."""
         self.pid = pid
+        self.sees_marks(False)  # until the agent says so
         self._note_agent()
         self.events = EVENTS & hello.events
         self.makes_lone_closes = False
@@ -147,8 +148,14 @@ class MountGuest(Guest):
     def agent_gone(self) -> None:
         """There is no agent any more."""
         self.pid = 0
+        self.sees_marks(True)  # those set meanwhile are read by the next agent
         self.history.check()
         self._note_agent()
+
+    def sees_marks(self, sees: bool) -> None:
+        """Whether the agent sees the calls that set marks, or there is none."""
+        if self.cache is not None:
+            self.cache.sees_marks(sees)
 
     def _note_agent(self) -> None:
         if self._record is not None:

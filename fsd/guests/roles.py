@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
+
+from protocol.inotify import RawEvent
 
 from ..files.inode import Inode
 
@@ -32,4 +35,14 @@ class KernelCache(HasState, Protocol):
         """Whether the kernel keeps nothing that the host has changed up to now."""
 
     def watched(self, inode: Inode | None, /) -> None:
-        """The guest watches an object (None = all) from now on."""
+        """The guest watches an object (None = all) from now on; the host's events of it are read
+        elsewhere already.
+        """
+
+    def sees_marks(self, sees: bool, /) -> None:
+        """Whether marks set on names that the kernel keeps are seen from now on."""
+
+    def recent(self, since: float, /) -> Iterable[tuple[float, Inode, Inode | None, RawEvent]]:
+        """The last changes of others, those read since then: when (time.monotonic()), the
+        directory, what has the name if that is known, the event with any watch descriptor.
+        """

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 
 from protocol import frames
@@ -23,7 +24,7 @@ from ..marks import device_of, mount_ids, pids
 from . import descriptors, loneclose
 from .markcalls import MarkCalls
 from .replayer import Replayer
-from .scanner import Scanner
+from .scanner import Scanner, calls_at
 
 FAILED = 1
 """Exit status of an agent that should be restarted. 0: the mount is gone."""
@@ -50,7 +51,8 @@ class Agent:
         except (ValueError, LookupError, TypeError):
             raise ChannelError(f"{self._mountpoint}: its .fsd/status is not from fsd") from None
         self._sending = threading.Lock()
-        calls = _trace_calls() if self._keeps_names else None
+        calls = _trace_calls(self._server) if self._keeps_names else None
+        self._is_traced = calls is not None
         self._scanner = Scanner(
             self._device,
             self._send,
@@ -71,7 +73,7 @@ class Agent:
         fsd_fd = open_hidden(self._root_fd)
         try:
             self._channel = FileChannel(fsd_fd, "control")
-            self._keeps_names = _keeps_names(fsd_fd)
+            self._read_status(fsd_fd)
         finally:
             os.close(fsd_fd)
         self._replayer = Replayer(
@@ -82,6 +84,17 @@ class Agent:
             is_copy=self._is_private,
         )
         self._reader = frames.FrameReader()
+
+    def _read_status(self, fsd_fd: int) -> None:
+        """Whether this kernel keeps names of the mount, so that a look-up may cause no request;
+        whether the server takes Calls; and its thread, 0 if it runs elsewhere.
+        """
+        with open(open_file(fsd_fd, b"status", os.O_RDONLY)) as file:
+            status = json.load(file)
+        guests = [guest for guest in status["guests"] if guest["kind"] == "mount"]
+        self._keeps_names = any(guest.get("keeps_names") for guest in guests)
+        self._takes_calls = any(guest.get("takes_calls") for guest in guests)
+        self._server = int(status["pid"])
 
     def _reconnect(self) -> None:
         """Reconnect to the next server, which does not know this channel."""
@@ -96,8 +109,10 @@ class Agent:
         self._scanner.expect_new_server()
 
     def _hello(self) -> None:
-        hello = frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF)
-        self._channel.send(frames.encode(hello))
+        data = frames.encode(frames.Hello(frames.VERSION, frames.Role.REPLAYER, 0xFFF))
+        if self._is_traced and self._takes_calls:
+            data += frames.encode(calls_at(time.monotonic()))
+        self._channel.send(data)
 
     def _send(self, data: bytes) -> None:
         """Send a frame of the scanner. If the server is gone, the reading thread notices, too."""
@@ -232,16 +247,9 @@ class Agent:
             )
 
 
-def _keeps_names(fsd_fd: int) -> bool:
-    """Whether this kernel caches names of the mount, so that a look-up may cause no request."""
-    with open(open_file(fsd_fd, b"status", os.O_RDONLY)) as status:
-        guests = json.load(status)["guests"]
-    return any(guest["kind"] == "mount" and guest.get("keeps_names") for guest in guests)
-
-
-def _trace_calls() -> MarkCalls | None:
+def _trace_calls(server: int) -> MarkCalls | None:
     try:
-        return MarkCalls()
+        return MarkCalls(server)
     except OSError as error:
         _say(
             f"cannot trace the calls that set marks: {error.strerror}; marks on names "

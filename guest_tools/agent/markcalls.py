@@ -18,6 +18,7 @@ _PREFIX = "fsd-agent-"
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PID_NS_INIT_INO in linux/nsfs.h
 _SETTINGS = (
     ("options/raw", b"1"),  # "TID CPU TIME type: N": without command names, which may be anything
+    ("trace_clock", b"mono"),  # TIME is nanoseconds of time.monotonic()
     ("buffer_size_kb", b"64"),  # per processor; what does not fit is reported as lost
 )
 _READ = 1 << 16
@@ -25,14 +26,16 @@ _READS = 16
 
 
 class MarkCalls:
-    """Successful calls, from an instance of tracefs that ``close`` removes.
+    """Successful calls, from an instance of tracefs that ``close`` removes. Not those of the thread
+    ``server``, which marks the host's directories.
 
     While it exists, each system call of the machine takes about 50 ns more: the kernel has one
     switch for all of them. Calls of 32-bit programs on a 64-bit kernel are not traced. Raises
     OSError if the kernel has no such trace or the process may not use it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, server: int = 0) -> None:
+        self._filter = b"ret >= 0" + (b" && common_pid != %d" % server if server else b"")
         if os.readlink("/proc/self/ns/pid") != _FIRST_PID_NAMESPACE:
             raise OSError(errno.ENOTSUP, "thread ids are those of another pid namespace")
         self._pipe_fd = -1
@@ -62,7 +65,7 @@ class MarkCalls:
             self._write("buffer_percent", b"0")  # poll(2) returns for a single event
         for call in CALLS:
             with suppress(FileNotFoundError):  # a kernel without fanotify
-                self._write(f"events/syscalls/sys_exit_{call}/filter", b"ret >= 0")
+                self._write(f"events/syscalls/sys_exit_{call}/filter", self._filter)
                 self._write(f"events/syscalls/sys_exit_{call}/enable", b"1")
 
     def _open(self, path: str, flags: int) -> int:
@@ -79,11 +82,12 @@ class MarkCalls:
         """For poll(2): readable when there are calls."""
         return self._pipe_fd
 
-    def read(self) -> tuple[set[int], bool]:
-        """The threads that made such calls since the last read, and whether some were lost. Reads
-        for some ms at most, because a thread may make calls without end.
+    def read(self) -> tuple[dict[int, float], bool]:
+        """The threads that made such calls since the last read, with time.monotonic() of the first
+        call, and whether some were lost. Reads for some ms at most, because a thread may make calls
+        without end.
         """
-        threads: set[int] = set()
+        threads: dict[int, float] = {}
         lost = False
         for _ in range(_READS):
             try:
@@ -91,9 +95,9 @@ class MarkCalls:
             except BlockingIOError:
                 break
             for line in data.split(b"\n"):
-                first = line.split(b" ", 1)[0]
-                if first.isdigit():
-                    threads.add(int(first))
+                fields = line.split(maxsplit=3)
+                if len(fields) > 2 and fields[0].isdigit() and fields[2].isdigit():
+                    threads.setdefault(int(fields[0]), int(fields[2]) / 1e9)
                 elif line:  # "CPU:0 [LOST 12 EVENTS]"
                     lost = True
             if not data:

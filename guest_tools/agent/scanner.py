@@ -32,6 +32,11 @@ _OTHERS = 16
 first."""
 
 
+def calls_at(first: float) -> frames.Calls:
+    """Calls were traced, the first at that time.monotonic()."""
+    return frames.Calls(int(first * 1e6), int(time.monotonic() * 1e6))
+
+
 class Scanner(threading.Thread):
     """Reads marks and sends the changes. ``send`` writes frames to the server.
 
@@ -65,6 +70,7 @@ class Scanner(threading.Thread):
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         is_traced = calls is not None
         self._schedule = Schedule(time.monotonic(), is_traced=is_traced, blind=blind)
+        self._called: dict[int, float] = {}  # processes to read: time.monotonic() of the call
         self._answered = -1  # the last hint that was answered; -1 before the first scan
         self._watchers = Watchers(device)
         self._lone_closes = lone_closes
@@ -165,7 +171,9 @@ class Scanner(threading.Thread):
         if self._calls is None:
             return False
         threads, lost = self._calls.read()
-        self._schedule.call(map(process_of, threads))
+        for thread, at in threads.items():
+            self._called.setdefault(process_of(thread), at)
+        self._schedule.call(self._called)
         return lost
 
     def _take_given(self, now: float) -> None:
@@ -234,12 +242,19 @@ class Scanner(threading.Thread):
         """
         began = time.monotonic()
         complete = self._watchers.look(processes, full=full)
+        called = list(self._called)
+        if self._take_calls():  # of what was read
+            self._schedule.look_at_all(time.monotonic())
         if self._answered < 0 and not complete:
             return False  # the server takes the first word for all of it
         if self._watchers.changed and not full and self._answered >= 0:
             complete &= self._answer_earlier(set(processes), began)
         if self._watchers.is_changed or self._is_unsent or self._answered < 0:
-            return self._send_changes(max(self._answered, 0)) and complete
+            complete &= self._send_changes(max(self._answered, 0))
+        if complete:
+            for pid in called:
+                if full or pid in processes:
+                    del self._called[pid]
         return complete
 
     def _answer(self, now: float) -> None:
@@ -301,6 +316,9 @@ class Scanner(threading.Thread):
 
     def _publish(self, changed: dict[NodeKey, int], end: frames.ScanEnd) -> None:
         batch = bytearray()
+        called = [at for pid, at in self._called.items() if pid in self._watchers.changed]
+        if changed and called:
+            batch += frames.encode(calls_at(min(called)))
         for node, mask in changed.items():
             batch += frames.encode(frames.Update(0, node.nodeid, node.generation, mask))
             if len(batch) >= _WRITE:

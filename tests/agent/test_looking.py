@@ -374,5 +374,5 @@ def test_calls_without_end() -> None:
     calls = MarkCalls.__new__(MarkCalls)
     calls._pipe_fd = os.open("/dev/zero", os.O_RDONLY)  # a read always returns something
     calls._instances_fd = -1
-    assert calls.read() == (set(), True)
+    assert calls.read() == ({}, True)
     calls.close()

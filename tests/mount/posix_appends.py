@@ -9,7 +9,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from tests.mount.posix_support import Child, opened, two_sided, write
+from tests.mount.posix_support import Child, opened, settle, two_sided, write
 
 BOTH_WAYS = (os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_APPEND)
 
@@ -30,8 +30,10 @@ def append_beside_the_host(d: Path, host: Path) -> None:
                     assert os.write(fd, line) == len(line)
                     expected += line
                     if i % 3 == 0:
+                        settle(d)
                         assert os.fstat(guest).st_size == log.stat().st_size == len(expected)
                         assert os.pread(reader, 10_000, 0) == expected[:10_000]
+            settle(d)
             assert os.lseek(guest, 0, os.SEEK_END) == len(expected)
             assert os.pwrite(guest, b"not at the start", 0) == 16
         assert log.read_bytes() == (host / log.name).read_bytes() == expected + b"not at the start"
@@ -45,6 +47,7 @@ def append_after_the_host_has_cut(d: Path, host: Path) -> None:
         with opened(log, flags) as fd:
             os.write(fd, b"last\n")
             os.truncate(host / "log", 0)
+            settle(d)
             os.write(fd, b"first\n")
             os.write(fd, b"second\n")
             assert os.fstat(fd).st_size == 13

@@ -20,6 +20,7 @@ from tests.mount.posix_support import (
     opened,
     pattern,
     renameat2,
+    settle,
     two_sided,
     write,
 )
@@ -48,6 +49,7 @@ def host_link_is_one_inode(d: Path, host: Path) -> None:
     f = write(d / "f", pattern(5000))
     with opened(f, os.O_RDWR) as fd:
         os.link(host / "f", host / "g")
+        settle(d)
         assert (d / "g").stat().st_nlink == os.fstat(fd).st_nlink == 2
         assert (d / "g").samefile(f)
         with opened(d / "g", os.O_RDWR) as other, mmap.mmap(other, 5000) as memory:
@@ -140,8 +142,10 @@ def host_writes(d: Path, host: Path) -> None:
             assert os.pread(fd, 7000, 0) == data, f"by descriptor, round {i}"
         with opened(host / "f", os.O_WRONLY | os.O_APPEND) as out:
             os.write(out, b"more")
+        settle(d)
         assert os.fstat(fd).st_size == 6004
         os.truncate(host / "f", 10)
+        settle(d)
         assert os.pread(fd, 7000, 0) == b"9" * 10
 
 
@@ -152,6 +156,7 @@ def host_overwrites_in_place(d: Path, host: Path) -> None:
     with opened(host / "f", os.O_WRONLY) as out, opened(d / "f") as fd:
         for letter in b"bcdefghij":
             os.pwrite(out, bytes([letter]) * 4096, 0)
+            settle(d)
             assert os.pread(fd, 4096, 0) == bytes([letter]) * 4096
 
 
@@ -164,6 +169,7 @@ def host_changes_attributes(d: Path, host: Path) -> None:
             (host / "f").chmod(mode)
             assert mode_of(d / "f") == stat.S_IMODE(os.fstat(fd).st_mode) == mode
         os.utime(host / "f", ns=(10**18 + 1, 10**18 + 2))
+        settle(d)
         assert os.fstat(fd).st_mtime_ns == (d / "f").stat().st_mtime_ns == 10**18 + 2
         (host / "f").chmod(0o644)
         os.setxattr(host / "f", "user.k", b"v")

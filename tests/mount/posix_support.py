@@ -4,6 +4,7 @@ Python lacks. Standard library only, so that the cases can run inside a guest to
 
 import ctypes
 import errno
+import json
 import mmap
 import os
 import selectors
@@ -51,10 +52,44 @@ def two_sided(
     """Enter a function that also works on the host's side of its directory."""
 
     def enter(function: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-        _enter(function.__name__, Case(function, root))
+        _enter(function.__name__, Case(lambda d, host: function(settling(d), host), root))
         return function
 
     return enter
+
+
+def settle(d: Path) -> None:
+    """Before a descriptor below `d` is used: its kernel keeps nothing that the host has changed."""
+    os.fspath(d)
+
+
+def settling(d: Path) -> Path:
+    """The same path, which does so by itself whenever it is used. An `fsd mount` lets its kernel
+    keep what the host has not changed, and takes it back within some milliseconds."""
+    top = d.resolve()
+    while not top.is_mount():
+        top = top.parent
+    status = f"{top}/.fsd/status"
+    if not os.path.exists(status) or _is_settled(status) is None:
+        return d
+
+    class Settling(type(d)):  # type: ignore[misc]  # the class of paths of this system
+        __slots__ = ()
+
+        def __fspath__(self) -> str:
+            end = time.monotonic() + CHILD_SECONDS
+            while not _is_settled(status):
+                assert time.monotonic() < end, "what the host changed is not taken back"
+            return str(self)
+
+    return Settling(d)
+
+
+def _is_settled(status: str) -> bool | None:
+    """None: the kernel keeps nothing."""
+    with open(status) as file:
+        (cache,) = (g["cache"] for g in json.load(file)["guests"] if g["kind"] == "mount")
+    return None if cache is None else bool(cache["settled"])
 
 
 def _enter(name: str, entry: Case) -> None:

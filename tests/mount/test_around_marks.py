@@ -88,7 +88,8 @@ def share(
     source, mountpoint = top / "source", top / "mount"
     source.mkdir()
     mountpoint.mkdir()
-    with mounted(source, mountpoint, f"--transport={request.param}") as mount:
+    # With --cache=coherent some events of the last millisecond are (test_coherent.py).
+    with mounted(source, mountpoint, f"--transport={request.param}", "--cache=never") as mount:
         yield mount
 
 

@@ -129,7 +129,7 @@ def test_a_swap_between_lookup_and_open_leads_nowhere(tmp_path: Path) -> None:
     _make_links_out(source)
     files = mountpoint / "dir" / "f", mountpoint / "file"
     with (
-        mounted(source, mountpoint, "--no-agent"),
+        mounted(source, mountpoint, "--no-agent", "--cache=never"),
         opened(mountpoint / "dir", os.O_PATH) as held,
     ):
         for i in range(200):

@@ -50,6 +50,15 @@ def shared(sides: Sides, request: pytest.FixtureRequest) -> Iterator[tuple[Path,
     shutil.rmtree(path)
 
 
+@pytest.fixture
+def seen_at_once(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
+    """The same of a mount that shows the host's changes to the very next call."""
+    with two_sides("--cache=never") as sides:
+        mount = sides.mount
+        yield mount.mountpoint, mount.source
+        sides.check_alive()
+
+
 def _plain(request: pytest.FixtureRequest) -> str:
     return re.sub(r"\W+", "-", request.node.name).strip("-")
 
@@ -93,9 +102,9 @@ def syscalls_binary(sides: Sides) -> Path:
 
 @pytest.mark.parametrize("user", USERS)
 def test_libfuse_syscalls(
-    user: User | None, syscalls_binary: Path, native: Path, shared: tuple[Path, Path]
+    user: User | None, syscalls_binary: Path, native: Path, seen_at_once: tuple[Path, Path]
 ) -> None:
-    path, host = shared
+    path, host = seen_at_once
     if user is not None:
         for directory in (native, host):
             os.chown(directory, user.uid, user.gid)

@@ -47,6 +47,7 @@ FRAMES: dict[str, Message] = {
     "first scan": frames.ScanEnd(0, 1),
     "scan after hint 7": frames.ScanEnd(7, 0),
     "the agent can close alone": frames.ScanEnd(7, 2),
+    "traced calls": frames.Calls(7_000_500, 7_002_000),
     "resolve the root": frames.Resolve(4, b""),
     "resolve, not UTF-8": frames.Resolve(5, b"src/caf\xe9"),
     "order failed": frames.Ack(258, 17),
