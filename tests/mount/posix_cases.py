@@ -4,6 +4,7 @@ library only, as they run inside a guest too.
 """
 
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.mount import (
     posix_owners,
     posix_processes,
 )
-from tests.mount.posix_support import CASES, Case, User, in_child, mkdir
+from tests.mount.posix_support import CASES, Case, User, in_child, mkdir, settling
 
 # Their import enters their cases into the map.
 MODULES = (
@@ -37,8 +38,10 @@ __all__ = ["CASES", "MODULES", "Case", "run_case"]
 def run_case(case: Case, d: Path, host: Path, user: User | None) -> None:
     """Run a case in a new directory of the user's; `d` and `host` do not exist yet."""
     mkdir(host, 0o755)
-    if user is None:
-        case.run(d, host)
-        return
-    os.chown(host, user.uid, user.gid)
-    in_child(partial(case.run, d, host), user)
+    if user is not None:
+        os.chown(host, user.uid, user.gid)
+    with settling(d) if case.is_two_sided else nullcontext(d) as place:
+        if user is None:
+            case.run(place, host)
+        else:
+            in_child(partial(case.run, place, host), user)

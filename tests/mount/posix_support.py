@@ -9,8 +9,10 @@ import mmap
 import os
 import selectors
 import signal
+import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -31,6 +33,7 @@ class Case:
 
     run: Callable[[Path, Path], None]
     needs_root: bool
+    is_two_sided: bool = False
 
 
 CASES: dict[str, Case] = {}
@@ -52,7 +55,7 @@ def two_sided(
     """Enter a function that also works on the host's side of its directory."""
 
     def enter(function: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-        _enter(function.__name__, Case(lambda d, host: function(settling(d), host), root))
+        _enter(function.__name__, Case(function, root, is_two_sided=True))
         return function
 
     return enter
@@ -63,26 +66,44 @@ def settle(d: Path) -> None:
     os.fspath(d)
 
 
-def settling(d: Path) -> Path:
-    """The same path, which does so by itself whenever it is used. An `fsd mount` lets its kernel
-    keep what the host has not changed, and takes it back within some milliseconds."""
+@contextmanager
+def settling(d: Path) -> Iterator[Path]:
+    """The same path, which does so by itself whenever it is used, by any user. An `fsd mount` may
+    let its kernel keep what the host has not changed, and takes it back within some milliseconds.
+    """
     top = d.resolve()
     while not top.is_mount():
         top = top.parent
     status = f"{top}/.fsd/status"
     if not os.path.exists(status) or _is_settled(status) is None:
-        return d
+        yield d
+        return
+    ask, answer = socket.socketpair()
+
+    def serve() -> None:
+        while answer.recv(1):
+            end = time.monotonic() + CHILD_SECONDS
+            while not _is_settled(status) and time.monotonic() < end:
+                pass
+            answer.send(b"!")
 
     class Settling(type(d)):  # type: ignore[misc]  # the class of paths of this system
         __slots__ = ()
 
         def __fspath__(self) -> str:
-            end = time.monotonic() + CHILD_SECONDS
-            while not _is_settled(status):
-                assert time.monotonic() < end, "what the host changed is not taken back"
+            ask.send(b"?")
+            ask.recv(1)
             return str(self)
 
-    return Settling(d)
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        yield Settling(d)
+    finally:
+        ask.shutdown(socket.SHUT_RDWR)
+        server.join()
+        ask.close()
+        answer.close()
 
 
 def _is_settled(status: str) -> bool | None:

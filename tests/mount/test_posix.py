@@ -33,15 +33,24 @@ ROOT = os.geteuid() == 0
 
 
 @pytest.fixture(scope="module")
-def sides() -> Iterator[Sides]:
+def oracle() -> Iterator[Sides]:
     with two_sides() as both:
         yield both
 
 
+@pytest.fixture(scope="module", params=["never", "coherent"])
+def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
+    """By --cache. Natively and over the other transports: see the tests of those."""
+    if request.param == "coherent" and not ROOT:
+        pytest.skip("--cache=coherent needs root")
+    with two_sides(f"--cache={request.param}") as both:
+        yield both
+
+
 @pytest.mark.parametrize(("name", "user"), PARAMETERS)
-def test_native(name: str, user: User | None, sides: Sides) -> None:
-    """The oracle: a case that fails here is wrong itself."""
-    d = sides.native / name
+def test_native(name: str, user: User | None, oracle: Sides) -> None:
+    """A case that fails here is wrong itself."""
+    d = oracle.native / name
     try:
         run_case(CASES[name], d, d, user)
     finally:
