@@ -121,7 +121,7 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
 @click.option(
     "--passthrough",
     type=click.Choice(PASSTHROUGH),
-    default="auto",
+    default="off",
     show_default=True,
     help="Let the kernel move file data itself, past the server, where it can (root, Linux 6.9).",
 )

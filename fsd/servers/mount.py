@@ -70,7 +70,7 @@ class Options:
     """One of TRANSPORTS; auto: devfuse, or libfuse if that is not available."""
     cache: str = "never"
     """One of CACHES."""
-    passthrough: str = "auto"
+    passthrough: str = "off"
     """One of PASSTHROUGH."""
     busy_poll: float = BUSY_POLL
     """Seconds after an answer for which to poll for the next request; 0 never polls."""
