@@ -62,6 +62,10 @@ def _fsd() -> list[Side]:
             options = [f"--transport={transport}", *([f"--cache={mode}"] if mode else [])]
             name = "-".join(filter(None, ["fsd", transport, mode]))
             found.append(Side(name, f"`fsd mount {' '.join(options)}`", _of_fsd(options)))
+            if name == "fsd-devfuse-coherent" and "auto" in choices(shown, "--passthrough"):
+                options = [*options, "--passthrough=auto"]
+                about = f"`fsd mount {' '.join(options)}`"
+                found.append(Side(f"{name}-passthrough", about, _of_fsd(options)))
     return found
 
 
