@@ -431,8 +431,8 @@ def test_the_agent_opens_beside(share: Mount) -> None:
         share.wait_armed(share.mountpoint / "f", pid=os.getpid())
         for _ in range(5):
             (share.source / "f").read_bytes()
-            events = marks.read(until="CLOSE_NOWRITE")
-            assert events[0] == "OPEN"
+            # A CLOSE may come once too often (docs/decisions/passthrough.md).
+            assert "OPEN" in marks.read(until="OPEN")
         assert file.read() == b"data"
 
 
