@@ -73,7 +73,8 @@ class TracedMarks:
                 mask = raw.mask & _OF_FILE or _MOVE_SELF * bool(raw.mask & _MOVED_FROM)
                 if mask:
                     events.append((child, RawEvent(raw.wd, mask, 0, b"")))
-        self._watcher.insert(events)
+        if events:
+            self._watcher.insert(events)
 
     def _is_older(self, since: float, inode: Inode) -> bool:
         """Whether an object was changed last before that time.time(). The kernel's clock for that

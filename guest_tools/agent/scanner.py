@@ -235,6 +235,8 @@ class Scanner(threading.Thread):
             self._is_active = False
         gone = self._watchers.gone
         self._schedule.done(look, gone, began, time.monotonic(), complete=complete)
+        if complete:  # else all are read again soon
+            self._schedule.call(self._called)
 
     def scan(self, processes: list[int], *, full: bool) -> bool:
         """Read the marks of these processes and send the changes. Returns False if not all could be
@@ -242,9 +244,10 @@ class Scanner(threading.Thread):
         """
         began = time.monotonic()
         complete = self._watchers.look(processes, full=full)
-        called = list(self._called)
-        if self._take_calls():  # of what was read
+        called, self._called = self._called, {}
+        if self._take_calls():
             self._schedule.look_at_all(time.monotonic())
+        later, self._called = self._called, {**self._called, **called}
         if self._answered < 0 and not complete:
             return False  # the server takes the first word for all of it
         if self._watchers.changed and not full and self._answered >= 0:
@@ -252,9 +255,7 @@ class Scanner(threading.Thread):
         if self._watchers.is_changed or self._is_unsent or self._answered < 0:
             complete &= self._send_changes(max(self._answered, 0))
         if complete:
-            for pid in called:
-                if full or pid in processes:
-                    del self._called[pid]
+            self._called = later  # perhaps made after the reading
         return complete
 
     def _answer(self, now: float) -> None:
