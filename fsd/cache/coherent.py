@@ -231,14 +231,21 @@ class CoherentCache:
             child = inode.children.get(name) if name else inode
             if mask & ENDED:
                 self._give_up(directory)
-            elif mask & NAMES:
+                continue
+            if mask & NAMES:
                 if self._is_own(raw):
                     if mask & _ONE_NAME:
                         continue
                 else:
                     self._recent.append(Change(time.monotonic(), inode, child, raw))
                 self._name_changed(directory, name, child)
-            elif child is not None:
+                continue
+            given = directory.names.get(name)  # the tables may be ahead
+            if given is not None and (child is None or given.nodeid != child.nodeid):
+                self._take_attributes_of(given.nodeid)
+                if mask & DATA:
+                    self._take_content_of(given.nodeid)
+            if child is not None:
                 # The queue merges equal events, so one by the guest may be the host's, too.
                 if self._touched.get(child.nodeid, 0.0) < before:
                     self._recent.append(Change(time.monotonic(), inode, child, raw))
