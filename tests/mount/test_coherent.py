@@ -241,7 +241,10 @@ def test_a_file_that_changes_right_after_its_mark(share: Mount) -> None:
             marks.add(share.mountpoint / name, Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
             with open(share.source / name, "a") as file:
                 file.write("new")
-            assert marks.read(until="CLOSE_WRITE") == ["MODIFY", "CLOSE_WRITE"]
+            seen = marks.read(until="CLOSE_WRITE")
+            # What both watches have reported may come twice (docs/decisions/coherent.md).
+            assert seen[0] == "MODIFY"
+            assert set(seen) == {"MODIFY", "CLOSE_WRITE"}
 
 
 # Taken back
