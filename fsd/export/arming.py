@@ -34,7 +34,7 @@ from ..guests.mount import MountGuest
 from ..pacing import windows
 from ..pacing.chores import Job, Pause, finish
 from .interest import Interest
-from .lookups import Holding, Kept, LookUp, Provisional
+from .lookups import Hint, Holding, Kept, LookUp, Provisional
 from .markedfiles import GROUP_TIME, MarkedFiles
 from .newmarks import NewMarks
 from .seen import Seen, missing, self_events
@@ -164,9 +164,10 @@ class Arming:
         if look_up.open and (look_up.is_doubtful or self._is_queued(guest, directory)):
             self._look(guest, node, look_up, self._new_marks.rest_of_requests)
         if not look_up.open or (
-            hint > look_up.open[-1][0] and len(look_up.open) < OPEN_HINTS_LIMIT
+            hint > look_up.open[-1].number and len(look_up.open) < OPEN_HINTS_LIMIT
         ):
-            look_up.open.append((hint, time.monotonic()))
+            now = time.monotonic()
+            look_up.open.append(Hint(hint, now, now))
         if len(look_up.threads) <= THREADS_LIMIT:
             look_up.threads.add(thread)
         if file is not None and file.inode not in look_up.seen and self._seen[guest] < SEEN_LIMIT:
@@ -193,7 +194,7 @@ class Arming:
             look_up.threads, guest.device, partial(self._knows, guest, node.inode, look_up)
         )
         if not look_up.has_new:
-            look_up.open = deque([(look_up.open[-1][0], time.monotonic())])
+            look_up.open = deque([look_up.open[-1]._replace(since=time.monotonic())])
             self._forget_seen(guest, look_up)
             self._trim(node)
             self._doubt_no_more(guest, look_up)
@@ -352,7 +353,7 @@ class Arming:
         for node in self._nodes.values():
             for guest, look_up in node.by.items():
                 if guest.pid and look_up.is_awaited():
-                    last[guest] = max(last.get(guest, 0), look_up.open[-1][0])
+                    last[guest] = max(last.get(guest, 0), look_up.open[-1].number)
         return last
 
     def awaits(self, asked: Mapping[MountGuest, int]) -> bool:
@@ -394,10 +395,12 @@ class Arming:
             if not self._is_overtaken(guest, node, look_up, hint, seen):
                 self._disprove_of(node, guest, look_up, hint)
                 continue
-            last = max(at for number, at in look_up.open if number <= hint)
-            while look_up.open and look_up.open[0][0] <= hint:
-                look_up.open.popleft()
-            look_up.open.appendleft((hint, last + windows.UNMARKED))
+            while look_up.open and look_up.open[0].number <= hint:
+                last = look_up.open.popleft()
+            since = max(last.since, last.looked_up + windows.UNMARKED)
+            if look_up.open:  # the mark may come from there
+                since = min(since, look_up.open[0].since)
+            look_up.open.appendleft(Hint(hint, last.looked_up, since))
             self._trim(node)
 
     def _is_overtaken(
@@ -411,7 +414,7 @@ class Arming:
         """Whether a mark may have been set since the agent looked: on a busy machine a program may
         take longer for that than the agent waits. ``seen``: what was read for this scan.
         """
-        last = max((at for number, at in look_up.open if number <= hint), default=0.0)
+        last = max((asked.since for asked in look_up.open if asked.number <= hint), default=0.0)
         if not guest.device or time.monotonic() > last + windows.HOLD:
             return False
         threads = frozenset(look_up.threads)
@@ -427,7 +430,7 @@ class Arming:
         self, node: Provisional, guest: MountGuest, look_up: LookUp, hint: int
     ) -> None:
         look_up.has_new = not guest.device
-        while look_up.open and look_up.open[0][0] <= hint:
+        while look_up.open and look_up.open[0].number <= hint:
             look_up.open.popleft()
         if not look_up.open:
             look_up.threads.clear()

@@ -28,13 +28,21 @@ class Kept(NamedTuple):
     ways: Ways
 
 
+class Hint(NamedTuple):
+    """A hint that is not answered, by its number. Times are time.monotonic()."""
+
+    number: int
+    looked_up: float
+    """The first look-up that it is for."""
+    since: float
+    """From then on events may be delivered: the same, or later if no mark was seen since."""
+
+
 @dataclass(slots=True, eq=False)
 class LookUp:
     """One guest's look-ups of a directory."""
 
-    open: deque[tuple[int, float]] = field(default_factory=deque)
-    """For each unanswered hint its number, and time.monotonic() of the first look-up that it is
-    for."""
+    open: deque[Hint] = field(default_factory=deque)
     answered: int = 0
     """The last hint that the agent has answered; those up to it may still be open, see
     ``arming._is_overtaken``."""
@@ -50,14 +58,14 @@ class LookUp:
 
     def is_awaited(self, hint: int | None = None) -> bool:
         """Whether the agent has not answered all hints, or those up to that one."""
-        numbers = (number for number, _ in self.open if number > self.answered)
+        numbers = (hint.number for hint in self.open if hint.number > self.answered)
         first = next(numbers, None)
         return first is not None and (hint is None or first <= hint)
 
     @property
     def since(self) -> float:
         """The time from which events may be delivered."""
-        return self.open[0][1] if self.open else math.inf
+        return self.open[0].since if self.open else math.inf
 
 
 @dataclass(slots=True)

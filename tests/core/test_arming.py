@@ -159,6 +159,29 @@ def test_a_scan_that_found_no_mark_disproves_what_was_before_it(
     assert replays(world, mount) == [(Op.CREATE, b"after")]
 
 
+def test_a_mark_that_a_scan_has_missed_gets_what_comes_after_its_look_up(
+    world: World, mount: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though an earlier look-up has just been disproved, and the scan is reported twice."""
+    mount.guest.device = 1  # as of a mount of this machine, where marks can be looked for
+    marks: list[tuple[NodeKey, int]] = []
+    monkeypatch.setattr("fsd.export.newmarks.NewMarks.may_be", lambda *_: bool(marks))
+    monkeypatch.setattr("fsd.export.newmarks.NewMarks.of", lambda *_: marks)
+    key = look_up(world, mount, "d")
+    first = hint(mount)
+    (world.source / "d/before").mkdir()
+    world.pump()
+    look_up(world, mount, "d")
+    marks.append((key, CREATE))
+    (world.source / "d/after").mkdir()
+    world.pump()
+    scanned(world, mount, first)
+    second = hint(mount)
+    scanned(world, mount, first)
+    scanned(world, mount, second, (key, CREATE))
+    assert replays(world, mount) == [(Op.CREATE, b"after")]
+
+
 def test_what_another_mark_has_delivered_comes_once(world: World, mount: Operations) -> None:
     key = look_up(world, mount, "d")
     world.export.update(mount.guest, key, CREATE)
