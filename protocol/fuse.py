@@ -3,7 +3,7 @@
 A request is InHeader, its opcode's struct, names (NUL-terminated) or data, and extensions. A reply
 is OutHeader and its opcode's struct or data. Fields have the kernel's names and order; padding is
 left out. Integers are little-endian, as on every machine that fsd serves; INIT's opcode shows if a
-guest has the other byte order, and it is refused.
+guest has the other byte order, and it is refused. It is one module, to be read beside the header.
 """
 
 from __future__ import annotations

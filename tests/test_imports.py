@@ -7,6 +7,7 @@ guest_tools needs nothing else, but for its images, which are protobuf's.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,6 +128,14 @@ def test_a_package_imports_only_those_below_it() -> None:
         if module.split(".")[1] not in (path.parent.name, *MAY_IMPORT[path.parent.name].split())
     }
     assert not found
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_a_long_module_says_why(path: str) -> None:
+    source = (ROOT / path).read_text()
+    if source.count("\n") > 450 and not path.endswith("_pb2.py"):
+        head = ast.get_docstring(ast.parse(source)) or ""
+        assert re.search(r"\blong|one module", head, re.IGNORECASE), "above 450 lines: why?"
 
 
 def test_each_package_is_in_the_table() -> None:

@@ -7,6 +7,9 @@ own changes it knows: these come through the server, which takes their events fo
 
 The guest's kernel decides when to forget. Until then the server keeps a name or a number for each
 thing given, at most KEPT_NAMES_LIMIT names.
+
+Longer than other modules, as what is given, what a change takes back and what is forgotten concern
+the same few tables.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The mount guest: a mount whose agent replays events. Events wait here until they can be planned:
-an OPEN until it is known how the file was opened, all others behind it.
+an OPEN until it is known how the file was opened, all others behind it. It is one module, as each
+step has to keep the order of the others.
 """
 
 from __future__ import annotations
