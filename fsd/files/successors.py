@@ -66,7 +66,13 @@ class Successors:
     def replaced(self, inode: Inode) -> None:
         """The object that a guest looked up is no longer there: it will look again."""
         # Of one that has no known place any more, it may be any.
-        place = _ANYWHERE if inode.parent is None else (inode.parent.nodeid, inode.name)
+        self._want(_ANYWHERE if inode.parent is None else (inode.parent.nodeid, inode.name))
+
+    def sent_back(self, parent: Inode, name: bytes) -> None:
+        """A guest will look the name up again before it opens what has it."""
+        self._want((parent.nodeid, name))
+
+    def _want(self, place: _Place) -> None:
         until = time.monotonic() + HOLD
         self.wanted.pop(place, None)
         self.wanted[place] = until

@@ -112,7 +112,11 @@ class OpenFileData:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._access.check_writable()
         inode = self._table.get(nodeid)
-        again = self._guest.history.opens(who, inode)
+        try:
+            again = self._guest.history.opens(who, inode)
+        except OSError:
+            self._fs.successors.replaced(inode)  # or will be, before it comes again
+            raise
         kill = bool(flags & os.O_TRUNC) and (kill or who.uid != 0)
 
         def opened() -> Handle:

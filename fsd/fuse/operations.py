@@ -225,7 +225,11 @@ class Operations:
         self.handles.check_room()
         self.access.refuse_replayer(who, "create")
         node = self._names(nodeid, name)
-        again = self.guest.history.changes(who, (node, name))
+        try:
+            again = self.guest.history.changes(who, (node, name))
+        except OSError:
+            self._fs.successors.sent_back(node, name)
+            raise
         opened = opening(flags)
         child = node.children.get(name)
         events: Events = (

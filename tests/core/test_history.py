@@ -124,6 +124,28 @@ def test_a_call_is_sent_back_once_alone(watched: Watched) -> None:
     assert last == 0
 
 
+def test_what_it_finds_then_is_opened_replaced_or_not(watched: Watched) -> None:
+    """As natively: the program gets what had the name at some time, and not that there is none."""
+    watched.touch("x")
+    opening = watched.ask(Opcode.OPEN, watched.find(b"x"), OPEN)
+    watched.deliver()
+    assert error(opening) == errno.ESTALE
+    found = watched.find(b"x")
+    watched.touch("new")
+    (watched.world.source / "new").rename(watched.world.source / "x")
+    assert error(watched.ask(Opcode.OPEN, found, OPEN)) == 0
+
+
+def test_what_a_creation_finds_that_was_sent_back(watched: Watched) -> None:
+    watched.touch("x")
+    assert error(watched.ask(Opcode.CREATE, body=CREATE + b"x\0")) == errno.ESTALE
+    watched.deliver()
+    found = watched.find(b"x")
+    watched.touch("new")
+    (watched.world.source / "new").rename(watched.world.source / "x")
+    assert error(watched.ask(Opcode.OPEN, found, OPEN)) == 0
+
+
 def test_a_directory_that_was_found_early_is_opened_as_it_is(watched: Watched) -> None:
     (watched.world.source / "d").mkdir()
     opening = watched.ask(Opcode.OPENDIR, watched.find(b"d"), OPEN)
