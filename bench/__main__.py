@@ -20,6 +20,7 @@ COMMANDS = {
     "rest": "idle",
     "coherence": "coherence",
     "memory": "memory",
+    "scale": "scale",
     "virtiofs": "virtiofs",
     "checkpoint": "checkpoint",
     "guest-latency": "guest_latency",

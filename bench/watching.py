@@ -44,15 +44,13 @@ class Served:
         state: dict[str, Any] = json.loads(text)
         return state
 
-    def watch(self, count: int) -> None:
+    def watch(self, count: int, timeout: float = ARM_TIMEOUT) -> None:
         """Start an inotify program that watches ``count`` directories; returns when all are
         armed.
         """
         source, watched = self.mount.source / "tree", self.mount.mountpoint / "tree"
         self.stack.enter_context(reading(source, watched, EVENTS, recursive=True))
-        wait_until(
-            lambda: self.state()["guests"][0]["marks"] >= count, ARM_TIMEOUT, f"{count} marks"
-        )
+        wait_until(lambda: self.state()["guests"][0]["marks"] >= count, timeout, f"{count} marks")
 
 
 @contextmanager

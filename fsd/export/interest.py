@@ -6,6 +6,8 @@ The RFC's fsnotify_update. Pure bookkeeping: returns what changed, sets no watch
 from __future__ import annotations
 
 from collections import Counter
+from functools import reduce
+from operator import or_
 
 from protocol.masks import Mask
 
@@ -24,6 +26,7 @@ class Interest:
 
     def __init__(self) -> None:
         self._marks: dict[Inode | None, dict[Guest, Mask]] = {}
+        self._aggregates: dict[Inode | None, Mask] = {}
         self._counts: Counter[Guest] = Counter()
 
     def update(self, guest: Guest, inode: Inode | None, mask: Mask) -> tuple[Mask, Mask]:
@@ -35,12 +38,20 @@ class Interest:
             self._counts[guest] = count
         else:  # so that this keeps no disconnected guest alive
             self._counts.pop(guest, None)
+        had = int(guests.get(guest, _NOTHING))
         if mask:
             guests[guest] = mask
         else:
             guests.pop(guest, None)
         if not guests:
             del self._marks[inode]
+        bits = int(before) | int(mask)
+        if had & ~int(mask):  # perhaps nobody wants these any more
+            bits = reduce(or_, map(int, guests.values()), 0)
+        if not bits:
+            self._aggregates.pop(inode, None)
+        elif bits != before:
+            self._aggregates[inode] = Mask(bits)
         return before, self.aggregate(inode)
 
     def count(self, guest: Guest) -> int:
@@ -49,13 +60,7 @@ class Interest:
 
     def aggregate(self, inode: Inode | None) -> Mask:
         """The OR of all guests' masks of an inode."""
-        guests = self._marks.get(inode)
-        if guests is None:
-            return _NOTHING
-        mask, *others = guests.values()
-        for wanted in others:
-            mask |= wanted
-        return mask
+        return self._aggregates.get(inode, _NOTHING)
 
     def of(self, guest: Guest, inode: Inode | None) -> Mask:
         """One guest's mask of an inode, 0 if it has none."""
