@@ -17,6 +17,7 @@ from .report import Report, machine
 COMMANDS = {
     "latency": "latency",
     "throughput": "throughput",
+    "storms": "storms",
     "rest": "idle",
     "coherence": "coherence",
     "memory": "memory",

@@ -44,10 +44,10 @@ class Reader:
     host: Path
     process: subprocess.Popen[str]
 
-    def finish(self) -> list[Seen]:
+    def finish(self, patience: float = PATIENCE) -> list[Seen]:
         """All events that it saw, in order. Ends it by creating ~end, which comes last."""
         os.mknod(self.host / "~end")
-        output, _ = self.process.communicate(timeout=PATIENCE)
+        output, _ = self.process.communicate(timeout=patience)
         (self.host / "~end").unlink()
         return [Seen(*event) for event in json.loads(output)]
 

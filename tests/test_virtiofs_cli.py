@@ -436,6 +436,22 @@ def test_readdirplus(top: Path, options: list[str], offered: bool) -> None:
         assert stopped(process) == 0
 
 
+@contextmanager
+def before_all_others(*pids: int) -> Iterator[None]:
+    """While other programs want the processors, nothing is polled. These get them first."""
+
+    def prefer(pid: int, policy: int, priority: int) -> None:
+        for thread in os.listdir(f"/proc/{pid}/task") if os.geteuid() == 0 else ():
+            os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
+
+    for pid in (*pids, os.getpid()):
+        prefer(pid, os.SCHED_FIFO, 1)
+    try:
+        yield
+    finally:
+        prefer(os.getpid(), os.SCHED_OTHER, 0)
+
+
 @pytest.mark.parametrize("window", [0, 10_000])
 def test_busy_poll(top: Path, window: int) -> None:
     """A request is seen without a kick, if it comes soon after others."""
@@ -443,18 +459,18 @@ def test_busy_poll(top: Path, window: int) -> None:
     with server(*arguments, f"--busy-poll={window}") as process:
         driver = Driver(top / "s")
         seen, expected = 0, window > 0 and PROCESSORS > 1
-        # With a processor that others use, requests do not come soon after others: try on.
         deadline = time.monotonic() + 60
-        for number in itertools.count():
-            if number >= 20 and (bool(seen) == expected or time.monotonic() > deadline):
-                break
-            for kick in (True, True, True, False):
-                driver.send(Opcode.STATFS, 1, b"", kick=kick)
-                if not kick:
-                    time.sleep(0.02)
-                    seen += driver.queue.used_count
-                    driver.queue.kick()
-                assert driver.receive() == 0
+        with before_all_others(process.pid, inside(process.pid)):
+            for number in itertools.count():
+                if number >= 20 and (bool(seen) == expected or time.monotonic() > deadline):
+                    break
+                for kick in (True, True, True, False):
+                    driver.send(Opcode.STATFS, 1, b"", kick=kick)
+                    if not kick:
+                        time.sleep(0.02)
+                        seen += driver.queue.used_count
+                        driver.queue.kick()
+                    assert driver.receive() == 0
         assert bool(seen) is expected
         driver.close()
         assert stopped(process) == 0
