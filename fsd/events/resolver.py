@@ -219,6 +219,8 @@ class Resolver:
         self._replace(event, node2, name2, replaced, own)
         self._table.displace(node, name, child)
         self._table.place(child, node2, name2)
+        if child.is_placeholder and not self._table.reach.by_handle:
+            self._look(node2, second)  # what a guest looked up by the old name, perhaps
         if exchanged and replaced is not None:
             listing(node).names[name] = of_inode(replaced)
             self._table.place(replaced, node, name)

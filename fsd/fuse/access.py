@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
@@ -25,6 +26,7 @@ from ..files.passthrough import Entry
 from ..guests.ledger import UnexpectedCall
 from ..guests.mount import MountGuest
 from ..linux import credentials
+from ..pacing import windows
 
 log = structlog.get_logger()
 _T = TypeVar("_T")
@@ -102,6 +104,9 @@ class Access:
                 raise
         self.export.watcher.drain()
         self.export.route(_EVENTS)
+        if self.export.is_waiting:  # for the other half of another file's move, perhaps
+            time.sleep(windows.RENAME_WAIT)
+            self.export.route(_EVENTS)
         return do()
 
 

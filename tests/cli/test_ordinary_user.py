@@ -162,3 +162,70 @@ def test_names_that_go_under_a_held_file(tmp_path: Path) -> None:
         user = inside(share.process.pid, *as_user())
         done = run([*user, "python3", "-c", HELD, str(share.source), str(share.mountpoint)])
         assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+MOVED = """
+import os, sys
+source, mountpoint = sys.argv[1:]
+os.chdir(source)
+os.mkdir("other")
+os.mkdir("unseen")
+def check(name, *moves):
+    for _ in range(4):
+        open("before", "w").close()  # the server is still busy with that
+    with open(name, "w") as file:
+        file.write("data")
+    fd = os.open(os.path.join(mountpoint, name), os.O_PATH)
+    for old, new in zip((name, *moves), moves):
+        os.rename(old, new)
+    assert os.fstat(fd).st_nlink == 1, (name, os.fstat(fd))
+    with open(f"/proc/self/fd/{fd}") as file:
+        assert file.read() == "data", name
+    os.close(fd)
+for i in range(12):
+    os.listdir(os.path.join(mountpoint, "other"))
+    check(f"plain{i}", f"new{i}")
+    check(f"over{i}", f"new{i}")
+    check(f"chain{i}", "1", "2", "3")
+    check(f"into{i}", f"other/{i}")
+    open("away", "w").close()
+    os.rename("away", "unseen/away")  # whose other half the server waits for in vain
+    check(f"behind{i}", f"new{i}")
+print("done")
+"""
+"""The host moves what a program of the mount has just begun to hold."""
+
+
+def test_a_held_file_that_the_host_moves_at_once(tmp_path: Path) -> None:
+    with users_mount(tmp_path) as (share, _):
+        user = inside(share.process.pid, *as_user())
+        done = run([*user, "python3", "-c", MOVED, str(share.source), str(share.mountpoint)])
+        assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+FAR = """
+import os, sys
+source, mountpoint = sys.argv[1:]
+os.chdir(source)
+os.mkdir("unseen")
+open("file", "w").close()
+fd = os.open(os.path.join(mountpoint, "file"), os.O_PATH)
+os.rename("file", "unseen/file")
+try:
+    print(os.fstat(fd).st_nlink)
+except OSError as error:
+    print(error.strerror)
+os.listdir(os.path.join(mountpoint, "unseen"))
+os.stat(os.path.join(mountpoint, "unseen/file"))
+print(os.fstat(fd).st_nlink)
+"""
+
+
+def test_a_held_file_that_is_moved_where_nobody_looked(tmp_path: Path) -> None:
+    """It seems to be removed, until it is looked up where it is."""
+    with users_mount(tmp_path) as (share, _):
+        user = inside(share.process.pid, *as_user())
+        done = run([*user, "python3", "-c", FAR, str(share.source), str(share.mountpoint)])
+        before, after = done.stdout.splitlines()
+        assert before in ("0", "Stale file handle", "No such file or directory"), done
+        assert after == "1"
