@@ -111,8 +111,11 @@ class Operations:
         """MKNOD."""
         if self.access.is_replayer(who):
             return self._replay_create(nodeid, name, stat.S_IFMT(mode))
-        # bind(2) asks only once (net/unix/af_unix.c).
-        node = (self._names if stat.S_ISSOCK(mode) else partial(self._to_change, who))(nodeid, name)
+        if stat.S_ISSOCK(mode):  # bind(2) asks only once (net/unix/af_unix.c)
+            node = self._names(nodeid, name)
+            self.guest.history.overtakes((node, name))
+        else:
+            node = self._to_change(who, nodeid, name)
         with self.access.own((node, name, Mask.CREATE)):
             return self._fs.mknod(node, name, mode, rdev, who)
 

@@ -47,7 +47,8 @@ PARKED_LIMIT = 24
 """Requests of one guest that may wait. Well below the number served at a time (99 by pyfuse3, 128
 in the shortest usual virtqueue), as the agent's own must continue."""
 WALKS_LIMIT = 256
-"""Threads of one guest that are remembered, about 300 bytes each: those in the middle of a call."""
+"""Threads of one guest that are remembered, about 300 bytes each: those in the middle of a call.
+And names that they have changed before earlier changes were delivered."""
 RETRIED = 1.0
 """Seconds within which a call that was sent back comes again, even if others hold the directory;
 after that it is another call, and may be sent back."""
@@ -140,6 +141,7 @@ class History:
         self._moves: dict[Place, int] = {}
         self._touches: dict[Place, int] = {}
         self._kept: Counter[Place] = Counter()  # the same of events that are not queued yet
+        self._overtaken: dict[Place, float] = {}  # time.monotonic() of a request that did not wait
         self._queued = self._delivered = 0  # events, which are delivered in order
         self._lag = 0.0  # seconds from the last one delivered to when it happened
         self._walks: dict[int, _Walk] = {}  # by thread, the oldest first
@@ -211,13 +213,27 @@ class History:
         if not event.name or not event.kind & _STRUCTURE:
             return False
         places = _places(event)
-        return any(p in self._moves or p in self._touches or p in self._kept for p in places)
+        # What it has overtaken may be delivered by now.
+        overtaken = [place for place in places if self._has_overtaken(place, event.stamp)]
+        return bool(overtaken) or any(map(self._is_undelivered, places))
+
+    def _is_undelivered(self, place: Place) -> bool:
+        """Whether a change of the name is routed and not delivered."""
+        return place in self._moves or place in self._touches or place in self._kept
+
+    def _has_overtaken(self, place: Place, stamp: float) -> bool:
+        at = self._overtaken.get(place)
+        if at is None or stamp < at:
+            return False
+        del self._overtaken[place]
+        return stamp < at + RETRIED
 
     def clear(self) -> None:
         """The guest has disconnected."""
         self._moves.clear()
         self._touches.clear()
         self._kept.clear()
+        self._overtaken.clear()
         self._delivered = self._queued
         self._walks.clear()
         self.check()
@@ -317,14 +333,25 @@ class History:
         walk = self._walk(who)
         if walk is not None:
             del self._walks[who.pid]
-            if not walk.nodeid:
-                return True
-        if self._may_wait(who, *places):
+        again = walk is not None and not walk.nodeid
+        if not again and self._may_wait(who, *places):
             if self._take_back is not None:
                 for directory, _ in places:
                     self._take_back(directory)
             self._send_back(who, self._begun(_Walk(places)))
-        return False
+        self.overtakes(*places, queued=again)
+        return again
+
+    def overtakes(self, *places: Place, queued: bool = True) -> None:
+        """A mutation of names is carried out now, whatever is undelivered; ``queued``: some may not
+        even be routed.
+        """
+        for place in places if self._guest.pid else ():
+            if self._is_undelivered(place) or (queued and self._is_queued(place)):
+                self._overtaken.pop(place, None)
+                self._overtaken[place] = time.monotonic()
+                if len(self._overtaken) > WALKS_LIMIT:
+                    del self._overtaken[next(iter(self._overtaken))]
 
     def is_sought(self, directory: Inode) -> bool:
         """Whether a thread that was sent back will ask for the directory's attributes before its

@@ -21,6 +21,7 @@ from .support import AGENT_PID, ALL, STRUCTURE, World
 
 OPEN = fuse.OPEN_IN.pack(os.O_RDONLY, 0)
 GETATTR = bytes(fuse.GETATTR_IN.size)
+RENAME = fuse.RENAME_IN.pack(1)
 CREATE = fuse.CREATE_IN.pack(os.O_RDWR | os.O_CREAT, 0o644, 0, 0)
 
 
@@ -257,6 +258,25 @@ def test_what_goes_through_is_delivered_after_what_was_before(watched: Watched) 
     assert error(watched.ask(Opcode.GETATTR, 1, GETATTR)) == 0
     assert error(watched.ask(Opcode.CREATE, 1, CREATE + b"x\0")) == 0
     assert [order.op for order in watched.deliver()] == [Op.REMOVE, Op.CREATE]
+
+
+def test_what_went_through_is_delivered_again_if_the_rest_is_delivered_by_now(
+    watched: Watched,
+) -> None:
+    """The agent executes what was sent to it before the server has come to the guest's own event:
+    it is reported behind that all the same.
+    """
+    watched.touch("x")
+    assert error(watched.ask(Opcode.RENAME, 1, RENAME + b"x\0y\0")) == errno.ESTALE
+    watched.orders()  # on their way
+    assert error(watched.ask(Opcode.LOOKUP, 1, b"x\0")) == 0
+    assert error(watched.ask(Opcode.RENAME, 1, RENAME + b"x\0y\0")) == 0
+    watched.operations.guest.asked()  # they are executed
+    assert [order.op for order in watched.deliver()] == [Op.RENAME]
+    assert watched.counts["repeated"] == 1
+    watched.find(b"y")
+    watched.ask(Opcode.UNLINK, 1, b"y\0")
+    assert not watched.deliver()  # but only once
 
 
 def test_directories_are_asked_for_anew_meanwhile(watched: Watched) -> None:

@@ -174,13 +174,14 @@ def test_a_program_that_the_host_has_just_replaced(share: Mount) -> None:
 
 def test_a_file_used_by_its_name_alone_before_its_create(share: Mount) -> None:
     """What no request shows. A test that fails here means that README's row has to go."""
-    gone = 0
+    gone, i = False, 0
     with watching(share):
-        for i in range(100):
+        while not gone and i < 1000:  # of 100 some 10, and few on a busy machine
+            i += 1
             (share.source / f"d/{i}").touch()
             fd = os.open(share.mountpoint / f"d/{i}", os.O_PATH)
             time.sleep(0.02)
-            gone += os.readlink(f"/proc/self/fd/{fd}").endswith(" (deleted)")
+            gone = os.readlink(f"/proc/self/fd/{fd}").endswith(" (deleted)")
             os.close(fd)
     assert gone
 
@@ -316,7 +317,8 @@ def test_a_storm_in_which_both_change_the_same_names(share: Mount) -> None:
         }
     assert not strange
     assert len(seldom) <= 3, seldom
-    assert believed == there
+    wrong = {name for name, _ in believed.items() ^ there.items()}
+    assert not wrong, {name: [e.mask for e in reported if e.name == name][-9:] for name in wrong}
     state = next(g for g in status(share.mountpoint)["guests"] if g["kind"] == "mount")
     assert state["waited"], "nothing was put to the test"
 
