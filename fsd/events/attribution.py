@@ -6,7 +6,8 @@ Apart from the watcher, which reads the queue before and after a call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 
 from protocol.inotify import RawEvent
 from protocol.masks import Mask
@@ -19,17 +20,14 @@ Expected = tuple[Inode | None, bytes | None, Mask]
 makes."""
 Bits = dict[tuple[int, bytes | None], int]
 """The same by watch descriptor and name."""
-Matches = Callable[[RawEvent], bool]
+Finds = Callable[[Sequence[RawEvent]], Collection[int]]
+"""Finds those of a call among the events that came meanwhile, by their indices."""
 _REPEATED = int(Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB)
 """Events that one call may make several times: reading a directory, chown and chmod at once."""
-LOOKS = int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
+_OPEN, _ACCESS, _CLOSE = int(Mask.OPEN), int(Mask.ACCESS), int(Mask.CLOSE_NOWRITE)
+LOOKS = _OPEN | _ACCESS | _CLOSE
 """Events of a directory whose names are read."""
 _ISDIR = int(Mask.ISDIR)  # a Mask's own & costs a microsecond
-
-
-def is_look(raw: RawEvent) -> bool:
-    """Whether it is an event of reading a directory's names."""
-    return bool(raw.mask & _ISDIR and raw.mask & LOOKS)
 
 
 def is_expected(bits: Bits, raw: RawEvent) -> bool:
@@ -38,9 +36,37 @@ def is_expected(bits: Bits, raw: RawEvent) -> bool:
     left = bits.get(key, 0) or bits.get(key := (raw.wd, None), 0)
     seen = raw.mask & 0xFFF
     mine = left & seen
-    if mine and not raw.mask & _ISDIR:  # a listing is several reads
+    if mine:
         bits[key] = left & (~seen | _REPEATED)
     return bool(mine)
+
+
+def expected_among(bits: Bits, events: Sequence[RawEvent]) -> set[int]:
+    """Those that ``is_expected``."""
+    return {index for index, raw in enumerate(events) if is_expected(bits, raw)}
+
+
+def look_among(wd: int, name: bytes, bit: int, events: Sequence[RawEvent]) -> set[int]:
+    """The events of one call that opens, reads or closes a directory (``bit`` of LOOKS): of its own
+    watch, and by its name on a directory's. Others may have read its names meanwhile, with equal
+    events: what is left of these has to be in order.
+    """
+    found: dict[tuple[int, int], int] = {}  # the call's events, by watch
+    opened: Counter[int] = Counter()  # how often it is open for others, by watch
+    for index, raw in enumerate(events):
+        kind = raw.mask & LOOKS
+        if not kind or not raw.mask & _ISDIR or (raw.name != name if raw.name else raw.wd != wd):
+            continue
+        opened[raw.wd] += (kind == _OPEN) - (kind == _CLOSE)
+        if kind != bit:
+            continue
+        if bit == _OPEN:
+            found[raw.wd, 0] = index  # the last
+        elif bit == _CLOSE:
+            found.setdefault((raw.wd, 0), index)  # the first
+        elif opened[raw.wd] <= 0:
+            found[raw.wd, index] = index
+    return set(found.values())
 
 
 class CallsElsewhere:

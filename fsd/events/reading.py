@@ -12,6 +12,8 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, suppress
 
+from protocol.masks import Mask
+
 from ..files.inode import Inode
 from ..files.listing import Known
 from ..files.table import InodeTable
@@ -37,7 +39,7 @@ class Reader:
         with (
             syscalls.skipping_gone,
             self._table.reach.directory(inode) as path_fd,
-            self.looking(inode, path_fd),
+            self.looking(inode, path_fd, Mask.OPEN),
         ):
             fd = _open_quietly(syscalls.fd_path(path_fd))
         if fd < 0:
@@ -46,23 +48,23 @@ class Reader:
             parts = chunks(fd)
             while True:
                 names = None
-                with syscalls.skipping_gone, self.looking(inode, fd):
+                with syscalls.skipping_gone, self.looking(inode, fd, Mask.ACCESS):
                     names = next(parts, None)
                 if names is None:
                     return
                 yield names
         finally:
-            with self.looking(inode, fd):
+            with self.looking(inode, fd, Mask.CLOSE_NOWRITE):
                 os.close(fd)
 
-    def looking(self, inode: Inode, fd: int) -> AbstractContextManager[None]:
-        """Run a call of the server that reads the directory open as ``fd``: under its current name,
-        as the event of a rename may still be queued.
+    def looking(self, inode: Inode, fd: int, mask: Mask) -> AbstractContextManager[None]:
+        """Run a call of the server that makes these events of the directory open as ``fd``: under
+        its current name, as the event of a rename may still be queued.
         """
         name = inode.name
         with suppress(OSError):
             name = os.path.basename(syscalls.shown_path(fd))
-        return self._watcher.looking(inode, name)
+        return self._watcher.looking(inode, name, mask)
 
 
 def read(directory_fd: int) -> dict[bytes, Known]:

@@ -31,7 +31,7 @@ from ..files.table import InodeTable
 from ..linux import syscalls
 from ..linux.ioctls import FIONREAD, SETNEXTWD
 from ..linux.libc import last_error
-from .attribution import LOOKS, Bits, CallsElsewhere, Expected, Matches, is_expected, is_look
+from .attribution import LOOKS, Bits, CallsElsewhere, Expected, Finds, expected_among, look_among
 from .backed import TOUCHES, BackedFiles
 from .backlog import Backlog
 from .event import HOST, SERVER, Origin
@@ -346,8 +346,8 @@ class HostWatcher:
         if self.backlog < LONG_BACKLOG:
             self.drain()
 
-    def _take_in(self, call: tuple[Origin, Matches] | None, most: int = 1 << 62) -> None:
-        """Read queued events; those that match ``call`` belong to it, the others to other
+    def _take_in(self, call: tuple[Origin, Finds] | None, most: int = 1 << 62) -> None:
+        """Read queued events; those that are ``call``'s belong to it, the others to other
         parties.
         """
         readable, backed = self._readable(), self.backed or None
@@ -360,8 +360,9 @@ class HostWatcher:
             backed.read()
             if not events and not backed.has_rest:
                 return
-        for raw in events:
-            if call is not None and call[1](raw):
+        own = call[1](events) if call is not None else ()
+        for index, raw in enumerate(events):
+            if call is not None and index in own:
                 origin = call[0]
             else:
                 origin = self._elsewhere.origin_of(raw) if self._elsewhere else HOST
@@ -448,19 +449,15 @@ class HostWatcher:
         """Whether there is a watch on an object, or on its directory."""
         return inode in self._wd_of or inode.parent in self._wd_of
 
-    def looking(self, inode: Inode, name: bytes) -> AbstractContextManager[None]:
-        """Run a call of the server that reads a directory. Its events belong to no party, neither
-        those of its own watch nor those on its directory, wherever that is. Does not nest.
+    def looking(self, inode: Inode, name: bytes, mask: Mask) -> AbstractContextManager[None]:
+        """Run a call of the server that opens, reads or closes a directory: ``mask`` is the event
+        of that. It and its like belong to no party, neither those of its own watch nor those on its
+        directory, wherever that is. Does not nest.
         """
         self._check_no_call()
         if not self._table.reach.visibly_read:
             return _UNWATCHED
-        wd = self.wd_of(inode)
-
-        def matches(raw: RawEvent) -> bool:
-            return is_look(raw) and (raw.name == name if raw.name else raw.wd == wd)
-
-        return self._during(SERVER, matches)
+        return self._during(SERVER, partial(look_among, self.wd_of(inode), name, int(mask)))
 
     def _check_no_call(self) -> None:
         if self._is_attributing:
@@ -474,7 +471,7 @@ class HostWatcher:
         """
         self._check_no_call()
         bits = self._bits(expected)
-        return self._during(origin, partial(is_expected, bits)) if bits else _UNWATCHED
+        return self._during(origin, partial(expected_among, bits)) if bits else _UNWATCHED
 
     def _bits(self, expected: Iterable[Expected]) -> Bits:
         bits: Bits = {}
@@ -500,14 +497,14 @@ class HostWatcher:
         return end
 
     @contextmanager
-    def _during(self, origin: Origin, matches: Matches) -> Iterator[None]:
+    def _during(self, origin: Origin, finds: Finds) -> Iterator[None]:
         self.drain()
         self._is_attributing = True
         try:
             yield
         finally:
             self._is_attributing = False
-            self._take_in((origin, matches))
+            self._take_in((origin, finds))
 
 
 def _ignore_change(inode: Inode) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import time
 
+from protocol.masks import Mask
+
 from ..events.missed import CLOCK_LAG_NS
 from ..linux import syscalls
 from .export import Export
@@ -36,7 +38,7 @@ def hand_over(export: Export, patience: float) -> int:
     _work_off(export, deadline, drain=True)
     root_fd = export.table.reach.root_fd
     # As the end of this process would close it.
-    with export.reader.looking(export.table.root, root_fd):
+    with export.reader.looking(export.table.root, root_fd, Mask.CLOSE_NOWRITE):
         path_fd = os.open(syscalls.fd_path(root_fd), os.O_PATH | os.O_CLOEXEC)
         os.dup2(path_fd, root_fd, inheritable=False)
         os.close(path_fd)

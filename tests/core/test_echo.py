@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from fsd.events import reading
 from fsd.files.changes import Changes
 from fsd.fuse.operations import Operations
 from fsd.guests.guest import Guest
+from fsd.linux import directories
 from fsd.linux.syscalls import RENAME_EXCHANGE
 from protocol.frames import Op
 from protocol.masks import Mask
@@ -237,6 +241,40 @@ def test_the_servers_own_look_at_a_directory_is_nobodys_event(tree: World) -> No
     tree.export.update(observer, WHOLE, ALL)
     tree.export.recovery.resync(tree.export.watcher.inodes())
     assert tree.take(observer) == []
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    ("module", "call"), [(reading, "_open_quietly"), (directories, "read"), (os, "close")]
+)
+def test_a_listing_of_the_host_during_the_servers_is_delivered(
+    tree: World, monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: str, is_first: bool
+) -> None:
+    """On a busy machine such a call of the server may take long."""
+    observer = tree.observer()
+    mask = int(Mask.OPEN | Mask.ACCESS | Mask.CLOSE_NOWRITE)
+    inode = tree.mark(observer, "dir", mask)
+    tree.mark(observer, "", mask)
+    tree.take(observer)
+    real = getattr(module, call)
+
+    def beside(*arguments: Any) -> Any:
+        if not tree.export.watcher._is_attributing:
+            return real(*arguments)
+        monkeypatch.undo()
+        if is_first:
+            os.listdir(tree.source / "dir")
+        try:
+            return real(*arguments)
+        finally:
+            if not is_first:
+                os.listdir(tree.source / "dir")
+
+    monkeypatch.setattr(module, call, beside)
+    list(tree.export.reader.names_in(inode))
+    assert getattr(module, call) is real
+    seen = merged(tree.take(observer))
+    assert seen == [(b"dir", f"{kind},isdir") for kind in ("open", "access", "close_nowrite")]
 
 
 def test_observers_get_what_guests_of_two_mounts_do(tree: World) -> None:
