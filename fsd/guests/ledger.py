@@ -57,6 +57,7 @@ class Task:
     position: int = 0  # of the event, among all that were queued
     away: bool | None = None  # whether the kernel has moved the directory's name out of the way
     kept: int = 0  # how often its name was not taken from it
+    hidden: bool = False  # its last look-up was answered with "not there"
     done: float = 0.0  # time.monotonic() at which it was executed
 
 
@@ -212,8 +213,12 @@ class Ledger:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         if order.op == Op.REMOVE and nodeid == ALIAS:
             return self._death(task)
-        if _is_apart(task) and task.attr is not None:
+        if _is_apart(task) and task.attr is not None and not task.hidden:
+            # The agent's second, or the kernel's own if it has cached another object by that name.
+            # Then the agent starts again.
+            task.hidden = True
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        task.hidden = False
         entry = self._entry(task.child, task.nlink if order.op == Op.REMOVE else None)
         task.attr = entry.attr
         return entry

@@ -44,11 +44,20 @@ close. Of more, watchers get a CLOSE without an OPEN."""
 
 
 class _Open(NamedTuple):
-    """A file that the agent has open: which order opened it (0: it could not), under which name."""
+    """A file that the agent has open: which order opened it (0: it could not), under which name.
+    ``called``: for an event of its own, by a name that nobody watches.
+    """
 
     seq: int
     node: Inode
     name: bytes
+    called: Called | None = None
+
+    def renamed(self, old: tuple[Inode, bytes], new: tuple[Inode, bytes]) -> _Open:
+        """The same after a replayed rename."""
+        if (self.node, self.name) == old:
+            return _Open(self.seq, *new)
+        return self._replace(called=Called(*new)) if self.called == old else self
 
 
 class Called(NamedTuple):
@@ -161,7 +170,7 @@ class Orders:
 
     def _open(self, held: Held, child: Inode, writing: bool) -> Task:
         task = self._opening(held, child, writing)
-        opened = _Open(task.order.seq, held.event.node, held.event.name)
+        opened = _Open(task.order.seq, held.event.node, held.event.name, held.called)
         self._opened.setdefault((child, writing), []).append(opened)
         return task
 
@@ -189,9 +198,7 @@ class Orders:
         """An open file is closed under the name that it has by then."""
         for writing in (False, True):
             files = self._opened.get((child, writing), [])
-            files[:] = [
-                _Open(file.seq, *new) if (file.node, file.name) == old else file for file in files
-            ]
+            files[:] = [file.renamed(old, new) for file in files]
 
     def _stand_in(self, event: Event, kind: int) -> Inode:
         return self._table.placeholder(kind, event.node, event.name)
@@ -209,6 +216,8 @@ class Orders:
                 yield self._task(held, Op.CLOSE, child, arg=self._closed(other, place))
         seq = 0
         if key in self._opened:
+            if lone_closes and self._came_into_sight(held.event, child, writing):
+                yield self._lone_close(held, child, writing)  # by name, which comes first
             seq = self._closed(key, place)
         elif lone_closes and self._closes_alone(held.event, child):
             yield self._lone_close(held, child, writing)
@@ -227,6 +236,17 @@ class Orders:
         if not (own | self._asks(event.node) | self._asks(None)) & _OPEN:
             return False
         return child.is_dir or not (own & (_OPEN | _CLOSE) or child.open_fds)
+
+    def _came_into_sight(self, event: Event, child: Inode, writing: bool) -> bool:
+        """Whether a file with a mark was opened as itself, as nobody watched its name, and is
+        closed by a name that somebody watches: what the agent has open has no such name.
+        """
+        if not event.name or child.is_dir or child.open_fds:
+            return False
+        place = (event.node, event.name)
+        files = self._opened.get((child, writing), ())
+        by_name = any(file.name or file.called == place or not file.seq for file in files)
+        return bool(files) and not by_name and bool(self._asks(event.node) & event.kind)
 
     def _lone_close(self, held: Held, child: Inode, writing: bool) -> Task:
         file = child if child.is_dir else self._stand_in(held.event, stat.S_IFIFO)

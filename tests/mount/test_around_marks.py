@@ -336,6 +336,55 @@ def test_what_was_open_before_the_mark_has_a_close_only(
     assert len(events) == (2 if how == "without a name" else 5)
 
 
+def test_what_was_open_before_the_mark_is_written_without_a_name(
+    share: Mount, tmp_path: Path
+) -> None:
+    """Its MODIFY is replayed by the name that it had, which the guest's kernel then knows again."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        with open(changed / "f", "wb", buffering=0) as file, watch() as marks:
+            marks.add(watched, ALL)
+            time.sleep(0.2)
+            (changed / "f").unlink()
+            time.sleep(0.2)
+            file.write(b"x")
+            time.sleep(0.2)
+            file.close()
+            (changed / "last").mkdir()
+            return marks.read(until="CREATE|ISDIR last")
+
+    assert len(compare(case, share, tmp_path)) == 4
+
+
+@pytest.mark.parametrize("links", [1, 2])
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY], ids=["for reading", "for writing"])
+def test_a_marked_file_that_moves_into_sight_while_it_is_open(
+    share: Mount, tmp_path: Path, flags: int, links: int
+) -> None:
+    """Its OPEN was the file's own; its CLOSE is reported by the new name, too."""
+
+    def case(watched: Path, changed: Path) -> list[str]:
+        for name in ("d", "away"):
+            (changed / name).mkdir()
+        (changed / "away/f").touch()
+        if links > 1:
+            (changed / "away/link").hardlink_to(changed / "away/f")
+        with watch() as marks:
+            marks.add(watched / "d", ALL, "d")
+            marks.add(watched / "away/f", ALL, "f")
+            time.sleep(0.2)
+            fd = os.open(changed / "away/f", flags)
+            time.sleep(0.2)
+            (changed / "away/f").rename(changed / "d/g")
+            time.sleep(0.2)
+            os.close(fd)
+            (changed / "d/last").mkdir()
+            return marks.read(until="d CREATE|ISDIR last")
+
+    events = compare(case, share, tmp_path)
+    assert [event.split()[0] for event in events if "CLOSE" in event] == ["d", "f"]
+
+
 def test_a_file_that_a_program_has_open_keeps_its_name(share: Mount) -> None:
     """What stands in for a file takes its name: then its CLOSE comes with an OPEN instead."""
     (share.source / "held").touch()

@@ -18,8 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from guest_tools.watcher import notify
 from harness.mounts import Mount, command, mounted, wait_until
 from harness.overflow import fill, queue_of
+from protocol.inotify import parse_events
+from protocol.masks import Mask
 
 from .observing import Line, idle, status, the_mount, watching
 
@@ -399,6 +402,88 @@ def test_a_burst_beyond_the_outbox(tmp_path: Path, make_share: Callable[..., Mou
         else:
             believed.discard(line.path)
     assert believed == {below(share, f"top/{path.name}") for path in top.iterdir()}
+
+
+class Reader:
+    """A program on the mount that reads each file when it gets an event about it."""
+
+    EVENTS = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MODIFY
+
+    def __init__(self, directory: Path) -> None:
+        self.content: dict[str, bytes | None] = {}
+        """What it has read last; None if the file was not there."""
+        self._directory = directory
+        self._fd = notify.inotify_init(os.O_CLOEXEC)
+        notify.add_watch(self._fd, str(directory), int(self.EVENTS))
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while "end" not in self.content:
+            for event in parse_events(os.read(self._fd, 65536)):
+                assert not event.mask & Mask.Q_OVERFLOW
+                self._read(os.fsdecode(event.name))
+        os.close(self._fd)
+
+    def _read(self, name: str) -> None:
+        try:
+            self.content[name] = (self._directory / name).read_bytes()
+        except FileNotFoundError:
+            self.content[name] = None
+
+    def join(self, timeout: float) -> None:
+        """Wait until it has got the event of a file "end"."""
+        self._thread.join(timeout)
+        assert not self._thread.is_alive(), "the last event has not come"
+
+
+def change_files(top: Path, writer: int, count: int) -> None:
+    """Random changes of files that the other writers change, too, and of the writer's own."""
+    chance = random.Random(writer)
+    for number in range(count):
+        a, b = (top / f"{chance.choice(('all', str(writer)))}{chance.randrange(30)}" for _ in "ab")
+        text = f"{writer} {number}"
+        with suppress(OSError):
+            chance.choice(
+                (lambda a=a, text=text: a.write_text(text), a.unlink, lambda a=a, b=b: a.rename(b))
+            )()
+        if number % 4 == 0:
+            (top / f"{writer} {number}").write_text(text)
+
+
+@pytest.mark.parametrize("writers", [2, 4])
+def test_what_watchers_have_read_after_a_burst_beyond_the_outbox(
+    tmp_path: Path, make_share: Callable[..., Mount], writers: int
+) -> None:
+    """The difference comes after the changes: who reads a file upon each event has read what is
+    there in the end, of all files.
+    """
+    limit = (
+        "from fsd.export.export import Export\nExport.__init__.__kwdefaults__['outbox_limit'] = 300"
+    )
+    with injected(tmp_path, limit):
+        share = make_share()
+    top = share.source / "top"
+    top.mkdir()
+    reader = Reader(share.mountpoint / "top")
+    share.wait_armed(share.mountpoint / "top", pid=os.getpid(), timeout=20)
+    threads = [
+        threading.Thread(target=change_files, args=(top, writer, 4000 // writers))
+        for writer in range(writers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: idle(share.mountpoint), 120, "nothing more to deliver")
+    (top / "end").touch()
+    reader.join(60)
+    state = the_mount(share.mountpoint)
+    assert state["overflows"] >= 1
+    assert state["missed"] > 300
+    assert not state["failed"]
+    there = {path.name: path.read_bytes() for path in top.iterdir()}
+    assert {name: read for name, read in reader.content.items() if read is not None} == there
 
 
 FAULTS = """
