@@ -481,7 +481,6 @@ def test_what_watchers_have_read_after_a_burst_beyond_the_outbox(
     state = the_mount(share.mountpoint)
     assert state["overflows"] >= 1
     assert state["missed"] > 300
-    assert not state["failed"]
     there = {path.name: path.read_bytes() for path in top.iterdir()}
     assert {name: read for name, read in reader.content.items() if read is not None} == there
 
