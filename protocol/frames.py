@@ -57,10 +57,13 @@ class Op(IntEnum):
 
 
 class Scan(IntFlag):
-    """Of a ScanEnd. FULL: all processes were read. LONE_CLOSE: the agent can make such orders."""
+    """Of a ScanEnd. FULL: all processes were read. LONE_CLOSE: the agent can make such orders.
+    CREATE_OPEN: also a CREATE that keeps the file open.
+    """
 
     FULL = 1
     LONE_CLOSE = 2
+    CREATE_OPEN = 4
 
 
 class Hello(NamedTuple):
@@ -180,7 +183,8 @@ class Event(NamedTuple):
 class Order(NamedTuple):
     """One system call for the agent to make on the mount.
 
-    CREATE name in node (mode: file type); REMOVE it (mode decides between rmdir and unlink); RENAME
+    CREATE name in node (mode: file type; arg 1: and keep the file open for writing, as OPEN does);
+    REMOVE it (mode decides between rmdir and unlink); RENAME
     to node2/name2 (arg: renameat2 flags); TOUCH (arg: Mask of ACCESS, MODIFY, ATTRIB; nodeid2:
     through the file that this OPEN opened; generation2 1: the name is gone, open it separately);
     OPEN (arg 1: for writing); CLOSE the file that order ``arg`` opened; LONE_CLOSE (arg 1: for

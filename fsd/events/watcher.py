@@ -399,7 +399,7 @@ class HostWatcher:
     def _withdraw(self, *inodes: Inode | None) -> None:
         for inode in inodes:
             if inode is not None and inode.attr_given:
-                inode.attr_given = False
+                inode.attr_given = None
                 self._report_change(inode)
 
     def insert(self, events: Iterable[tuple[Inode, RawEvent]]) -> None:

@@ -315,6 +315,7 @@ class Channel:
         arming = self._export.arming
         if isinstance(message, frames.ScanEnd):
             guest.makes_lone_closes = bool(message.flags & frames.Scan.LONE_CLOSE)
+            guest.keeps_created = bool(message.flags & frames.Scan.CREATE_OPEN)
             is_full = bool(message.flags & frames.Scan.FULL)
             scan = arming.scan_ending(guest, message.hint, full=is_full)
             for key, error in (yield from scan):

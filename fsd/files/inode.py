@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from protocol.handles import NodeKey
 
 if TYPE_CHECKING:
+    from .attributes import StatLike
     from .listing import Listing
 
 ROOT_ID = 1
@@ -55,7 +56,8 @@ class Inode:
         self.children: dict[bytes, Inode] = {}  # of a directory: names that were looked up
         self.fd = -1  # O_PATH pin, only if handles cannot be opened
         self.nlink = 1  # as last seen
-        self.attr_given = False  # to a kernel, for longer than a moment
+        # Of a directory, to a kernel for longer than a moment: until its watch reports a change
+        self.attr_given: StatLike | None = None
         self.open_fds: list[int] = []  # of open file handles: reach it after its unlink
         self.listing: Listing | None = None  # of a watched directory
         self.warm_until = 0.0  # time.monotonic(): the kernel has just had a directory's dentries

@@ -29,8 +29,9 @@ from .record import SessionRecord
 NODES_LIMIT = 1 << 21
 """Nodes that one guest may hold, about 1.5 GB of memory. Beyond it a look-up gets ENFILE."""
 REPLAYER_TIMEOUT_NS = 10_000_000
-"""How long a directory's attributes are valid for the replayer: else its kernel asks at every step.
-A change of a directory is replayed, which makes the kernel ask again."""
+"""How long a directory's attributes are valid for the replayer, and those of a file that it opens:
+else its kernel asks at every step. A change of a directory is replayed, which makes the kernel ask
+again; those of the file are taken back once it is open (MountGuest)."""
 WATCHED_TIMEOUT = 3600
 """The same in seconds for a directory with a host watch, where the kernel is notified of
 changes (docs/decisions/timeouts.md)."""
@@ -270,11 +271,15 @@ class Nodes:
 
     def _replayer_timeout(self, inode: Inode, attr: StatLike) -> tuple[int, int]:
         operations = self._operations
-        if not stat.S_ISDIR(attr.st_mode) or operations.guest.history.is_sought(inode):
+        if not stat.S_ISDIR(attr.st_mode):
+            opens = self._takes_back and operations.guest.ledger.is_opening(inode)
+            return 0, (REPLAYER_TIMEOUT_NS if opens else 0)
+        if operations.guest.history.is_sought(inode):
             return 0, 0
         if self._takes_back:
-            inode.attr_given = operations.export.watcher.covers_attributes(inode)
-            if inode.attr_given:
+            covers = operations.export.watcher.covers_attributes(inode)
+            inode.attr_given = attr if covers else None
+            if covers:
                 return WATCHED_TIMEOUT, 0
         return 0, REPLAYER_TIMEOUT_NS
 

@@ -128,12 +128,21 @@ class OpenFileData:
             return self._handles.add(self._access.wherever(inode, opened), who)
 
     def _replay_open(self, who: Caller, nodeid: int) -> int:
-        if len(self._handles.replayed) >= REPLAYED_LIMIT:
-            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+        self.check_replayed()
         try:
-            fh = self._handles.add(IdleHandle(self._guest.ledger.open(nodeid)), who)
+            inode = self._guest.ledger.open(nodeid)
         except UnexpectedCall as error:
             raise self._access.refused(error) from None
+        return self.replayed_open(who, inode)
+
+    def check_replayed(self) -> None:
+        """Raises OSError ENFILE if the replayer may open no more."""
+        if len(self._handles.replayed) >= REPLAYED_LIMIT:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    def replayed_open(self, who: Caller, inode: Inode) -> int:
+        """The replayer's handle of a file."""
+        fh = self._handles.add(IdleHandle(inode), who)
         self._handles.replayed.add(fh)
         return fh
 

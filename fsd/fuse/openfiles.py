@@ -40,7 +40,7 @@ _ENTRY_SIZE = fuse.ENTRY_SIZE
 _DIRENT_SIZE = fuse.DIRENT.size
 _NO_ENTRY = bytes(_ENTRY_SIZE)
 _DIRECT_IO, _KEEP_CACHE = int(Fopen.DIRECT_IO), int(Fopen.KEEP_CACHE)
-_CACHE_DIR = int(Fopen.CACHE_DIR)
+_CACHE_DIR, _NOFLUSH = int(Fopen.CACHE_DIR), int(Fopen.NOFLUSH)
 
 
 class Files:
@@ -126,17 +126,22 @@ class Files:
         handle = self._operations.handles.handle(fh)
         if isinstance(handle, HiddenHandle) and handle.channel is not None:
             self._channels[fh] = ChannelFile(handle.channel)
-        if isinstance(handle, HiddenHandle | IdleHandle):  # its data must not be cached
-            reply = None
-            if self._backing is not None and isinstance(handle, IdleHandle):
-                reply = self._backing.replayed(fh, handle.inode)
-            return self._opened(request, fh, *(reply or (_DIRECT_IO,)))
+        if isinstance(handle, HiddenHandle):  # its data must not be cached
+            return self._opened(request, fh, _DIRECT_IO)
+        if isinstance(handle, IdleHandle):
+            return self._replayed(request, fh, handle.inode)
         if flags & self._direct_io:
             self._bypass_cache(fh)
         flags, backing = self._data_reply(request, handle, flags)
         if flags == _KEEP_CACHE and self._nodes.is_watched(handle.inode):
             flags = 0
         return self._opened(request, fh, flags, backing)
+
+    def _replayed(self, request: Request, fh: int, inode: Inode) -> bytes:
+        """The replayer's, which has no data and no locks that a flush would end."""
+        reply = None if self._backing is None else self._backing.replayed(fh, inode)
+        flags, backing = reply or Reply(_DIRECT_IO)
+        return self._opened(request, fh, flags | _NOFLUSH, backing)
 
     def _data_reply(self, request: Request, handle: Handle, flags: int) -> Reply:
         """How a file that was opened with these flags is used from now on."""
@@ -200,7 +205,10 @@ class Files:
 
         request.on_lost = undo
         reply = self._nodes.entry(request.who, entry, request.nodeid, name)
-        handle = self._operations.handles.file(fh)
+        handle = self._operations.handles.handle(fh)
+        if isinstance(handle, IdleHandle):
+            return reply + self._replayed(request, fh, handle.inode)
+        handle = self._operations.handles.with_data(handle)
         return reply + self._opened(request, fh, *self._data_reply(request, handle, flags))
 
     def _read(self, request: Request) -> bytes | None:

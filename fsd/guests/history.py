@@ -203,6 +203,11 @@ class History:
         self.progress += 1
         self.check()
 
+    def opened(self, inode: Inode) -> None:
+        """The agent has opened an object, for which its attributes were valid."""
+        if self._take_back is not None and not inode.is_dir:
+            self._take_back(inode)
+
     def _lasts(self, event: Event) -> dict[Place, int]:
         return self._moves if event.kind & _STRUCTURE else self._touches
 
@@ -449,6 +454,8 @@ class History:
 
     def check(self) -> None:
         """Let requests continue whose wait is over."""
+        if not self.waits:
+            return
         for wait in [wait for wait in self.waits if not self.is_awaiting(wait.walk)]:
             wait.end()
             wait.wake()

@@ -60,6 +60,11 @@ class Task:
     hidden: bool = False  # its last look-up was answered with "not there"
     done: float = 0.0  # time.monotonic() at which it was executed
 
+    @property
+    def creates_open(self) -> bool:
+        """Whether its file stays open from its creation on."""
+        return self.order.op == Op.CREATE and bool(self.order.arg)
+
 
 MOVING = 0.1
 """Seconds from the answer to a look-up until the kernel has surely acted on it."""
@@ -119,6 +124,18 @@ class Ledger:
     def is_at_work(self) -> bool:
         """Whether the agent is executing orders: its next request comes at once."""
         return self._begun and bool(self._tasks)
+
+    def is_opening(self, inode: Inode) -> bool:
+        """Whether the call that the agent is in opens that file."""
+        task = self._tasks[0] if self._tasks else None
+        if task is not None and task.order.op == Op.OPEN and task.child is inode:
+            return True
+        return self._is_created(inode)
+
+    def _is_created(self, inode: Inode) -> bool:
+        """Whether it has just been created and opened: the kernel may yet check the latter."""
+        task = self._returning
+        return task is not None and task.child is inode and task.creates_open
 
     def finish(self) -> None:
         """The agent asks for more: all its orders are executed."""
@@ -256,13 +273,17 @@ class Ledger:
                 return self._entry(step.inode, None)
         return None
 
-    def create(self, nodeid: int, name: bytes, kind: int) -> Entry:
-        """MKNOD, MKDIR, SYMLINK: the entry that the host has already made."""
+    def create(self, nodeid: int, name: bytes, kind: int, *, opens: bool = False) -> Entry:
+        """MKNOD, MKDIR, SYMLINK, or (``opens``) CREATE: the entry that the host has already
+        made.
+        """
         task = self._head(Op.CREATE)
         if task is None or (task.order.nodeid, task.order.name) != (nodeid, name):
             raise UnexpectedCall(f"create {name!r}")
         if stat.S_IFMT(task.order.mode) != kind:
             raise UnexpectedCall(f"create {name!r} of another type")
+        if opens and not task.creates_open:
+            raise UnexpectedCall(f"create and open {name!r}")
         entry = self._entry(task.child, None)
         self._pop()
         return entry
@@ -301,6 +322,8 @@ class Ledger:
         of an order, so that it looks that name up; not for the directories on the way there.
         """
         task = self._tasks[0] if self._tasks else None
+        if self._is_created(inode):
+            return self.attributes(inode)
         is_meant = task is not None and (inode is task.child or not inode.is_dir)
         if task is not None and is_meant and task.order.op in (Op.TOUCH, Op.OPEN, Op.LONE_CLOSE):
             _check_looked_up(task)
@@ -329,14 +352,20 @@ class Ledger:
         """The current attributes; those of a placeholder if the object is gone. Raises OSError if
         it cannot be looked at: a guest's kernel would believe them.
         """
-        attr: StatLike
+        attr = self._attributes(inode)
+        return attr if nlink is None else with_nlink(attr, nlink)
+
+    def _attributes(self, inode: Inode) -> StatLike:
+        if inode.is_placeholder:
+            return placeholder_attr(inode)
+        if isinstance(inode.attr_given, os.stat_result):  # its watch has reported no change since
+            return inode.attr_given
         try:
-            attr = self._fs.getattr(inode)
+            return self._fs.getattr(inode)
         except OSError as error:
             if not syscalls.is_gone(error):
                 raise
-            attr = placeholder_attr(inode)
-        return attr if nlink is None else with_nlink(attr, nlink)
+            return placeholder_attr(inode)
 
     def _entry(self, inode: Inode, nlink: int | None) -> Entry:
         inode = self._table.revive(inode)

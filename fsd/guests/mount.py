@@ -48,7 +48,7 @@ HELD_COST = 1200
 STEP_COST = 100
 """Bytes of one look-up on the way to the place of an event."""
 _OPEN, _MODIFY, _ACCESS = int(Mask.OPEN), int(Mask.MODIFY), int(Mask.ACCESS)
-_CLOSE_WRITE = int(Mask.CLOSE_WRITE)
+_CLOSE_WRITE, _CREATE = int(Mask.CLOSE_WRITE), int(Mask.CREATE)
 _CLOSE = _CLOSE_WRITE | int(Mask.CLOSE_NOWRITE)
 _OWN = _MODIFY | _ACCESS | _OPEN | _CLOSE | int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
 
@@ -63,8 +63,8 @@ class MountGuest(Guest):
         "_held", "_hint", "_hinted", "_nodes", "_only_read", "_open_close", "_openers", "_orders",
         "_outgoing", "_record", "_scanning", "_table", "_tasks", "_watcher", "_way_steps",
         "_ways", "_ways_as_of", "began", "cache", "device", "history", "is_local", "is_paused",
-        "keeps_names", "ledger", "makes_lone_closes", "passthrough", "pid", "transport",
-        "waiting_until",
+        "keeps_created", "keeps_names", "ledger", "makes_lone_closes", "passthrough", "pid",
+        "transport", "waiting_until",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +104,7 @@ class MountGuest(Guest):
         self._only_read: set[int] = set()  # OPENs for writing that the agent has open for reading
         self._orders = Orders(fs.table, partial(interest, self))
         self.makes_lone_closes = False  # the agent can
+        self.keeps_created = False  # the agent can: files open that it creates
         self._hint = 0
         self._hinted: dict[int, int] = {}  # processes for the next hints, with their numbers
         # Processes that the agent is scanning: since which hint
@@ -133,7 +134,7 @@ class MountGuest(Guest):
         self.sees_marks(False)  # until the agent says so
         self._note_agent()
         self.events = EVENTS & hello.events
-        self.makes_lone_closes = False
+        self.makes_lone_closes = self.keeps_created = False
         self._orders.clear()
         self._only_read.clear()
         self._outgoing.clear()
@@ -291,12 +292,14 @@ class MountGuest(Guest):
         if task is None or task.event is None:
             return None
         self._done(task)
-        if task.order.op == Op.OPEN:
+        if task.order.op == Op.OPEN or task.creates_open:
             self._orders.not_opened(task.event, task.order)
         self.count("failed", task.event.mask)
         return task.event
 
     def _done(self, task: Task) -> None:
+        if task.order.op == Op.OPEN or task.creates_open:
+            self.history.opened(task.child)
         if task.event is not None:
             self.history.delivered(task.event, task.position)
 
@@ -382,7 +385,10 @@ class MountGuest(Guest):
                 passed.popleft()
                 if not passed:
                     del self._open_close[event.child]
-            for task in self._orders.of(held, opens, lone_closes=self.makes_lone_closes):
+            lone_closes, keeps_open = self.makes_lone_closes, self._is_closed_next(event)
+            for task in self._orders.of(
+                held, opens, lone_closes=lone_closes, keeps_open=keeps_open
+            ):
                 self._add(task)
             for inode in held.pinned:
                 self._table.unpin(inode)
@@ -397,6 +403,18 @@ class MountGuest(Guest):
         self._done(task)
         for inode in task.pinned:
             self._table.unpin(inode)
+
+    def _is_closed_next(self, event: Event) -> bool:
+        """For a CREATE or MODIFY: whether the agent should keep the file open from then on, as its
+        CLOSE_WRITE is waiting. Else it is looked up for each event.
+        """
+        may_be = event.kind & _MODIFY or (event.kind & _CREATE and self.keeps_created)
+        if not may_be or not event.name or event.child is None or event.unlinked:
+            return False
+        queued = self._open_close.get(event.child)
+        if not queued or queued[0] != ((event.node, event.name), True):
+            return False
+        return self._orders.may_keep_open(event)
 
     def _how_opened(self, inode: Inode, arrived: float) -> list[bool] | None:
         """For the OPEN at the head: an item for each open that it stands for, True = for writing.

@@ -41,6 +41,9 @@ directory keeps a name of its own, so that later events in it can be replayed.""
 LATE_LIMIT = 4096
 """Files that the agent could not open because it has too many open: each is opened right before its
 close. Of more, watchers get a CLOSE without an OPEN."""
+CREATED_LIMIT = 32
+"""Files that the agent may have open for it to keep one open that it creates or modifies: for the
+former it has room beyond its limit (guest_tools/agent/replayer.py)."""
 
 
 class _Open(NamedTuple):
@@ -110,10 +113,18 @@ class Orders:
         """How often a file is open so, as far as watchers know."""
         return len(self._opened.get((inode, writing), ()))
 
-    def of(self, held: Held, opens: list[bool], *, lone_closes: bool = False) -> Iterator[Task]:
+    def of(
+        self,
+        held: Held,
+        opens: list[bool],
+        *,
+        lone_closes: bool = False,
+        keeps_open: bool = False,
+    ) -> Iterator[Task]:
         """The orders of an event, with what the ledger answers them by. ``opens``: for an OPEN, an
         item for each open that it stands for, True = for writing. ``lone_closes``: the agent can
-        make them.
+        make them. ``keeps_open``: it keeps a file open that it creates or modifies, until the CLOSE
+        that is known to come.
         """
         event = held.event
         kind, child = event.kind, event.child
@@ -135,7 +146,10 @@ class Orders:
             yield self._task(turned, Op.RENAME, child, at=_STAGED, to=_place(event), arg=flags)
         elif kind & _CREATE:
             away = _out_of_sight(child, b"") if child.is_dir else _NOWHERE
-            yield self._task(held, Op.CREATE, child, to=away)
+            task = self._task(held, Op.CREATE, child, to=away, arg=int(keeps_open))
+            if keeps_open:
+                self._note_open(held, child, task)
+            yield task
         elif kind & (_DELETE | _DELETE_SELF):
             yield self._task(held, Op.REMOVE, child)
         elif kind & _MOVE_SELF:
@@ -143,6 +157,8 @@ class Orders:
                 held, Op.RENAME, child, at=_out_of_sight(child, b""), to=_out_of_sight(child, b"+")
             )
         elif kind & _TOUCH:
+            if keeps_open:
+                yield self._open(held, child, writing=True)
             yield self._touch(held, child)
         elif kind & _OPEN:
             yield from (self._open(held, child, writing) for writing in opens)
@@ -152,12 +168,13 @@ class Orders:
     def _touch(self, held: Held, child: Inode) -> Task:
         bits = held.event.kind & _TOUCH
         through = (0, 0, b"")
-        if bits in (_MODIFY, _ACCESS) and held.event.unlinked:
-            # Through a descriptor that lost the name, too: IN_EXCL_UNLINK goes by that.
+        if bits in (_MODIFY, _ACCESS):
+            # Through what the agent has open, without a look-up. If that lost the name, so has its
+            # descriptor: IN_EXCL_UNLINK goes by that.
             place = (held.event.node, held.event.name)
             files = self._opened.get((child, bits == _MODIFY), ())
             seq = next((file.seq for file in files if (file.node, file.name) == place), 0)
-            apart = not seq and self._is_apart(held.event, child)
+            apart = held.event.unlinked and not seq and self._is_apart(held.event, child)
             through = (seq, int(apart), b"")
         return self._task(held, Op.TOUCH, child, to=through, arg=bits)
 
@@ -170,9 +187,21 @@ class Orders:
 
     def _open(self, held: Held, child: Inode, writing: bool) -> Task:
         task = self._opening(held, child, writing)
-        opened = _Open(task.order.seq, held.event.node, held.event.name, held.called)
-        self._opened.setdefault((child, writing), []).append(opened)
+        self._note_open(held, child, task)
         return task
+
+    def _note_open(self, held: Held, child: Inode, task: Task) -> None:
+        opened = _Open(task.order.seq, held.event.node, held.event.name, held.called)
+        self._opened.setdefault((child, bool(task.order.arg)), []).append(opened)
+
+    def may_keep_open(self, event: Event) -> bool:
+        """Whether a file may be open from its CREATE or MODIFY on: no watcher sees that."""
+        child = event.child
+        if child is None or child.kind != stat.S_IFREG or len(self._opened) >= CREATED_LIMIT:
+            return False
+        if (child, True) in self._opened or (child, False) in self._opened:
+            return False
+        return not (self._asks(event.node) | self._asks(child) | self._asks(None)) & _OPEN
 
     def _opening(self, held: Held, child: Inode, writing: bool) -> Task:
         # Opening a real FIFO or device would make the agent its peer: a file stands in for it.
@@ -307,14 +336,14 @@ class Orders:
             next(self._seq), op, child.kind, nodeid, generation, to[0], to[1], arg, name, to[2],
             _path(held.way), _path(held.way2),
         )  # fmt: skip
-        counted = None if op == Op.OPEN and event.kind & _CLOSE else event
+        counted = None if op == Op.OPEN and not event.kind & _OPEN else event
         way = held.way + held.way2
         position = held.position
         return Task(order, child, counted, target, event.nlink, way, pinned, position=position)
 
 
 def _path(way: Way) -> bytes:
-    return b"/".join(step.name for step in way)
+    return b"/".join([step.name for step in way]) if way else b""
 
 
 def _out_of_sight(inode: Inode, suffix: bytes) -> _Place:

@@ -246,7 +246,7 @@ class LibfuseOperations(pyfuse3.Operations):
             del self._walked[next(iter(self._walked))]
         if parent_inode >= FSD_DIR:  # a directory that is moved there: users may look at it next
             return self._entry(entry)
-        return self._lasting(entry.inode, self._entry(entry), ctx)
+        return self._lasting(*entry, self._entry(entry), ctx)
 
     @_guarded
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -258,10 +258,14 @@ class LibfuseOperations(pyfuse3.Operations):
         self._walked.pop(ctx.pid, None)
         self._reach(inode)
         node, attr = self._operations.getattr(_caller(ctx), inode)
-        return self._lasting(node, self._own_ino(node, attr), ctx)
+        return self._lasting(node, attr, self._own_ino(node, attr), ctx)
 
     def _lasting(
-        self, inode: Inode, entry: pyfuse3.EntryAttributes, ctx: pyfuse3.RequestContext
+        self,
+        inode: Inode,
+        attr: StatLike,
+        entry: pyfuse3.EntryAttributes,
+        ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """For the replayer a directory's attributes are valid longer, else its kernel asks for them
         at every step (docs/decisions/timeouts.md).
@@ -269,8 +273,9 @@ class LibfuseOperations(pyfuse3.Operations):
         if inode.is_dir and self._operations.access.is_replayer(_caller(ctx)):
             if self._operations.guest.history.is_sought(inode):
                 return entry
-            inode.attr_given = self._operations.export.watcher.covers_attributes(inode)
-            entry.attr_timeout = WATCHED_TIMEOUT if inode.attr_given else REPLAYER_TIMEOUT_NS / 1e9
+            covers = self._operations.export.watcher.covers_attributes(inode)
+            inode.attr_given = attr if covers else None
+            entry.attr_timeout = WATCHED_TIMEOUT if covers else REPLAYER_TIMEOUT_NS / 1e9
         return entry
 
     def _entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
@@ -382,7 +387,8 @@ class LibfuseOperations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         self._reach(parent_inode, name)
         entry, fh = self._operations.create(_caller(ctx), parent_inode, name, mode, flags)
-        direct_io = self._bypass.opened(self._operations.handles.file(fh))
+        handle = self._operations.handles.handle(fh)
+        direct_io = not isinstance(handle, Handle) or self._bypass.opened(handle)
         return pyfuse3.FileInfo(fh=fh, direct_io=direct_io, keep_cache=False), self._entry(entry)
 
     @_guarded

@@ -225,6 +225,10 @@ class Replayer:
             os.mkdir(order.name, dir_fd=dir_fd)
         elif kind == stat.S_IFLNK:
             os.symlink(b"?", order.name, dir_fd=dir_fd)
+        elif order.arg and kind == stat.S_IFREG:
+            self._check_room(order, 2 * _CLOSED_SOON)  # the server keeps to fewer
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NONBLOCK | os.O_NOCTTY
+            self._keep(order, os.open(order.name, flags, 0o600, dir_fd=dir_fd))
         else:
             os.mknod(order.name, kind | 0o600, dir_fd=dir_fd)
 
@@ -294,9 +298,7 @@ class Replayer:
 
     def _open(self, order: Order, dir_fd: int) -> int:
         """Returns ETXTBSY if it was opened for reading instead because a program executes it."""
-        room = self._opened_limit - len(self._files)
-        if room <= (-_CLOSED_SOON if order.seq in self._closed_soon else 0):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self._check_room(order, _CLOSED_SOON if order.seq in self._closed_soon else 0)
         flags = os.O_NONBLOCK | os.O_NOCTTY
         flags |= os.O_WRONLY if order.arg else os.O_RDONLY
         if stat.S_ISDIR(order.mode):
@@ -309,12 +311,20 @@ class Replayer:
                 raise
             number = errno.ETXTBSY
             fd = self._open_named(dir_fd, order.name, flags & ~os.O_WRONLY)
+        self._keep(order, fd)
+        return number
+
+    def _check_room(self, order: Order, beyond: int) -> None:
+        if self._opened_limit - len(self._files) <= -beyond:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), order.name)
+
+    def _keep(self, order: Order, fd: int) -> None:
+        """Until the CLOSE of this order."""
         self._close(order.seq)  # which an honest server never causes
         name = _Name(order.nodeid, order.name, bool(order.arg))
         self._files[order.seq] = _File(fd, name)
         if self._view is not self._private and not stat.S_ISDIR(order.mode):
             self._opened_visibly[name] = fd
-        return number
 
     def _open_named(self, dir_fd: int, name: bytes, flags: int) -> int:
         if name and self._opens_by_name and self._view is self._private:

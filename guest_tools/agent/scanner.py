@@ -299,7 +299,7 @@ class Scanner(threading.Thread):
         is_first = self._answered < 0
         # Groups that report descriptors would get what stands in for the file.
         may_close = self._lone_closes and not self._watchers.knows_fanotify
-        flags = frames.Scan.LONE_CLOSE if may_close else 0
+        flags = frames.Scan.CREATE_OPEN | (frames.Scan.LONE_CLOSE if may_close else 0)
         if not changed and answered == self._answered and flags == self._flags:
             self._is_unsent = False
             return True

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from fsd.fuse.session import SessionOptions
 from protocol import fuse
+from protocol.frames import Op
 from protocol.fuse import Init, Opcode
+from protocol.masks import Mask
 
 from .fuse_guest import ALL_FLAGS, GuestKernel, entry_of, flags_of
 from .support import AGENT_PID, World
@@ -415,4 +417,56 @@ def test_what_the_replayer_asks_for_changes_nothing(world: World) -> None:
     after = os.stat(world.source / "f")
     assert (after.st_ctime_ns, after.st_size) == (before.st_ctime_ns, before.st_size)
     assert os.listdir(world.source) == ["f"]
+    guest.session.close()
+
+
+def test_a_file_that_the_replayer_opens_is_asked_about_once(world: World) -> None:
+    """Its attributes are valid within the call, and are taken back once it has returned; closing
+    it makes no flush.
+    """
+    (world.source / "file").touch()
+    notified: list[bytes] = []
+    operations = world.mount(local=True)
+    guest = GuestKernel(operations, SessionOptions(is_local=True, notify=notified.append))
+    world.mark(operations.guest, mask=int(Mask.CLOSE_WRITE))
+    (world.source / "file").write_text("x")
+    opening, _close = world.orders(operations)
+    assert opening.op == Op.OPEN
+    guest.pid = AGENT_PID
+    node = guest.lookup(b"file")
+    assert 0 < node.attr_valid < 0.1
+    assert not node.entry_valid
+    reply = guest.ok(Opcode.OPEN, node.nodeid, fuse.OPEN_IN.pack(os.O_WRONLY, 0))
+    fh, flags, _ = fuse.OPEN_OUT.unpack(reply)
+    assert flags & fuse.Fopen.NOFLUSH
+    assert not notified
+    guest.release(node.nodeid, fh)
+    world.orders(operations)
+    size = fuse.OUT_HEADER.size
+    taken_back = [fuse.NOTIFY_INVAL_INODE_OUT.unpack(message[size:]) for message in notified]
+    assert taken_back == [(node.nodeid, -1, 0)]
+    guest.session.close()
+
+
+def test_a_directory_is_looked_at_again_only_after_a_change(world: World) -> None:
+    operations = world.mount(local=True)
+    guest = GuestKernel(operations, SessionOptions(is_local=True, notify=lambda _: None))
+    world.mark(operations.guest, mask=int(Mask.CREATE))
+    guest.pid = AGENT_PID
+
+    def modified() -> int:
+        payload = guest.ok(Opcode.GETATTR, 1, bytes(fuse.GETATTR_IN.size))
+        fields = fuse.ATTR.unpack(payload, fuse.ATTR_OUT.size)
+        return fields[4] * 10**9 + fields[7]
+
+    host = os.stat(world.source)
+    assert modified() == host.st_mtime_ns
+    given = world.root.attr_given
+    assert given is not None
+    assert modified() == host.st_mtime_ns
+    assert world.root.attr_given is given
+    (world.source / "new").mkdir()
+    world.orders(operations)
+    assert world.root.attr_given is None
+    assert modified() == os.stat(world.source).st_mtime_ns > host.st_mtime_ns
     guest.session.close()

@@ -16,6 +16,7 @@ from fsd.files.changes import Changes
 from fsd.fuse import openfiledata
 from fsd.fuse.channelfile import ChannelFile
 from fsd.fuse.operations import Operations
+from fsd.guests.orders import CREATED_LIMIT
 from protocol import frames
 from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
 from protocol.masks import Mask
@@ -525,3 +526,85 @@ def test_a_file_with_another_name_is_closed_once_where_it_was_opened(tree: World
         file.read(1)
     orders = [(order.op, order.name) for order in tree.orders(mount)]
     assert [op for op, _ in orders if op in (Op.OPEN, Op.CLOSE)] == [Op.OPEN, Op.CLOSE], orders
+
+
+TYPICAL = int(Mask.CREATE | Mask.MODIFY | Mask.CLOSE_WRITE | Mask.DELETE)
+
+
+def test_a_created_file_stays_open_until_its_close(tree: World) -> None:
+    """One look-up for all events of a file, if the agent can and nobody sees the OPEN."""
+    mount = tree.mount()
+    mount.guest.keeps_created = True
+    tree.mark(mount.guest, mask=TYPICAL)
+    (tree.source / "new").write_text("x")
+    before = snapshot(tree.source)
+    create, touch, close = tree.orders(mount)
+    assert (create.op, create.arg) == (Op.CREATE, 1)
+    assert (touch.op, touch.arg, touch.nodeid2) == (Op.TOUCH, Mask.MODIFY, create.seq)
+    assert (close.op, close.arg) == (Op.CLOSE, create.seq)
+    with pytest.raises(FileNotFoundError):
+        mount.lookup(AGENT, 1, b"new")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    entry, fh = mount.create(AGENT, 1, b"new", 0o600, flags)
+    assert entry.inode is tree.node("new")
+    mount.getattr(AGENT, entry.inode.nodeid)  # the kernel may check the open within the call
+    assert mount.files.write(fh, 0, b"\0") == 1
+    mount.files.release(fh)
+    assert not tree.orders(mount)
+    assert mount.guest.counts["replayed"] == 3
+    assert not mount.guest.counts["refused"]
+    assert snapshot(tree.source) == before
+
+
+def test_it_is_not_kept_open_if_the_agent_cannot_or_watchers_see_that(tree: World) -> None:
+    mount = tree.mount()
+    for can, mask in ((False, TYPICAL), (True, ALL)):
+        mount.guest.keeps_created = can
+        tree.mark(mount.guest, mask=mask)
+        (tree.source / "new").write_text("x")
+        (tree.source / "new").unlink()
+        orders = tree.orders(mount)
+        assert [order.op for order in orders] == [Op.CREATE, Op.OPEN, Op.TOUCH, Op.CLOSE, Op.REMOVE]
+        assert not orders[0].arg
+        assert replay_all(mount, orders) == len(orders)
+
+
+def test_a_file_without_a_close_to_come_is_not_kept_open(tree: World) -> None:
+    mount = tree.mount()
+    mount.guest.keeps_created = True
+    tree.mark(mount.guest, mask=TYPICAL)
+    with (tree.source / "new").open("w") as file:
+        file.write("x")
+        file.flush()
+        create, touch = tree.orders(mount)
+        assert (create.op, create.arg) == (Op.CREATE, 0)
+        assert (touch.op, touch.nodeid2) == (Op.TOUCH, 0)
+
+
+def test_a_modified_file_is_opened_before_that_for_its_close(tree: World) -> None:
+    """The OPEN, which nobody watches, counts for no event."""
+    mount = tree.mount()
+    tree.mark(mount.guest, mask=TYPICAL)
+    with (tree.source / "file").open("a") as file:
+        file.write("x")
+    opening, touch, close = orders = tree.orders(mount)
+    assert (opening.op, opening.arg) == (Op.OPEN, 1)
+    assert (touch.op, touch.arg, touch.nodeid2) == (Op.TOUCH, Mask.MODIFY, opening.seq)
+    assert (close.op, close.arg) == (Op.CLOSE, opening.seq)
+    assert replay_all(mount, orders) == 3
+    assert not tree.orders(mount)
+    assert mount.guest.counts["replayed"] == 2
+
+
+def test_files_kept_open_are_bounded(tree: World) -> None:
+    mount = tree.mount()
+    mount.guest.keeps_created = True
+    tree.mark(mount.guest, mask=TYPICAL)
+    files = [(tree.source / f"new{i}").open("w") for i in range(CREATED_LIMIT + 3)]
+    for file in files:
+        file.write("x")
+    for file in files:
+        file.close()
+    orders = tree.orders(mount)
+    created = [order.arg for order in orders if order.op == Op.CREATE]
+    assert created == [1] * CREATED_LIMIT + [0] * 3

@@ -50,6 +50,7 @@ MASKS = {
     "all": IN_ALL_EVENTS,
     "changes": IN_MODIFY | IN_ATTRIB | IN_CREATE | IN_DELETE | IN_MOVE | IN_SELF,
     "names": IN_CREATE | IN_DELETE | IN_MOVE,
+    "typical": IN_CREATE | IN_MODIFY | IN_CLOSE_WRITE | IN_DELETE | IN_MOVE,
     "close_write": IN_CLOSE_WRITE,
     "oneshot": IN_ALL_EVENTS | IN_ONESHOT,
     "excl_unlink": IN_ALL_EVENTS | IN_EXCL_UNLINK,
