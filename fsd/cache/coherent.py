@@ -161,7 +161,10 @@ class CoherentCache:
         directory.names[name] = Name(time.monotonic(), nodeid)
         while self._names > KEPT_NAMES_LIMIT:
             self._give_up(next(iter(self._directories)))
-        return self._sees_marks or not nodeid
+        if nodeid and not self._sees_marks:
+            self.short["marks are not seen"] += 1
+            return False
+        return True
 
     def keeps_missing(self, parent: Inode, name: bytes) -> bool:
         """Whether the kernel may keep that a name does not exist. A look-up that failed with ENOENT
@@ -232,6 +235,9 @@ class CoherentCache:
                 continue
             inode = directory.inode
             child = inode.children.get(name) if name else inode
+            if mask & Mask.DELETE_SELF:
+                self._end(directory)
+                continue
             if mask & ENDED:
                 self._give_up(directory)
                 continue
@@ -386,6 +392,15 @@ class CoherentCache:
         self._post(map(_content, nodes & self._data))
         self._attributes -= nodes
         self._data -= nodes
+        self._directories.drop(directory)
+
+    def _end(self, directory: Directory) -> None:
+        """A directory is removed. It was empty: only its attributes have changed. The notifier's
+        thread would cost the guest's next requests more than their answers do.
+        """
+        self._forget_names(directory)
+        self._take_attributes(directory.inode)
+        self._data.discard(directory.inode.nodeid)
         self._directories.drop(directory)
 
     def _take_names(self, directory: Directory) -> None:

@@ -106,14 +106,8 @@ def check(options: Options) -> Place:
     """
     if reason := credentials.cannot_change_identity():
         raise StartError(reason)
-    if options.cache == "coherent":
-        if options.transport == "libfuse":
-            raise StartError("--cache=coherent needs --transport=devfuse")
-        if os.geteuid() != 0:
-            raise StartError(
-                "--cache=coherent needs root: another user's agent cannot see who watches a name "
-                "that the kernel keeps; leave the option out"
-            )
+    if options.cache == "coherent" and options.transport == "libfuse":
+        raise StartError("--cache=coherent needs --transport=devfuse")
     source, mountpoint = Path(options.source), Path(options.mountpoint)
     try:
         if not source.is_dir():

@@ -51,7 +51,7 @@ class Agent:
         except (ValueError, LookupError, TypeError):
             raise ChannelError(f"{self._mountpoint}: its .fsd/status is not from fsd") from None
         self._sending = threading.Lock()
-        calls = _trace_calls(self._server) if self._keeps_names else None
+        calls = self._trace_calls() if self._keeps_names else None
         self._is_traced = calls is not None
         self._scanner = Scanner(
             self._device,
@@ -59,7 +59,7 @@ class Agent:
             self._still_mounted,
             exits=self._shares.exits,
             calls=calls,
-            blind=self._keeps_names and calls is None,
+            blind=self._keeps_names and calls is None and not self._takes_calls,
             lone_closes=loneclose.is_possible(),
         )
         self._ender = threading.Thread(target=self._end_on_signal, name="ender", daemon=True)
@@ -95,6 +95,17 @@ class Agent:
         self._keeps_names = any(guest.get("keeps_names") for guest in guests)
         self._takes_calls = any(guest.get("takes_calls") for guest in guests)
         self._server = int(status["pid"])
+
+    def _trace_calls(self) -> MarkCalls | None:
+        try:
+            return MarkCalls(self._server)
+        except OSError as error:
+            if not self._takes_calls:  # else the server lets the kernel keep no names then
+                _say(
+                    f"cannot trace the calls that set marks: {error.strerror}; marks on names "
+                    "that the kernel has cached may be found up to 30 s late"
+                )
+            return None
 
     def _reconnect(self) -> None:
         """Reconnect to the next server, which does not know this channel."""
@@ -245,17 +256,6 @@ class Agent:
                 f"mark on node {message.nodeid} refused: {os.strerror(number)}; "
                 "further ones of this kind are not shown, see fsd-guest marks"
             )
-
-
-def _trace_calls(server: int) -> MarkCalls | None:
-    try:
-        return MarkCalls(server)
-    except OSError as error:
-        _say(
-            f"cannot trace the calls that set marks: {error.strerror}; marks on names "
-            "that the kernel has cached may be found up to 30 s late"
-        )
-        return None
 
 
 def _end_of_a_thread(what: threading.ExceptHookArgs) -> None:

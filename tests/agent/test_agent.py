@@ -222,7 +222,8 @@ def test_without_a_descriptor_marks_stay(share_no_agent: Mount) -> None:
         watching(share, share.mountpoint / "one", events="attrib,create") as first,
     ):
         limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        # Fewer than it has open, and no fewer than it gives to poll(2), which would fail.
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (8, limits[1]))
         with watching(share, share.mountpoint / "two", arm=False) as second:
             os.stat(share.mountpoint / "two")
             (share.source / "one/lost").mkdir()

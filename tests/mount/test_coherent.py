@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from typing import Any
 
 import pytest
 
-from fsd.servers.mount import Options, StartError, check
 from harness.mounts import Mount, command, mounted, wait_until
+from harness.namespace import as_user, inside
+from harness.usersmount import users_mount
 from protocol.masks import Mask
 from tests.mount.test_around_marks import watch
 
@@ -150,10 +152,21 @@ def test_libfuse_keeps_nothing(tmp_path: Path) -> None:
     assert done.stderr == "fsd: --cache=coherent needs --transport=devfuse\n"
 
 
-def test_only_root_may_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(StartError, match="--cache=coherent needs root: "):
-        check(Options(str(tmp_path), str(tmp_path), cache="coherent"))
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces, which only root can")
+def test_names_are_kept_only_if_marks_are_seen(tmp_path: Path) -> None:
+    """An ordinary user's agent cannot trace the calls that set marks: data is kept, not names."""
+    with users_mount(tmp_path, "--cache=coherent") as (share, _):
+        (share.source / "file").write_text("data")
+        (share.source / "file").chmod(0o644)
+        user = [*as_user(), "sh", "-c"]
+        script = f"for i in 1 2 3; do cat {share.mountpoint}/file; done"
+        subprocess.run(inside(share.process.pid, *user, script), check=True)
+        done = subprocess.run(
+            inside(share.process.pid, *as_user(), command("fsd"), "status", share.mountpoint),
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    assert re.search(r"keeps \d+ names, 0 attributes, 1 contents of", done.stdout), done.stdout
+    assert "marks are not seen" in done.stdout
 
 
 def test_a_watched_directory_is_not_kept(share: Mount) -> None:
@@ -248,6 +261,28 @@ def test_a_file_that_changes_right_after_its_mark(share: Mount) -> None:
 
 
 # Taken back
+
+
+def test_what_a_guest_removes_wakes_no_thread(share: Mount) -> None:
+    """Its kernel knows that. The thread of the notifier would take turns with the server's."""
+
+    def turns() -> int:
+        tasks = Path(f"/proc/{share.process.pid}/task").iterdir()
+        states = [task.joinpath("status").read_text() for task in tasks if
+                  task.name != str(share.process.pid)]  # fmt: skip
+        return sum(int(re.findall(r"^voluntary_ctxt_switches:\t(\d+)", s, re.M)[0]) for s in states)
+
+    for number in range(20):
+        (share.source / f"t/{number}").mkdir(parents=True)
+        (share.source / f"t/{number}/file").touch()
+    subprocess.run(["ls", "-lR", share.mountpoint / "t"], stdout=subprocess.DEVNULL, check=True)
+    assert cache(share)["directories"] >= 21
+    wait_until(lambda: cache(share)["settled"])
+    time.sleep(0.1)  # until what was just made is taken back a second time
+    before = turns()
+    subprocess.run(["rm", "-r", share.mountpoint / "t"], check=True)
+    wait_until(lambda: cache(share)["directories"] <= 1)
+    assert turns() - before < 20
 
 
 def names_of(rng: random.Random) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,17 @@ QUIET = 0.3
 
 @pytest.fixture
 def share(tmp_path: Path) -> Iterator[Mount]:
+    with serving(tmp_path, f"--socket={tmp_path / 'socket'}") as served:
+        yield served
+
+
+@contextmanager
+def serving(tmp_path: Path, *options: str) -> Iterator[Mount]:
     source, mountpoint = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
     mountpoint.mkdir()
-    socket = f"--socket={tmp_path / 'socket'}"
-    with mounted(source, mountpoint, "--passthrough=auto", socket) as share:
-        yield share
+    with mounted(source, mountpoint, "--passthrough=auto", *options) as served:
+        yield served
 
 
 def state(share: Mount) -> dict[str, Any]:
@@ -48,30 +53,35 @@ def state(share: Mount) -> dict[str, Any]:
 # Data
 
 
-def test_data_needs_no_request(share: Mount) -> None:
-    def requests() -> int:
-        text = Path(f"/proc/{share.process.pid}/io").read_text()
-        counts = dict(line.split(": ") for line in text.splitlines())
-        return int(counts["syscr"]) + int(counts["syscw"])
-
+@pytest.mark.parametrize("cache", ["never", "coherent"])
+def test_data_needs_no_request(tmp_path: Path, cache: str) -> None:
     data = random.Random(1).randbytes(1 << 20)
-    with open(share.mountpoint / "f", "wb+", buffering=0) as file:
-        assert state(share)["files"] == 1
-        wait_until(lambda: not _is_watched(share), 10, "no watch on the directory")
-        before = requests()
-        for start in range(0, len(data), 512):
-            assert os.pwrite(file.fileno(), data[start : start + 512], start) == 512
-        for start in range(0, len(data), 512):
-            assert os.pread(file.fileno(), 512, start) == data[start : start + 512]
-        assert requests() - before < 500  # of 4096 calls
-    assert (share.source / "f").read_bytes() == data
-    assert state(share)["opens"] == 1
-    wait_until(lambda: not state(share)["files"], 5, "its end")
+    with serving(tmp_path, f"--cache={cache}") as share:
+        with open(share.mountpoint / "f", "wb+", buffering=0) as file:
+            assert state(share)["files"] == 1
+            kept = cache == "coherent"  # its watch on the directory
+            wait_until(lambda: _watches(share) == kept, 10, "no watch for marks on the directory")
+            before = _calls(share)
+            for start in range(0, len(data), 512):
+                assert os.pwrite(file.fileno(), data[start : start + 512], start) == 512
+            for start in range(0, len(data), 512):
+                assert os.pread(file.fileno(), 512, start) == data[start : start + 512]
+            assert _calls(share) - before < 500  # of 4096 calls
+        assert (share.source / "f").read_bytes() == data
+        assert state(share)["opens"] == 1
+        wait_until(lambda: not state(share)["files"], 5, "its end")
 
 
-def _is_watched(share: Mount) -> bool:
+def _calls(share: Mount) -> int:
+    """By which the server has read or written so far: each request makes some."""
+    text = Path(f"/proc/{share.process.pid}/io").read_text()
+    counts = dict(line.split(": ") for line in text.splitlines())
+    return int(counts["syscr"]) + int(counts["syscw"])
+
+
+def _watches(share: Mount) -> int:
     text = "".join(info.read_text() for info in Path(f"/proc/{share.process.pid}/fdinfo").iterdir())
-    return "inotify wd:" in text or "fanotify ino:" in text
+    return text.count("inotify wd:") + text.count("fanotify ino:")
 
 
 def test_off_means_off(tmp_path: Path) -> None:
@@ -143,22 +153,32 @@ class Program:
             os.close(fd)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_each_call_returns_the_same_as_natively(share: Mount, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("cache", "seed"),
+    [*itertools.product(["never"], range(8)), *[("coherent", n) for n in range(4)]],
+)
+def test_each_call_returns_the_same_as_natively(tmp_path: Path, cache: str, seed: int) -> None:
     """Whatever is open at the same time, this way and others: no call fails, all see one file."""
     native = tmp_path / "native"
     native.mkdir()
-    here, other = Program(share.mountpoint, share.source), Program(native, native)
-    for number in range(400):
-        rng, same = random.Random(1000 * seed + number), random.Random(1000 * seed + number)
-        assert here.step(rng) == other.step(same), f"step {number}"
-    here.close()
-    other.close()
-    assert (share.source / "f").read_bytes() == (native / "f").read_bytes()
-    shown = state(share)
-    assert shown["opens"]
-    assert shown["not_so"]
-    wait_until(lambda: not state(share)["files"], 5, "its end")
+    with serving(tmp_path, f"--cache={cache}") as share:
+        here, other = Program(share.mountpoint, share.source), Program(native, native)
+        for number in range(400):
+            rng, same = random.Random(1000 * seed + number), random.Random(1000 * seed + number)
+            assert here.step(rng) == other.step(same), f"step {number}"
+            if cache == "coherent":  # the host's change is seen within about a millisecond
+                wait_until(lambda: _is_settled(share))
+        here.close()
+        other.close()
+        assert (share.source / "f").read_bytes() == (native / "f").read_bytes()
+        shown = state(share)
+        assert shown["opens"]
+        assert shown["not_so"]
+        wait_until(lambda: not state(share)["files"], 5, "its end")
+
+
+def _is_settled(share: Mount) -> bool:
+    return bool(the_mount(share.mountpoint)["cache"]["settled"])
 
 
 def test_files_by_reason(share: Mount) -> None:

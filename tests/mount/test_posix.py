@@ -41,8 +41,6 @@ def oracle() -> Iterator[Sides]:
 @pytest.fixture(scope="module", params=["never", "coherent"])
 def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
     """By --cache. Natively and over the other transports: see the tests of those."""
-    if request.param == "coherent" and not ROOT:
-        pytest.skip("--cache=coherent needs root")
     with two_sides(f"--cache={request.param}") as both:
         yield both
 
