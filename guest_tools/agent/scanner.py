@@ -21,7 +21,7 @@ from protocol.handles import NodeKey
 from ..errors import PASSING
 from ..marks import Device, may_set_mark, pids, process_of
 from .markcalls import MarkCalls
-from .schedule import HOT_LIMIT, RETRY, Look, Schedule
+from .schedule import CALLS, HOT_LIMIT, RETRY, Look, Schedule
 from .watchers import Watchers
 
 _PATIENCE = 2.0
@@ -163,6 +163,8 @@ class Scanner(threading.Thread):
         if self._calls is not None:  # one call is enough to wake us
             poll.register(self._calls.fileno(), 0 if self._schedule.is_called else select.POLLIN)
         wait = self._schedule.next() - time.monotonic()
+        if self._schedule.is_called:  # it may be made by another one meanwhile
+            wait = min(wait, CALLS)
         ready = poll.poll(None if wait == math.inf else max(0.0, wait * 1000))
         return [fd for fd, _ in ready]
 
@@ -234,7 +236,8 @@ class Scanner(threading.Thread):
         if look.watchers:
             self._is_active = False
         gone = self._watchers.gone
-        self._schedule.done(look, gone, began, time.monotonic(), complete=complete)
+        heavy = self._watchers.heavy
+        self._schedule.done(look, gone, began, time.monotonic(), complete=complete, heavy=heavy)
         if complete:  # else all are read again soon
             self._schedule.call(self._called)
 
@@ -248,6 +251,8 @@ class Scanner(threading.Thread):
         if self._take_calls():
             self._schedule.look_at_all(time.monotonic())
         later, self._called = self._called, {**self._called, **called}
+        if not full:
+            later.update((pid, at) for pid, at in called.items() if pid not in processes)
         if self._answered < 0 and not complete:
             return False  # the server takes the first word for all of it
         if self._watchers.changed and not full and self._answered >= 0:

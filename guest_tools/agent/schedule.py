@@ -7,7 +7,7 @@ seconds, and nothing here sleeps or reads processes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import inf
 from typing import NamedTuple
 
@@ -36,6 +36,8 @@ RECHECK = 2.0
 """Seconds after which the known watchers are read again, while they get events."""
 RETRY = 0.5
 """Seconds after which a failed reading is repeated."""
+CALLS = 0.005
+"""Seconds between readings of the trace while a process is to be read that has to rest."""
 HOT_LIMIT = 4096
 """Largest number of processes read one by one; beyond that, all are scanned."""
 OPEN_LIMIT = 256
@@ -64,12 +66,13 @@ class _Hot:
 class _Hint:
     """A hint that is not answered yet."""
 
-    __slots__ = ("number", "pids", "settled")
+    __slots__ = ("asked", "number", "pids", "settled")
 
     def __init__(self) -> None:
         self.number = 0
         self.settled = 0.0
         self.pids: set[int] = set()  # still to be read, from ``settled`` on
+        self.asked: set[int] = set()  # that it is about, if calls are traced
 
 
 class Schedule:
@@ -85,7 +88,8 @@ class Schedule:
         self._open: deque[_Hint] = deque()
         self._hinted_since = -inf
         self._called: set[int] = set()
-        self._rest = 0.0
+        self._heavy: dict[int, float] = {}  # processes that took long to read, and until when to
+        self._rest = 0.0  # rest
         self._full_at = now + FULL_EVERY
         self._full_rest = 0.0
         self._is_behind = False  # a full scan is needed, whatever happens
@@ -110,16 +114,21 @@ class Schedule:
         last.number, last.settled = number, now + SETTLE
         if ALL_PROCESSES in pids or len(self._hot) + len(pids) > HOT_LIMIT:
             last.pids.add(ALL_PROCESSES)
+            last.asked.add(ALL_PROCESSES)
             self.look_at_all(now + SETTLE)
             return
-        if not self._is_traced:
+        if self._is_traced:
+            last.asked.update(pids if len(last.asked) < HOT_LIMIT else (ALL_PROCESSES,))
+        else:
             last.pids.update(pids)
         for pid in pids:
             hot = self._hot.setdefault(pid, _Hot(now))
             hot.hinted, hot.step = now, 0
 
     def call(self, pids: Iterable[int]) -> None:
-        """These have set or removed marks: they are read as soon as possible."""
+        """These have set or removed marks: they are read as soon as possible; those that take long,
+        because they have many, behind the others.
+        """
         self._called.update(pids)
 
     @property
@@ -147,8 +156,7 @@ class Schedule:
     def next(self) -> float:
         """When to call ``take``; inf when idle."""
         due = min((self._due(hot) for hot in self._hot.values()), default=inf)
-        if self._called:
-            due = 0.0
+        due = min(due, min((self._heavy.get(pid, 0.0) for pid in self._called), default=inf))
         if self._open and not self._open[0].pids:
             due = min(due, max(self._open[0].settled, self._answer_at))
         if self._wants_full:
@@ -171,15 +179,23 @@ class Schedule:
         if self._wants_full and now >= max(self._full_at, self._full_rest):
             return Look(frozenset(), full=True)
         pids = [pid for pid, hot in self._hot.items() if self._due(hot) <= now]
-        look = Look(frozenset((*pids, *self._called)), watchers=now >= self._recheck_at)
+        called = self._called - self._heavy.keys()
+        if not called:
+            called = {pid for pid in self._called if self._heavy[pid] <= now}
+        look = Look(frozenset((*pids, *called)), watchers=now >= self._recheck_at)
         return look if look.pids or look.watchers else None
 
     def done(self, look: Look, gone: Collection[int], began: float, now: float, *,
-             complete: bool) -> None:  # fmt: skip
+             complete: bool, heavy: Mapping[int, float] | None = None) -> None:  # fmt: skip
         """It was read from ``began`` to ``now``. ``gone``: processes that have exited.
-        ``complete``: everything could be read."""
+        ``complete``: everything could be read. ``heavy``: seconds that some have taken."""
         took = now - began
-        self._rest = now + ALL_SHARE * took
+        heavy = heavy or {}
+        long = min(took, sum(heavy.values()))
+        self._rest = now + ALL_SHARE * (took - long)
+        for pid in [pid for pid in self._heavy if look.full or pid in look.pids or pid in gone]:
+            del self._heavy[pid]
+        self._heavy.update((pid, now + SHARE * long) for pid in heavy)
         self._called -= look.pids
         if look.watchers:
             self._recheck_at = inf
@@ -241,13 +257,19 @@ class Schedule:
             self._answered = self._open.popleft().number
         return self._answered
 
+    def _may_lack(self, hint: _Hint) -> bool:
+        """Whether the process of a hint may have set a mark that is not read yet."""
+        if self._is_behind or ALL_PROCESSES in hint.asked:
+            return self._is_behind or bool(self._called)
+        return not self._called.isdisjoint(hint.asked)
+
     def answer(self, now: float) -> int:
         """The last hint that can be answered: all of its processes have been read since, and so has
         the trace of calls.
         """
         answered = self._answered
         while self._open and now >= max(self._open[0].settled, self._answer_at):
-            if self._open[0].pids or (self._is_traced and (self._called or self._is_behind)):
+            if self._open[0].pids or (self._is_traced and self._may_lack(self._open[0])):
                 break
             self._answered = self._open.popleft().number
         if self._answered != answered:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from ..marks import Device, Mark, marks_in, notify_texts, started
 KEPT = 1 << 20
 """Marks kept separately by instance, about 200 MiB. Further ones are kept together until the next
 full scan."""
+HEAVY = 0.005
+"""Seconds of reading a process beyond which it is ``heavy``: a few thousand marks."""
 ELSEWHERE = 4096
 """Texts without a mark on the mount that need not be parsed again: 0.5 MB."""
 _CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
@@ -58,6 +61,8 @@ class Watchers:
         """Processes whose marks it found changed."""
         self.gone: set[int] = set()
         """Processes that had exited."""
+        self.heavy: dict[int, float] = {}
+        """Processes that took long to read, and how many seconds."""
 
     @property
     def pids(self) -> list[int]:
@@ -84,11 +89,14 @@ class Watchers:
         complete = True
         if not more:
             self.is_changed = full
-            self.changed, self.gone = set(), set()
+            self.changed, self.gone, self.heavy = set(), set(), {}
         for pid in dict.fromkeys(pids):
             if pid == own:
                 continue
+            began = time.monotonic()
             now, is_complete = self._read(pid, before.get(pid))
+            if (took := time.monotonic() - began) > HEAVY:
+                self.heavy[pid] = took
             complete &= is_complete
             if now != before.get(pid):
                 self.is_changed = True

@@ -209,6 +209,49 @@ def test_where_calls_are_traced_a_hint_costs_one_late_look() -> None:
     assert clock.looked_at(7)[-1] <= began + 0.001
 
 
+def test_a_process_with_many_marks_delays_no_other() -> None:
+    """It sets marks all the time, and takes long to read: the others are read at once."""
+    clock = Clock(is_traced=True)
+    heavy, light = 1, 2
+    long = 0.3
+    for number in range(900):
+        clock.schedule.call({heavy})
+        if number % 10 == 5:
+            clock.schedule.call({light})
+        called = clock.now
+        while (look := clock.schedule.take(clock.now)) is not None:
+            began = clock.now
+            took = long if heavy in look.pids else 0.0001
+            clock.looks.append((began, look))
+            clock.now += took
+            seconds = {heavy: long} if heavy in look.pids else {}
+            clock.schedule.done(look, (), began, clock.now, complete=True, heavy=seconds)
+        if number % 10 == 5:
+            assert called <= clock.looked_at(light)[-1] < called + 0.001
+            assert heavy not in next(
+                look.pids for _, look in clock.looks[::-1] if light in look.pids
+            )
+        clock.now += 0.01
+    times = clock.looked_at(heavy)
+    assert len(times) > 1  # but it is read, too
+    assert min(b - a for a, b in pairwise(times)) >= 9 * long
+
+
+def test_a_hint_waits_for_the_calls_of_its_process_alone() -> None:
+    schedule = Schedule(START, is_traced=True)
+    look = Look(frozenset({1}))
+    schedule.call({1})
+    schedule.done(look, (), START, START + 1, complete=True, heavy={1: 1.0})
+    schedule.call({1})  # which has to rest now
+    now = START + 2
+    schedule.hint(1, [2], now)
+    assert schedule.answer(now + 0.1) == 1
+    schedule.hint(2, [1], now + 0.1)
+    assert schedule.answer(now + 0.3) == 1
+    schedule.done(look, (), now + 0.3, now + 0.4, complete=True)
+    assert schedule.answer(now + 0.5) == 2
+
+
 def test_full_looks_come_now_and_then_while_something_happens() -> None:
     clock = Clock()
     for _ in range(100):

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -258,6 +259,50 @@ def test_a_file_that_changes_right_after_its_mark(share: Mount) -> None:
             # What both watches have reported may come twice (docs/decisions/coherent.md).
             assert seen[0] == "MODIFY"
             assert set(seen) == {"MODIFY", "CLOSE_WRITE"}
+
+
+MANY = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init1(0)
+for number in range(20_000):
+    path = os.fsencode(f"{sys.argv[1]}/{number}")
+    os.mkdir(path)
+    assert libc.inotify_add_watch(fd, path, 0x100) > 0
+print("begun", flush=True)
+while True:
+    libc.inotify_add_watch(fd, path, 0x100)
+    time.sleep(0.003)
+"""
+
+
+def test_a_program_with_many_marks_elsewhere_delays_no_mark(share: Mount, tmp_path: Path) -> None:
+    """The agent reads all marks of a program that sets one: that takes long."""
+    (tmp_path / "elsewhere").mkdir()
+    many = [sys.executable, "-c", MANY, str(tmp_path / "elsewhere")]
+    took = []
+    with subprocess.Popen(many, stdout=subprocess.PIPE) as busy:
+        try:
+            assert busy.stdout is not None
+            busy.stdout.readline()
+            for number in range(5):
+                (share.source / f"d{number}").mkdir()
+                os.listdir(share.mountpoint / f"d{number}")
+                time.sleep(0.5)
+                with watch() as marks:
+                    marks.add(share.mountpoint / f"d{number}", Mask.CREATE)
+                    began = time.monotonic()
+                    wait_until(lambda: _marks(share) == 1, 30)
+                    took.append(time.monotonic() - began)
+                wait_until(lambda: not _marks(share), 30)
+        finally:
+            busy.kill()
+    assert statistics.median(took) < 1, took
+
+
+def _marks(share: Mount) -> int:
+    status = json.loads((share.mountpoint / ".fsd/status").read_text())
+    return sum(guest["marks"] for guest in status["guests"] if guest["kind"] == "mount")
 
 
 # Taken back
