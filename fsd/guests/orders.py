@@ -195,9 +195,13 @@ class Orders:
         self._opened.setdefault((child, bool(task.order.arg)), []).append(opened)
 
     def may_keep_open(self, event: Event) -> bool:
-        """Whether a file may be open from its CREATE or MODIFY on: no watcher sees that."""
+        """Whether a file may be open from its CREATE or MODIFY on: no watcher sees that. Not one
+        with several names, whose CLOSE may come by another.
+        """
         child = event.child
-        if child is None or child.kind != stat.S_IFREG or len(self._opened) >= CREATED_LIMIT:
+        if child is None or child.kind != stat.S_IFREG or child.nlink > 1:
+            return False
+        if len(self._opened) >= CREATED_LIMIT:
             return False
         if (child, True) in self._opened or (child, False) in self._opened:
             return False
