@@ -161,7 +161,10 @@ class Files:
             return self._file_flags
         if flags & os.O_ACCMODE == os.O_WRONLY and not self._cache.gives_content(handle.inode):
             return 0  # an open that reads will drop what it writes: nothing to take back
-        return _KEEP_CACHE if self._cache.keeps_content(handle.inode) else 0
+        is_current = self._cache.keeps_content(handle.inode)
+        if is_current is None:  # two changes of one tick of its mtime look alike to the kernel
+            return _DIRECT_IO
+        return _KEEP_CACHE if is_current else 0
 
     def _bypass_cache(self, fh: int) -> None:
         """O_DIRECT for an open file. Raises OSError EINVAL if its file system does not support
