@@ -113,10 +113,8 @@ def _path(ctx: click.Context, parameter: click.Parameter, path: str | None) -> s
 @click.option(
     "--cache",
     type=click.Choice(CACHES),
-    default="never",
-    show_default=True,
-    help="What the kernel keeps of names, attributes and data: nothing, or what the host has not "
-    "changed.",
+    help="What the kernel keeps of names, attributes and data: what the host has not changed, or "
+    "nothing (default: coherent; with --transport=libfuse, never).",
 )
 @click.option(
     "--passthrough",
@@ -148,7 +146,7 @@ def mount(
     overflow_after_loss: bool,
     allow_other: bool | None,
     transport: str,
-    cache: str,
+    cache: str | None,
     passthrough: str,
     busy_poll: float,
     restore: bool | None,

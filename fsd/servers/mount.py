@@ -45,8 +45,8 @@ __all__ = [
 
 log = structlog.get_logger()
 TRANSPORTS = ("auto", "devfuse", "libfuse")
-CACHES = ("never", "coherent")
-"""What the kernel may keep: nothing, or what the host has not changed."""
+CACHES = ("coherent", "never")
+"""What the kernel may keep: what the host has not changed, or nothing."""
 PASSTHROUGH = ("auto", "off")
 """Whether the kernel moves file data itself: where it can and may, or never."""
 BUSY_POLL = LOCAL_WINDOW
@@ -68,8 +68,8 @@ class Options:
     overflow_after_loss: bool = False
     transport: str = "auto"
     """One of TRANSPORTS; auto: devfuse, or libfuse if that is not available."""
-    cache: str = "never"
-    """One of CACHES."""
+    cache: str | None = None
+    """One of CACHES; None: coherent, or never if the transport is libfuse."""
     passthrough: str = "off"
     """One of PASSTHROUGH."""
     busy_poll: float = BUSY_POLL
@@ -272,19 +272,19 @@ class Mounted:
 
     def _make_mount(self, operations: Operations) -> MountTransport:
         """Mount by the requested transport. Raises StartError."""
-        asked, coherent = self._options.transport, self._options.cache == "coherent"
+        asked, cache = self._options.transport, self._options.cache
         try:
             if asked != "libfuse":
                 try:
                     return DevfuseTransport(
                         operations,
                         self._place,
-                        coherent=coherent,
+                        coherent=cache != "never",
                         passthrough=self._options.passthrough == "auto",
                         busy_poll=self._options.busy_poll,
                     )
                 except UnavailableError as error:
-                    if asked == "devfuse" or coherent:
+                    if asked == "devfuse" or cache == "coherent":
                         raise
                     log.warning("transport devfuse cannot be had, using libfuse", reason=str(error))
             # Only here: it may not be installed, and takes its time.
