@@ -22,7 +22,7 @@ KEPT = 1 << 20
 """Marks kept separately by instance, about 200 MiB. Further ones are kept together until the next
 full scan."""
 HEAVY = 0.005
-"""Seconds of reading a process beyond which it is ``heavy``: a few thousand marks."""
+"""Processor seconds of reading a process beyond which it is ``heavy``: a few thousand marks."""
 ELSEWHERE = 4096
 """Texts without a mark on the mount that need not be parsed again: 0.5 MB."""
 _CLOSE = Mask.CLOSE_WRITE | Mask.CLOSE_NOWRITE
@@ -93,9 +93,9 @@ class Watchers:
         for pid in dict.fromkeys(pids):
             if pid == own:
                 continue
-            began = time.monotonic()
+            began = time.thread_time()  # not what others have done meanwhile
             now, is_complete = self._read(pid, before.get(pid))
-            if (took := time.monotonic() - began) > HEAVY:
+            if (took := time.thread_time() - began) > HEAVY:
                 self.heavy[pid] = took
             complete &= is_complete
             if now != before.get(pid):
