@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.suites.known import NATIVELY, ON_FSD
+from tests.suites.known import NATIVELY, ON_FSD, ON_FSD_AT_TIMES
 from tests.suites.place import place
 from tests.suites.runners import FAILED, RUNNERS, Results
 
@@ -52,7 +52,7 @@ def report(name: str, kind: str, results: Results, seconds: float, verbose: bool
         if result.status == FAILED:
             reason = NATIVELY.get(name, {}).get(test)
             if kind == "fsd" and not reason:
-                reason = ON_FSD.get(name, {}).get(test)
+                reason = (ON_FSD.get(name, {}) | ON_FSD_AT_TIMES.get(name, {})).get(test)
             print(f"  {test}" + (f" (known: {reason})" if reason else ""))
             if verbose:
                 print("\n".join(f"    | {line}" for line in result.detail.splitlines()))
