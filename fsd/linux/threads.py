@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from queue import Empty, SimpleQueue
 from threading import Thread
 
@@ -17,12 +18,14 @@ from protocol.inotify import MARKING
 from . import syscalls
 
 _PATHS = MARKING.get(platform.machine(), {})
-_TRIES = 8
-"""A thread that has just sent a request may not sleep yet."""
+_TRIES, _PAUSE = 8, 0.0005
+"""A thread that has just sent a request may not sleep yet. Tries without and seconds with a pause
+between them."""
 _PATH_MAX = 4096
-PATIENCE = 0.005
-"""Seconds to wait for the answer, which takes 0.1 ms. Without one, no other is asked for until
-it has come."""
+PATIENCE = 0.03
+"""Seconds to wait for the answer. It takes 0.1 ms, and 10 if two other programs keep two processors
+busy. Without one, no other is asked for until it has come, and for REST times that long."""
+REST = 10
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -45,6 +48,7 @@ class _Reader:
         self._questions: SimpleQueue[int] = SimpleQueue()
         self._answers: SimpleQueue[bytes | None] = SimpleQueue()
         self._late = 0  # answers that nobody waits for any more
+        self._rest = 0.0  # time.monotonic() until which nothing is asked
         self._thread: Thread | None = None
 
     def ask(self, thread: int) -> bytes | None:
@@ -52,7 +56,7 @@ class _Reader:
         while self._late and not self._answers.empty():
             self._answers.get()
             self._late -= 1
-        if self._late:
+        if self._late or time.monotonic() < self._rest:
             return None
         if self._thread is None:
             self._thread = Thread(target=self._run, name="reader of threads", daemon=True)
@@ -62,6 +66,7 @@ class _Reader:
             return self._answers.get(timeout=PATIENCE)
         except Empty:
             self._late += 1
+            self._rest = time.monotonic() + REST * PATIENCE
             return None
 
     def _run(self) -> None:
@@ -75,11 +80,16 @@ _reader = _Reader()
 def _path_to_mark(thread: int) -> bytes | None:
     try:
         with open(f"/proc/{thread}/syscall", "rb", buffering=0) as file:
-            for _ in range(_TRIES):
+            end, tries = time.monotonic() + PATIENCE, 0
+            while True:
                 call = os.pread(file.fileno(), 256, 0).split()
-                if call and call[0] != b"running":
+                if (call and call[0] != b"running") or time.monotonic() > end:
                     break
-                os.sched_yield()
+                tries += 1
+                if tries < _TRIES:
+                    os.sched_yield()
+                else:  # it waits for a processor
+                    time.sleep(_PAUSE)
         argument = _PATHS.get(int(call[0]))
         return _text(thread, int(call[1 + argument], 16)) if argument is not None else None
     except (OSError, ValueError, IndexError):
