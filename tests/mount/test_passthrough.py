@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,10 @@ def _calls(share: Mount) -> int:
 
 
 def _watches(share: Mount) -> int:
-    text = "".join(info.read_text() for info in Path(f"/proc/{share.process.pid}/fdinfo").iterdir())
+    text = ""
+    for info in Path(f"/proc/{share.process.pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            text += info.read_text()
     return text.count("inotify wd:") + text.count("fanotify ino:")
 
 
