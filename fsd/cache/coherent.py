@@ -57,7 +57,7 @@ RECENT_LIMIT = 16_384
 """Changes that are kept until a mark of before them is known, some 5 MB."""
 _MOVED = int(Mask.MOVED_FROM | Mask.MOVED_TO)
 _DELETE = int(Mask.DELETE)
-_ONE_NAME = int(Mask.CREATE | Mask.DELETE)
+_ONE_NAME, _DELETE_SELF = int(Mask.CREATE | Mask.DELETE), int(Mask.DELETE_SELF)
 _MADE = -1
 """Instead of a nodeid: of what is just being made."""
 
@@ -235,7 +235,7 @@ class CoherentCache:
                 continue
             inode = directory.inode
             child = inode.children.get(name) if name else inode
-            if mask & Mask.DELETE_SELF:
+            if mask & _DELETE_SELF:
                 self._end(directory)
                 continue
             if mask & ENDED:

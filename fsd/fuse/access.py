@@ -104,7 +104,9 @@ class Access:
                 raise
         self.export.watcher.drain()
         self.export.route(_EVENTS)
-        if self.export.is_waiting:  # for the other half of another file's move, perhaps
+        # For the other half of another file's move, perhaps. A machine's requests are not to cost
+        # the others that time.
+        if self.guest.is_local and self.export.is_waiting:
             time.sleep(windows.RENAME_WAIT)
             self.export.route(_EVENTS)
         return do()

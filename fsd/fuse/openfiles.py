@@ -162,8 +162,8 @@ class Files:
         if flags & os.O_ACCMODE == os.O_WRONLY and not self._cache.gives_content(handle.inode):
             return 0  # an open that reads will drop what it writes: nothing to take back
         is_current = self._cache.keeps_content(handle.inode)
-        if is_current is None:  # two changes of one tick of its mtime look alike to the kernel
-            return _DIRECT_IO
+        if is_current is None and self.bypass.mixes:
+            return _DIRECT_IO  # two changes of one tick of its mtime look alike to the kernel
         return _KEEP_CACHE if is_current else 0
 
     def _bypass_cache(self, fh: int) -> None:

@@ -134,6 +134,15 @@ def test_names_that_cannot_be_looked_at_are_listed(tmp_path: Path) -> None:
         assert f" {UID} " in run([*user, "ls", "-ln", f"{share.mountpoint}/d"]).stdout
 
 
+def output(tmp_path: Path, script: str) -> str:
+    """Of a Python program that a user runs with a source and the mount of it."""
+    with users_mount(tmp_path) as (share, _):
+        user = inside(share.process.pid, *as_user())
+        done = run([*user, "python3", "-c", script, str(share.source), str(share.mountpoint)])
+        assert not done.stderr
+        return done.stdout
+
+
 HELD = """
 import os, sys
 source, mountpoint = sys.argv[1:]
@@ -158,10 +167,7 @@ print("done")
 
 
 def test_names_that_go_under_a_held_file(tmp_path: Path) -> None:
-    with users_mount(tmp_path) as (share, _):
-        user = inside(share.process.pid, *as_user())
-        done = run([*user, "python3", "-c", HELD, str(share.source), str(share.mountpoint)])
-        assert (done.stdout, done.stderr) == ("done\n", "")
+    assert output(tmp_path, HELD) == "done\n"
 
 
 MOVED = """
@@ -197,10 +203,7 @@ print("done")
 
 
 def test_a_held_file_that_the_host_moves_at_once(tmp_path: Path) -> None:
-    with users_mount(tmp_path) as (share, _):
-        user = inside(share.process.pid, *as_user())
-        done = run([*user, "python3", "-c", MOVED, str(share.source), str(share.mountpoint)])
-        assert (done.stdout, done.stderr) == ("done\n", "")
+    assert output(tmp_path, MOVED) == "done\n"
 
 
 FAR = """
@@ -223,9 +226,6 @@ print(os.fstat(fd).st_nlink)
 
 def test_a_held_file_that_is_moved_where_nobody_looked(tmp_path: Path) -> None:
     """It seems to be removed, until it is looked up where it is."""
-    with users_mount(tmp_path) as (share, _):
-        user = inside(share.process.pid, *as_user())
-        done = run([*user, "python3", "-c", FAR, str(share.source), str(share.mountpoint)])
-        before, after = done.stdout.splitlines()
-        assert before in ("0", "Stale file handle", "No such file or directory"), done
-        assert after == "1"
+    before, after = output(tmp_path, FAR).splitlines()
+    assert before in ("0", "Stale file handle", "No such file or directory")
+    assert after == "1"

@@ -16,7 +16,7 @@ ON_FSD: dict[str, dict[str, str]] = {
     },
 }
 
-# On fsd at times; a row of README's table, too.
+# On fsd at times, but not with --cache=never; a row of README's table, too.
 AT_ONCE = (
     "a file is made on the host, and looked for through the mount in the millisecond in which the "
     "kernel still keeps that there is none"
