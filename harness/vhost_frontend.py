@@ -207,16 +207,17 @@ class Frontend:
     def ack(self, code: Type, payload: Payload | None = None, fds: Sequence[int] = ()) -> int:
         """Send a message with NEED_REPLY: 0 = done."""
         self.send_bytes(encode_request(code, payload or Empty(), needs_reply=True), fds)
-        answer = self._reply(code, U64)
+        answer = self.reply(code, U64)
         assert isinstance(answer, U64)
         return answer.value
 
     def ask(self, code: Type, payload: Payload | None = None, kind: type[Payload] = U64) -> Payload:
         """Send a message with an answer of its own."""
         self.send_bytes(encode_request(code, payload or Empty()))
-        return self._reply(code, kind)
+        return self.reply(code, kind)
 
-    def _reply(self, code: Type, kind: type[Payload]) -> Payload:
+    def reply(self, code: Type, kind: type[Payload]) -> Payload:
+        """The answer to a message."""
         header = self._exactly(12)
         body = self._exactly(struct.unpack_from("=I", header, 8)[0])
         answered, payload = decode_reply(header + body, kind)

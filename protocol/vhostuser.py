@@ -172,6 +172,7 @@ class Request(NamedTuple):
 
 
 _HEADER = struct.Struct("=III")
+HEADER_SIZE = _HEADER.size
 _COUNT = struct.Struct("=II")
 _REGION = struct.Struct("=QQQQ")
 _CONFIG = struct.Struct("=III")
@@ -224,6 +225,24 @@ def name_of(code: int) -> str:
         return f"message {code}"
 
 
+def size_of(header: bytes) -> int:
+    """Bytes of the message with this header, 0 if not all of the header is there. Raises
+    VhostUserError.
+    """
+    return HEADER_SIZE + _decode_header(header)[2] if len(header) == HEADER_SIZE else 0
+
+
+def descriptors_of(message: bytes) -> int | None:
+    """How many descriptors must come with a whole message; None if it says so nowhere. Raises
+    VhostUserError.
+    """
+    code = _decode_header(message[:HEADER_SIZE])[0]
+    if code not in _TABLE:
+        return None
+    least, most = _descriptors(code, _payload(_TABLE[code][0], code, message[HEADER_SIZE:]))
+    return least if least == most else None
+
+
 def _decode_header(header: bytes) -> tuple[int, int, int]:
     """Type, flags and the payload's length. Raises VhostUserError."""
     code, flags, size = _HEADER.unpack(header)
@@ -240,15 +259,21 @@ def _decode_payload(code: int, data: bytes, fds: int) -> Payload:
     """The payload of a message that came with so many descriptors. Raises VhostUserError."""
     if code not in _TABLE:
         return Raw(data)
-    kind, least, most = _TABLE[code]
-    payload = _payload(kind, code, data)
-    if isinstance(payload, Regions):
-        least = most = len(payload.regions)
-    elif code in _FD_OF_VRING and isinstance(payload, U64):
-        least = most = 0 if payload.value & NO_FD else 1
+    payload = _payload(_TABLE[code][0], code, data)
+    least, most = _descriptors(code, payload)
     if not least <= fds <= most:
         raise VhostUserError(f"{name_of(code)}: {fds} descriptors, not {least} to {most}")
     return payload
+
+
+def _descriptors(code: int, payload: Payload) -> tuple[int, int]:
+    """The smallest and the largest number of descriptors that come with it."""
+    if isinstance(payload, Regions):
+        return len(payload.regions), len(payload.regions)
+    if code in _FD_OF_VRING and isinstance(payload, U64):
+        count = 0 if payload.value & NO_FD else 1
+        return count, count
+    return _TABLE[code][1:]
 
 
 def _payload(kind: type[Payload], code: int, data: bytes) -> Payload:

@@ -18,7 +18,7 @@ from time import perf_counter
 import structlog
 import trio
 
-from protocol.vhostuser import MAX_FDS, Request, RequestReader, VhostUserError
+from protocol.vhostuser import Request, VhostUserError
 
 from ..export.export import Export
 from ..files.inode import Inode
@@ -28,14 +28,13 @@ from ..fuse.record import SessionRecord
 from ..fuse.session import FuseSession, SessionOptions
 from ..guests.guest import Guest
 from ..guests.mount import MountGuest
-from ..linux import fdpassing, syscalls
 from ..pacing.guard import Guard
 from ..process.systemd import Store
 from ..virtio.conversation import Conversation
 from ..virtio.device import TAG_LENGTH, Device, DeviceError, Left, Session
-from ..virtio.eventfds import Reader, is_eventfd
-from ..virtio.mapping import is_memory
+from ..virtio.eventfds import Reader
 from .loop import TrioLoop
+from .messages import Messages
 from .polling import WINDOW, BusyPolling
 from .tasks import accept, forever
 from .turns import Turns
@@ -176,12 +175,12 @@ class VirtiofsTransport:
         if self.conversation is not None:
             self.conversation.end()
         log.info("VMM disconnected", share=self.name)
-        await _close_elsewhere(served.unclosed)
+        await _close_elsewhere(served.messages.unclosed)
         await self._pause(served)
 
     async def _pause(self, served: _Connection) -> None:
         """Delay a VMM that repeatedly makes the server wait."""
-        if served.is_broken:
+        if served.is_broken or served.messages.is_broken:
             self._faults += 1
             await trio.sleep(min(FAULT_PAUSE * (2**self._faults - 2), LONGEST_FAULT_PAUSE))
         elif trio.current_time() - served.begun > FORGIVEN:
@@ -275,7 +274,7 @@ class _Connection:
     def __init__(
         self, connection: trio.socket.SocketType, transport: VirtiofsTransport, left: Left | None
     ) -> None:
-        self._socket = connection
+        self.messages = Messages(connection)
         self._transport = transport
         self.left = left
         """the state left by the previous connection, later by this one"""
@@ -284,8 +283,6 @@ class _Connection:
         self.is_broken = self._has_ended = False
         self._kicks = Reader()
         self._waiting: dict[int, trio.CancelScope] = {}
-        self.unclosed: list[int] = []
-        """Descriptors whose close(2) may wait, as on a file system in user space."""
 
     def suspend(self) -> None:
         """Serve nothing any more."""
@@ -338,43 +335,11 @@ class _Connection:
             self.left = self._device.leave()
 
     async def _converse(self) -> None:
-        reader = RequestReader()
-        try:
-            while True:
-                data, fds = await self._receive(reader.wanted)
-                if not data:
-                    return
-                request = reader.receive(data, fds)
-                if request is not None:
-                    answer = self._device.handle(request)
-                    fds = self._device.reply_fds
-                    if fds:
-                        rights = fdpassing.ancillary(fds)
-                        answer = answer[await self._socket.sendmsg([answer], rights) :]
-                    while answer:
-                        answer = answer[await self._socket.send(answer) :]
-        finally:
-            for fd in reader.take_fds():
-                os.close(fd)
-
-    async def _receive(self, size: int) -> tuple[bytes, tuple[int, ...]]:
-        data, ancillary, flags, _ = await self._socket.recvmsg(
-            size, fdpassing.room(MAX_FDS), socket.MSG_CMSG_CLOEXEC
-        )
-        fds = fdpassing.received(ancillary)
-        wrong = ""
-        if flags & socket.MSG_CTRUNC:
-            wrong = "more descriptors than a message may have"
-        for fd in fds:
-            if not is_eventfd(fd) and not is_memory(fd):
-                name = os.readlink(syscalls.fd_path(fd))
-                wrong = f"a descriptor of {name}, which is no eventfd, and no memory: use a memfd "
-                wrong += "or a file on tmpfs or hugetlbfs"
-        if wrong:
-            self.unclosed += fds
-            self.is_broken = True
-            raise VhostUserError(wrong)
-        return data, tuple(fds)
+        messages = self.messages
+        while (message := await messages.next()) is not None:
+            request, unread = message
+            answer = self._device.handle(request)
+            await messages.finish(request, unread, answer, self._device.reply_fds)
 
     # Queues
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import trio
 
@@ -13,7 +14,22 @@ from fsd.process.logs import log_to_stderr
 from fsd.process.systemd import Manager, Store, listen_fds
 from fsd.transports.unix import listen
 from fsd.transports.virtiofs import VirtiofsTransport
+from fsd.virtio.device import Device
+from protocol.vhostuser import Request
 from tests.virtio.conftest import Echo
+
+
+def may_die(deadly: Path) -> None:
+    """Make the next message of the VMM's kill this process if that file is there, and remove it."""
+    handle = Device.handle
+
+    def handle_or_die(device: Device, request: Request) -> bytes:
+        if deadly.exists():
+            deadly.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return handle(device, request)
+
+    Device.handle = handle_or_die  # type: ignore[assignment, method-assign]
 
 
 async def main(path: str) -> None:
@@ -40,4 +56,5 @@ async def main(path: str) -> None:
 
 if __name__ == "__main__":
     log_to_stderr("info")
+    may_die(Path(f"{sys.argv[1]}.deadly"))
     trio.run(main, sys.argv[1])

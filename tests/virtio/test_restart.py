@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from fsd.virtio.device import MAX_QUEUES
 from harness.mounts import wait_until
-from protocol.vhostuser import U64, Inflight, Protocol, Region, Type, VringState
+from protocol.vhostuser import U64, Inflight, Payload, Protocol, Region, Type, VringState
 
 from .conftest import Server
 from .test_device import M, Machine
@@ -38,6 +39,8 @@ class Kept:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.deadly = Path(f"{path}.deadly")
+        """As long as it is there, the next message of the VMM's kills the server."""
         self.process = subprocess.Popen([sys.executable, "-c", KEEP, path], stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         self._lines = self.process.stdout
@@ -249,6 +252,23 @@ def test_many_deaths(kept: Kept, running: Machine) -> None:
     killer.join()
     assert not queue.used_count
     print(f"{count} requests")
+
+
+def test_a_message_that_was_not_carried_out(kept: Kept, running: Machine) -> None:
+    """The server ends in the middle of it: the next one carries it out, and answers."""
+    messages: list[tuple[Type, Payload | None, list[int]]] = [
+        (Type.SET_VRING_ENABLE, VringState(1, 1), []),
+        (Type.SET_VRING_CALL, U64(1), [running.queues[1].call_fd]),
+        (Type.GET_QUEUE_NUM, None, []),
+    ]
+    for code, payload, fds in messages:
+        kept.deadly.touch()
+        running.vmm.tell(code, payload, fds)
+        kept.next()
+        assert not kept.deadly.exists()
+        if code == Type.GET_QUEUE_NUM:
+            assert running.vmm.reply(code, U64) == U64(MAX_QUEUES)
+        running.echo()
 
 
 def inflight(machine: Machine) -> tuple[Inflight, int]:
