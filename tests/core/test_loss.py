@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from fsd.events import missed, reading
 from fsd.fuse.operations import Operations
 from fsd.guests.guest import Observer
-from fsd.linux import syscalls
+from fsd.linux import inotify, syscalls
+from fsd.linux.libc import check, libc
 from harness.overflow import fill
 from protocol import frames
 from protocol.frames import Op, Order
@@ -565,21 +567,35 @@ def test_an_unwatched_directory_that_goes_away(make_world: Worlds) -> None:
     assert not world.export.counts["faults"]
 
 
+def inotify_of_one_watch() -> int:
+    """An inotify descriptor of a user namespace whose user.max_inotify_watches is 1: this machine's
+    own limit is for others, too.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = os.fork()
+        if not child:
+            check(libc.unshare(0x1000_0000))  # CLONE_NEWUSER
+            Path("/proc/sys/user/max_inotify_watches").write_text("1")
+            socket.send_fds(theirs, [b"."], [inotify.new_instance()])
+            os._exit(0)
+        (fd,) = socket.recv_fds(ours, 1, 1)[1]
+        os.waitpid(child, 0)
+    return fd
+
+
 def test_the_hosts_own_limit(make_world: Worlds) -> None:
-    """The kernel's ENOSPC, in place of the option's: fs.inotify.max_user_watches."""
-    limit = Path("/proc/sys/fs/inotify/max_user_watches")
+    """The kernel's ENOSPC, in place of the option's."""
     world = make_world()
+    fd = inotify_of_one_watch()
+    os.dup2(fd, world.export.watcher.fd, inheritable=False)
+    os.close(fd)
     (world.source / "b").mkdir()
     guest = world.observer()
     world.mark(guest, mask=STRUCTURE)
     node = world.node("b")
-    before = limit.read_text()
-    limit.write_text("1")
-    try:
-        with pytest.raises(OSError, match="No space") as error:
-            world.export.update(guest, node.key, STRUCTURE)
-    finally:
-        limit.write_text(before)
+    with pytest.raises(OSError, match="No space") as error:
+        world.export.update(guest, node.key, STRUCTURE)
     assert error.value.errno == errno.ENOSPC
     assert node in world.export.watches.unwatched
 
