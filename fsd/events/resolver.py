@@ -136,18 +136,16 @@ class Resolver:
         ahead = self._watcher.queue.peek(count + len(self._parts))
         return [arrival for arrival in ahead if arrival.number not in self._parts]
 
-    def _look_again(self, arrival: Arrival) -> bool:
+    def _look_again(self, arrival: Arrival, wait: float = windows.SELF_WAIT) -> bool:
         """Whether there may be more of the system call that queued ``arrival`` than at the last
-        look; reads what has come.
+        look, for ``wait`` seconds after it; reads what has come.
         """
         before = self._watcher.backlog
         if before >= windows.CALL_WINDOW:
             return False
         os.sched_yield()
         self._watcher.drain()
-        return (
-            self._watcher.backlog > before or time.monotonic() < arrival.stamp + windows.SELF_WAIT
-        )
+        return self._watcher.backlog > before or time.monotonic() < arrival.stamp + wait
 
     def _expected(self, inode: Inode, bits: int, arrival: Arrival) -> bool:
         """Whether the events ``bits`` of an inode are in the queue next to ``arrival``."""
@@ -272,7 +270,10 @@ class Resolver:
         )
         old, new = (node, event.name), (node2, event.name2)
         back = self._calls.way_back(ahead := self._ahead(), start, old, new)
-        while back is None and must and self._look_again(first):
+        wait = windows.SELF_WAIT
+        if back is None and replaced is not None and self._is_at(old, replaced, new):
+            must, wait = True, windows.WAY_BACK_WAIT  # it was renamed: the kernel is just saying so
+        while back is None and must and self._look_again(first, wait):
             back = self._calls.way_back(ahead := self._ahead(), start, old, new)
         if back is None:
             return 0, replaced
@@ -281,12 +282,24 @@ class Resolver:
         if replaced is None:
             return 0, None
         own = self._calls.first_move(ahead, back.end + 1, back.stop, child, replaced)
-        if not self._is_exchange(child, replaced, own and own.inode, beside=back.is_beside):
+        moved = own and own.inode
+        if not self._is_exchange(first, child, replaced, moved, beside=back.is_beside):
             return 0, replaced
         if own is not None and own.inode is replaced:
             self._parts[own.number] = event
         self._watcher.queue.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie, replaced
+
+    def _is_at(self, place: Place, replaced: Inode, former: Place) -> bool:
+        """Whether an object, known to have been at another place, has that name now."""
+        try:
+            inode = self._fs.peek(*place).inode
+        except OSError:
+            return False
+        known = listing(former[0]).names.get(former[1])
+        if replaced.is_placeholder and known is not None:
+            return (inode.identity.ino, inode.kind) == (known.ino, known.kind)
+        return inode is replaced
 
     def _came_back(self, event: Event) -> Inode | None:
         """What is at a rename's old place now, if the listing had it at the new one; if that was
@@ -307,7 +320,13 @@ class Resolver:
         return inode if (inode.identity.ino, inode.kind) == (known.ino, known.kind) else None
 
     def _is_exchange(
-        self, child: Inode, replaced: Inode, moved: Inode | None, *, beside: bool
+        self,
+        arrival: Arrival,
+        child: Inode,
+        replaced: Inode,
+        moved: Inode | None,
+        *,
+        beside: bool,
     ) -> bool:
         """Distinguish an exchange from a rename over and a rename back, which queue the same names.
 
@@ -317,17 +336,21 @@ class Resolver:
         """
         if child.is_dir != replaced.is_dir:
             return True
-        if int(self._watcher.mask_of(child)) & _MOVE_SELF:
+        if self._expected(child, _MOVE_SELF, arrival):
             return moved is not child
-        if int(self._watcher.mask_of(replaced)) & _MOVE_SELF:
+        if self._expected(replaced, _MOVE_SELF, arrival):
             return moved is replaced
         return beside and (replaced.is_placeholder or bool(self._links(replaced)))
 
-    def _swapped(self, event: Event, replaced: Inode, start: int) -> int:
+    def _swapped(self, event: Event, arrival: Arrival, replaced: Inode, start: int) -> int:
         """The same for an exchange with an unwatched name: MOVED_TO, MOVED_FROM."""
         assert event.child is not None
         ahead = self._ahead()
-        back = self._calls.way_out(ahead, start, (event.node, event.name))
+        place = (event.node, event.name)
+        back = self._calls.way_out(ahead, start, place)
+        if back is None and self._links(replaced):
+            while back is None and self._look_again(arrival):
+                back = self._calls.way_out(ahead := self._ahead(), start, place)
         if back is None:
             return 0
         if self._watcher.queue.has_moved_to(back.cookie, windows.RENAME_WINDOW):
@@ -416,7 +439,7 @@ class Resolver:
                 own = self._of_rename(rename._replace(child=looked))
                 event.child = self._proved(arrival, node, looked, own) or looked
             if replaced is not None and own.lost is None:
-                event.exchanged = self._swapped(event, replaced, own.end)
+                event.exchanged = self._swapped(event, arrival, replaced, own.end)
             if not event.exchanged:
                 replaced = self._lost(arrival, replaced, own)
             self._replace(event, node, name, replaced, own)

@@ -14,6 +14,8 @@ RENAME_WINDOW = 1024
 """Events behind a MOVED_FROM after which its other half is no longer expected."""
 SELF_WAIT = 0.0002
 """How long to wait for a self event when the event with the name has come."""
+WAY_BACK_WAIT = 0.01
+"""How long to wait for the second rename of an exchange that the file system shows already."""
 CALL_WINDOW = 8
 """Events behind one with a name among which to look for others of the same system call."""
 

@@ -260,6 +260,22 @@ def test_an_exchange_among_events_of_others(
         assert tasks[world.node("busy").nodeid].child is other
 
 
+def test_an_exchange_of_files_that_are_watched_only_afterwards(world: World) -> None:
+    """Their watches do not make an earlier MOVE_SELF expected."""
+    for name in "fg":
+        (world.source / name).touch()
+    mount = world.mount()
+    world.mark(mount.guest)
+    for inode in (world.node("f"), world.node("g")):
+        world.pump()
+        names = [os.fsencode(world.source / name) for name in "gf"]
+        renameat2(-100, names[0], -100, names[1], RENAME_EXCHANGE)
+        world.export.watcher.catch_up()
+        world.export.watcher.set_mask(inode, Mask.MOVE_SELF)
+        (rename,) = world.orders(mount)
+        assert rename.arg == RENAME_EXCHANGE
+
+
 @pytest.mark.parametrize("gap", range(1, 3))
 def test_an_exchange_with_an_unseen_name_among_events_of_others(
     world: World, outside: Path, gap: int
