@@ -36,7 +36,7 @@ from ..files.passthrough import PassthroughFS
 from ..linux import syscalls
 from ..pacing import windows
 from .backlog import Arrival
-from .calls import AHEAD, Ahead, Back, Calls, Moved, Rename, SelfEvent
+from .calls import AHEAD, Ahead, Back, Calls, Moved, Place, Rename, SelfEvent
 from .event import RENAME, Event
 from .lostnames import LostNames
 from .watcher import HostWatcher
