@@ -51,6 +51,7 @@ class Event:
     part_of: Event | None = None  # the event with the name that the same system call has made
     has_self: bool = False  # the child's own event goes with it: the name is proven
     unlinked: bool = False  # the child, a file, had lost this name already
+    is_repeat: bool = False  # of one that could not be replayed
     exchanged: int = 0  # of a RENAME_EXCHANGE: cookie of the way back, that replaced goes
 
     @property

@@ -327,6 +327,7 @@ class Channel:
             event = guest.acknowledge(message.seq, message.errno)
             if event is not None:
                 log.debug("replay failed", replayed=event, errno=errno.errorcode.get(message.errno))
+                self._export.recovery.repeat(guest, event)
         else:
             raise frames.ProtocolError(f"{type(message).__name__} is for guests, not from them")
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from protocol.masks import Mask
+from protocol.masks import STRUCTURE, Mask
 
 from ..events.compare import Changes, Comparer
 from ..events.event import HOST, RENAME, Event
 from ..events.watcher import HostWatcher
 from ..files.inode import Inode
 from ..files.table import InodeTable
-from ..guests.guest import Guest
+from ..guests.guest import Guest, missed_by
 from ..pacing.chores import Job, finish
 from .interest import Interest
 from .routing import Router
@@ -151,7 +151,17 @@ class Recovery:
         guest.counts["resyncs"] += 1
         self._steps.do(self._catching_up(guest, changes, since_ns))
 
-    def _catching_up(self, guest: Guest, changes: Changes, since_ns: int) -> Job[None]:
+    def repeat(self, guest: Guest, event: Event) -> None:
+        """Deliver what an event has changed that could not be replayed, as it is now: once, as what
+        was in the way may still be there.
+        """
+        if event.name and event.kind & STRUCTURE and not event.is_repeat:
+            guest.counts["repeated"] += 1
+            self._steps.do(self._catching_up(guest, dict(missed_by(event)), 0, is_repeat=True))
+
+    def _catching_up(
+        self, guest: Guest, changes: Changes, since_ns: int, *, is_repeat: bool = False
+    ) -> Job[None]:
         if since_ns:
             whole = self._interest.of(guest, None)
             nodes = self._watcher.inodes() if whole else list(self._interest.marks(guest))
@@ -159,6 +169,7 @@ class Recovery:
                 if node is not None and node.is_dir:
                     changes.update((yield from self._comparer.changed_lately(node, since_ns)))
         for event in self._comparer.events_for(changes):
+            event.is_repeat = is_repeat
             halves = self._interest.wanted_halves(guest, event)
             if halves:
                 guest.offer(event, halves)

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -319,6 +320,51 @@ def test_an_order_that_fails_in_the_guest_is_counted_and_the_next_one_is_made(tr
     assert mount.guest.kinds["failed", int(Mask.CREATE)] == 1
     assert tree.orders(mount) == []
     assert mount.guest.counts["replayed"] == 2
+
+
+def structure(path: Path, what: str) -> None:
+    """Change a name beside ``old``."""
+    match what:
+        case "create":
+            (path / "new").mkdir()
+        case "delete":
+            (path / "old").rmdir()
+        case "rename":
+            (path / "old").rename(path / "new")
+
+
+@pytest.mark.parametrize("what", ["create", "delete", "rename"])
+def test_a_name_whose_order_fails_is_compared_once(world: World, what: str) -> None:
+    """Or what watchers were told last would never agree with what is there."""
+    (world.source / "old").mkdir()
+    mount = world.mount(agent=False)
+    guest = mount.guest
+    channel = Channel(world.export, "agent", AGENT.pid, guest)
+    channel.receive(frames.encode(frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)))
+    world.mark(guest)
+    structure(world.source, what)
+    (order,) = world.orders(mount)
+    channel.receive(frames.encode(frames.Ack(order.seq, errno.EIO)))
+    (again,) = world.orders(mount)
+    assert again._replace(seq=0) == order._replace(seq=0)
+    channel.receive(frames.encode(frames.Ack(again.seq, errno.EIO)))
+    assert world.orders(mount) == []
+    assert (guest.counts["failed"], guest.counts["repeated"]) == (2, 1)
+
+
+def test_a_name_whose_order_failed_and_that_is_as_before(world: World) -> None:
+    """Nothing is to be said of it any more."""
+    mount = world.mount(agent=False)
+    channel = Channel(world.export, "agent", AGENT.pid, mount.guest)
+    channel.receive(frames.encode(frames.Hello(frames.VERSION, frames.Role.REPLAYER, ALL)))
+    world.mark(mount.guest)
+    (world.source / "new").mkdir()
+    (order,) = world.orders(mount)
+    (world.source / "new").rmdir()
+    (removal,) = world.orders(mount)
+    channel.receive(frames.encode(frames.Ack(order.seq, errno.EIO)))
+    assert removal.op == Op.REMOVE
+    assert world.orders(mount) == []
 
 
 def test_orders_of_an_agent_that_died_wait_for_the_next(tree: World) -> None:

@@ -175,6 +175,8 @@ def test_nor_beside_another_program(
                 subprocess.run(["ls", watched], stdout=subprocess.DEVNULL, check=True)
             else:
                 other.add(watched, NAMES)
+                if watched.is_relative_to(share.mountpoint):
+                    share.wait_armed(watched)
                 time.sleep(0.1)
             if "ended" in beside:
                 other.close()
