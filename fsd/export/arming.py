@@ -169,7 +169,7 @@ class Arming:
             now = time.monotonic()
             look_up.open.append(Hint(hint, now, now))
         if len(look_up.threads) <= THREADS_LIMIT:
-            look_up.threads.add(thread)
+            look_up.threads.setdefault(thread, time.monotonic())
         if file is not None and file.inode not in look_up.seen and self._seen[guest] < SEEN_LIMIT:
             look_up.seen[file.inode] = Seen.of(file.attr)
             self._seen[guest] += 1
@@ -194,7 +194,9 @@ class Arming:
             look_up.threads, guest.device, partial(self._knows, guest, node.inode, look_up)
         )
         if not look_up.has_new:
-            look_up.open = deque([look_up.open[-1]._replace(since=time.monotonic())])
+            now = time.monotonic()
+            look_up.open = deque([look_up.open[-1]._replace(since=now)])
+            look_up.threads = dict.fromkeys(look_up.threads, now)
             self._forget_seen(guest, look_up)
             self._trim(node)
             self._doubt_no_more(guest, look_up)
@@ -542,7 +544,7 @@ class Arming:
         due: dict[int, tuple[Kept, int]],
     ) -> int:
         """How many of them are done. Adds the events to deliver now, by number."""
-        found, seen = self._since_look_ups(guest)
+        found, seen = self._since_look_ups(guest, {key for key, bits in updates if bits})
         found |= {kept.number: kept for inode in files for kept in self.files.events(inode)}
         undelivered = [
             kept
@@ -592,8 +594,12 @@ class Arming:
             if (node.missed or node.lost_ns) and inode.key in marked:
                 guest.has_missed(node.missed, node.lost_ns)
 
-    def _since_look_ups(self, guest: MountGuest) -> tuple[dict[int, Kept], dict[Inode, Seen]]:
-        """The events where the guest has looked, and the files as it saw them."""
+    def _since_look_ups(
+        self, guest: MountGuest, marked: set[NodeKey]
+    ) -> tuple[dict[int, Kept], dict[Inode, Seen]]:
+        """The events where the guest has looked, since the programs did that hold these marks, and
+        the files as it saw them.
+        """
         found: dict[int, Kept] = {}
         seen: dict[Inode, Seen] = {}
         for node in self._nodes.values():
@@ -601,10 +607,23 @@ class Arming:
             if look_up is None or not look_up.open:
                 continue
             seen.update(look_up.seen)
+            since = look_up.since
+            if node.history and node.history[-1].event.stamp > since:
+                since = max(since, self._first_look(guest, look_up, marked))
             for kept in node.history:
-                if kept.event.stamp > look_up.since:
+                if kept.event.stamp > since:
                     found[kept.number] = kept
         return found, seen
+
+    def _first_look(self, guest: MountGuest, look_up: LookUp, marked: set[NodeKey]) -> float:
+        """The first look-up by one of the programs that hold these marks; 0 if it is not known
+        which of several they are.
+        """
+        threads = look_up.threads
+        if not 1 < len(threads) <= THREADS_LIMIT or not guest.device:
+            return 0.0
+        holders = self._new_marks.holders(threads, guest.device, marked)
+        return min((threads[thread] for thread in holders), default=0.0)
 
     def _gets_anyway(self, guest: MountGuest, event: Event) -> bool:
         if event.origin is guest or self._interest.wanted_halves(guest, event):

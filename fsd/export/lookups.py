@@ -46,8 +46,9 @@ class LookUp:
     answered: int = 0
     """The last hint that the agent has answered; those up to it may still be open, see
     ``arming._is_overtaken``."""
-    threads: set[int] = field(default_factory=set)
-    """The threads; THREADS_LIMIT and one more stand for any number."""
+    threads: dict[int, float] = field(default_factory=dict)
+    """The threads, each with the time.monotonic() of its first look-up; THREADS_LIMIT and one more
+    stand for any number."""
     is_doubtful: bool = False
     """There is an event that is to be delivered if the guest has a new mark."""
     has_new: bool = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from protocol.fdinfo import MarkInfo, parse_fdinfo
 from protocol.handles import NodeKey, decode_fh
@@ -65,6 +66,28 @@ class NewMarks:
         finally:
             owed = max(self.rest_of_requests, time.monotonic() - BURST)
             self.rest_of_requests = owed + (1 + SHARE / 4) * (time.thread_time() - began)
+
+    def holders(self, threads: Iterable[int], device: int, marked: set[NodeKey]) -> list[int]:
+        """Those of the threads whose processes hold one of these marks on the mount with that
+        st_dev. Empty if one of them cannot be seen, or during the rest that a look has earned.
+        """
+        began = time.thread_time()
+        if time.monotonic() < self.rest or not syscalls.sees_processes():
+            return []
+        sdev = os.major(device) << 20 | os.minor(device)
+        found = []
+        try:
+            for thread in threads:
+                with suppress(FileNotFoundError):  # it has ended, and so have its marks
+                    marks = [mark for text in _texts([thread]) for mark in parse_fdinfo(text)]
+                    keys = (decode_fh(m.handle_type, m.handle) for m in marks if m.sdev == sdev)
+                    if not marked.isdisjoint(keys):
+                        found.append(thread)
+        except (OSError, ValueError):  # it cannot be read, or has too many
+            return []
+        finally:
+            self.rest = time.monotonic() + SHARE * (time.thread_time() - began)
+        return found
 
     def may_be(
         self, threads: Iterable[int], device: int, is_known: Callable[[NodeKey, int], bool]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,3 +63,30 @@ def test_requests_have_a_few_looks_at_once_and_then_a_share_of_the_time(device: 
         marks.may_be([os.getpid()], elsewhere, known)
         looks += 1
     assert 1 < looks < 10_000
+
+
+def test_the_programs_that_hold_a_mark(device: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: set[NodeKey] = set()
+
+    def decode(_kind: int, handle: bytes) -> NodeKey:
+        """Of this file system's handles, which are no FUSE mount's."""
+        return NodeKey(int.from_bytes(handle[:4], "little"), 1)
+
+    def note(key: NodeKey, _bits: int) -> bool:
+        keys.add(key)
+        return True
+
+    monkeypatch.setattr(newmarks, "decode_fh", decode)
+    NewMarks().may_be([os.getpid()], device, note)
+    assert len(keys) == MARKS
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            threads = [other.pid, os.getpid(), 1 << 30]
+            assert NewMarks().holders(threads, device, keys) == [os.getpid()]
+            assert NewMarks().holders(threads, device, {NodeKey(0, 1)}) == []
+            assert NewMarks().holders(threads, os.makedev(0, 999_999), keys) == []
+            marks = NewMarks()
+            marks.rest = time.monotonic() + 60
+            assert marks.holders(threads, device, keys) == []
+        finally:
+            other.kill()
