@@ -266,6 +266,14 @@ class CoherentCache:
             self._points = dict(mounts.points)
             self.take_all()
 
+    def catch_up(self) -> None:
+        """Take back now what has changed, if that is no long work. Before an answer, as the kernel
+        ignores attributes if others are taken back while it waits for them: lseek(2) then goes by
+        the old size.
+        """
+        if 0 < self._directories.queued <= MUCH:
+            self.read()
+
     def _is_own(self, raw: RawEvent) -> bool:
         own = raw.wd, raw.name, raw.mask & NAMES
         if not self._own.get(own):

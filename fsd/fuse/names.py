@@ -143,11 +143,13 @@ class Names:
     # Attributes
 
     def _getattr(self, request: Request) -> bytes:
+        self._nodes.catch_up()
         inode, attr = self._operations.getattr(request.who, request.nodeid)
         return self._nodes.attributes(request.who, inode, attr)
 
     def _statx(self, request: Request) -> bytes:
         fuse.STATX_IN.unpack(request.body)
+        self._nodes.catch_up()
         inode, attr = self._operations.getattr(request.who, request.nodeid)
         born_ns = self._operations.born_ns(request.who, request.nodeid)
         return self._nodes.statx(request.who, inode, attr, born_ns)

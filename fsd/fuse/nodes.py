@@ -252,6 +252,11 @@ class Nodes:
             return
         self._cache.prepare(self._table.get(directory))
 
+    def catch_up(self) -> None:
+        """Before attributes are read that the kernel may keep."""
+        if self._cache is not None:
+            self._cache.catch_up()
+
     def attributes(self, who: Caller, inode: Inode, attr: StatLike) -> bytes:
         """struct fuse_attr_out."""
         seconds, nanoseconds = self._attr_valid(who, inode, attr)

@@ -241,6 +241,8 @@ class Files:
         written = self._operations.files.write_from(
             request.who, fh, views, offset, kill=kill, append=write.appends
         )
+        if self._cache is not None:
+            self._cache.catch_up()
         return fuse.WRITE_OUT.pack(written)
 
     def _flush(self, request: Request) -> bytes:
