@@ -291,15 +291,17 @@ class Resolver:
         return back.cookie, replaced
 
     def _is_at(self, place: Place, replaced: Inode, former: Place) -> bool:
-        """Whether an object, known to have been at another place, has that name now."""
+        """Whether an object, known to have been at another place, has that name now. Only looks: in
+        a long queue that is not the place that the next events are about.
+        """
+        known = listing(former[0]).names.get(former[1])
+        ino = known.ino if replaced.is_placeholder and known else replaced.identity.ino
         try:
-            inode = self._fs.peek(*place).inode
+            with self._table.reach.directory(place[0]) as fd:
+                status = os.stat(place[1], dir_fd=fd, follow_symlinks=False)
         except OSError:
             return False
-        known = listing(former[0]).names.get(former[1])
-        if replaced.is_placeholder and known is not None:
-            return (inode.identity.ino, inode.kind) == (known.ino, known.kind)
-        return inode is replaced
+        return (status.st_ino, stat.S_IFMT(status.st_mode)) == (ino, replaced.kind)
 
     def _came_back(self, event: Event) -> Inode | None:
         """What is at a rename's old place now, if the listing had it at the new one; if that was

@@ -417,6 +417,21 @@ def test_an_open_file_shows_new_data(share: Mount) -> None:
             assert os.pread(file.fileno(), 10_000, 0) == path.read_bytes()
 
 
+def test_the_end_is_the_hosts_right_after_an_append(share: Mount) -> None:
+    """Whatever the kernel keeps of the file's attributes, and is just told of them."""
+    for number in range(100):
+        name = f"log{number}"
+        (share.source / name).write_text("one ")
+        fd = os.open(share.mountpoint / name, os.O_WRONLY | os.O_APPEND)
+        try:
+            with (share.source / name).open("a") as host:
+                host.write("the host's ")
+            os.write(fd, b"two")
+            assert os.lseek(fd, 0, os.SEEK_END) == len(b"one the host's two")
+        finally:
+            os.close(fd)
+
+
 def test_an_open_file_with_several_names_shows_new_data_at_once(share: Mount) -> None:
     """It may be changed by the other one, elsewhere, and twice in one tick of its mtime."""
     (share.source / "one").write_bytes(bytes(8))

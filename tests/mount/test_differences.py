@@ -155,19 +155,6 @@ def test_the_position_after_an_append_is_the_guests_own(share: Mount) -> None:
 
 
 @root_only
-def test_the_end_is_the_hosts_right_after_an_append(share: Mount) -> None:
-    """Whatever the kernel keeps of the file's attributes, and is just told of them."""
-    for number in range(100):
-        name = f"log{number}"
-        write(share.source / name, b"one ")
-        with opened(share.mountpoint / name, os.O_WRONLY | os.O_APPEND) as fd:
-            with opened(share.source / name, os.O_WRONLY | os.O_APPEND) as host:
-                os.write(host, b"the host's ")
-            os.write(fd, b"two")
-            assert os.lseek(fd, 0, os.SEEK_END) == len(b"one the host's two")
-
-
-@root_only
 def test_a_mapping_is_each_sides_own(share: Mount) -> None:
     write(share.source / "f", bytes(4096))
     with mapping(share.mountpoint / "f") as guest, mapping(share.source / "f") as host:
