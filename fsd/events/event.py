@@ -63,6 +63,12 @@ class Event:
         """From now on setting an attribute raises AttributeError."""
         self.__class__ = FrozenEvent
 
+    def repeated(self) -> Event:
+        """The same event once more."""
+        other = Event(*(getattr(self, name) for name in Event.__slots__))
+        other.is_repeat = True
+        return other
+
     def about(self, child: Inode, replaced: Inode | None) -> Event:
         """The same event about these objects; itself if it is about them already, else frozen."""
         if child is self.child and replaced is self.replaced:

@@ -155,9 +155,16 @@ class Recovery:
         """Deliver what an event has changed that could not be replayed, as it is now: once, as what
         was in the way may still be there.
         """
-        if event.name and event.kind & STRUCTURE and not event.is_repeat:
-            guest.counts["repeated"] += 1
-            self._steps.do(self._catching_up(guest, dict(missed_by(event)), 0, is_repeat=True))
+        if not event.name or not event.kind & STRUCTURE or event.is_repeat:
+            return
+        guest.counts["repeated"] += 1
+        if _holds(event):
+            halves = self._interest.wanted_halves(guest, event)
+            if halves:
+                guest.offer(event.repeated(), halves)
+            return
+        changes = dict(missed_by(event))
+        self._steps.do(self._catching_up(guest, changes, 0, is_repeat=True))
 
     def _catching_up(
         self, guest: Guest, changes: Changes, since_ns: int, *, is_repeat: bool = False
@@ -189,3 +196,18 @@ class Recovery:
                 self._compare([inode])
             if not self._watcher.mask_of(inode) and inode not in self._watches.unwatched:
                 self.died(inode)
+
+
+def _holds(event: Event) -> bool:
+    """Whether the objects of a rename are where it has left them."""
+    if event.node2 is None:
+        return False
+    replaced = event.replaced if event.exchanged else None
+    return _has(event.node2, event.name2, event.child) and _has(event.node, event.name, replaced)
+
+
+def _has(node: Inode, name: bytes, inode: Inode | None) -> bool:
+    known = node.listing.names.get(name) if node.listing is not None else None
+    if known is None or inode is None:
+        return known is None and inode is None
+    return known.ino == inode.identity.ino or (inode.is_placeholder and known.kind == inode.kind)

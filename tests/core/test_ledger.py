@@ -18,6 +18,7 @@ from fsd.fuse import openfiledata
 from fsd.fuse.channelfile import ChannelFile
 from fsd.fuse.operations import Operations
 from fsd.guests.orders import CREATED_LIMIT
+from fsd.linux.syscalls import RENAME_EXCHANGE, renameat2
 from protocol import frames
 from protocol.frames import ALIAS, CONTROL, FSD_DIR, STAGING, Op, Order
 from protocol.masks import Mask
@@ -331,12 +332,16 @@ def structure(path: Path, what: str) -> None:
             (path / "old").rmdir()
         case "rename":
             (path / "old").rename(path / "new")
+        case "exchange":
+            names = [os.fsencode(path / name) for name in ("old", "other")]
+            renameat2(-100, names[0], -100, names[1], RENAME_EXCHANGE)
 
 
-@pytest.mark.parametrize("what", ["create", "delete", "rename"])
+@pytest.mark.parametrize("what", ["create", "delete", "rename", "exchange"])
 def test_a_name_whose_order_fails_is_compared_once(world: World, what: str) -> None:
     """Or what watchers were told last would never agree with what is there."""
-    (world.source / "old").mkdir()
+    for name in ("old", "other"):
+        (world.source / name).mkdir()
     mount = world.mount(agent=False)
     guest = mount.guest
     channel = Channel(world.export, "agent", AGENT.pid, guest)
