@@ -234,6 +234,16 @@ class Calls:
         ]
         return (found + count * [(stop, _NONE)])[:count]
 
+    def may_come_back(self, ahead: Ahead, start: int, old: Place, new: Place) -> bool:
+        """Whether a rename from ``new`` to ``old`` that is not there yet may be the next change of
+        names: at most its first half is.
+        """
+        (_, out), (_, second) = self.changes(ahead, start, 2, old[0], new[0])
+        if out is _NONE:
+            return True
+        is_half = out.mask & _MOVED_FROM and (self._watches.inode_of(out.wd), out.name) == new
+        return bool(is_half) and second is _NONE
+
     def way_back(self, ahead: Ahead, start: int, old: Place, new: Place) -> Back | None:
         """The rename from ``new`` to ``old``, if it is the next change of names there."""
         (_, out), (end, there), (stop, _) = self.changes(ahead, start, 3, old[0], new[0])

@@ -275,6 +275,8 @@ class Resolver:
             must, wait = True, windows.WAY_BACK_WAIT  # it was renamed: the kernel is just saying so
         while back is None and must and self._look_again(first, wait):
             back = self._calls.way_back(ahead := self._ahead(), start, old, new)
+            if back is None and not self._calls.may_come_back(ahead, start, old, new):
+                break
         if back is None:
             return 0, replaced
         if replaced is None or replaced.is_placeholder:

@@ -199,6 +199,22 @@ def test_an_exchange(watched: Watched, others: int) -> None:
     assert moved == (other, others + 3)
 
 
+def test_whether_the_way_back_may_come_yet(watched: Watched) -> None:
+    """Nobody makes the server wait by making the old name again."""
+    a, b, elsewhere = (watched.directory() for _ in range(3))
+    half, other = named(b, FROM, b"g", 8), named(elsewhere, CREATE, b"x")
+    for events, may in (
+        ([], True),
+        ([other], True),
+        ([other, half], True),
+        ([half, named(a, TO, b"h", 8)], False),
+        ([named(a, CREATE, b"f")], False),
+        ([named(b, FROM, b"h", 8)], False),
+    ):
+        ahead = queue(*events)
+        assert watched.calls().may_come_back(ahead, 0, (a, b"f"), (b, b"g")) is may, events
+
+
 def test_what_is_no_exchange(watched: Watched) -> None:
     a, b = watched.directory(), watched.directory()
     old, new = (a, b"f"), (b, b"g")
