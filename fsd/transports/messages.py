@@ -31,7 +31,7 @@ from ..virtio.mapping import is_memory
 _ADD_REGION = int(Type.ADD_MEM_REG).to_bytes(4, sys.byteorder)
 """Begins the message that cannot be carried out twice."""
 ANSWER_WAIT = 1.0
-"""Seconds in which a VMM must make room for an answer: its socket has room for thousands."""
+"""Seconds in which a VMM must make room for an answer: its socket has room for hundreds."""
 
 
 class Messages:

@@ -15,7 +15,18 @@ from fsd.transports.unix import listen
 from fsd.virtio.device import MAX_QUEUES
 from harness.mounts import wait_until
 from harness.vhost_frontend import Frontend, Queue, Ram
-from protocol.vhostuser import NO_FD, U64, Config, Protocol, Region, Type, VringState
+from protocol.vhostuser import (
+    NO_FD,
+    U64,
+    Config,
+    Empty,
+    Payload,
+    Protocol,
+    Region,
+    Type,
+    VringState,
+    encode_request,
+)
 
 from .conftest import Server, served
 
@@ -120,6 +131,50 @@ def test_requests_before_the_queue_runs(machine: Machine) -> None:
     os.eventfd_read(queue.kick_fd)
     machine.start()
     assert queue.take_data() == (head, b"ylrae")
+
+
+def test_messages_in_parts(running: Machine) -> None:
+    """No front-end sends one so, but the protocol does not forbid it."""
+    vmm, queue = running.vmm, running.queues[1]
+    for byte in encode_request(Type.GET_QUEUE_NUM, Empty()):
+        vmm.send_bytes(bytes([byte]))
+    assert vmm.reply(Type.GET_QUEUE_NUM, U64) == U64(MAX_QUEUES)
+    message = encode_request(Type.SET_VRING_CALL, U64(1))
+    vmm.send_bytes(message[:12], [queue.call_fd])
+    vmm.send_bytes(message[12:] + encode_request(Type.GET_QUEUE_NUM, Empty()))
+    assert vmm.reply(Type.GET_QUEUE_NUM, U64) == U64(MAX_QUEUES)
+    running.echo()
+
+
+def test_each_message_has_its_own_descriptors(running: Machine) -> None:
+    """Of several that wait at once: the kernel shows later ones' with an earlier message."""
+    vmm, queue = running.vmm, running.queues[1]
+    for _ in range(50):
+        vmm.tell(Type.SET_VRING_ENABLE, VringState(1, 1))
+        vmm.tell(Type.SET_VRING_CALL, U64(1), [queue.call_fd])
+        vmm.tell(Type.SET_VRING_ERR, U64(1 | NO_FD))
+        vmm.tell(Type.SET_VRING_ERR, U64(1), [queue.err_fd])
+    assert vmm.number(Type.GET_QUEUE_NUM) == MAX_QUEUES
+    running.echo()
+
+
+@pytest.mark.parametrize(
+    ("code", "payload"), [(Type.GET_FEATURES, Empty()), (Type.SET_VRING_CALL, U64(1 | NO_FD))]
+)
+def test_a_descriptor_that_no_message_wants(machine: Machine, code: Type, payload: Payload) -> None:
+    machine.vmm.send_bytes(encode_request(code, payload), [machine.queues[1].call_fd])
+    assert machine.vmm.is_dropped()
+
+
+def test_a_vmm_that_reads_no_answers_is_dropped(machine: Machine) -> None:
+    machine.vmm.socket.settimeout(20)
+
+    def ask() -> None:
+        while True:
+            machine.vmm.tell(Type.GET_FEATURES)
+
+    with pytest.raises(ConnectionError):
+        ask()
 
 
 def test_stop_and_continue(running: Machine, server: Server) -> None:
