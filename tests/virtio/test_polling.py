@@ -165,6 +165,7 @@ def test_a_request_without_a_kick(
 ) -> None:
     """Is seen by a device that looks, and by no other."""
     monkeypatch.setattr(polling, "PROCESSORS", 2)
+    monkeypatch.setattr(polling, "_LOST", 10.0)  # it does not give way to other programs
     with served(tmp_path / "socket", busy_poll=busy_poll) as server:
         machine = Machine(server.path)
         try:

@@ -78,7 +78,10 @@ def _share() -> Iterator[tuple[Path, Path]]:
             yield share, outside
         finally:
             _libc.umount2(os.fsencode(share / "volume"), _MNT_DETACH)
-            _libc.umount2(target, _MNT_DETACH)
+            while _libc.umount2(target, _MNT_DETACH) == 0:  # whatever is mounted over it
+                pass
+            # Else all that guests have made would be removed one by one, however deep it is.
+            assert not share.is_mount(), f"{share} cannot be unmounted: errno {ctypes.get_errno()}"
 
 
 @contextmanager
