@@ -469,17 +469,17 @@ def test_the_host_sees_each_open_twice(tmp_path: Path, option: str) -> None:
     (source / "f").write_bytes(b"")
     with mounted(source, mountpoint, f"--passthrough={option}"), watch() as marks:
         marks.add(source / "f", int(DATA))
-        seen = []
-        for _ in range(10):
+        seen: list[str] = []
+        rounds = extra = 0
+        while rounds < 10 or (option == "auto" and not extra and rounds < 200):
+            rounds += 1
             fd = os.open(mountpoint / "f", os.O_WRONLY)
             seen += marks.read(quiet=0.05)
             os.write(fd, b"data")
             seen += marks.read(quiet=0.05)
             os.close(fd)
             seen += marks.read(quiet=0.05)
-    assert seen.count("MODIFY") == 10
-    counts = seen.count("OPEN"), seen.count("CLOSE_WRITE")
-    if option == "off":
-        assert counts == (10, 10)
-    else:  # two that nobody reads in between are one
-        assert 20 < sum(counts) <= 40, counts
+            extra = seen.count("OPEN") + seen.count("CLOSE_WRITE") - 2 * rounds
+    assert seen.count("MODIFY") == rounds
+    # Two that nobody reads in between are one: on a busy machine nearly all.
+    assert 0 < extra <= 2 * rounds if option == "auto" else not extra
