@@ -78,8 +78,9 @@ class Messages:
     async def finish(
         self, request: Request, unread: int, answer: bytes, answer_fds: tuple[int, ...]
     ) -> None:
-        """Read the bytes of a message that was carried out, then answer it. Raises VhostUserError,
-        OSError.
+        """Read the bytes of a message that was carried out, then answer it: a process that is
+        killed between these two leaves the VMM without the answer. In the other order it would get
+        two. Raises VhostUserError, OSError.
         """
         with trio.move_on_after(ANSWER_WAIT, shield=True) as scope:
             if unread:
