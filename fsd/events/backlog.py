@@ -130,10 +130,6 @@ class Backlog:
                 self._arrivals[index] = arrival._replace(origin=origin)
                 return
 
-    def changes(self, wd: int, name: bytes) -> int:
-        """How many of these create, remove or move the name."""
-        return self._names.changes(wd, name)
-
     def leaving(self, wd: int, name: bytes) -> int:
         """How many events remove or replace the name."""
         return self._names.leaving(wd, name)

@@ -37,10 +37,6 @@ class QueuedNames:
         self._leaving.clear()
         self._own.clear()
 
-    def changes(self, wd: int, name: bytes) -> int:
-        """How many events create, remove or move the name."""
-        return self._changing.get((wd, name), 0)
-
     def leaving(self, wd: int, name: bytes) -> int:
         """How many events remove or replace the name."""
         return self._leaving.get((wd, name), 0)

@@ -362,36 +362,10 @@ class Resolver:
         own = self._calls.first_move(ahead, back.end + 1, back.stop, replaced)
         if own is not None:
             self._parts[own.number] = event
-        else:
-            stays = self._stays(event, back)
-            if not (self._lives(event.child, replaced, back) if stays is None else stays):
-                return 0
+        elif not self._lives(event.child, replaced, back):
+            return 0
         self._watcher.queue.drop_rename(back.cookie, windows.RENAME_WINDOW)
         return back.cookie
-
-    def _stays(self, event: Event, back: Back) -> bool | None:
-        """Whether the name of a MOVED_TO still exists after the next MOVED_FROM, as after an
-        exchange: its next change says so, or a look if none waits. None: they do not.
-        """
-        assert event.child is not None
-        wd, name, queue = self._watcher.wd_of(event.node), event.name, self._watcher.queue
-        self._watcher.drain()
-        if queue.changes(wd, name) > 1:
-            for later in queue.peek(windows.RENAME_WINDOW)[back.end + 1 :]:
-                raw = later.raw
-                if raw.wd == wd and raw.name == name and raw.mask & int(STRUCTURE):
-                    if raw.mask & _MOVED_TO:  # only over what is of its kind
-                        return None if bool(raw.mask & _ISDIR) == event.child.is_dir else False
-                    return not raw.mask & _CREATE
-            return None
-        try:
-            with self._table.reach.directory(event.node) as fd:
-                found = os.stat(name, dir_fd=fd, follow_symlinks=False).st_ino
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return None
-        return None if event.child.is_placeholder else found == event.child.identity.ino
 
     def _lives(self, child: Inode, replaced: Inode, back: Back) -> bool:
         """Whether an object that was moved away, while another took its place, was not

@@ -297,53 +297,6 @@ def test_an_exchange_with_an_unseen_name_among_events_of_others(
     assert rename.arg == RENAME_EXCHANGE
 
 
-@pytest.mark.parametrize("later", ["", "mkdir", "move a directory in"])
-def test_a_file_that_is_overwritten_from_outside_and_moved_out_is_not_exchanged(
-    world: World, outside: Path, later: str
-) -> None:
-    """Though what was overwritten lives, by another name."""
-    (world.source / "f").touch()
-    os.link(world.source / "f", outside / "link")
-    (outside / "in").touch()
-    (outside / "dir").mkdir()
-    mount = world.mount()
-    world.mark(mount.guest, mask=STRUCTURE)
-    world.node("f")
-    world.pump()
-    os.rename(outside / "in", world.source / "f")
-    os.rename(world.source / "f", outside / "out")
-    match later:
-        case "mkdir":
-            (world.source / "f").mkdir()
-        case "move a directory in":
-            os.rename(outside / "dir", world.source / "f")
-    orders = world.orders(mount)
-    assert RENAME_EXCHANGE not in [order.arg for order in orders if order.op == Op.RENAME]
-    assert len(orders) == (3 if later else 2)
-
-
-@pytest.mark.parametrize("later", ["", "unlink", "rename"])
-def test_an_exchange_with_an_unseen_name_is_seen_by_what_comes_next(
-    world: World, outside: Path, later: str
-) -> None:
-    for path in (world.source / "f", outside / "g"):
-        path.touch()
-    mount = world.mount()
-    world.mark(mount.guest, mask=STRUCTURE)
-    world.node("f")
-    world.pump()
-    names = [os.fsencode(path) for path in (outside / "g", world.source / "f")]
-    renameat2(-100, names[0], -100, names[1], RENAME_EXCHANGE)
-    match later:
-        case "unlink":
-            (world.source / "f").unlink()
-        case "rename":
-            (world.source / "other").mkdir()  # or inotify merges the two MOVED_FROM
-            (world.source / "f").rename(world.source / "h")
-    first = next(order for order in world.orders(mount) if order.op == Op.RENAME)
-    assert first.arg == RENAME_EXCHANGE
-
-
 @pytest.mark.parametrize("gap", range(1, 3))
 def test_a_directory_moved_among_events_of_others_is_known_at_its_new_place(
     world: World, gap: int
