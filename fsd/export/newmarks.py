@@ -69,7 +69,8 @@ class NewMarks:
 
     def holders(self, threads: Iterable[int], device: int, marked: set[NodeKey]) -> list[int]:
         """Those of the threads whose processes hold one of these marks on the mount with that
-        st_dev. Empty if one of them cannot be seen, or during the rest that a look has earned.
+        st_dev. Empty if one of them cannot be seen, if it takes longer
+        than SLOW, or during the rest that a look has earned.
         """
         began = time.thread_time()
         if time.monotonic() < self.rest or not syscalls.sees_processes():
@@ -78,6 +79,8 @@ class NewMarks:
         found = []
         try:
             for thread in threads:
+                if time.thread_time() - began > SLOW:
+                    return []
                 with suppress(FileNotFoundError):  # it has ended, and so have its marks
                     marks = [mark for text in _texts([thread]) for mark in parse_fdinfo(text)]
                     keys = (decode_fh(m.handle_type, m.handle) for m in marks if m.sdev == sdev)

@@ -575,10 +575,13 @@ def inotify_of_one_watch() -> int:
     with ours, theirs:
         child = os.fork()
         if not child:
-            check(libc.unshare(0x1000_0000))  # CLONE_NEWUSER
-            Path("/proc/sys/user/max_inotify_watches").write_text("1")
-            socket.send_fds(theirs, [b"."], [inotify.new_instance()])
-            os._exit(0)
+            try:
+                check(libc.unshare(0x1000_0000))  # CLONE_NEWUSER
+                Path("/proc/sys/user/max_inotify_watches").write_text("1")
+                socket.send_fds(theirs, [b"."], [inotify.new_instance()])
+            finally:
+                os._exit(0)
+        theirs.close()
         (fd,) = socket.recv_fds(ours, 1, 1)[1]
         os.waitpid(child, 0)
     return fd
